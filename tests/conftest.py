@@ -1,0 +1,190 @@
+"""What every test is held to: it leaves no descriptor, thread or child behind, and under CI it does not skip.
+
+Also fixtures that more than one room needs: a free port, and a program in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+SETTLE_SECONDS = 2.0  # a thread or child that is told to end has this long to be gone
+ROOT = Path(__file__).resolve().parent.parent
+
+# Reasons for which a test may skip even where nothing should: what no machine of that kind can have.
+SKIPS_ALLOWED = (
+    r"Python 3\.\d+ (or newer|has no)",  # a name or case of another version of Python
+    r"only (on|with) Python",
+    r"needs a kernel",
+)
+
+_skipped: list[tuple[str, str]] = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--skips``, which CI sets by its environment."""
+    default = "fail" if os.environ.get("CI") == "true" else "allow"
+    parser.addoption(
+        "--skips",
+        choices=("allow", "fail"),
+        default=default,
+        help="whether a skipped test fails the run (default: fail when CI=true)",
+    )
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note each skip; an expected failure is none."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _skipped.append((report.nodeid, _reason(report.longrepr)))
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Note each module that skipped as a whole."""
+    if report.skipped:
+        _skipped.append((report.nodeid, _reason(report.longrepr)))
+
+
+def _reason(longrepr: object) -> str:
+    reason = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+    return str(reason).removeprefix("Skipped: ")
+
+
+def _skips_that_fail(config: pytest.Config) -> list[tuple[str, str]]:
+    if config.getoption("--skips") == "allow":
+        return []
+    return [(test, reason) for test, reason in _skipped if not any(re.search(p, reason) for p in SKIPS_ALLOWED)]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run whose only fault is that it skipped."""
+    if exitstatus == pytest.ExitCode.OK and _skips_that_fail(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say which skips made the run fail."""
+    wrong = _skips_that_fail(config)
+    if wrong:
+        terminalreporter.section("skips that fail this run: install what is missing, or allow the reason in conftest")
+        for test, reason in wrong:
+            terminalreporter.line(f"{test}: {reason}")
+
+
+# ── leaks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def descriptors() -> dict[int, str]:
+    """Return what is open in this process: number and what it leads to."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor that lists the folder
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+    return found
+
+
+def children() -> dict[int, str]:
+    """Return this process's children, dead but unreaped ones too: pid and name."""
+    found = {}
+    own = str(os.getpid())
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{name}/stat").read_text()
+            command, _, rest = stat.partition(" (")[2].rpartition(") ")
+            state, parent = rest.split()[:2]
+            if parent == own:
+                found[int(name)] = f"{command} ({'zombie' if state == 'Z' else state})"
+    return found
+
+
+# Made once for the life of the process by the standard library; no test can close them.
+LASTING = re.compile(r"/dev/u?random|multiprocessing\.(resource_tracker|forkserver)|\.pyc?$")
+
+
+def _leaks(fds: dict[int, str], threads: set[threading.Thread], pids: dict[int, str]) -> list[str]:
+    new_fds = [f"fd {fd} -> {to}" for fd, to in descriptors().items() if fds.get(fd) != to and not LASTING.search(to)]
+    new_threads = [f"thread {t.name}" for t in threading.enumerate() if t not in threads]
+    new_pids = [f"child {pid} {what}" for pid, what in children().items() if pid not in pids]
+    return new_fds + new_threads + new_pids
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that leaves a descriptor, thread or child, after giving each a bounded time to go."""
+    before = descriptors(), set(threading.enumerate()), children()
+    yield
+    if request.node.get_closest_marker("no_leak_check"):
+        return
+    deadline = time.monotonic() + SETTLE_SECONDS
+    leaks = _leaks(*before)
+    if leaks:
+        gc.collect()  # a caught exception's traceback keeps a closed-over socket in a cycle
+    while (leaks := leaks and _leaks(*before)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if leaks:
+        pytest.fail("left behind: " + "; ".join(leaks), pytrace=False)
+
+
+# ── fixtures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def free_port() -> int:
+    """Return a TCP port on 127.0.0.1 that nobody listened on a moment ago; prefer port 0 where one can."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+RunProgram = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def run_program() -> Iterator[RunProgram]:
+    """Return a function that starts ``python ARGS…`` in a process of its own, which ends with the test.
+
+    The process finds this checkout's harken, writes text to pipes, and leads a session of its own,
+    so that what it starts ends too. Keywords go to :class:`subprocess.Popen`; ``env`` adds to the environment.
+    """
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str | os.PathLike[str], env: dict[str, str] | None = None, **options: object) -> object:
+        paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **(env or {})}
+        settings = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "text": True,
+            "start_new_session": True,
+            **options,
+        }
+        process = subprocess.Popen([sys.executable, *map(os.fspath, arguments)], env=environment, **settings)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(timeout=10)
+    for stream in (process.stdin, process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
