@@ -1,0 +1,70 @@
+"""The far end of a connection, as the kernel sees it."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+__all__ = ["Credentials", "Peer", "unmap"]
+
+_MAPPED = "::ffff:"  # RFC 4291, 2.5.5.2: an IPv4 address seen through an IPv6 socket
+
+
+class Credentials(NamedTuple):
+    """Who connected to a Unix socket, as the kernel vouches for it: the process that called connect(2)."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The far end of one connection or datagram.
+
+    Attributes:
+        address: IPv4 or IPv6 address in numbers (a mapped one as IPv4), or the peer's Unix path, often empty.
+        port: its port; 0 where there is none.
+        family: the address family of ``address``.
+        proxy: the PROXY header by which the peer spoke for a client of its own, or None.
+        certificate: the peer's TLS certificate as ``ssl.SSLSocket.getpeercert`` gives it, or None.
+        credentials: the peer's process on a Unix stream socket, or None.
+    """
+
+    address: str
+    port: int
+    family: socket.AddressFamily | int
+    proxy: Any = None
+    certificate: dict[str, Any] | None = None
+    credentials: Credentials | None = None
+
+    def __str__(self) -> str:
+        """Return the peer as logs show it: ``127.0.0.1:5000``, ``[::1]:5``, ``unix pid 12 uid 0``."""
+        if self.family == socket.AF_INET:
+            return f"{self.address}:{self.port}"
+        if self.family == socket.AF_INET6:
+            return f"[{self.address}]:{self.port}"
+        words = [getattr(self.family, "name", f"AF_{self.family}").removeprefix("AF_").lower()]
+        if self.credentials:
+            words.append(f"pid {self.credentials.pid} uid {self.credentials.uid}")
+        if self.address:
+            words.append(self.address)
+        if self.port:
+            words.append(f"port {self.port}")
+        return " ".join(words)
+
+
+def unmap(host: str) -> str:
+    """Return ``::ffff:127.0.0.1`` as ``127.0.0.1``, in every spelling; any other text as it is."""
+    if ":" not in host or not host.lower().startswith((_MAPPED, "0")):
+        return host
+    if host.startswith(_MAPPED) and "." in host:  # the spelling of inet_ntop(3), thus of accept(2)
+        return host[len(_MAPPED) :]
+    import ipaddress
+
+    try:
+        mapped = ipaddress.IPv6Address(host).ipv4_mapped
+    except ValueError:
+        return host
+    return str(mapped) if mapped else host
