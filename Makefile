@@ -36,7 +36,7 @@ changelog: $(VENV)/.have-docs ## show what the next release's changelog will say
 	$(BIN)/towncrier build --draft
 
 bench: $(VENV)/.have-test ## measure against stdlib's socketserver on this machine
-	$(BIN)/python -m benchmarks $(ARGS)
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 wheel: $(VENV)/.have-run ## build a wheel into dist/
 	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
