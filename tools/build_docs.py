@@ -1,0 +1,286 @@
+"""Write docs/reference from the code: `make docs`. A test compares the pages with what this would write."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import click
+from prose import doc_of, markdown, summary_of
+
+import harken
+from harken import cli, errors, events, transports
+from harken.cli.options import load_settings
+from harken.connection import REASONS
+from harken.lifecycle import MOVES, State
+from harken.settings import Setting
+
+REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
+NOTE = "<!-- Made from the code by `make docs`; change the code instead. -->\n"
+
+HOOKS = (  # in the order in which a server calls them
+    "server_bind server_activate service_actions get_request verify_request process_request finish_request handle_error "
+    "shutdown_request close_request handle_timeout"
+).split()
+
+
+def page(title: str, *parts: str) -> str:
+    """Put a page together: each part is a paragraph, list or table."""
+    return "\n\n".join([NOTE + f"# {title}", *(part.strip("\n") for part in parts if part)]) + "\n"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Make a table; a bar inside a cell is escaped."""
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+# ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def shown(value: object) -> str:
+    """Write a value as one would type it."""
+    if value is None or isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if value in ("", b"", ()):
+        return "empty"
+    return f"`{value!r}`" if isinstance(value, str | bytes) else f"`{value}`"
+
+
+def settings_page() -> str:
+    """Every declared setting."""
+    declared = list(load_settings().values())
+    overview = table(
+        ["setting", "drop-in", "serve", "live", "meaning"],
+        (
+            [f"[`{s.name}`](#{s.name})", shown(s.default), shown(s.serve), "yes" if s.live else "", markdown(s.meaning)]
+            for s in declared
+        ),
+    )
+    return page(
+        "Settings",
+        "A setting is a keyword argument of every server class, a class attribute, a flag of the commands, a variable\n"
+        "and a key of the TOML file that `--config` names, all by the same name.\n"
+        "The first of these that says something holds: a live change by `configure()`, flag, variable, file, keyword argument,\n"
+        "class attribute, default.\n"
+        "The defaults of the drop-in classes are the standard library's; those of `harken serve` are for production.",
+        "Times are seconds, sizes bytes (`KiB`, `MiB` and `GiB` may follow), lists are separated by commas,\n"
+        "`none` is no value, and 0 is zero and not \"off\".",
+        overview,
+        *map(_setting, declared),
+    )
+
+
+def _setting(declared: Setting) -> str:
+    lines = [
+        f"* values: {declared.kind.describe()}" + (f", in {declared.unit}" if declared.unit else ""),
+        f"* default: {shown(declared.default)}"
+        + (f"; under `serve` {shown(declared.serve)}" if declared.serve != declared.default else ""),
+        f"* origin: {markdown(declared.origin)}",
+        f"* flag `{declared.flag}`, variable `{declared.variable}`"
+        + (", may change on a running server" if declared.live else ""),
+    ]
+    if declared.stdlib:
+        lines.append(f"* the standard library's attribute `{declared.stdlib}` sets it too, on a class or a server")
+    return f"## {declared.name}\n\n{markdown(declared.meaning)}.\n\n" + "\n".join(lines)
+
+
+# ── events, errors, lifecycle ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def events_page() -> str:
+    """Every event, and every reason for which a connection closes."""
+    return page(
+        "Events",
+        doc_of(events),
+        f"## harken.events.subscribe{_signature(events.subscribe)}",
+        doc_of(events.subscribe),
+        "## Event",
+        doc_of(events.Event),
+        "## Names",
+        table(["event", "when, and its fields"], ([f"`{name}`", text] for name, text in events.NAMES.items())),
+        "Events of a server carry it as `server`.",
+        "## Reasons of `closed`",
+        "A connection that `opened` has exactly one `closed`. Its reason is one of these; the first to be known wins.\n"
+        "Reasons of limits and timeouts that this version does not have yet are kept for them.",
+        table(["reason", "meaning"], ([f"`{name}`", text] for name, text in REASONS.items())),
+    )
+
+
+def errors_page() -> str:
+    """Every error, under the one that it derives from."""
+    classes = [getattr(errors, name) for name in errors.__all__]
+    rows = ([f"`{c.__name__}`", ", ".join(f"`{b.__name__}`" for b in c.__bases__), summary_of(c)] for c in _by_depth(classes))
+    return page("Errors", doc_of(errors), table(["error", "derives from", "meaning"], rows))
+
+
+def _by_depth(classes: Iterable[type]) -> list[type]:
+    return sorted(classes, key=lambda c: [ancestor.__name__ for ancestor in reversed(c.__mro__)])
+
+
+def lifecycle_page() -> str:
+    """The table of states and moves, as a table and as a drawing."""
+    moves = [(state, verb, after) for state, verbs in MOVES.items() for verb, after in verbs.items()]
+    drawing = [f"    {state.value} --> {after.value}: {verb}" for state, verb, after in moves if state is not after]
+    verbs = sorted({verb for _, verb, _ in moves})
+    return page(
+        "Lifecycle",
+        "A server is in one of these states, and these verbs move it to another.\n"
+        "A verb that the table does not allow is a `LifecycleError`, and the server is left as it was.",
+        table(["from", *verbs], ([f"**{s.value}**", *(_after(s, verb) for verb in verbs)] for s in State)),
+        "`serve` stands for `serve_forever()`, `stop` for `shutdown()` or the end of the loop, `close` for `server_close()`.",
+        "```mermaid\nstateDiagram-v2\n    [*] --> new\n" + "\n".join(drawing) + "\n```",
+        "## Verbs",
+        *(_member(harken.BaseServer, name) for name in VERBS),
+        f"## harken.background{_signature(harken.background)}",
+        doc_of(harken.background),
+    )
+
+
+def _after(state: State, verb: str) -> str:
+    after = MOVES[state].get(verb)
+    return after.value if after else ""
+
+
+VERBS = (
+    "serve_forever shutdown suspend resume drain server_close wait_ready connections close_connection configure stats "
+    "handle_request fileno"
+).split()
+
+
+# ── commands and addresses ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cli_page() -> str:
+    """Every command, with the options that are not settings."""
+    return page(
+        "Commands",
+        "`harken COMMAND --help` prints the same, and the settings too:\n"
+        "`serve`, `run`, `check` and `explain` take a flag for every [setting](settings.md).",
+        table(["command", "does"], ([f"[`harken {name}`](#harken-{name})", text] for name, text in cli.COMMANDS.items())),
+        "Exit status: 0 done, 1 failed, 2 asked for wrongly.",
+        *map(_command, cli.COMMANDS),
+    )
+
+
+def _command(name: str) -> str:
+    command = cli.root.get_command(click.Context(cli.root), name)
+    assert command is not None
+    context = click.Context(command, info_name=f"harken {name}")
+    flags = {declared.flag for declared in load_settings().values()}
+    records = [
+        option.get_help_record(context)
+        for option in command.get_params(context)
+        if not flags & {flag.partition("/")[0] for flag in option.opts}
+    ]
+    rows = [[f"`{option[0]}`", option[1]] for option in records if option]
+    usage = " ".join(command.get_usage(context).removeprefix("Usage: ").split())
+    return f"## harken {name}\n\n```text\n{usage}\n```\n\n{command.help}\n\n" + table(["option", "meaning"], rows)
+
+
+def addresses_page() -> str:
+    """Every scheme, by the docstring of the module that opens it."""
+    modules = dict.fromkeys(transports.SCHEMES.values())
+    return page(
+        "Addresses",
+        "An address is a URL: `harken serve --bind URL`, `harken.serve(Handler, URL)`.\n"
+        "A peer whose IPv4 address is mapped into IPv6, `::ffff:127.0.0.1`, is shown as `127.0.0.1`.",
+        *(f"## {_schemes(name)}\n\n{doc_of(sys.modules.get(name) or __import__(name, fromlist=['_']))}" for name in modules),
+    )
+
+
+def _schemes(module: str) -> str:
+    return ", ".join(scheme for scheme, name in transports.SCHEMES.items() if name == module)
+
+
+# ── servers and handlers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def server_page() -> str:
+    """The server classes, their hooks in call order, and the attributes that change them."""
+    classes = [c for c in _public_classes() if hasattr(c, "process_request") or c.__name__.endswith("MixIn")]
+    return page(
+        "Servers",
+        "The classes of `socketserver`, with the same bases, hooks, attributes and defaults, and harken's beside them.\n"
+        "Every [setting](settings.md) is a keyword argument of each server class.",
+        table(["class", "bases", "what it is"], map(_class_row, classes)),
+        "## Hooks",
+        "In the order in which a server calls them; each may be overridden or extended.",
+        *(_member(_definer(name), name) for name in HOOKS),
+        f"## harken.serve{_signature(harken.serve)}",
+        doc_of(harken.serve),
+        "The verbs (`serve_forever`, `shutdown`, `drain` and so on) are on the page [Lifecycle](lifecycle.md).",
+    )
+
+
+def _definer(hook: str) -> type:
+    return harken.BaseServer if hook in vars(harken.BaseServer) else harken.TCPServer
+
+
+def handlers_page() -> str:
+    """The handler classes and what each gives to `handle`."""
+    classes = [c for c in _public_classes() if c.__name__.endswith("RequestHandler")]
+    return page(
+        "Handlers",
+        "A handler class is instantiated once for each connection or datagram: `setup()`, `handle()`, `finish()`.",
+        table(["class", "bases", "what it is"], map(_class_row, classes)),
+        *(f"## {c.__name__}\n\n{doc_of(c)}\n\n" + "\n\n".join(_own_members(c)) for c in classes),
+        "## Peer",
+        doc_of(harken.Peer),
+    )
+
+
+def _own_members(cls: type) -> Iterator[str]:
+    for name, value in vars(cls).items():
+        if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+            yield _member(cls, name)
+
+
+def _public_classes() -> list[type]:
+    found = (getattr(harken, name) for name in harken.__all__)
+    return [c for c in found if isinstance(c, type) and c.__module__.startswith("harken.")]
+
+
+def _class_row(cls: type) -> list[str]:
+    bases = ", ".join(f"`{base.__name__}`" for base in cls.__bases__ if base is not object)
+    return [f"`{cls.__name__}`", bases, summary_of(cls)]
+
+
+def _member(cls: type, name: str) -> str:
+    found = inspect.getattr_static(cls, name)
+    signature = "" if isinstance(found, property) else _signature(getattr(cls, name))
+    return f"### {name}{signature}\n\n{doc_of(found)}"
+
+
+def _signature(function: Callable[..., object]) -> str:
+    """Write a signature without annotations, which say in types what the docstring says in words."""
+    signature = inspect.signature(function)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name != "self"]
+    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    name: function
+    for function in list(vars().values())
+    if isinstance(function, types.FunctionType) and function.__name__.endswith("_page")
+    for name in [function.__name__.removesuffix("_page") + ".md"]
+}
+
+
+def main() -> None:
+    """Write every page that has changed."""
+    REFERENCE.mkdir(parents=True, exist_ok=True)
+    for name, make in PAGES.items():
+        path, text = REFERENCE / name, make()
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+            print(f"wrote {path.relative_to(REFERENCE.parent.parent)}")
+
+
+if __name__ == "__main__":
+    main()
