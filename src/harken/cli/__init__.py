@@ -30,7 +30,7 @@ COMMANDS: dict[str, str] = {
 FAILED = 1
 USAGE = 2
 INTERRUPTED = 130
-"""Exit statuses: the work failed; it was asked for wrongly, as click has it; Ctrl-C, as shells have it: 128 + SIGINT."""
+"""Exit statuses: the work failed; asked for wrongly, as click has it; Ctrl-C, 128 + SIGINT as shells have it."""
 
 
 class Commands(click.Group):

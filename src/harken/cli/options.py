@@ -28,6 +28,7 @@ __all__ = [
     "load_settings",
     "refuse_wrong_values",
     "settings_options",
+    "show",
     "unknown_variables",
 ]
 
@@ -101,25 +102,25 @@ def _option(declared: Setting) -> click.Option:
 
 
 def _metavar(declared: Setting) -> str:
-    return METAVARS.get(declared.kind.name) or "|".join(declared.kind.choices).upper() or "NAME"
+    return METAVARS.get(declared.kind.name) or "|".join(declared.kind.choices) or "NAME"
 
 
 def _help(declared: Setting) -> str:
-    default = f"default under serve {_show(declared.serve)}"
+    default = f"default under serve {show(declared.serve)}"
     if declared.serve == declared.default:
-        default = f"default {_show(declared.default)}"
+        default = f"default {show(declared.default)}"
     else:
-        default += f", drop-in {_show(declared.default)}"
+        default += f", drop-in {show(declared.default)}"
     unit = f"{declared.unit}; " if declared.unit else ""
     return f"{declared.meaning.rstrip('.')} [{unit}{default}; {declared.variable}]"
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
     """Write a default as it would be typed."""
     if isinstance(value, tuple | list):
         return ",".join(map(str, value)) or "empty"
     if isinstance(value, bytes):
-        return value.decode("ascii", "backslashreplace") or "empty"
+        return repr(value)[2:-1] or "empty"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

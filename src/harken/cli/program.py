@@ -10,13 +10,14 @@ import importlib.util
 import os
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
-from harken.cli.target import near_module
-from harken.errors import ConfigError, nearest
+from harken.cli.target import near_module, near_script
+from harken.errors import ConfigError
 
 __all__ = ["NotRunnable", "run_module", "run_script"]
 
@@ -37,8 +38,9 @@ def run_script(path: str, arguments: Sequence[str]) -> None:
         BaseException: whatever the program raises; its traceback is shown from the program's first frame on.
     """
     if not os.path.exists(path):
-        raise NotRunnable(f"no script {path!r}{_near_script(path)}")
+        raise NotRunnable(f"no script {path!r}{near_script(Path(path))}")
     sys.argv = [path, *arguments]
+    path = _absolute(path)
     if os.path.isdir(path) or _is_archive(path):
         _replace_first(path)
         spec = PathFinder.find_spec("__main__", [path])
@@ -75,6 +77,11 @@ def run_module(name: str, arguments: Sequence[str]) -> None:
     _run_spec(spec)
 
 
+def _absolute(path: str) -> str:
+    """Make a path absolute as the interpreter does for ``__file__``: links and ``..`` stay."""
+    return os.path.join(os.getcwd(), path.removeprefix("./"))
+
+
 def _replace_first(directory: str) -> None:
     """Set ``sys.path[0]``, which is still the ``harken`` command's own directory; ``python -P`` has no such entry."""
     if not sys.flags.safe_path:
@@ -83,15 +90,6 @@ def _replace_first(directory: str) -> None:
 
 def _is_archive(path: str) -> bool:
     return zipfile.is_zipfile(path)
-
-
-def _near_script(path: str) -> str:
-    directory, name = os.path.split(path)
-    try:
-        entries = os.listdir(directory or ".")
-    except OSError:
-        return ""
-    return nearest(name, (entry for entry in entries if entry.endswith(".py")))
 
 
 def _find_runnable(name: str) -> ModuleSpec:
@@ -115,22 +113,22 @@ def _find_spec(name: str, otherwise: str = "") -> ModuleSpec:
 
 def _run_spec(spec: ModuleSpec) -> None:
     loader: Any = spec.loader
-    if not hasattr(loader, "get_code"):
-        raise NotRunnable(f"module {spec.name!r} is not made of Python code, so it cannot be run")
     module = ModuleType("__main__")
     module.__dict__.update(__file__=spec.origin, __cached__=spec.cached, __spec__=spec, __package__=spec.parent)
     module.__loader__ = loader
     _execute(module, lambda: loader.get_code(spec.name))
 
 
-def _execute(module: ModuleType, compile_it: Any) -> None:
+def _execute(module: ModuleType, compile_it: Callable[[], CodeType | None]) -> None:
     """Run the code in ``module`` as ``__main__``; let what it raises look as if nobody had called it."""
     module.__dict__["__builtins__"] = sys.modules["builtins"]
     sys.modules["__main__"] = module
     try:
-        code: CodeType = compile_it()
+        code = compile_it()
+        if code is None:
+            raise NotRunnable(f"{module.__spec__ and module.__spec__.name!r} is not made of Python code, so it cannot be run")
         exec(code, module.__dict__)  # noqa: S102 - this is what `python` does with the program
-    except SystemExit:
+    except (SystemExit, NotRunnable):
         raise
     except BaseException as error:
         _hide_callers(_program_frames(error.__traceback__))

@@ -15,7 +15,7 @@ from typing import Any
 
 from harken.errors import ConfigError, nearest
 
-__all__ = ["is_handler", "is_server", "load_handler", "load_target", "near_module"]
+__all__ = ["is_handler", "is_server", "load_handler", "load_target", "near_module", "near_script"]
 
 
 def load_target(target: str) -> Any:
@@ -84,8 +84,7 @@ def _load_module(name: str, target: str) -> ModuleType:
 
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
-        scripts = (other.name for other in path.parent.glob("*.py")) if path.parent.is_dir() else ()
-        raise ConfigError(f"no file {str(path)!r}{nearest(path.name, scripts)}")
+        raise ConfigError(f"no file {str(path)!r}{near_script(path)}")
     path = path.resolve()
     loaded = sys.modules.get(path.stem)
     if loaded is not None and getattr(loaded, "__file__", None) != str(path):
@@ -153,6 +152,12 @@ def near_module(name: str) -> str:
     here = (module.name for module in pkgutil.iter_modules([os.getcwd()]))
     everywhere = (module.name for module in pkgutil.iter_modules())
     return nearest(name, here) or nearest(name, everywhere) or "; looked in the working directory and on sys.path"
+
+
+def near_script(path: Path) -> str:
+    """Say which Python file beside a missing one has a near name; ``"; did you mean …?"`` or nothing."""
+    stems = [other.stem for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    return nearest(path.stem, stems).replace("'?", ".py'?")
 
 
 def _find(module: ModuleType, name: str, place: str) -> Any:

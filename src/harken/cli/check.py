@@ -1,0 +1,81 @@
+"""``harken check``: what would go wrong, before it does, and the settings in force."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import click
+
+from harken import transports
+from harken.cli import options
+from harken.cli.target import is_handler, is_server, load_target
+from harken.errors import ConfigError
+from harken.settings import Profile, Settings
+
+__all__ = ["command"]
+
+
+def _check(target: str, urls: tuple[str, ...]) -> None:
+    options.refuse_wrong_values()
+    places = options.addresses(urls)
+    for line in options.unknown_variables():
+        click.echo(f"harken check: warning: {line}", err=True)
+    found = load_target(target)
+    values = _settings_of(found, target)
+    _require_fit(found, target, values["engine"])
+    bound = [url for place in places for url in _try(place, values)]
+    _print_table(values)
+    click.echo(f"ok: {target} on {', '.join(bound)}")
+
+
+def _settings_of(found: Any, target: str) -> Settings:
+    """Return what holds for a target: serve's defaults for a handler, the drop-in's for a server class."""
+    if is_server(found):
+        return Settings(object.__new__(found), profile="drop-in")
+    if not is_handler(found):
+        raise ConfigError(f"{target} has no handle(), so it is not a handler class: give a class with handle()")
+    profile: Profile = "serve"
+    return Settings(None, profile=profile)
+
+
+def _require_fit(found: Any, target: str, engine: str | None) -> None:
+    handle = getattr(found, "handle", None)
+    if inspect.iscoroutinefunction(handle) and engine != "asyncio":
+        raise ConfigError(f"{target}.handle is async, which engine {engine!r} cannot run: write it as a plain function")
+
+
+def _try(place: str, values: Settings) -> list[str]:
+    """Bind an address and close it again; return what it stood for."""
+    listeners = transports.listen(place, transports.bind_options(values))
+    for listener in listeners:
+        listener.close()
+    return [place] if len(listeners) == 1 else [listener.url for listener in listeners]
+
+
+def _print_table(values: Settings) -> None:
+    rows = [("setting", "value", "from")]
+    for name in options.load_settings():
+        value, source = values.find(name)
+        rows.append((name, options.show(value), source))
+    for line in _columns(rows):
+        click.echo(line)
+
+
+def _columns(rows: list[tuple[str, str, str]]) -> Iterable[str]:
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return (f"{name:{widths[0]}}  {value:{widths[1]}}  {source}" for name, value, source in rows)
+
+
+command = click.Command(
+    "check",
+    callback=_check,
+    help="Import TARGET (module:Name or path/file.py:Name; a handler or a server class), bind its addresses for a "
+    "moment, and print every setting in force and where it came from.",
+    params=[
+        click.Argument(["target"]),
+        click.Option(**options.BIND_OPTION),
+        *options.settings_options(ConfigError),
+    ],
+)

@@ -1,0 +1,55 @@
+"""``harken serve``: a handler class on one or more addresses."""
+
+from __future__ import annotations
+
+import shlex
+
+import click
+
+from harken import events
+from harken.cli import options
+from harken.cli.target import load_handler
+
+__all__ = ["command"]
+
+
+def _serve(target: str, urls: tuple[str, ...]) -> int:
+    from harken.process.worker import serve
+
+    options.refuse_wrong_values()
+    places = options.addresses(urls)
+    handler = load_handler(target)
+    events.subscribe(_announce, "listening")
+    return serve(handler, *places)
+
+
+def _announce(event: events.Event) -> None:
+    attempt = _attempt(str(event.address))
+    hint = f"; try: {attempt}" if attempt else ""
+    click.echo(f"listening on {event.address} (engine {event.engine}){hint}", err=True)
+
+
+def _attempt(url: str) -> str:
+    """Return a command that talks to an address, for the shell; empty when there is no such address."""
+    scheme, _, rest = url.partition(":")
+    if scheme in {"unix", "unixgram"}:
+        path = shlex.quote(rest.partition("?")[0])
+        return f"nc -U {path}" if scheme == "unix" else f"nc -uU {path}"
+    if scheme not in {"tcp", "udp"}:
+        return ""
+    host, _, port = rest.removeprefix("//").rpartition(":")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
+    return f"nc {'-u ' if scheme == 'udp' else ''}{host} {port}"
+
+
+command = click.Command(
+    "serve",
+    callback=_serve,
+    help="Serve the handler class TARGET, which is module:Name or path/file.py:Name. SIGTERM drains and ends (status "
+    "0, or 3 when connections had to be cut), SIGINT and SIGQUIT stop at once.",
+    params=[
+        click.Argument(["target"]),
+        click.Option(**options.BIND_OPTION),
+        *options.settings_options(),
+    ],
+)

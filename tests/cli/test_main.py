@@ -1,0 +1,83 @@
+"""The command itself: help, version, what is misspelt, and what it loads."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import click
+import pytest
+
+from harken.cli import COMMANDS
+
+
+def test_help_names_every_command_and_loads_none(harken):
+    """``--help`` shows the table of commands without importing one of them."""
+    loaded = {name for name in sys.modules if name.startswith("harken.cli.")}
+    status, out, _ = harken("--help")
+    assert status == 0
+    assert all(f"  {name} " in out for name in COMMANDS)
+    assert {name for name in sys.modules if name.startswith("harken.cli.")} == loaded
+
+
+def test_no_command_shows_the_help_and_is_a_usage_error(harken):
+    """``harken`` alone says what there is, on stderr, with status 2."""
+    status, out, err = harken()
+    assert (status, out) == (2, "")
+    assert "serve" in err
+
+
+def test_version(harken):
+    """``--version`` says which harken on which Python."""
+    status, out, _ = harken("--version")
+    assert status == 0
+    assert out.startswith("harken ")
+    assert sys.version.split()[0] in out
+
+
+@pytest.mark.parametrize("word,near", [("serv", "serve"), ("chek", "check"), ("rum", "run"), ("explian", "explain")])
+def test_a_misspelt_command_gets_the_nearest(harken, word, near):
+    """A wrong command is one line that names the nearest one."""
+    status, _, err = harken(word)
+    assert status == 2
+    assert err == f"harken: no command {word!r}; did you mean {near!r}? (see harken --help)\n"
+
+
+def test_a_command_like_none_gets_the_list(harken):
+    """Where nothing is near, all are named."""
+    _, _, err = harken("xyzzy")
+    assert "serve, run, check, explain" in err
+
+
+def test_a_misspelt_flag_gets_the_nearest(harken):
+    """A wrong flag is one line, status 2, with the nearest flag."""
+    status, _, err = harken("check", "--enigne", "thread", "app:Handler")
+    assert status == 2
+    assert "'--enigne'" in err
+    assert "--engine" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_a_module_with_help(name, harken):
+    """Each name of the table leads to a command that explains itself and each of its options."""
+    command = importlib.import_module(f"harken.cli.{name}").command
+    assert isinstance(command, click.Command)
+    assert all(option.help for option in command.params if isinstance(option, click.Option))
+    status, out, _ = harken(name, "--help")
+    assert status == 0
+    assert out.startswith(f"Usage: harken {name}")
+
+
+@pytest.mark.parametrize("name", ["serve", "run", "check"])
+def test_a_command_loads_nothing_that_is_built_on_socketserver(name):
+    """A command that imported socketserver's users would hide them from the stand-in that ``run`` puts in its place."""
+    code = (
+        "import sys, harken.cli, importlib\n"
+        f"importlib.import_module('harken.cli.{name}')\n"
+        "from harken.cli.options import load_settings; load_settings()\n"
+        "print([m for m in ('socketserver', 'http.server', 'logging.config', 'xmlrpc.server') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
+    assert result.stdout == "[]\n"
