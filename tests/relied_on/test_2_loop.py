@@ -1,0 +1,694 @@
+"""What programs rely on in the loop: waiting, serving, stopping, and what ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import select
+import selectors
+import socket
+import ssl
+import threading
+import time
+from typing import Any
+
+import pytest
+import trustme
+
+from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, read_all, run, serving, wait_until
+
+
+def echo_handler(impl: Any) -> Any:
+    """A handler that answers one line."""
+
+    class Echo(impl.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(self.rfile.readline())
+
+    return Echo
+
+
+class Hostile:
+    """What a program keeps under a common name: any use by the server is an error."""
+
+    def _refuse(self, *_args: Any, **_keywords: Any) -> Any:
+        raise AssertionError("the server used an attribute that is the program's own")
+
+    __call__ = __bool__ = __iter__ = __len__ = __enter__ = __float__ = __int__ = __lt__ = __gt__ = _refuse
+
+
+# --- waiting for the listening socket ---------------------------------------------------------------------------------
+
+
+def test_server_is_selectable(impl: Any) -> None:
+    """`select.select([server])` and `selector.register(server)` report a connection, and `server.socket` has it."""
+    with impl.ThreadingTCPServer(LOCAL, echo_handler(impl)) as server, selectors.DefaultSelector() as selector:
+        assert server.fileno() == server.socket.fileno()
+        selector.register(server, selectors.EVENT_READ)
+        assert selector.select(0) == []
+        with connect(server.server_address):
+            assert select.select([server], [], [], PATIENCE)[0] == [server]
+            assert selector.select(PATIENCE)
+            accepted, address = server.socket.accept()
+            accepted.close()
+            assert address[0] == "127.0.0.1"
+
+
+def test_server_serves_under_asyncio(impl: Any) -> None:
+    """`loop.add_reader(server, server.handle_request)` serves inside an asyncio loop."""
+
+    async def main() -> bytes:
+        loop = asyncio.get_running_loop()
+        with impl.ThreadingTCPServer(LOCAL, echo_handler(impl)) as server:
+            loop.add_reader(server, server.handle_request)
+            try:
+                return await asyncio.to_thread(ask, server.server_address)
+            finally:
+                loop.remove_reader(server)
+
+    assert asyncio.run(main()) == b"hello\n"
+
+
+def test_fileno_is_looked_up_when_asked(impl: Any) -> None:
+    """After `server.socket` was replaced, `fileno` and the loop use the new one."""
+    server = impl.TCPServer(LOCAL, echo_handler(impl))
+    server.socket.close()
+    server.socket = socket.create_server(LOCAL)
+    assert server.fileno() == server.socket.fileno()
+    with serving(server):
+        assert ask(server.socket.getsockname()) == b"hello\n"
+
+
+@pytest.mark.parametrize("name", ["TCPServer", "ThreadingTCPServer", "ForkingTCPServer"])
+def test_nothing_is_accepted_ahead(impl: Any, name: str) -> None:
+    """One `handle_request` takes one connection; the next stays in the kernel for whoever selects on the socket."""
+    with getattr(impl, name)(LOCAL, echo_handler(impl)) as server:
+        clients = [connect(server.server_address) for _ in range(2)]
+        clients[0].sendall(b"x\n")
+        server.handle_request()
+        assert select.select([server.socket], [], [], PATIENCE)[0]
+        server.socket.settimeout(PATIENCE)
+        accepted, address = server.socket.accept()
+        assert address == clients[1].getsockname()
+        accepted.close()
+        for client in clients:
+            client.close()
+
+
+@pytest.mark.parametrize("name", ["TCPServer", "ThreadingTCPServer"])
+def test_connection_between_two_serve_forever_is_served_by_the_second(impl: Any, name: str) -> None:
+    """After `shutdown` the listener queues; the second `serve_forever` serves what came in between."""
+    with getattr(impl, name)(LOCAL, echo_handler(impl)) as server:
+        loop = run(server.serve_forever, 0.05)
+        assert ask(server.server_address) == b"hello\n"
+        server.shutdown()
+        join(loop)
+        with connect(server.server_address) as client:
+            client.sendall(b"between\n")
+            assert select.select([client], [], [], 0.15)[0] == []
+            loop = run(server.serve_forever, 0.05)
+            assert read_all(client) == b"between\n"
+            server.shutdown()
+            join(loop)
+
+
+def test_serve_until_stopped(impl: Any) -> None:
+    """logging.config's and pydoc's loop: select on the socket for a second at most, `handle_request`, look at a flag."""
+
+    class Receiver(impl.ThreadingTCPServer):
+        allow_reuse_address = True
+        abort = 0
+        timeout = 1
+
+        def serve_until_stopped(self) -> None:
+            while not self.abort:
+                if select.select([self.socket.fileno()], [], [], 0.05)[0]:
+                    self.handle_request()
+            self.server_close()
+
+    server = Receiver(LOCAL, echo_handler(impl))
+    loop = run(server.serve_until_stopped)
+    assert ask(server.server_address) == b"hello\n"
+    server.abort = 1
+    join(loop)
+    assert server.socket.fileno() == -1
+
+
+# --- handle_request and its timeouts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("of_socket", "of_server"), [(None, 0.1), (0.1, None), (0.1, 30), (30, 0.1)])
+def test_handle_request_waits_for_the_shorter_timeout(impl: Any, of_socket: float | None, of_server: float | None) -> None:
+    """The timeout is the smaller of the listening socket's and `self.timeout`; then `handle_timeout` is called."""
+    called = []
+
+    class Timed(impl.TCPServer):
+        timeout = of_server
+
+        def handle_timeout(self) -> None:
+            called.append(threading.get_ident())
+
+    with Timed(LOCAL, None) as server:
+        server.socket.settimeout(of_socket)
+        start = time.monotonic()
+        server.handle_request()
+        spent = time.monotonic() - start
+    assert called == [threading.get_ident()]
+    assert 0.09 <= spent < 5
+
+
+def test_handle_request_with_timeout_zero_polls(impl: Any) -> None:
+    """A timeout of 0 returns at once, and still serves what already waits."""
+    with impl.ThreadingTCPServer(LOCAL, echo_handler(impl)) as server:
+        server.timeout = 0
+        start = time.monotonic()
+        server.handle_request()
+        assert time.monotonic() - start < 1
+        with connect(server.server_address) as client:
+            client.sendall(b"x\n")
+            assert select.select([server], [], [], PATIENCE)[0]
+            server.handle_request()
+            assert read_all(client) == b"x\n"
+
+
+def test_handle_timeout_may_raise(impl: Any) -> None:
+    """What `handle_timeout` raises comes out of `handle_request`."""
+
+    class Impatient(impl.TCPServer):
+        timeout = 0.05
+
+        def handle_timeout(self) -> None:
+            raise TimeoutError("nobody came back from the browser")
+
+    with Impatient(LOCAL, None) as server, pytest.raises(TimeoutError, match="nobody came back"):
+        server.handle_request()
+
+
+def test_timeout_set_in_the_constructor(impl: Any) -> None:
+    """A constructor that sets `self.timeout` after or before the base's is obeyed."""
+
+    class Late(impl.UDPServer):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.timeout = 0.05
+
+    class Early(impl.UDPServer):
+        def __init__(self, *args: Any) -> None:
+            self.timeout = 0.05
+            super().__init__(*args)
+
+    for kind in (Late, Early):
+        with kind(LOCAL, None) as server:
+            join(run(server.handle_request), 5)
+
+
+def test_loop_over_handle_request_with_a_socket_timeout(impl: Any) -> None:
+    """Paste's loop: `settimeout` on the listening socket in `server_activate`, `handle_request` while running."""
+
+    class Running(impl.ThreadingTCPServer):
+        running = True
+
+        def server_activate(self) -> None:
+            super().server_activate()
+            self.socket.settimeout(0.05)
+
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            while self.running:
+                self.handle_request()
+            self.server_close()
+
+    server = Running(LOCAL, echo_handler(impl))
+    loop = run(server.serve_forever)
+    assert ask(server.server_address) == b"hello\n"
+    threading.Event().wait(0.12)
+    assert ask(server.server_address) == b"hello\n"
+    server.running = False
+    join(loop)
+    assert server.socket.fileno() == -1
+
+
+def test_accepted_connection_blocks_though_the_listener_has_a_timeout(impl: Any) -> None:
+    """A timeout of the listening socket does not pass to the connections."""
+    seen = []
+
+    class Look(impl.BaseRequestHandler):
+        def handle(self) -> None:
+            seen.append((self.request.gettimeout(), self.request.getblocking(), self.request.recv(1)))
+
+    with impl.TCPServer(LOCAL, Look) as server:
+        server.socket.settimeout(3)
+        with connect(server.server_address) as client:
+            timer = threading.Timer(0.1, client.sendall, [b"x"])
+            timer.start()
+            server.handle_request()
+            timer.join()
+    assert seen == [(None, True, b"x")]
+
+
+def test_default_timeout_in_force(impl: Any) -> None:
+    """With `socket.setdefaulttimeout` the loop serves on, and connections have that timeout."""
+    seen = []
+
+    class Look(impl.StreamRequestHandler):
+        def handle(self) -> None:
+            seen.append(self.request.gettimeout())
+            self.wfile.write(self.rfile.readline())
+
+    socket.setdefaulttimeout(7.5)
+    try:
+        with serving(impl.ThreadingTCPServer(LOCAL, Look)) as server:
+            assert ask(server.server_address) == b"hello\n"
+            assert ask(server.server_address) == b"hello\n"
+    finally:
+        socket.setdefaulttimeout(None)
+    assert seen == [7.5, 7.5]
+
+
+# --- names that belong to subclasses ----------------------------------------------------------------------------------
+
+COMMON = """
+    server thread timeout clients queue start stop run close log engine name address port host listener acceptor loop
+    state settings lifecycle limits transport selector running closed pool threads connection peer logger lock workers
+    user group control backlog tls config options handler handlers events open wake accept tick join spawn watch
+    unwatch adopt gate tickets registry preambles stopped started stopping ready
+"""
+
+
+def test_loop_leaves_common_names_alone(impl: Any) -> None:
+    """Attributes of common names set before `__init__` are neither used nor changed by a server that serves."""
+    mine = {name: Hostile() for name in COMMON.split() if name != "timeout"}
+
+    class Own(impl.ThreadingTCPServer):
+        def __init__(self, *args: Any) -> None:
+            self.__dict__.update(mine)
+            self.timeout = 10
+            super().__init__(*args)
+
+    server = Own(LOCAL, echo_handler(impl))
+    with serving(server):
+        assert ask(server.server_address) == b"hello\n"
+        assert ask(server.server_address) == b"hello\n"
+    assert {name: vars(server)[name] for name in mine} == mine
+    assert server.timeout == 10
+
+
+def test_loop_leaves_common_methods_alone(impl: Any) -> None:
+    """Methods and class attributes of common names are not called, nor is an own `handle_request` of other arguments."""
+    names = dict.fromkeys(COMMON.split(), Hostile())
+
+    def handle_request(self: Any, request: Any, client_address: Any) -> None:
+        raise AssertionError("serve_forever called handle_request")
+
+    own = type("Own", (impl.ThreadingTCPServer,), {**names, "handle_request": handle_request})
+    with serving(own(LOCAL, echo_handler(impl))) as server:
+        assert ask(server.server_address) == b"hello\n"
+
+
+def test_timeout_is_ignored_by_serve_forever(impl: Any) -> None:
+    """`self.timeout` bounds neither the loop nor connections."""
+
+    class Slow(impl.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(self.rfile.readline())
+
+    class Tiny(impl.ThreadingTCPServer):
+        timeout = 0.01
+
+        def handle_timeout(self) -> None:
+            raise AssertionError("serve_forever called handle_timeout")
+
+    with serving(Tiny(LOCAL, Slow)) as server, connect(server.server_address) as client:
+        threading.Event().wait(0.1)
+        client.sendall(b"late\n")
+        assert read_all(client) == b"late\n"
+
+
+# --- service_actions --------------------------------------------------------------------------------------------------
+
+
+def test_service_actions_runs_each_poll_interval_in_the_loop(impl: Any) -> None:
+    """Without any request it is called again and again, in the thread of `serve_forever`."""
+    calls: list[tuple[int, float]] = []
+
+    class Busy(impl.TCPServer):
+        def service_actions(self) -> None:
+            super().service_actions()
+            calls.append((threading.get_ident(), time.monotonic()))
+
+    server = Busy(LOCAL, None)
+    loop = run(server.serve_forever, 0.02)
+    wait_until(lambda: len(calls) >= 4)
+    server.shutdown()
+    join(loop)
+    server.server_close()
+    assert {ident for ident, _ in calls} == {loop.ident}
+    assert calls[3][1] - calls[0][1] > 0.03, "the loop does not wait for the poll interval"
+
+
+@pytest.mark.parametrize("name", ["TCPServer", "ThreadingTCPServer"])
+def test_service_actions_runs_after_each_request(impl: Any, name: str) -> None:
+    """After a request it is called at once, however long the poll interval."""
+    called = threading.Event()
+
+    class Busy(getattr(impl, name)):  # type: ignore[misc]
+        def service_actions(self) -> None:
+            called.set()
+
+    server = Busy(LOCAL, echo_handler(impl))
+    loop = run(server.serve_forever, 3)
+    assert ask(server.server_address) == b"hello\n"
+    assert called.wait(1)
+    server._BaseServer__shutdown_request = True
+    connect(server.server_address).close()
+    join(loop)
+    server.server_close()
+
+
+def test_service_actions_by_hand_from_another_loop(impl: Any) -> None:
+    """A loop of the program's own selects, calls `handle_request` and `service_actions` (Radicale)."""
+    actions = []
+
+    class Own(impl.ThreadingTCPServer):
+        def service_actions(self) -> None:
+            super().service_actions()
+            actions.append(1)
+
+    stop, stopped = socket.socketpair()
+    with stop, stopped, Own(LOCAL, echo_handler(impl)) as server:
+
+        def loop() -> None:
+            while True:
+                ready = select.select([server.socket, stopped], [], [], 0.05)[0]
+                if stopped in ready:
+                    return
+                if ready:
+                    server.handle_request()
+                server.service_actions()
+
+        thread = run(loop)
+        assert ask(server.server_address) == b"hello\n"
+        wait_until(lambda: actions)
+        stop.sendall(b"x")
+        join(thread)
+
+
+def test_what_service_actions_raises_ends_the_loop(impl: Any) -> None:
+    """An exception from `service_actions` comes out of `serve_forever`, and the server can be shut down and closed."""
+
+    class Broken(impl.TCPServer):
+        def service_actions(self) -> None:
+            raise ZeroDivisionError("on purpose")
+
+    with Broken(LOCAL, None) as server:
+        with pytest.raises(ZeroDivisionError, match="on purpose"):
+            server.serve_forever(0.01)
+        join(run(server.shutdown))
+
+
+# --- shutdown ---------------------------------------------------------------------------------------------------------
+
+
+def test_shutdown_waits_for_the_last_service_actions(impl: Any) -> None:
+    """`shutdown` returns only when the loop has left, its running `service_actions` included."""
+    inside, release = threading.Event(), threading.Event()
+    left = []
+
+    class Slow(impl.TCPServer):
+        def service_actions(self) -> None:
+            inside.set()
+            release.wait(PATIENCE)
+            left.append(1)
+
+    with Slow(LOCAL, None) as server:
+        loop = run(server.serve_forever, 0.01)
+        assert inside.wait(PATIENCE)
+        stopper = run(server.shutdown)
+        stopper.join(0.2)
+        assert stopper.is_alive(), "shutdown() returned while the loop was still running"
+        release.set()
+        join(stopper)
+        assert left
+        join(loop)
+
+
+def test_shutdown_before_serve_forever_ends_both(impl: Any) -> None:
+    """A `shutdown` that comes too early makes the later `serve_forever` return at once, and both threads end."""
+    with impl.TCPServer(LOCAL, None) as server:
+        early = run(server.shutdown)
+        wait_until(lambda: server._BaseServer__shutdown_request or not early.is_alive())
+        join(run(server.serve_forever), 2)
+        join(early)
+
+
+def test_shutdown_several_times_and_after_the_end(impl: Any) -> None:
+    """Second and later calls return at once."""
+    with impl.TCPServer(LOCAL, echo_handler(impl)) as server:
+        loop = run(server.serve_forever, 0.02)
+        assert ask(server.server_address) == b"hello\n"
+        stoppers = [run(server.shutdown) for _ in range(3)]
+        for stopper in stoppers:
+            join(stopper)
+        join(loop)
+        join(run(server.shutdown), 2)
+    join(run(server.shutdown), 2)
+
+
+def test_shutdown_overridden_with_another_signature(impl: Any) -> None:
+    """`shutdown(wait=False)` in a subclass, and one that closes as well, work and are nobody else's business."""
+
+    class Sites(impl.ThreadingTCPServer):
+        def shutdown(self, wait: bool = False) -> None:
+            self.waited = wait
+            super().shutdown()
+            self.server_close()
+
+    with Sites(LOCAL, echo_handler(impl)) as server:
+        loop = run(server.serve_forever, 0.02)
+        assert ask(server.server_address) == b"hello\n"
+        server.shutdown(wait=True)
+        join(loop)
+    assert server.waited
+    assert not is_open(server.server_address)
+
+
+def test_shutdown_from_a_handlers_thread(impl: Any) -> None:
+    """A handler of a threading server may call `shutdown`, which returns, and finish its answer."""
+
+    class Quit(impl.StreamRequestHandler):
+        def handle(self) -> None:
+            self.server.shutdown()
+            self.wfile.write(b"stopped")
+
+    with impl.ThreadingTCPServer(LOCAL, Quit) as server:
+        loop = run(server.serve_forever, 0.02)
+        assert ask(server.server_address) == b"stopped"
+        join(loop)
+
+
+# --- orders in which programs end a server ----------------------------------------------------------------------------
+
+
+def test_close_then_shutdown(impl: Any) -> None:
+    """`server_close` first and `shutdown` after it (websocket-server) ends the loop."""
+    server = impl.ThreadingTCPServer(LOCAL, echo_handler(impl))
+    loop = run(server.serve_forever, 0.02)
+    assert ask(server.server_address) == b"hello\n"
+    server.server_close()
+    join(run(server.shutdown))
+    join(loop)
+    assert not is_open(server.server_address)
+
+
+def test_close_alone_from_another_thread(impl: Any) -> None:
+    """`server_close` while the loop runs in another thread (impacket) returns, and the port is free."""
+    server = impl.ThreadingTCPServer(LOCAL, echo_handler(impl))
+    loop = run(server.serve_forever, 0.02)
+    assert ask(server.server_address) == b"hello\n"
+    try:
+        join(run(server.server_close))
+        # A poll in progress keeps stdlib's port until it ends; harken's own tests ask for more.
+        wait_until(lambda: not is_open(server.server_address))
+    finally:
+        server._BaseServer__shutdown_request = True
+    join(loop)
+
+
+def test_close_that_shuts_down(impl: Any) -> None:
+    """A `server_close` that calls `shutdown` first (jsonrpclib's pooled server) ends everything."""
+
+    class Pooled(impl.ThreadingTCPServer):
+        def server_close(self) -> None:
+            self.shutdown()
+            super().server_close()
+
+    server = Pooled(LOCAL, echo_handler(impl))
+    loop = run(server.serve_forever, 0.02)
+    assert ask(server.server_address) == b"hello\n"
+    join(run(server.server_close))
+    join(loop)
+
+
+def test_serve_forever_whose_finally_closes(impl: Any) -> None:
+    """werkzeug's `serve_forever` closes in its `finally`; a later close is harmless."""
+
+    class Tidy(impl.ThreadingTCPServer):
+        def serve_forever(self, poll_interval: float = 0.5) -> None:
+            try:
+                super().serve_forever(poll_interval=poll_interval)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                self.server_close()
+
+    server = Tidy(LOCAL, echo_handler(impl))
+    loop = run(server.serve_forever, 0.02)
+    assert ask(server.server_address) == b"hello\n"
+    server.shutdown()
+    join(loop)
+    server.server_close()
+    assert not is_open(server.server_address)
+
+
+# --- what ends the loop and what does not -----------------------------------------------------------------------------
+
+
+def raising_handler(impl: Any, error: type[BaseException]) -> Any:
+    """A handler that raises."""
+
+    class Raise(impl.BaseRequestHandler):
+        def handle(self) -> None:
+            raise error("on purpose")
+
+    return Raise
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_base_exceptions_leave_the_loop(impl: Any, error: type[BaseException]) -> None:
+    """On the plain server what is no Exception leaves `serve_forever`, after `shutdown_request`, without `handle_error`."""
+    calls = []
+
+    class Plain(impl.TCPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            calls.append("handle_error")
+
+        def shutdown_request(self, request: Any) -> None:
+            calls.append("shutdown_request")
+            super().shutdown_request(request)
+
+    with Plain(LOCAL, raising_handler(impl, error)) as server:
+        client = connect(server.server_address)
+        with pytest.raises(error):
+            server.serve_forever(0.02)
+        assert client.recv(1) == b""
+        client.close()
+        assert calls == ["shutdown_request"]
+        assert server._BaseServer__is_shut_down.is_set()
+
+
+def test_exceptions_go_to_handle_error_and_the_loop_goes_on(impl: Any) -> None:
+    """An Exception of a handler goes to `handle_error`; the next connection is served."""
+    errors = []
+
+    class Plain(impl.TCPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            import sys
+
+            errors.append(sys.exc_info()[0])
+
+    with serving(Plain(LOCAL, raising_handler(impl, ValueError))) as server:
+        assert ask(server.server_address, b"") == b""
+        assert ask(server.server_address, b"") == b""
+    assert errors == [ValueError, ValueError]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_handle_error_that_raises_leaves_the_loop(impl: Any, error: type[BaseException]) -> None:
+    """What `handle_error` raises (werkzeug's passthrough_errors, Paste's ServerExit) leaves `serve_forever`."""
+
+    class Pass(impl.TCPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            self.shutdown_request(request)
+            raise error("through")
+
+    with Pass(LOCAL, raising_handler(impl, ValueError)) as server:
+        client = connect(server.server_address)
+        with pytest.raises(error, match="through"):
+            server.serve_forever(0.02)
+        client.close()
+
+
+def test_os_error_of_get_request_is_skipped(impl: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """An OSError of `get_request` is skipped in silence, and the loop goes on."""
+    failures = [OSError("odd"), ssl.SSLError("bad handshake"), ConnectionAbortedError("gone")]
+
+    class Flaky(impl.TCPServer):
+        def get_request(self) -> Any:
+            got = super().get_request()
+            if failures:
+                got[0].close()
+                raise failures.pop()
+            return got
+
+    with serving(Flaky(LOCAL, echo_handler(impl))) as server:
+        for _ in range(3):
+            with connect(server.server_address) as client:
+                assert client.recv(1) == b""
+        assert ask(server.server_address) == b"hello\n"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_plain_client_on_a_tls_listening_socket(impl: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """On a TLS-wrapped listening socket a client that speaks no TLS is skipped, and the next one is served."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    server = impl.ThreadingTCPServer(LOCAL, echo_handler(impl))
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    with serving(server):
+        with connect(server.server_address) as rude:
+            rude.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            try:
+                rude.recv(100)
+            except ConnectionResetError:
+                pass
+        raw = connect(server.server_address)
+        with trust.wrap_socket(raw, server_hostname="localhost") as client:
+            client.sendall(b"secret\n")
+            assert client.recv(100) == b"secret\n"
+    assert "Traceback" not in capfd.readouterr().err
+
+
+# --- several loops on one server --------------------------------------------------------------------------------------
+
+
+def test_several_serve_forever_in_parallel(impl: Any) -> None:
+    """The Cookbook's pre-threaded server: `serve_forever` in many threads on one plain server serves many at once."""
+    together = threading.Barrier(3)
+
+    class Meet(impl.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(self.rfile.readline())
+            together.wait(PATIENCE)
+
+    server = impl.TCPServer(LOCAL, Meet)
+    server.socket.settimeout(0.2)  # a loop that loses the race for a connection must not block in accept
+    loops = [run(server.serve_forever, 0.05) for _ in range(4)]
+    answers: list[bytes] = []
+    clients = [run(lambda: answers.append(ask(server.server_address))) for _ in range(6)]
+    for client in clients:
+        join(client)
+    assert answers == [b"hello\n"] * 6
+    for _ in loops:  # each loop that ends takes the request to end with it
+        if any(loop.is_alive() for loop in loops):
+            join(run(server.shutdown))
+    wait_until(lambda: stop_all(server, loops))
+    server.server_close()
+
+
+def stop_all(server: Any, loops: list[threading.Thread]) -> bool:
+    """Ask again until every loop has ended; tell whether it is so."""
+    if all(not loop.is_alive() for loop in loops):
+        return True
+    server._BaseServer__shutdown_request = True
+    return False
