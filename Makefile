@@ -19,9 +19,11 @@ test: $(VENV)/.have-test ## run the tests (ARGS="-k name" picks some)
 
 lint: $(VENV)/.have-lint ## ruff over everything
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 format: $(VENV)/.have-lint ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 types: $(VENV)/.have-lint ## mypy --strict over src
 	$(BIN)/mypy

@@ -27,7 +27,12 @@ def modules_loaded_by(statement: str) -> set[str]:
     """Return what a fresh interpreter has loaded after ``statement``."""
     code = f"{statement}\nimport sys\nprint(*sys.modules, sep='\\n')"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30, env={"PYTHONPATH": str(ROOT / "src")}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+        env={"PYTHONPATH": str(ROOT / "src")},
     )
     return set(done.stdout.split())
 
@@ -92,7 +97,9 @@ def test_typing_marker_and_startup_hook_are_packed() -> None:
 
 def test_every_dependency_is_imported() -> None:
     """No runtime dependency is asked for that no source file imports."""
-    imported = {word for path in SOURCES for word in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M)}
+    imported = {
+        word for path in SOURCES for word in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+    }
     needed = {re.match(r"[\w-]+", wish)[0] for wish in PROJECT["project"]["dependencies"]}  # type: ignore[index]
     assert needed <= imported
 

@@ -70,7 +70,7 @@ def settings_page() -> str:
         "class attribute, default.\n"
         "The defaults of the drop-in classes are the standard library's; those of `harken serve` are for production.",
         "Times are seconds, sizes bytes (`KiB`, `MiB` and `GiB` may follow), lists are separated by commas,\n"
-        "`none` is no value, and 0 is zero and not \"off\".",
+        '`none` is no value, and 0 is zero and not "off".',
         overview,
         *map(_setting, declared),
     )
@@ -115,7 +115,10 @@ def events_page() -> str:
 def errors_page() -> str:
     """Every error, under the one that it derives from."""
     classes = [getattr(errors, name) for name in errors.__all__]
-    rows = ([f"`{c.__name__}`", ", ".join(f"`{b.__name__}`" for b in c.__bases__), summary_of(c)] for c in _by_depth(classes))
+    rows = (
+        [f"`{c.__name__}`", ", ".join(f"`{b.__name__}`" for b in c.__bases__), summary_of(c)]
+        for c in _by_depth(classes)
+    )
     return page("Errors", doc_of(errors), table(["error", "derives from", "meaning"], rows))
 
 
@@ -162,7 +165,9 @@ def cli_page() -> str:
         "Commands",
         "`harken COMMAND --help` prints the same, and the settings too:\n"
         "`serve`, `run`, `check` and `explain` take a flag for every [setting](settings.md).",
-        table(["command", "does"], ([f"[`harken {name}`](#harken-{name})", text] for name, text in cli.COMMANDS.items())),
+        table(
+            ["command", "does"], ([f"[`harken {name}`](#harken-{name})", text] for name, text in cli.COMMANDS.items())
+        ),
         "Exit status: 0 done, 1 failed, 2 asked for wrongly.",
         *map(_command, cli.COMMANDS),
     )
@@ -190,7 +195,10 @@ def addresses_page() -> str:
         "Addresses",
         "An address is a URL: `harken serve --bind URL`, `harken.serve(Handler, URL)`.\n"
         "A peer whose IPv4 address is mapped into IPv6, `::ffff:127.0.0.1`, is shown as `127.0.0.1`.",
-        *(f"## {_schemes(name)}\n\n{doc_of(sys.modules.get(name) or __import__(name, fromlist=['_']))}" for name in modules),
+        *(
+            f"## {_schemes(name)}\n\n{doc_of(sys.modules.get(name) or __import__(name, fromlist=['_']))}"
+            for name in modules
+        ),
     )
 
 
