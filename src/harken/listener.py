@@ -25,6 +25,9 @@ class BindError(ConfigError, OSError):
         self.errno = errno
         self.strerror = os.strerror(errno)
 
+    def __str__(self) -> str:
+        return str(self.args[0])  # and not OSError's, which speaks of errno alone
+
     def __reduce__(self) -> tuple[type[BindError], tuple[str, int]]:
         return type(self), (str(self), self.errno or 0)
 

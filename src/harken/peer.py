@@ -45,7 +45,7 @@ class Peer:
             return f"{self.address}:{self.port}"
         if self.family == socket.AF_INET6:
             return f"[{self.address}]:{self.port}"
-        words = [getattr(self.family, "name", f"AF_{self.family}").removeprefix("AF_").lower()]
+        words = [getattr(self.family, "name", f"family {self.family}").removeprefix("AF_").lower()]
         if self.credentials:
             words.append(f"pid {self.credentials.pid} uid {self.credentials.uid}")
         if self.address:

@@ -147,7 +147,7 @@ def bind_options(values: Settings) -> BindOptions:
 
 
 def for_url(url: str) -> Scheme:
-    """Return the module that opens an address, by its scheme.
+    """Return the module that opens an address: by its scheme, of this room or of the entry points ``harken.transports``.
 
     Raises:
         ConfigError: no transport has that scheme.
@@ -157,6 +157,10 @@ def for_url(url: str) -> Scheme:
         return cast("Scheme", importlib.import_module(SCHEMES[scheme]))
     if scheme == "tls" and colon:
         raise ConfigError(f"{url!r}: TLS listeners are not available in this version; listen on tcp:{rest}")
+    from importlib.metadata import entry_points
+
+    for plugin in entry_points(group="harken.transports", name=scheme):
+        return cast("Scheme", plugin.load())
     if "://" in url or (colon and nearest(scheme, SCHEMES)):
         raise ConfigError(f"{url!r}: no transport is called {scheme!r}{nearest(scheme, SCHEMES) or _known()}")
     if url.startswith(("/", "@", ".")):

@@ -1,0 +1,256 @@
+"""Taking connections from a door: bounded bursts, a table of errors, and pauses. It never waits and never reads.
+
+What a failed accept(2) means
+-----------------------------
+Linux passes errors of the *network* that are already pending on a new connection to accept(); accept(2) says to treat
+them like EAGAIN and to go on. So most errors speak of one peer (NEXT). Some speak of *us*: out of descriptors or of
+kernel memory (PAUSE). The connection then stays in the queue and the listener stays readable, so a loop that merely
+tries again spins at 100 % CPU: we stop watching the listener for a while that doubles. And because clients that hang
+in the queue would learn nothing until then, one descriptor is kept in reserve: it is given back, the queue is accepted
+and reset with it, and it is taken again. Only a listener that is none (FAIL) ends the loop, loudly.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
+from enum import Enum
+from typing import Any
+
+from harken import events
+from harken.settings import setting, text, choice
+
+__all__ = ["ACCEPT_ERRORS", "Acceptor", "Verdict", "refuse"]
+
+# Connections taken in one wake-up, so that open connections and other listeners get their turn.
+# gevent takes 100, redis 10; above some dozens a burst gains nothing more here.
+MAX_ACCEPT = 64
+# Seconds of the first pause and of the longest: Ranch and trio pause 0.1; gevent doubles to 1.
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
+# Connections reset from the queue at one exhaustion; the queue is seldom longer than SOMAXCONN.
+MAX_SHED = 4096
+
+OVERLOAD = setting(
+    "overload",
+    choice("wait", "reset", "reply", "shed"),
+    "wait",
+    live=True,
+    meaning="what happens to a connection when the pool and its queue are full: `wait` leaves it in the backlog, "
+    "`reset` accepts and resets it, `reply` sends `overload_reply` and closes it, `shed` closes the longest idle one",
+    origin="Ranch, gunicorn and gevent leave the connection in the backlog",
+)
+OVERLOAD_REPLY = setting(
+    "overload_reply",
+    text(),
+    b"",
+    live=True,
+    meaning="what `overload=reply` sends before it closes",
+    origin="protocols differ: nothing unless asked",
+)
+
+
+class Verdict(Enum):
+    """What to do after a failed accept."""
+
+    STOP = "the queue is empty"
+    NEXT = "that peer's trouble: take the next one"
+    PAUSE = "ours: stop for a while"
+    FAIL = "this is no listener: fail loudly"
+
+
+_NEXT = (  # accept(2): "already-pending network errors … treat them like EAGAIN by retrying", and firewalls (EPERM)
+    "ECONNABORTED EINTR EPERM EPROTO ENOPROTOOPT ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ENONET ETIMEDOUT "
+    # of recvfrom() on a datagram socket: an ICMP answer to an earlier sendto(), recv(2)
+    "ECONNREFUSED ECONNRESET"
+)
+_PAUSE = "EMFILE ENFILE ENOBUFS ENOMEM"  # accept(2): per process, per system, and kernel memory
+_FAIL = "EBADF EINVAL ENOTSOCK EFAULT EOPNOTSUPP"  # accept(2): not open, not listening, no socket, no stream
+
+ACCEPT_ERRORS: dict[int, Verdict] = {
+    getattr(errno, name): verdict
+    for verdict, listed in ((Verdict.NEXT, _NEXT), (Verdict.PAUSE, _PAUSE), (Verdict.FAIL, _FAIL))
+    for name in listed.split()
+    if hasattr(errno, name)
+} | {errno.EAGAIN: Verdict.STOP, errno.EWOULDBLOCK: Verdict.STOP}
+
+
+def judge(error: OSError) -> Verdict:
+    """Look an error of ``get_request`` up.
+
+    A subclass (``ssl.SSLError`` on a TLS listener, a timeout) or an error with no number was raised above accept(2), and
+    its number means something else: that connection's trouble. A number that the table lacks pauses, so that no
+    surprise of a kernel becomes a spin.
+    """
+    if error.errno is None or type(error).__module__ != "builtins":
+        return Verdict.NEXT
+    return ACCEPT_ERRORS.get(error.errno, Verdict.PAUSE)
+
+
+def refuse(request: object, reply: bytes = b"") -> None:
+    """Close a connection that is not wanted: with ``reply``, or with a reset, which no client takes for an answer."""
+    if not isinstance(request, socket.socket):
+        return
+    try:
+        if reply:
+            request.setblocking(False)
+            request.send(reply)
+        else:
+            request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except OSError:
+        pass  # it has gone, which is what we wanted
+    request.close()
+
+
+class Acceptor:
+    """Feeds one door's connections to its server, and pauses the door when it must."""
+
+    def __init__(
+        self,
+        *,
+        accept_one: Callable[[], object],
+        listener: Callable[[], Any],
+        pause: Callable[[], None],
+        resume: Callable[[], None],
+        address: Callable[[], str],
+    ) -> None:
+        """Make an acceptor.
+
+        Args:
+            accept_one: the server's ``_handle_request_noblock``: takes one connection through the hooks, says if it did.
+            listener: returns the socket of the moment; programs replace it.
+            pause: stops watching the door.
+            resume: watches it again.
+            address: names the door in events.
+        """
+        self._accept_one = accept_one
+        self._listener = listener
+        self._pause = pause
+        self._resume = resume
+        self._address = address
+        self._reserve = -1
+        self._until: float | None = None
+        self._began = 0.0
+        self._delay = FIRST_PAUSE
+        self._exhausted = False
+        self._shed = 0
+        self.fatal: OSError | None = None
+
+    @property
+    def paused(self) -> bool:
+        """Whether the door is not watched at the moment."""
+        return self._until is not None
+
+    def open(self) -> None:
+        """Take the reserved descriptor; called when a loop begins to watch the door."""
+        if self._reserve < 0:
+            try:
+                self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                self._reserve = -1  # exhausted already: the pauses alone must do
+
+    def close(self) -> None:
+        """Give the reserved descriptor back; called when the last loop has ended."""
+        if self._reserve >= 0:
+            reserve, self._reserve = self._reserve, -1
+            os.close(reserve)
+        self._until = None
+
+    def accept_ready(self) -> bool:
+        """Take one connection of a readable door; tell whether there may be another.
+
+        Raises:
+            OSError: the door is no listener any more.
+        """
+        taken = self._accept_one()
+        if self.fatal is not None:
+            error, self.fatal = self.fatal, None
+            raise error
+        if taken and self._exhausted:
+            self._recovered()
+        return bool(taken) and not self.paused
+
+    def failed(self, error: OSError) -> bool:
+        """Deal with an error of ``get_request``; never raises. Returns False: no connection was taken."""
+        verdict = judge(error)
+        if verdict is Verdict.PAUSE:
+            self._exhaust(error)
+        elif verdict is Verdict.FAIL:
+            self.fatal = error
+        return False
+
+    def hold(self, reason: str) -> None:
+        """Stop watching the door until :meth:`turn` finds room again."""
+        if not self.paused:
+            self._begin(math.inf, reason)
+
+    def turn(self, *, room: bool) -> None:
+        """Once a loop turn: watch the door again when the pause is over, or when there is room."""
+        if self._until is None:
+            return
+        if (room and math.isinf(self._until)) or time.monotonic() >= self._until:
+            waited_for_room = math.isinf(self._until)
+            self._until = None
+            self._resume()
+            if waited_for_room:
+                self._tell_resumed()
+
+    def patience(self, interval: float) -> float:
+        """How long the loop may sleep: ``interval``, or less when a pause ends sooner."""
+        if self._until is None or math.isinf(self._until):
+            return interval
+        return max(0.0, min(interval, self._until - time.monotonic()))
+
+    def _exhaust(self, error: OSError) -> None:
+        self._shed += self._shed_queue()
+        if not self._exhausted:
+            self._exhausted = True
+            self._delay = FIRST_PAUSE
+            self._begin(time.monotonic() + self._delay, f"{errno.errorcode.get(error.errno or 0, error.errno)}: {error.strerror}")
+            return
+        self._delay = min(LONGEST_PAUSE, self._delay * 2)
+        self._until = time.monotonic() + self._delay
+        self._pause()
+
+    def _begin(self, until: float, reason: str) -> None:
+        self._until = until
+        self._began = time.monotonic()
+        self._pause()
+        events.emit("paused", address=self._address(), reason=reason)
+
+    def _recovered(self) -> None:
+        self._exhausted = False
+        self._tell_resumed()
+
+    def _tell_resumed(self) -> None:
+        shed, self._shed = self._shed, 0
+        events.emit("resumed", address=self._address(), seconds=time.monotonic() - self._began, shed=shed)
+
+    def _shed_queue(self) -> int:
+        """Reset what waits in the queue, by the reserved descriptor; return how many."""
+        listener = self._listener()
+        if self._reserve < 0 or not isinstance(listener, socket.socket) or listener.type != socket.SOCK_STREAM:
+            return 0
+        os.close(self._reserve)
+        self._reserve = -1
+        shed = 0
+        try:
+            while shed < MAX_SHED and readable(listener):
+                refuse(socket.socket.accept(listener)[0])
+                shed += 1
+        except OSError:
+            pass  # another thread was quicker to take the descriptor
+        self.open()
+        return shed
+
+
+def readable(listener: socket.socket) -> bool:
+    """Tell whether accept() would find a connection at once. A blocking listener must be asked before each accept."""
+    poller = select.poll()
+    poller.register(listener, select.POLLIN)
+    return bool(poller.poll(0))

@@ -1,0 +1,363 @@
+"""The wire, and what harken remembers of it.
+
+A :class:`Connection` is ``self.request`` in a handler: a real ``socket.socket`` whose reads and writes are untouched.
+Beside it stands a :class:`Record`, one for each connection whatever its request object is: programs override
+``get_request`` and return TLS sockets, tuples and objects of their own.
+"""
+
+from __future__ import annotations
+
+import _socket
+import itertools
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from harken.peer import Peer
+
+__all__ = ["REASONS", "Connection", "ConnectionInfo", "Record", "Registry", "accept", "shut"]
+
+REASONS: dict[str, str] = {
+    "handler_returned": "the handler was done",
+    "handler_failed": "the handler raised",
+    "peer_closed": "the peer had closed its side when the handler returned",
+    "peer_reset": "the peer reset the connection",
+    "idle_timeout": "no byte moved either way for `idle_timeout`",
+    "read_timeout": "one read took longer than `read_timeout`",
+    "write_timeout": "the peer did not read for `write_timeout`",
+    "lifetime": "the connection was open for `lifetime`",
+    "preamble_failed": "the PROXY header or the TLS handshake failed",
+    "rejected": "a limit refused it after its preamble",
+    "killed": "`close_connection()` or an operator closed it",
+    "drained": "it left when the server drained",
+    "drain_deadline": "it was cut when the drain's time was over",
+    "shed": "it was the longest idle when room was needed",
+    "shutdown": "the server stopped at once",
+}
+
+_LINUX = sys.platform == "linux"
+
+# struct tcp_info of linux/tcp.h: the state is its first byte, the times (milliseconds) two of its u32 fields.
+_TCP_INFO = getattr(socket, "TCP_INFO", None)
+_TCP_CLOSE, _TCP_CLOSE_WAIT, _TCP_LAST_ACK = 7, 8, 9
+_LAST_DATA_SENT, _LAST_DATA_RECV, _TCP_INFO_BYTES = 44, 52, 56
+
+
+class Connection(socket.socket):
+    """One accepted connection: a ``socket.socket`` that tells its record when it closes.
+
+    No method that moves data is overridden, so a read costs what it costs on a plain socket.
+    """
+
+    __slots__ = ("record",)
+    record: Record | None
+
+    def _real_close(self) -> None:  # the one place through which close() and the last makefile() end a socket
+        record = getattr(self, "record", None)
+        if record is not None:
+            record.judge(self)
+        super()._real_close()  # type: ignore[misc]
+        if record is not None:
+            self.record = None
+            record.ended()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Travel to another process as ``multiprocessing`` lets a plain socket travel (it knows those by exact type)."""
+        from multiprocessing import reduction
+
+        return _rebuild, (reduction.DupFd(self.fileno()), int(self.family), int(self.type), self.proto)
+
+
+_family = _socket.socket.family.__get__  # type: ignore[attr-defined]  # plain ints; the properties above them make enums
+_type = _socket.socket.type.__get__  # type: ignore[attr-defined]
+_proto = _socket.socket.proto.__get__  # type: ignore[attr-defined]
+
+
+def accept(listener: socket.socket) -> tuple[socket.socket, Any]:
+    """Take one connection from ``listener``, as ``socket.accept`` does, but as a :class:`Connection`.
+
+    A listener with an ``accept`` of its own (a TLS socket, a test's double) answers for itself. Peers of a dual-stack
+    listener that harken opened are shown by the IPv4 address that they have.
+
+    Raises:
+        OSError: as accept(2).
+    """
+    if getattr(type(listener), "accept", None) is not socket.socket.accept:
+        return listener.accept()
+    fd, address = listener._accept()  # type: ignore[attr-defined]
+    connection = Connection(_family(listener), _type(listener), _proto(listener), fd)
+    if not _LINUX or (listener.gettimeout() and socket.getdefaulttimeout() is None):
+        connection.setblocking(True)  # BSD's accept() hands O_NONBLOCK on
+    if len(address) == 4 and address[0].startswith("::ffff:") and hasattr(listener, "url"):
+        address = (address[0][7:], address[1])
+    return connection, address
+
+
+def _rebuild(duplicate: Any, family: int, kind: int, proto: int) -> socket.socket:
+    return socket.socket(family, kind, proto, fileno=duplicate.detach())
+
+
+def shut(request: object) -> None:
+    """Wake whoever reads or writes on ``request`` by shutting the socket both ways; never raises.
+
+    The raw call is used on every type: ``SSLSocket.shutdown`` would drop its TLS state, and a handler's next ``recv``
+    would return ciphertext.
+    """
+    if isinstance(request, socket.socket):
+        try:
+            socket.socket.shutdown(request, socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has closed already
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionInfo:
+    """What ``connections()`` says of one open connection.
+
+    Attributes:
+        id: the connection's id, as in events and logs.
+        peer: the far end.
+        opened_at: when it was accepted, in seconds since the epoch.
+        seconds: how long it has been open.
+        idle_seconds: how long no byte moved either way, as far as the kernel tells; None when it does not.
+        process: the pid of the process that serves it.
+    """
+
+    id: str
+    peer: Peer
+    opened_at: float
+    seconds: float
+    idle_seconds: float | None
+    process: int
+
+
+class _Numbers:
+    """Ids that no other process and no other start of this one gives: a random prefix and a count."""
+
+    def __init__(self) -> None:
+        self.reseed()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.reseed)
+
+    def reseed(self) -> None:
+        self._prefix = os.urandom(3).hex()
+        self._count = itertools.count(1)
+
+    def next(self) -> str:
+        return f"{self._prefix}-{next(self._count)}"
+
+
+_numbers = _Numbers()
+
+
+class Record:
+    """What harken remembers of one connection, from accept to close.
+
+    Attributes:
+        id: unique over processes and restarts.
+        client_address: what ``get_request`` returned.
+        started: ``time.monotonic()`` at accept.
+        reason: one of :data:`REASONS`, once known; the first to know wins.
+        failed: whether the handler raised.
+        opened: whether it went to its handler.
+        process: pid of the child that serves it, or 0 for this process.
+        key: its place in the registry.
+        silent: in a forked child, where the parent keeps the books.
+    """
+
+    __slots__ = (
+        "_registry",
+        "_request",
+        "client_address",
+        "failed",
+        "id",
+        "key",
+        "opened",
+        "process",
+        "reason",
+        "silent",
+        "started",
+    )
+
+    def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
+        self.id = _numbers.next()
+        self.client_address = client_address
+        self.started = time.monotonic()
+        self.reason: str | None = None
+        self.failed = False
+        self.opened = False
+        self.process = 0
+        self.silent = False
+        self.key = id(request)
+        self._registry = registry
+        # Weak: a program that drops a connection without closing it must still get its descriptor back by collection.
+        self._request = weakref.ref(request, self._collected)
+
+    @property
+    def request(self) -> Any:
+        """The request object, or None when it is gone."""
+        return self._request()
+
+    @property
+    def peer(self) -> Peer:
+        """The far end."""
+        return self._registry.describe(self.request, self.client_address)
+
+    def judge(self, request: object) -> str:
+        """Settle the reason, while the socket is still open, from what the kernel says; the first judgement holds."""
+        if self.reason is None:
+            far_end = peer_fault(request)
+            self.reason = "handler_failed" if self.failed and far_end != "peer_reset" else far_end or "handler_returned"
+        return self.reason
+
+    def ended(self) -> None:
+        """The connection is closed: strike it off. Only the first call counts."""
+        self._registry.strike(self)
+
+    def cut(self, reason: str) -> None:
+        """End the connection from outside its handler; any thread may call it."""
+        if self.reason is None:
+            self.reason = reason
+        if self.process:
+            self._registry.end_child(self.process)
+        else:
+            shut(self.request)
+
+    def idle_seconds(self) -> float | None:
+        """How long no byte moved either way; None where the kernel does not tell (Unix sockets)."""
+        times = _tcp_info(self.request, _TCP_INFO_BYTES)
+        if len(times) < _TCP_INFO_BYTES:
+            return None
+        sent: int
+        received: int
+        (sent,) = struct.unpack_from("=I", times, _LAST_DATA_SENT)
+        (received,) = struct.unpack_from("=I", times, _LAST_DATA_RECV)
+        return min(sent, received) / 1000
+
+    def info(self) -> ConnectionInfo:
+        """Describe the connection for ``connections()``."""
+        seconds = time.monotonic() - self.started
+        return ConnectionInfo(
+            self.id, self.peer, time.time() - seconds, seconds, self.idle_seconds(), self.process or os.getpid()
+        )
+
+    def _collected(self, _reference: object) -> None:
+        if not self.process:
+            self.ended()
+
+
+def _tcp_info(request: object, length: int) -> bytes:
+    if not isinstance(request, socket.socket) or _TCP_INFO is None:
+        return b""
+    try:
+        return request.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, length)
+    except OSError:  # not TCP, or closed
+        return b""
+
+
+def peer_fault(request: object) -> str | None:
+    """Tell from the kernel whether the peer has closed (``peer_closed``) or reset (``peer_reset``); None if neither."""
+    state = _tcp_info(request, 1)
+    if state:
+        if state[0] == _TCP_CLOSE:
+            return "peer_reset"
+        return "peer_closed" if state[0] in (_TCP_CLOSE_WAIT, _TCP_LAST_ACK) else None
+    if not isinstance(request, socket.socket):
+        return None
+    try:
+        seen = socket.socket.recv(request, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except ConnectionError:
+        return "peer_reset"
+    except OSError:  # nothing to read, or closed
+        return None
+    return None if seen else "peer_closed"
+
+
+class Registry:
+    """The open connections of one server. Safe from every thread and from signal handlers: single dict operations."""
+
+    def __init__(
+        self,
+        describe: Callable[[Any, Any], Peer],
+        on_close: Callable[[Record], None],
+        end_child: Callable[[int], None],
+    ) -> None:
+        """Make an empty registry.
+
+        Args:
+            describe: (request, client_address) to the peer.
+            on_close: told once of each record that ends.
+            end_child: ends the child process that serves a connection.
+        """
+        self.describe = describe
+        self.end_child = end_child
+        self._on_close = on_close
+        self._records: dict[int, Record] = {}
+        self._empty = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(list(self._records.values()))
+
+    def add(self, request: object, client_address: Any) -> Record | None:
+        """Begin a record for ``request``; None for what is no connection (a datagram's pair, an object without weak references)."""
+        if isinstance(request, tuple):
+            return None
+        try:
+            record = Record(request, client_address, self)
+        except TypeError:
+            return None
+        if type(request) is Connection:
+            request.record = record
+        self._records[record.key] = record
+        return record
+
+    def find(self, request: object) -> Record | None:
+        """Return the record of ``request``, if it is open."""
+        record = self._records.get(id(request))
+        return record if record is not None and record.request is request else None
+
+    def by_id(self, connection_id: str) -> Record | None:
+        """Return the open record of this id."""
+        return next((record for record in self if record.id == connection_id), None)
+
+    def strike(self, record: Record) -> None:
+        """Forget an ended record and tell ``on_close``, once."""
+        if self._records.get(record.key) is not record or self._records.pop(record.key, None) is not record:
+            return
+        self._on_close(record)
+        if not self._records:
+            with self._empty:
+                self._empty.notify_all()
+
+    def hand_over(self, record: Record | None, pid: int) -> None:
+        """Child ``pid`` serves this connection from now on; the caller closes its own copy."""
+        if record is None or self._records.pop(record.key, None) is not record:
+            return
+        request = record.request
+        if type(request) is Connection:
+            request.record = None
+        record.process = pid
+        record.key = -pid  # the request object goes, and another may get its id()
+        self._records[record.key] = record
+
+    def child_ended(self, record: Record | None, status: int) -> None:
+        """The child that served this connection has exited."""
+        if record is not None:
+            record.reason = record.reason or ("handler_failed" if status else "handler_returned")
+            self.strike(record)
+
+    def wait_empty(self, timeout: float | None) -> bool:
+        """Wait until no connection is open; tell whether that came true within ``timeout`` seconds."""
+        with self._empty:
+            return self._empty.wait_for(lambda: not self._records, timeout)

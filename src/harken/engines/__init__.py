@@ -1,0 +1,119 @@
+"""An engine decides *when* to accept and *where* a handler runs. One file an engine; this is their contract.
+
+An engine knows nothing of servers: it is given doors with callables, and functions to run. An engine written outside
+harken is named by a dotted path (``engine="my.module:MyEngine"``) or an entry point of the group ``harken.engines``,
+and :func:`harken.testing.check_engine` tells whether it keeps the contract.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+from harken.settings import choice, setting
+
+__all__ = ["ENGINE", "Door", "Engine", "Options"]
+
+ENGINE = setting(
+    "engine",
+    choice("inline", "thread", "pool", "fork", optional=True),
+    None,
+    serve="thread",
+    meaning="where handlers run: `inline` one at a time, `thread` one thread a connection, `pool` bounded threads and queue, "
+    "`fork` one child process a connection, or `package.module:Engine`; none: as the class says",
+    origin="socketserver: plain servers are inline, ThreadingMixIn's thread, ForkingMixIn's fork",
+)
+
+
+class Options(Protocol):
+    """What an engine may ask about its server, read late."""
+
+    def __call__(self, name: str) -> Any:
+        """Return a setting, or one of stdlib's attributes (``daemon_threads``, ``block_on_close``)."""
+
+
+class Door(Protocol):
+    """What an engine watches: anything with a descriptor."""
+
+    def fileno(self) -> int:
+        """Return the descriptor of the moment."""
+
+
+class Engine(ABC):
+    """The contract. Verbs marked *any thread* may also be called by a signal handler.
+
+    Attributes:
+        in_child: whether ``spawn`` hands the connection to another process, so that the caller closes its own copy.
+    """
+
+    in_child: ClassVar[bool] = False
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    @abstractmethod
+    def watch(self, door: Door, on_readable: Callable[[], bool]) -> None:
+        """Call ``on_readable`` whenever ``door`` is readable, and again while it returns true, within bounds."""
+
+    @abstractmethod
+    def unwatch(self, door: Door) -> None:
+        """Stop calling; a door that is not watched is ignored."""
+
+    @abstractmethod
+    def run(self, stopped: Callable[[], bool], tick: Callable[[], None], patience: Callable[[], float]) -> None:
+        """Watch the doors until ``stopped``. Several threads may run one engine at once.
+
+        Args:
+            stopped: asked after each wake-up and each connection.
+            tick: called once a turn, after each connection, and at least every ``patience()`` seconds.
+            patience: how long, in seconds, the loop may sleep.
+
+        Raises:
+            Exception: whatever a door's ``on_readable`` or ``tick`` raises ends the loop.
+        """
+
+    @abstractmethod
+    def wake(self) -> None:
+        """Make ``run`` take a turn at once. *Any thread.*"""
+
+    @abstractmethod
+    def spawn(self, function: Callable[..., object], *args: Any, done: Callable[[int], None] | None = None) -> int:
+        """Run ``function(*args)`` where this engine runs handlers.
+
+        Args:
+            function: must deal with its own exceptions.
+            args: its arguments.
+            done: for an engine that hands the connection to another process: called with its exit status.
+
+        Returns:
+            The pid of that other process, or 0.
+
+        Raises:
+            Exception: nothing was started.
+        """
+
+    def adopt(self, request: Any) -> Any:
+        """Make a connection fit for this engine's handlers, and return it."""
+        return request
+
+    @property
+    def full(self) -> bool:
+        """Whether ``spawn`` would have to wait."""
+        return False
+
+    def refresh(self) -> None:
+        """Read live settings anew, after they have changed. *Any thread.*"""
+
+    def collect(self) -> None:
+        """Tidy up after handlers that have ended; called once a turn."""
+
+    @abstractmethod
+    def join(self, deadline: float | None) -> int:
+        """Wait for handlers to end, and let idle threads go; return how many handlers still run at ``deadline``.
+
+        The calling handler, if it is one, is not waited for.
+
+        Args:
+            deadline: by ``time.monotonic()``, or None to wait without end.
+        """

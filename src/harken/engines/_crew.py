@@ -1,0 +1,188 @@
+"""Threads that are taken up again: those of the pool engine, and of the thread engine with ``reuse_threads``."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from harken.lifecycle import at_exit
+
+__all__ = ["Crew"]
+
+Job = tuple[Callable[..., object], tuple[Any, ...]]
+
+# Seconds after which an idle thread goes: long enough for the pauses within a burst, short enough that the threads of
+# a rush hour do not stay. Java's cached pool and Apache's worker keep theirs for 60 s; a thread here is started in 50 µs.
+IDLE_SECONDS = 10.0
+
+_numbers = itertools.count(1)
+
+
+class Crew:
+    """Reusable threads, at most ``limit`` of them, and jobs that wait for one.
+
+    The books are exact under one lock: ``_idle`` counts the threads that wait and that no job was promised to. A job
+    is put into the queue either for such a thread or, at the limit, as backlog that the next free thread takes. Any
+    waiting thread may take any job: promises are counted, not addressed.
+    """
+
+    def __init__(self, daemon: Callable[[], bool], limit: int | None = None, max_backlog: int = 0) -> None:
+        """Make a crew with no threads yet.
+
+        Args:
+            daemon: asked at each thread's start whether it is to be a daemon.
+            limit: the largest number of threads, or None.
+            max_backlog: how many jobs may wait at the limit before the crew counts as full.
+        """
+        self.limit = limit
+        self.max_backlog = max_backlog
+        self.on_room: Callable[[], None] = lambda: None
+        self._daemon = daemon
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._joining = 0
+        self._closing = False
+        self._threads: set[threading.Thread] = set()
+        self._idle = 0
+        self._backlog = 0
+        _crews.add(self)
+
+    @property
+    def full(self) -> bool:
+        """Whether every thread is taken and the backlog is at its bound."""
+        return (
+            self.limit is not None
+            and self._backlog >= self.max_backlog
+            and self._idle <= 0
+            and len(self._threads) >= self.limit
+        )
+
+    @property
+    def running(self) -> int:
+        """Jobs that are under way or wait."""
+        return len(self._threads) - self._idle + self._backlog
+
+    def submit(self, function: Callable[..., object], *args: Any) -> None:
+        """Run ``function(*args)`` in a thread of the crew.
+
+        Raises:
+            RuntimeError: a thread was needed and the system starts no more; the job is not run.
+        """
+        job = (function, args)
+        with self._lock:
+            self._closing = False
+            if self._idle > 0:
+                self._idle -= 1
+            elif self.limit is None or len(self._threads) < self.limit:
+                self._start(job)
+                return
+            else:
+                self._backlog += 1
+        self._jobs.put(job)
+
+    def submit_when_room(self, function: Callable[..., object], *args: Any) -> None:
+        """As :meth:`submit`, but wait while the crew is full."""
+        with self._changed:
+            self._joining += 1
+            self._changed.wait_for(lambda: not self.full)
+            self._joining -= 1
+        self.submit(function, *args)
+
+    def join(self, deadline: float | None) -> int:
+        """Wait until no job runs or waits, then let the threads go; return how many jobs are left at ``deadline``.
+
+        The calling thread's own job does not count.
+        """
+        own = int(threading.current_thread() in self._threads)
+        with self._changed:
+            self._joining += 1
+            timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
+            self._changed.wait_for(lambda: self.running <= own, timeout)
+            self._joining -= 1
+            left = self.running - own
+            threads = list(self._threads)
+        self.release()
+        for thread in threads if left <= 0 else ():
+            if thread is not threading.current_thread():
+                thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        return max(0, left)
+
+    def release(self) -> None:
+        """Send the idle threads home; those at work follow when nothing waits. The next job starts new ones."""
+        with self._lock:
+            self._closing = True
+            for _ in range(self._idle):
+                self._jobs.put(None)
+            self._idle = 0
+
+    def _start(self, job: Job) -> None:
+        # "process_request_thread" is in the name because monitors of socketserver programs look for it.
+        thread = threading.Thread(
+            target=self._work, args=(job,), name=f"harken-{next(_numbers)} (process_request_thread)", daemon=self._daemon()
+        )
+        self._threads.add(thread)
+        try:
+            thread.start()
+        except BaseException:
+            self._threads.discard(thread)
+            raise
+
+    def _work(self, job: Job | None) -> None:
+        while job is not None:
+            function, args = job
+            try:
+                function(*args)
+            except SystemExit:
+                pass  # as in a thread of its own: it ends this job, silently
+            except BaseException:  # noqa: BLE001 - shown as a thread of its own would, and the thread lives on
+                _show()
+            del job, function, args  # an idle thread must not keep the last connection alive
+            job = self._next()
+        with self._changed:
+            self._threads.discard(threading.current_thread())
+            if self._joining:
+                self._changed.notify_all()
+
+    def _next(self) -> Job | None:
+        with self._lock:
+            promised = self._backlog > 0
+            if promised:
+                self._backlog -= 1
+            elif self._closing or (self.limit is not None and len(self._threads) > self.limit):
+                return None
+            else:
+                self._idle += 1
+            if self._joining:
+                self._changed.notify_all()
+        if self.limit is not None:
+            self.on_room()
+        while True:
+            try:
+                return self._jobs.get(timeout=None if promised else IDLE_SECONDS)
+            except Empty:
+                with self._lock:
+                    if self._idle > 0:  # nobody counts on this thread
+                        self._idle -= 1
+                        return None
+                promised = True
+
+
+def _show() -> None:
+    import sys
+
+    threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+
+
+_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+
+
+@at_exit
+def _release_all() -> None:
+    for crew in list(_crews):
+        crew.release()

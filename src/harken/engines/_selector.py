@@ -1,0 +1,148 @@
+"""The loop that the blocking engines share: a selector over the doors, and an eventfd to wake it."""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+
+from harken.engines import Door, Engine, Options
+
+__all__ = ["SelectorEngine", "Waker"]
+
+# Connections taken from one door in one turn: the other doors, and service_actions(), get theirs.
+MAX_BURST = 64
+
+
+class Waker:
+    """Makes a sleeping selector return: an eventfd, or a socket pair where there is none.
+
+    The lock is re-entrant, since a signal handler may wake the very thread that opens or closes it. A wake-up after
+    ``close()`` writes to nobody: never to a descriptor of the same number that somebody else has got since.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._closed = False
+        self._pair: tuple[socket.socket, socket.socket] | None = None
+        self._fd = -1
+        if hasattr(os, "eventfd"):
+            self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        else:
+            self._pair = socket.socketpair()
+            for end in self._pair:
+                end.setblocking(False)
+
+    def fileno(self) -> int:
+        """Return the descriptor to watch."""
+        return self._pair[0].fileno() if self._pair else self._fd
+
+    def wake(self) -> None:
+        """Make the descriptor readable. Any thread, any signal handler; never blocks, never raises."""
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                if self._pair:
+                    self._pair[1].send(b"\0")
+                else:
+                    os.eventfd_write(self._fd, 1)
+            except OSError:
+                pass  # full: a wake-up is under way already
+
+    def drain(self) -> bool:
+        """Forget the wake-ups so far."""
+        try:
+            if self._pair:
+                self._pair[0].recv(4096)
+            else:
+                os.eventfd_read(self._fd)
+        except OSError:
+            pass  # another thread that runs the loop was quicker
+        return False
+
+    def close(self) -> None:
+        """Close the descriptor; calling it twice is harmless."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._pair:
+                for end in self._pair:
+                    end.close()
+            else:
+                os.close(self._fd)
+
+
+class SelectorEngine(Engine):
+    """``watch``, ``unwatch``, ``run`` and ``wake`` for engines whose handlers block."""
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._doors: dict[Door, Callable[[], bool]] = {}
+        self._generation = 0
+        self._wakers: list[Waker] = []
+
+    def watch(self, door: Door, on_readable: Callable[[], bool]) -> None:
+        """Watch ``door``; see :class:`Engine`."""
+        self._doors[door] = on_readable
+        self._generation += 1
+        self.wake()
+
+    def unwatch(self, door: Door) -> None:
+        """Stop watching ``door``; see :class:`Engine`."""
+        if self._doors.pop(door, None) is not None:
+            self._generation += 1
+            self.wake()
+
+    def wake(self) -> None:
+        """Make every thread in ``run`` take a turn."""
+        for waker in list(self._wakers):
+            waker.wake()
+
+    def run(self, stopped: Callable[[], bool], tick: Callable[[], None], patience: Callable[[], float]) -> None:
+        """Serve the doors until ``stopped``; see :class:`Engine`."""
+        waker = Waker()
+        self._wakers.append(waker)
+        try:
+            with self.options("selector")() as selector:
+                selector.register(waker, selectors.EVENT_READ, waker.drain)
+                generation = -1
+                while not stopped():
+                    if generation != self._generation:
+                        generation = self._generation
+                        self._register(selector)
+                    ready = selector.select(patience())
+                    if stopped():
+                        return
+                    for key, _ in ready:
+                        if not _serve(key.data, stopped, tick):
+                            return
+                    tick()
+        finally:
+            self._wakers.remove(waker)
+            waker.close()
+
+    def _register(self, selector: selectors.BaseSelector) -> None:
+        """Bring the selector's doors up to date with ours. A selector may be the program's own: public methods only."""
+        wanted = dict(self._doors)
+        for key in list(selector.get_map().values()):
+            if isinstance(key.fileobj, Waker):
+                continue
+            if wanted.pop(key.fileobj, None) is None:
+                selector.unregister(key.fileobj)
+        for door, on_readable in wanted.items():
+            selector.register(door, selectors.EVENT_READ, on_readable)
+
+
+def _serve(on_readable: Callable[[], bool], stopped: Callable[[], bool], tick: Callable[[], None]) -> bool:
+    """Take a burst from one door; False when the loop must end."""
+    for _ in range(MAX_BURST):
+        if not on_readable():
+            break
+        if stopped():
+            return False
+        tick()
+    return True

@@ -1,0 +1,108 @@
+"""One thread a connection.
+
+By default a thread is new for each connection and gone after it, so that ``threading.local`` is fresh, names differ and
+``threading.enumerate()`` shows who is served: programs rely on all three. With ``reuse_threads`` idle threads are taken
+up again, and a connection no longer costs a thread's start.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from harken.engines import Options
+from harken.engines._crew import Crew
+from harken.engines._selector import SelectorEngine
+from harken.settings import flag, setting
+
+__all__ = ["Engine", "Threads"]
+
+REUSE_THREADS = setting(
+    "reuse_threads",
+    flag(),
+    False,
+    serve=True,
+    meaning="take up idle threads again on the thread engine; thread-locals then outlive a connection",
+    origin="a thread's start and end are half of the cost of a short connection (docs/explanation/performance.md)",
+)
+
+
+class Threads(list[threading.Thread]):
+    """The threads that ``server_close()`` waits for: ``server._threads``, as programs read it.
+
+    Ended threads are dropped when the list has doubled since it was last swept, which costs O(1) a connection;
+    stdlib looks at every thread at every accept.
+    """
+
+    # Below this many threads a sweep costs less than thinking about it; CPython's test wants fewer than 10 left.
+    SMALLEST_SWEEP = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sweep_at = self.SMALLEST_SWEEP
+
+    def append(self, thread: threading.Thread) -> None:
+        """Add a thread that is to be waited for; daemons are not."""
+        if len(self) >= self._sweep_at:
+            self.reap()
+        if not thread.daemon:
+            super().append(thread)
+
+    def reap(self) -> None:
+        """Drop the threads that have ended."""
+        self[:] = [thread for thread in self if thread.is_alive()]
+        self._sweep_at = max(self.SMALLEST_SWEEP, 2 * len(self))
+
+    def pop_all(self) -> list[threading.Thread]:
+        """Empty the list and return what was in it."""
+        everything = list(self)
+        del self[: len(everything)]
+        return everything
+
+    def join(self, deadline: float | None = None) -> int:
+        """Wait for the threads, but not for the calling one; return how many are alive at ``deadline``."""
+        alive = 0
+        for thread in self.pop_all():
+            if thread is threading.current_thread():
+                continue
+            thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                self.append(thread)
+                alive += 1
+        return alive
+
+
+class Engine(SelectorEngine):
+    """A thread for each connection, without bound.
+
+    Attributes:
+        threads: the running threads that are not daemons.
+    """
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self.threads = Threads()
+        self._crew = Crew(lambda: bool(self.options("daemon_threads"))) if options("reuse_threads") else None
+
+    def spawn(self, function: Callable[..., object], *args: Any, done: Callable[[int], None] | None = None) -> int:
+        """Run ``function`` in a thread of its own.
+
+        Raises:
+            RuntimeError: the system starts no more threads.
+        """
+        if self._crew is not None:
+            self._crew.submit(function, *args)
+            return 0
+        thread = threading.Thread(target=function, args=args)
+        thread.daemon = self.options("daemon_threads")
+        thread.start()
+        if self.options("block_on_close"):
+            self.threads.append(thread)
+        return 0
+
+    def join(self, deadline: float | None) -> int:
+        """Wait for the threads that are not daemons; see :class:`harken.engines.Engine`."""
+        alive = self.threads.join(deadline)
+        return alive + (self._crew.join(deadline) if self._crew is not None else 0)

@@ -1,0 +1,119 @@
+"""The stream that logs, metrics and users subscribe to.
+
+The core of harken never logs: it emits an event, and whoever wants to know subscribes.
+Nobody listening costs one truth test: callers write ``if events.subscribers["opened"]: events.emit("opened", …)``.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from harken.errors import ConfigError, nearest
+
+__all__ = ["NAMES", "Event", "emit", "subscribe", "subscribers"]
+
+NAMES: dict[str, str] = {
+    "listening": "a listener is bound and its server accepts: `address`, `engine`",
+    "accepted": "a connection or datagram was taken from the kernel: `connection`, `peer`",
+    "rejected": "a connection was refused before its handler: `connection`, `peer`, `reason`",
+    "opened": "a connection goes to its handler: `connection`, `peer`",
+    "closed": "an opened connection has ended, exactly once: `connection`, `peer`, `reason`, `seconds`",
+    "handler_failed": "a handler raised: `connection`, `peer`, `error`",
+    "timed_out": "a deadline closed a connection: `connection`, `peer`, `which`, `seconds`",
+    "stalled": "a handler kept the hub from other connections: `place`, `seconds`, `stack`",
+    "truncated": "a datagram was longer than `max_packet_size` and its end is lost: `peer`, `bytes`",
+    "paused": "a listener stopped accepting: `address`, `reason`",
+    "resumed": "a paused listener accepts again: `address`, `seconds`, `shed`",
+    "draining": "a drain began: `open`, `timeout`",
+    "drained": "a drain ended: `report`",
+    "alarm": "`alarm_connections` are open: `open`",
+    "reloaded": "code, settings or certificates were read anew: `what`",
+    "upgrade_failed": "a new binary did not become ready and the old one serves on: `reason`",
+    "worker_started": "a worker process began: `pid`",
+    "worker_exited": "a worker process ended: `pid`, `status`",
+}
+
+
+class Event:
+    """One thing that happened.
+
+    Attributes:
+        name: one of :data:`NAMES`.
+        time: when, in seconds since the epoch.
+        fields: what the event carries; each is an attribute too (``event.reason``), None when absent.
+    """
+
+    __slots__ = ("fields", "name", "time")
+
+    def __init__(self, name: str, fields: dict[str, Any]) -> None:
+        self.name = name
+        self.time = time.time()
+        self.fields = fields
+
+    def __getattr__(self, field: str) -> Any:
+        if field.startswith("__"):
+            raise AttributeError(field)
+        return self.fields.get(field)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{key}={value!r}" for key, value in self.fields.items())
+        return f"<Event {self.name} {fields}>"
+
+
+Callback = Callable[[Event], object]
+
+subscribers: dict[str, tuple[Callback, ...]] = dict.fromkeys(NAMES, ())
+
+# Set by the log observer: what handlers raise is written to the log, and handle_error need not print it too.
+logged = False
+
+
+def subscribe(callback: Callback, *names: str) -> Callable[[], None]:
+    """Call ``callback(event)`` for every event of these names (all, when none is given).
+
+    The callback runs in the thread in which the event happened, often the one that accepts: it must not block.
+    What it raises is printed to stderr and disturbs nobody.
+
+    Args:
+        callback: takes one :class:`Event`.
+        names: keys of :data:`NAMES`.
+
+    Returns:
+        A function that ends the subscription; calling it twice is harmless.
+
+    Raises:
+        ConfigError: for a name that no event has.
+    """
+    for name in names:
+        if name not in NAMES:
+            raise ConfigError(f"no event is called {name!r}{nearest(name, NAMES)}")
+    wanted = names or tuple(NAMES)
+    for name in wanted:
+        subscribers[name] = (*subscribers[name], callback)
+
+    def unsubscribe() -> None:
+        for name in wanted:
+            rest = list(subscribers[name])
+            if callback in rest:
+                rest.remove(callback)
+            subscribers[name] = tuple(rest)
+
+    return unsubscribe
+
+
+def emit(name: str, **fields: Any) -> None:
+    """Tell every subscriber of ``name``. Never raises."""
+    listeners = subscribers[name]
+    if not listeners:
+        return
+    event = Event(name, fields)
+    for tell in listeners:
+        try:
+            tell(event)
+        except Exception:  # noqa: BLE001 - a broken observer must not break the server
+            print(f"harken: an observer of {name!r} raised", file=sys.stderr)
+            traceback.print_exc()

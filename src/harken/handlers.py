@@ -1,0 +1,176 @@
+"""The request handlers: one instance a request, whose constructor runs ``setup``, ``handle`` and ``finish``."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from io import BufferedIOBase, BytesIO
+from typing import Any, Generic, TypeVar, overload
+
+from harken.connection import Record
+from harken.serving import serving_of
+
+__all__ = ["BaseRequestHandler", "DatagramRequestHandler", "StreamRequestHandler"]
+
+T = TypeVar("T")
+
+
+class _Lazy(Generic[T]):
+    """An attribute worked out when first read. A handler that sets one of the same name for itself wins."""
+
+    def __init__(self, function: Callable[[Any], T]) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    @overload
+    def __get__(self, instance: None, owner: type) -> _Lazy[T]: ...
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+    def __get__(self, instance: object | None, owner: type) -> T | _Lazy[T]:
+        return self if instance is None else self._function(instance)
+
+
+def _record(handler: Any) -> Record | None:
+    return serving_of(handler.server).connections.find(handler.request) if handler.server is not None else None
+
+
+class BaseRequestHandler:
+    """Serve one request: override ``handle``, and ``setup`` and ``finish`` if needed.
+
+    Attributes:
+        request: the connection, or ``(bytes, socket)`` on a datagram server.
+        client_address: where it came from.
+        server: the server.
+    """
+
+    def __init__(self, request: Any, client_address: Any, server: Any) -> None:
+        """Serve the request: ``setup``, ``handle``, and whatever happens ``finish``, in the engine's thread."""
+        self.request = request
+        self.client_address = client_address
+        self.server = server
+        self.setup()
+        try:
+            self.handle()
+        finally:
+            self.finish()
+
+    def setup(self) -> None:
+        """Prepare. May be overridden. When it raises, ``handle`` and ``finish`` are not called."""
+
+    def handle(self) -> None:
+        """Do the work. To be overridden."""
+
+    def finish(self) -> None:
+        """Clean up. May be overridden. Called even when ``handle`` raised."""
+
+    @_Lazy
+    def connection_id(self) -> str | None:
+        """The connection's id, as in events, logs and ``connections()``; None for a datagram."""
+        record = _record(self)
+        return record.id if record else None
+
+    @_Lazy
+    def peer(self) -> Any:
+        """The far end, a :class:`harken.Peer`."""
+        record = _record(self)
+        return record.peer if record else serving_of(self.server).describe(self.request, self.client_address)
+
+    @_Lazy
+    def draining(self) -> bool:
+        """Whether the server drains, so that a handler should come to its end."""
+        return self.server is not None and serving_of(self.server).draining
+
+    @_Lazy
+    def logger(self) -> Any:
+        """A logger whose records carry the connection's id and peer."""
+        import logging
+
+        return logging.LoggerAdapter(
+            logging.getLogger("harken.handler"), {"connection": self.connection_id, "peer": str(self.peer)}
+        )
+
+
+class StreamRequestHandler(BaseRequestHandler):
+    """Serve a stream by ``rfile`` and ``wfile``.
+
+    Attributes:
+        rbufsize: buffer of ``rfile`` in bytes; -1 takes the default, 0 reads unbuffered.
+        wbufsize: buffer of ``wfile`` in bytes; 0 sends each write at once.
+        timeout: seconds that one operation on the connection may take, or None.
+        disable_nagle_algorithm: whether to set TCP_NODELAY.
+    """
+
+    rbufsize = -1
+    wbufsize = 0
+    timeout: float | None = None
+    disable_nagle_algorithm = False
+
+    def setup(self) -> None:
+        """Make ``connection``, ``rfile`` and ``wfile``."""
+        self.connection = self.request
+        if self.timeout is not None:
+            self.connection.settimeout(self.timeout)
+        if self.disable_nagle_algorithm:
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.rfile = self.connection.makefile("rb", self.rbufsize)
+        if self.wbufsize == 0:
+            self.wfile: Any = _socket_writer()(self.connection)
+        else:
+            self.wfile = self.connection.makefile("wb", self.wbufsize)
+
+    def finish(self) -> None:
+        """Send what ``wfile`` still holds, and close both files."""
+        if not self.wfile.closed:
+            try:
+                self.wfile.flush()
+            except OSError:
+                pass  # the peer has gone; the handler has said what it had to say
+        self.wfile.close()
+        self.rfile.close()
+
+
+class _SocketWriter(BufferedIOBase):
+    """``wfile`` without a buffer: each write is a ``sendall``."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def write(self, b: Any) -> int:
+        """Send all of ``b``; return its length in bytes."""
+        self._sock.sendall(b)
+        with memoryview(b) as view:
+            return view.nbytes
+
+    def fileno(self) -> int:
+        """Return the connection's descriptor."""
+        return self._sock.fileno()
+
+
+def _socket_writer() -> type[_SocketWriter]:
+    """The writer class of the moment: programs replace it in the module they call ``socketserver``."""
+    import harken
+
+    return harken._SocketWriter
+
+
+class DatagramRequestHandler(BaseRequestHandler):
+    """Serve a datagram by ``rfile`` and ``wfile``; what was written is sent back as one datagram by ``finish``."""
+
+    def setup(self) -> None:
+        """Make ``packet``, ``socket``, ``rfile`` and ``wfile``."""
+        self.packet, self.socket = self.request
+        self.rfile = BytesIO(self.packet)
+        self.wfile = BytesIO()
+
+    def finish(self) -> None:
+        """Send the answer, empty or not. A client that has gone, or has no address to answer to, is no error."""
+        if not self.client_address:
+            return
+        try:
+            self.socket.sendto(self.wfile.getvalue(), self.client_address)
+        except (ConnectionRefusedError, FileNotFoundError):
+            pass

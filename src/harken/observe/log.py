@@ -1,0 +1,159 @@
+"""The log: events as lines of text or JSON, on stderr or in a file.
+
+What comes from peers and from exceptions is escaped, so that no client can write a line of its own into the log or a
+control sequence onto the operator's terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from harken import events
+from harken.settings import Settings, choice, setting, text
+
+__all__ = ["LogObserver", "escape"]
+
+LOG_LEVEL = setting(
+    "log_level",
+    choice("debug", "info", "warning", "error"),
+    "warning",
+    serve="info",
+    meaning="the least severe line that is logged; connections are `debug`",
+    origin="gunicorn logs at info",
+)
+LOG_FORMAT = setting(
+    "log_format",
+    choice("text", "json"),
+    "text",
+    meaning="`text` for people or `json` for machines: one object a line with time, level, event, connection, peer, message",
+    origin="text is read first",
+)
+LOG_FILE = setting(
+    "log_file",
+    text(optional=True),
+    None,
+    meaning="the file that the log is appended to; none: stderr",
+    origin="service managers collect stderr",
+)
+
+_LEVELS = {"handler_failed": logging.ERROR, "upgrade_failed": logging.ERROR} | dict.fromkeys(
+    ("listening", "draining", "drained", "reloaded", "worker_started", "worker_exited", "resumed"), logging.INFO
+)
+_LEVELS |= dict.fromkeys(("paused", "stalled", "truncated", "alarm", "timed_out", "rejected"), logging.WARNING)
+_LEVELS |= dict.fromkeys(("accepted", "opened", "closed"), logging.DEBUG)
+
+# C0, DEL and C1 control characters (they move cursors and begin lines), and the two separators that some readers break at.
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
+def escape(value: object) -> str:
+    """Return ``value`` as one line of harmless text."""
+    return str(value).translate(_CONTROL).encode("utf-8", "backslashreplace").decode()
+
+
+class _TextFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        where = "".join(f" {name}={escape(value)}" for name, value in _where(record) if value)
+        line = f"{stamp} {record.levelname.lower():7} {escape(record.getMessage())}{where}"
+        error = _error(record)
+        return line if error is None else line + "\n" + _indented(error)
+
+
+class _JSONFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", "log"),
+            **{name: value for name, value in _where(record)},
+            "message": escape(record.getMessage()),
+            **getattr(record, "fields", {}),
+        }
+        error = _error(record)
+        if error is not None:
+            entry["traceback"] = "".join(traceback.format_exception(error))
+        return json.dumps(entry, default=str)
+
+
+def _where(record: logging.LogRecord) -> list[tuple[str, str | None]]:
+    connection, peer = getattr(record, "connection", None), getattr(record, "peer", None)
+    return [("connection", connection), ("peer", None if peer is None else escape(peer))]
+
+
+def _error(record: logging.LogRecord) -> BaseException | None:
+    return record.exc_info[1] if record.exc_info else None
+
+
+def _indented(error: BaseException) -> str:
+    lines = "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
+    return "\n".join("    " + escape(line) for line in lines)
+
+
+class LogObserver:
+    """Writes events to the logger ``harken``, with a handler of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the log.
+
+        Args:
+            settings: ``log_level``, ``log_format`` and ``log_file`` are read.
+
+        Raises:
+            OSError: the file cannot be opened.
+        """
+        path = settings["log_file"]
+        self.handler: logging.Handler = logging.FileHandler(path) if path else logging.StreamHandler(sys.stderr)
+        self.handler.setFormatter(_JSONFormatter() if settings["log_format"] == "json" else _TextFormatter())
+        self.logger = logging.getLogger("harken")
+        self._level = getattr(logging, settings["log_level"].upper())
+        self._unsubscribe: Callable[[], None] | None = None
+
+    def attach(self) -> None:
+        """Begin to write."""
+        self.logger.addHandler(self.handler)
+        self.logger.setLevel(self._level)
+        self.logger.propagate = False
+        names = [name for name in events.NAMES if _LEVELS[name] >= self._level]
+        self._unsubscribe = events.subscribe(self.write, *names) if names else None
+        events.logged = True
+
+    def detach(self) -> None:
+        """Stop writing and close the file."""
+        if self._unsubscribe is not None:
+            self._unsubscribe()
+        self.logger.removeHandler(self.handler)
+        self.logger.propagate = True
+        self.logger.setLevel(logging.NOTSET)
+        self.handler.close()
+        events.logged = False
+
+    def write(self, event: events.Event) -> None:
+        """Log one event."""
+        fields = {name: _plain(value) for name, value in event.fields.items() if name not in _OWN}
+        self.logger.log(
+            _LEVELS[event.name],
+            "%s",
+            _sentence(event.name, fields),
+            exc_info=event.error,
+            extra={"event": event.name, "connection": event.connection, "peer": event.peer, "fields": fields},
+        )
+
+
+_OWN = {"server", "connection", "peer", "error"}
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (int, float, bool, type(None))) else escape(value)
+
+
+def _sentence(name: str, fields: dict[str, Any]) -> str:
+    words = name.replace("_", " ")
+    told = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items())
+    return f"{words}: {told}" if told else words

@@ -1,0 +1,1 @@
+"""Processes: what runs servers until a signal says otherwise."""

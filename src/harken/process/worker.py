@@ -1,0 +1,212 @@
+"""``serve``: one process that serves a handler on any number of addresses until a signal says otherwise."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from harken import plugins
+from harken.engines import Engine
+from harken.errors import ConfigError
+from harken.handlers import BaseRequestHandler
+from harken.listener import Listener
+from harken.server import BaseServer, TCPServer, UDPServer
+from harken.serving import Serving, serving_of
+from harken.settings import Settings
+from harken.transports import bind_options, listen
+
+__all__ = ["Worker", "fit_handler", "serve"]
+
+# Seconds between turns of the loop when nothing happens: children are reaped and pauses end without waiting for it.
+TURN_SECONDS = 1.0
+# Exit statuses of ``serve``.
+DRAINED, FAILED, CUT = 0, 1, 3
+
+
+def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> int:
+    """Serve ``handler`` on every address until SIGTERM (drains) or SIGINT or SIGQUIT (stops now).
+
+    Signals are heeded when called in the main thread; elsewhere the call serves until its process ends.
+
+    Args:
+        handler: a handler class, called as ``(request, client_address, server)``.
+        addresses: URLs such as ``tcp://127.0.0.1:8800``, ``unix:/run/echo.sock``, ``udp://:8800``.
+        settings: any setting by name; those not given have the defaults of ``serve``.
+
+    Returns:
+        The exit status: 0 when every connection ended by itself, 3 when some were cut at the drain's deadline.
+
+    Raises:
+        ConfigError: an address, a setting or the handler is wrong; nothing stays open.
+        BindError: an address cannot be had.
+    """
+    from harken.observe.log import LogObserver
+
+    worker = Worker(handler, addresses or ("tcp://127.0.0.1:8800",), settings)
+    log = LogObserver(worker.settings)
+    log.attach()
+    try:
+        return worker.run()
+    finally:
+        worker.close()
+        log.detach()
+
+
+class _Server:
+    """What the servers of a worker have of their own: a listener that is bound already, and the worker's engine."""
+
+    daemon_threads = True  # a worker waits for handlers by itself, and not for ever
+    block_on_close = False
+    socket: socket.socket
+
+    def __init__(self, listener: Listener, handler: Callable[..., Any], settings: dict[str, Any], engine: Engine) -> None:
+        BaseServer.__init__(self, listener.getsockname(), handler)  # type: ignore[arg-type]
+        self.socket = listener
+        self.serving: Serving = serving_of(self, settings, "serve", engine)
+
+
+class _Stream(_Server, TCPServer):
+    """Serves a stream listener."""
+
+
+class _Datagram(_Server, UDPServer):
+    """Serves a datagram socket."""
+
+
+class _Profile:
+    """The owner of a worker's settings; a handler class has none of its own."""
+
+
+class Worker:
+    """Servers that share an engine and a loop, one for each listener."""
+
+    def __init__(self, handler: Callable[..., Any], addresses: tuple[str, ...], settings: dict[str, Any]) -> None:
+        """Bind every address.
+
+        Raises:
+            ConfigError: an address, a setting or the handler is wrong; nothing stays open.
+            BindError: an address cannot be had; nothing stays open.
+        """
+        fit_handler(handler)
+        self.settings = Settings(_Profile(), settings, "serve")
+        self.servers: list[_Stream | _Datagram] = []
+        self._signals: list[int] = []
+        self._stopping = False
+        self._engine: Engine = plugins.find("engines", self.settings["engine"] or "inline", "Engine")(self._option)
+        options = bind_options(self.settings)
+        with ExitStack() as undo:
+            for address in addresses:
+                for listener in listen(address, options):
+                    undo.callback(listener.close)
+                    kind = _Stream if listener.type == socket.SOCK_STREAM else _Datagram
+                    self.servers.append(kind(listener, handler, settings, self._engine))
+            undo.pop_all()
+
+    def _option(self, name: str) -> Any:
+        if name in ("daemon_threads", "block_on_close"):
+            return getattr(_Server, name)
+        if name == "selector":
+            return sys.modules["harken"]._ServerSelector
+        return self.settings[name]
+
+    def run(self) -> int:
+        """Serve until a signal; return the exit status."""
+        with self._heeding_signals(), ExitStack() as attached:
+            for server in self.servers:
+                attached.enter_context(server.serving.attached())
+            self._engine.run(lambda: bool(self._signals) or self._stopping, self._tick, self._patience)
+        if self._signals and self._signals[0] == signal.SIGTERM:
+            return self._drain()
+        return self._stop()
+
+    def stop(self) -> None:
+        """Make ``run`` return. Any thread, any signal handler."""
+        self._stopping = True
+        self._engine.wake()
+
+    def close(self) -> None:
+        """Close every listener, after ``run`` or instead of it."""
+        for server in self.servers:
+            server.server_close()
+        self._engine.join(time.monotonic())
+
+    def _tick(self) -> None:
+        for server in self.servers:
+            server.serving.tick()
+
+    def _patience(self) -> float:
+        return min(server.serving.acceptor.patience(TURN_SECONDS) for server in self.servers)
+
+    @contextmanager
+    def _heeding_signals(self) -> Iterator[None]:
+        """Enqueue signals while the block runs; the loop acts on them. A handler of signals does nothing else, ever."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def enqueue(signum: int, _frame: object) -> None:
+            self._signals.append(signum)
+            self._engine.wake()
+
+        before = {number: signal.signal(number, enqueue) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _drain(self) -> int:
+        """Serve what has arrived, close the doors, wait, cut what is left. SIGINT meanwhile ends the waiting."""
+        timeout = self.settings["drain_timeout"]
+        reports = []
+        threads = []
+        for server in self.servers:
+            thread = threading.Thread(target=lambda server=server: reports.append(server.drain(timeout)), daemon=True)
+            thread.start()
+            threads.append(thread)
+        with self._heeding_signals():
+            seen = len(self._signals)
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)
+                    if any(number != signal.SIGTERM for number in self._signals[seen:]):
+                        return CUT if self._cut() else DRAINED
+        return CUT if any(report.cut for report in reports) else DRAINED
+
+    def _cut(self) -> int:
+        return sum(len(server.serving.cut("shutdown")) for server in self.servers)
+
+    def _stop(self) -> int:
+        """Stop now: shut every connection, and give handlers a moment to notice."""
+        for server in self.servers:
+            server.socket.close()
+        self._cut()
+        self._engine.join(time.monotonic() + 1.0)
+        return DRAINED
+
+
+def fit_handler(handler: object) -> None:
+    """Check that ``handler`` can serve.
+
+    Raises:
+        ConfigError: it is no class with ``handle()``, or its ``handle`` does not fit a blocking engine.
+    """
+    import inspect
+
+    if not isinstance(handler, type):
+        return  # a function or a partial that makes handlers, as socketserver allows
+    handle = getattr(handler, "handle", None)
+    if handle is None:
+        raise ConfigError(f"{handler.__qualname__} is not a handler class: it has no handle(); derive it from harken.BaseRequestHandler")
+    if inspect.iscoroutinefunction(handle):
+        raise ConfigError(f"{handler.__qualname__}.handle is async, and the engines of this version block: make it a plain def")
+    if handle is BaseRequestHandler.handle:
+        raise ConfigError(f"{handler.__qualname__} does not override handle(), so it would serve nobody")
+
+

@@ -1,0 +1,479 @@
+"""The servers: ``socketserver``'s classes, hooks and order.
+
+What happens to a connection stands here; when and where it happens is the engine's. Each hook says who may override
+it, in which thread it runs, when, and what its failure does.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from harken.connection import ConnectionInfo, accept, peer_fault
+from harken.lifecycle import Latch
+from harken.listener import note_inode, unlink_if_own
+from harken.serving import DrainReport, serving_of
+
+__all__ = ["BaseServer", "TCPServer", "UDPServer", "UnixDatagramServer", "UnixStreamServer"]
+
+
+class BaseServer:
+    """A server without a socket: the hooks and their order.
+
+    For the caller: ``serve_forever``, ``shutdown``, ``handle_request``, ``server_close``, ``fileno``, and harken's verbs
+    ``suspend``, ``resume``, ``drain``, ``wait_ready``, ``connections``, ``close_connection``, ``configure``, ``stats``,
+    which may be called from any thread, from a handler and from a signal handler.
+
+    May be overridden: ``server_bind``, ``server_activate``, ``get_request``, ``handle_timeout``, ``verify_request``,
+    ``process_request``, ``process_request_thread``, ``finish_request``, ``shutdown_request``, ``close_request``,
+    ``service_actions``, ``handle_error``, ``server_close``.
+
+    Attributes:
+        timeout: seconds that ``handle_request`` waits, or None.
+        server_address: what was given, then what was bound.
+        RequestHandlerClass: called as ``(request, client_address, server)`` for each request.
+        socket: the listening socket; may be replaced.
+    """
+
+    timeout: float | None = None
+
+    def __init__(self, server_address: Any, RequestHandlerClass: Callable[..., Any], **settings: Any) -> None:
+        """Make a server. May be extended.
+
+        Args:
+            server_address: kept as it is.
+            RequestHandlerClass: called for each request.
+            settings: any setting by name.
+
+        Raises:
+            ConfigError: a setting is unknown or has a value that is not allowed.
+        """
+        self.server_address = server_address
+        self.RequestHandlerClass = RequestHandlerClass
+        self.__is_shut_down = Latch()
+        self.__shutdown_request = False
+        if settings:
+            serving_of(self, settings)
+
+    def server_activate(self) -> None:
+        """Begin to listen. May be overridden. Called by the constructor."""
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until ``shutdown()``.
+
+        Several threads may serve one server at once. Each connection passes ``_handle_request_noblock``; after each, and
+        at least every ``poll_interval`` seconds, ``service_actions`` is called.
+
+        Args:
+            poll_interval: seconds between calls of ``service_actions``; ``shutdown()`` does not wait for it.
+
+        Raises:
+            LifecycleError: the server is closed, or drains.
+            OSError: the socket is no listener.
+            BaseException: what a hook raises beyond ``Exception``, or ``handle_error`` raises, leaves the loop.
+        """
+        serving = serving_of(self)
+        self.__is_shut_down.clear()
+        try:
+            serving.run(lambda: self.__shutdown_request, poll_interval)
+        finally:
+            if serving.last_loop:
+                self.__shutdown_request = False
+                self.__is_shut_down.set()
+
+    def shutdown(self) -> None:
+        """Stop ``serve_forever`` and return when it has ended.
+
+        It wakes the loop at once. Called from the serving thread itself (a handler of a plain server, a signal handler)
+        or when nothing is served, it does not wait. Before ``serve_forever`` it makes that return at once.
+        """
+        self.__shutdown_request = True
+        serving = serving_of(self)
+        serving.wake()
+        done = self.__is_shut_down
+        if threading.get_ident() in serving.loops:
+            return
+        if isinstance(done, Latch) and not done.begun:
+            return
+        if not isinstance(done, Latch) and serving.last_loop:
+            return
+        done.wait()
+
+    def service_actions(self) -> None:
+        """Do regular work. May be overridden. Serving thread; once a turn of the loop and after each request."""
+
+    def handle_request(self) -> None:
+        """Serve one request, waiting for it as long as the smaller of ``timeout`` and the socket's own timeout.
+
+        Works without ``serve_forever``. When the time is over ``handle_timeout`` is called.
+        """
+        timeout = self.socket.gettimeout()  # type: ignore[attr-defined]
+        if timeout is None:
+            timeout = self.timeout
+        elif self.timeout is not None:
+            timeout = min(timeout, self.timeout)
+        deadline = None if timeout is None else monotonic() + timeout
+        with serving_of(self).option("selector")() as selector:
+            selector.register(self, 1)  # EVENT_READ
+            while True:
+                if selector.select(timeout):
+                    self._handle_request_noblock()
+                    return
+                if deadline is not None:
+                    timeout = deadline - monotonic()
+                    if timeout < 0:
+                        self.handle_timeout()
+                        return
+
+    def _handle_request_noblock(self) -> bool:
+        """Take one connection through the hooks. Loops of programs call it too, and programs override it.
+
+        Returns:
+            Whether a connection was taken.
+        """
+        serving = serving_of(self)
+        try:
+            request, client_address = self.get_request()  # type: ignore[attr-defined]
+        except OSError as error:
+            return serving.acceptor.failed(error)
+        serving.accepted(request, client_address)
+        try:
+            if not self.verify_request(request, client_address):
+                serving.rejected(client_address, "verify_request", request)
+                self.shutdown_request(request)
+                return True
+            serving.opened(request, client_address)
+            self.process_request(request, client_address)
+        except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
+            serving.failed(request, client_address, error)
+            self.handle_error(request, client_address)
+            self.shutdown_request(request)
+        except:
+            self.shutdown_request(request)
+            raise
+        return True
+
+    def handle_timeout(self) -> None:
+        """Nothing came within ``timeout``. May be overridden. Called by ``handle_request`` alone."""
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Tell whether to serve this request. May be overridden. Serving thread; after ``get_request``.
+
+        False closes the request. What it raises goes to ``handle_error``.
+        """
+        return True
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Hand the request to where handlers run. May be overridden. Serving thread; after ``verify_request``."""
+        serving = serving_of(self)
+        if serving.engine_name == "inline":
+            self.finish_request(request, client_address)
+            self.shutdown_request(request)
+        else:
+            self._process_elsewhere(request, client_address)
+
+    def _process_elsewhere(self, request: Any, client_address: Any) -> None:
+        serving = serving_of(self)
+        serving.spawn(self.process_request_thread, request, client_address)
+        if serving.engine.in_child:
+            self.close_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Serve one request where the engine runs handlers: its thread, its child. May be overridden."""
+        try:
+            self.finish_request(request, client_address)
+        except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
+            serving_of(self).failed(request, client_address, error)
+            self.handle_error(request, client_address)
+        finally:
+            self.shutdown_request(request)
+
+    def server_close(self) -> None:
+        """Let go of what the server holds. May be overridden."""
+        serving = serving_of(self)
+        if not serving.last_loop and threading.get_ident() not in serving.loops:
+            BaseServer.shutdown(self)  # while the loop's poll() holds the listener, its port would not be free
+        serving.lifecycle.move("close")
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Call ``RequestHandlerClass(request, client_address, self)``. May be overridden. The handler's thread."""
+        self.RequestHandlerClass(request, client_address, self)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a request. May be overridden. The handler's thread; after the handler and ``handle_error``."""
+        self.close_request(request)
+
+    def close_request(self, request: Any) -> None:
+        """Let go of a request. May be overridden. The handler's thread, or the parent's with the fork engine."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Report what a handler raised, the request still being open. May be overridden. The handler's thread.
+
+        Prints to stderr as stdlib does, unless harken's log writes it. A peer that went away is one line.
+        """
+        if serving_of(self).logged:
+            return
+        error = sys.exc_info()[1]
+        if isinstance(error, ConnectionError) and peer_fault(request):
+            print(f"harken: {client_address} went away: {error}", file=sys.stderr)
+            return
+        import traceback
+
+        print("-" * 40, file=sys.stderr)
+        print("Exception occurred during processing of request from", client_address, file=sys.stderr)
+        traceback.print_exc()
+        print("-" * 40, file=sys.stderr)
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        self.server_close()
+
+    # -- harken's own verbs --------------------------------------------------------------------------------------------
+
+    def suspend(self) -> None:
+        """Stop accepting; new connections wait in the backlog, open ones go on.
+
+        Raises:
+            LifecycleError: the server does not serve.
+        """
+        serving_of(self).suspend()
+
+    def resume(self) -> None:
+        """Accept again after ``suspend()``.
+
+        Raises:
+            LifecycleError: the server is not suspended.
+        """
+        serving_of(self).resume()
+
+    def drain(self, timeout: float | None = None) -> DrainReport:
+        """Serve what has arrived, close the listener, wait for open connections, cut what is left.
+
+        Args:
+            timeout: seconds to wait; None takes the setting ``drain_timeout``.
+
+        Raises:
+            LifecycleError: the server never served.
+        """
+        return drain(self, timeout)
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """Wait until a loop serves; tell whether one does, at the latest after ``timeout`` seconds."""
+        return serving_of(self).ready.wait(timeout)
+
+    def connections(self) -> list[ConnectionInfo]:
+        """Describe the open connections, oldest first."""
+        return sorted((record.info() for record in serving_of(self).connections), key=lambda info: info.opened_at)
+
+    def close_connection(self, id: str, reason: str = "killed") -> bool:  # noqa: A002 - the contract's name
+        """Cut the connection of this id; its handler reads the end. Tell whether it was open."""
+        return serving_of(self).close_connection(id, reason)
+
+    def configure(self, **changes: Any) -> None:
+        """Change live settings.
+
+        Raises:
+            ConfigError: a setting is unknown, not live, or its value is not allowed; nothing was changed.
+        """
+        serving_of(self).configure(changes)
+
+    def stats(self) -> dict[str, Any]:
+        """Figures since the start: ``state, address, engine, open, accepted_total, rejected_total, handler_failed_total,
+        closed_total`` (by reason), ``paused, process``.
+        """
+        return serving_of(self).stats()
+
+
+class TCPServer(BaseServer):
+    """A server of stream connections.
+
+    Attributes:
+        address_family: of the listening socket.
+        socket_type: of the listening socket.
+        request_queue_size: the backlog. Left at 5 harken listens with SOMAXCONN: with 5, and SYN cookies, Linux can lose the
+            first bytes of a stream.
+        allow_reuse_address: whether to set SO_REUSEADDR.
+        allow_reuse_port: whether to set SO_REUSEPORT (IPv4 and IPv6 alone).
+    """
+
+    address_family = socket.AF_INET
+    socket_type = socket.SOCK_STREAM
+    request_queue_size = 5
+    allow_reuse_address = False
+    allow_reuse_port = False
+
+    def __init__(
+        self,
+        server_address: Any,
+        RequestHandlerClass: Callable[..., Any],
+        bind_and_activate: bool = True,  # noqa: FBT001, FBT002 - stdlib's signature
+        **settings: Any,
+    ) -> None:
+        """Make a server, bind it and listen. May be extended.
+
+        Args:
+            server_address: what ``bind`` takes for this family.
+            RequestHandlerClass: called for each request.
+            bind_and_activate: False leaves ``server_bind`` and ``server_activate`` to the caller.
+            settings: any setting by name.
+
+        Raises:
+            OSError: the address cannot be bound; nothing is left open.
+            ConfigError: a setting is unknown or has a value that is not allowed.
+        """
+        BaseServer.__init__(self, server_address, RequestHandlerClass, **settings)
+        self.socket = socket.socket(self.address_family, self.socket_type)
+        if bind_and_activate:
+            try:
+                self.server_bind()
+                self.server_activate()
+            except:
+                self.server_close()
+                raise
+
+    def server_bind(self) -> None:
+        """Bind the socket. May be overridden. Called by the constructor."""
+        settings = serving_of(self).settings
+        if settings["allow_reuse_address"] and hasattr(socket, "SO_REUSEADDR"):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if settings["reuse_port"] and self.address_family in (socket.AF_INET, socket.AF_INET6):
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def server_activate(self) -> None:
+        """Listen. May be overridden. Called by the constructor."""
+        self.socket.listen(serving_of(self).settings["backlog"])
+
+    def server_close(self) -> None:
+        """Close the listener; when it returns the port is free. May be overridden."""
+        BaseServer.server_close(self)
+        self.socket.close()
+
+    def fileno(self) -> int:
+        """Return the listener's descriptor of the moment, for selectors."""
+        return self.socket.fileno()
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Take a connection: ``(request, client_address)``. May be overridden. Serving thread.
+
+        An OSError is looked up in the acceptor's table and never leaves the loop, unless the socket is no listener.
+        """
+        return serving_of(self).get_request(partial(accept, self.socket))
+
+    get_request.bursts = True  # type: ignore[attr-defined]  # may be called again while the listener is readable
+
+    def shutdown_request(self, request: Any) -> None:
+        """Tell the peer that nothing more comes (SHUT_WR), then ``close_request``. May be overridden."""
+        record = serving_of(self).connections.find(request)
+        if record is not None:
+            record.judge(request)
+        try:
+            request.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the peer, or the handler, was quicker
+        self.close_request(request)
+
+    def close_request(self, request: Any) -> None:
+        """Close a connection. May be overridden."""
+        request.close()
+        serving_of(self).ended(request)
+
+
+class UDPServer(TCPServer):
+    """A server of datagrams: ``request`` is ``(bytes, socket)``.
+
+    Attributes:
+        max_packet_size: largest datagram in bytes. Left at 8192 harken takes 65535, so that none is cut.
+    """
+
+    allow_reuse_address = False
+    allow_reuse_port = False
+    socket_type = socket.SOCK_DGRAM
+    max_packet_size = 8192
+
+    def server_activate(self) -> None:
+        """Nothing: datagrams need no listen()."""
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Take a datagram: ``((data, socket), client_address)``. May be overridden. Serving thread."""
+        return serving_of(self).get_request(partial(_receive, self))
+
+    get_request.bursts = True  # type: ignore[attr-defined]
+
+    def shutdown_request(self, request: Any) -> None:
+        """Nothing to shut. May be overridden."""
+        self.close_request(request)
+
+    def close_request(self, request: Any) -> None:
+        """Nothing to close. May be overridden."""
+
+
+def _receive(server: UDPServer) -> tuple[Any, Any]:
+    listener = server.socket
+    serving = serving_of(server)
+    size = serving.settings["max_packet_size"]
+    if not hasattr(listener, "recvmsg"):
+        data, address = listener.recvfrom(size)
+        return (data, listener), address
+    data, _, flags, address = listener.recvmsg(size)
+    if flags & socket.MSG_TRUNC:
+        serving.truncated(address, size)
+    return (data, listener), address
+
+
+def drain(server: Any, timeout: float | None) -> DrainReport:
+    """Drain ``server``, whose class may have a ``drain`` of its own; see ``BaseServer.drain``."""
+    return serving_of(server).drain(timeout, partial(BaseServer.shutdown, server))
+
+
+if hasattr(socket, "AF_UNIX"):
+
+    def _bind_path(server: TCPServer, bind: Callable[[], None]) -> None:
+        from harken.transports import unix
+
+        path = server.server_address
+        unix.claim(path)
+        bind()
+        vars(server)["_harken_inode"] = note_inode(path)
+
+    def _unlink_path(server: TCPServer) -> None:
+        unlink_if_own(server.server_address, vars(server).pop("_harken_inode", None))
+
+    class UnixStreamServer(TCPServer):
+        """A server of stream connections on a Unix path.
+
+        A path that a dead server left is taken over; on close the path is removed if it is still this server's.
+        """
+
+        address_family = socket.AF_UNIX
+
+        def server_bind(self) -> None:
+            """Bind the path. May be overridden."""
+            _bind_path(self, lambda: TCPServer.server_bind(self))
+
+        def server_close(self) -> None:
+            """Close the listener and remove its path. May be overridden."""
+            super().server_close()
+            _unlink_path(self)
+
+    class UnixDatagramServer(UDPServer):
+        """A server of datagrams on a Unix path; see :class:`UnixStreamServer`."""
+
+        address_family = socket.AF_UNIX
+
+        def server_bind(self) -> None:
+            """Bind the path. May be overridden."""
+            _bind_path(self, lambda: TCPServer.server_bind(self))
+
+        def server_close(self) -> None:
+            """Close the socket and remove its path. May be overridden."""
+            super().server_close()
+            _unlink_path(self)

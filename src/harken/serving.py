@@ -1,0 +1,515 @@
+"""The running side of a server: what harken keeps for it beside stdlib's attributes, and the verbs that use it.
+
+It is made when first needed and held in the server's ``__dict__``: programs skip ``__init__``, call
+``BaseServer.__init__`` alone, or put harken's mix-ins in front of stdlib's own servers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from harken import events, plugins
+from harken.acceptor import Acceptor, readable, refuse
+from harken.connection import ConnectionInfo, Record, Registry, peer_fault
+from harken.engines import Engine
+from harken.errors import LifecycleError
+from harken.lifecycle import Latch, Lifecycle, State, at_exit
+from harken.settings import Profile, Settings, seconds, setting
+
+__all__ = ["DrainReport", "Serving", "background", "serving_of"]
+
+DRAIN_TIMEOUT = setting(
+    "drain_timeout",
+    seconds(),
+    0.0,
+    serve=30.0,
+    unit="seconds",
+    live=True,
+    meaning="how long a drain waits for connections before it cuts what is left",
+    origin="gunicorn's graceful_timeout; the drop-in classes have no drain of their own",
+)
+
+# Seconds that a cut handler gets to notice that its socket is shut: it wakes within milliseconds.
+CUT_GRACE = 1.0
+
+_KEY = "_harken"
+
+
+@dataclass(frozen=True, slots=True)
+class DrainReport:
+    """How a drain went.
+
+    Attributes:
+        finished: connections that ended by themselves in time.
+        left: handlers that still run although their connection was cut.
+        cut: connections that were closed at the deadline.
+        seconds: how long it took.
+        connections: those that were cut.
+    """
+
+    finished: int
+    left: int
+    cut: int
+    seconds: float
+    connections: list[ConnectionInfo]
+
+
+class Serving:
+    """State and verbs of one server; the server's own methods of these names call them here.
+
+    All verbs may be called from any thread, from a handler and from a signal handler.
+    """
+
+    def __init__(
+        self,
+        server: Any,
+        keywords: Mapping[str, Any] | None = None,
+        profile: Profile = "drop-in",
+        engine: Engine | None = None,
+    ) -> None:
+        self.server = server
+        self.settings = Settings(server, keywords, profile)
+        self.lifecycle = Lifecycle()
+        self.ready = Latch()
+        self.connections = Registry(self.describe, self._closed, self._end_child)
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.acceptor = Acceptor(
+            accept_one=self._accept_one,
+            listener=lambda: getattr(server, "socket", None),
+            pause=lambda: self.engine.unwatch(server),
+            resume=lambda: self.engine.watch(server, self.acceptor.accept_ready),
+            address=self.address,
+        )
+        self.interrupted = False
+        self.abandoned = False
+        self.loops: set[int] = set()
+        self._engine = engine
+        self._guard = threading.RLock()
+        self._accept_lock = threading.Lock()
+        self._loop_count = 0
+
+    # -- what engines and handlers ask ---------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, made when first needed."""
+        if self._engine is None:
+            with self._guard:
+                if self._engine is None:
+                    self._engine = plugins.find("engines", self.engine_name, "Engine")(self.option)
+        return self._engine
+
+    @property
+    def engine_name(self) -> str:
+        """The engine's name: as asked, or ``inline``.
+
+        The environment moves only servers that were concurrent already: a plain server's handler may rely on being alone.
+        """
+        movable = self.settings.profile == "serve" or getattr(self.server, "_engine_from_environment", False)
+        return self.settings.find("engine", environment=movable).value or "inline"
+
+    def option(self, name: str) -> Any:
+        """Answer an engine: a setting, an attribute of stdlib's, or the selector class of the module."""
+        if name == "selector":
+            return sys.modules["harken"]._ServerSelector
+        if name in ("daemon_threads", "block_on_close"):
+            return getattr(self.server, name, name == "block_on_close")
+        return self.settings[name]
+
+    def address(self) -> str:
+        """Name the listener as one would type it."""
+        listener = getattr(self.server, "socket", None)
+        url = getattr(listener, "url", None)
+        if url:
+            return str(url)
+        from harken.transports import for_socket
+
+        try:
+            return for_socket(listener).url(listener)
+        except (OSError, AttributeError, ValueError):
+            return str(getattr(self.server, "server_address", "?"))
+
+    @property
+    def logged(self) -> bool:
+        """Whether a log writes what handlers raise, so that ``handle_error`` need not print it."""
+        return events.logged
+
+    @property
+    def draining(self) -> bool:
+        """Whether a drain is under way."""
+        return self.lifecycle.state is State.DRAINING
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Watch the server's door while the block runs; several loops may."""
+        if self.server.fileno() < 0:
+            raise LifecycleError("cannot serve: the server's socket is closed; make a new server or give it another socket")
+        with self._guard:
+            self.lifecycle.move("serve")
+            self._loop_count += 1
+            self.loops.add(threading.get_ident())
+            if self._loop_count == 1:
+                self.interrupted = False
+                self.acceptor.open()
+                self.engine.watch(self.server, self.acceptor.accept_ready)
+                events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
+        self.ready.set()
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit):
+            self.interrupted = True
+            _interrupted.add(self)
+            raise
+        finally:
+            with self._guard:
+                self._loop_count -= 1
+                self.loops.discard(threading.get_ident())
+                if self._loop_count == 0:
+                    self.engine.unwatch(self.server)
+                    self.acceptor.close()
+                    self.ready.clear()
+                    self.lifecycle.move("stop")
+
+    def run(self, stopped: Callable[[], bool], interval: float) -> None:
+        """Serve until ``stopped``, turning at least every ``interval`` seconds."""
+        with self.attached():
+            self.engine.run(stopped, self.tick, lambda: self.acceptor.patience(interval))
+
+    @property
+    def last_loop(self) -> bool:
+        """Whether no other thread runs a loop of this server."""
+        return self._loop_count == 0
+
+    def tick(self) -> None:
+        """One turn: stdlib's hook, children and threads that have ended, pauses that are over."""
+        self.server.service_actions()
+        if self.engine.in_child:
+            self.engine.collect()
+        if self.acceptor.paused and self._loop_count:
+            self.acceptor.turn(room=not self.engine.full)
+
+    def wake(self) -> None:
+        """Make the loop take a turn at once, if one runs."""
+        if self._engine is not None:
+            self._engine.wake()
+
+    def _accept_one(self) -> object:
+        if self.engine.full and not self._make_room():
+            return False
+        taken = self.server._handle_request_noblock()
+        return taken is True and self._more()
+
+    def _more(self) -> bool:
+        """Whether another accept would find a connection and not block.
+
+        Only our own ``get_request`` on a plain socket is asked twice: an overridden one may do anything in between. The
+        listener is asked by poll() and not made non-blocking, since its flags belong to all processes that share it.
+        """
+        server = self.server
+        if not getattr(server.get_request, "bursts", False):
+            return False
+        return not self.engine.full and server.fileno() >= 0 and readable(server)
+
+    def _make_room(self) -> bool:
+        """The engine is full: do as ``overload`` says. True when a connection may be accepted all the same."""
+        policy = self.settings["overload"]
+        if policy in ("reset", "reply"):
+            self._turn_away(policy)
+        else:
+            if policy == "shed":
+                self._shed()
+            self.acceptor.hold("no handler is free: pool or max_children in use")
+        return False
+
+    def _turn_away(self, policy: str) -> None:
+        try:
+            request, client_address = self.server.get_request()
+        except OSError as error:
+            self.acceptor.failed(error)
+            return
+        reply = self.settings["overload_reply"] if policy == "reply" else b""
+        refuse(request, reply.encode() if isinstance(reply, str) else reply)
+        self.rejected(client_address, "overload", None)
+
+    def _shed(self) -> None:
+        idle = [(record.idle_seconds() or 0.0, -record.started, record) for record in self.connections if not record.reason]
+        if idle:
+            max(idle, key=lambda entry: entry[:2])[2].cut("shed")
+
+    # -- one connection ------------------------------------------------------------------------------------------------
+
+    def get_request(self, get: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Call ``get``; among several loops, only one at a time, and only while a connection is there."""
+        if self._loop_count < 2:
+            return get()
+        with self._accept_lock:
+            if not readable(self.server):
+                raise BlockingIOError("another thread took the connection")
+            return get()
+
+    def accepted(self, request: Any, client_address: Any) -> None:
+        """A connection was taken from the kernel: begin its record."""
+        self.counts["accepted"] += 1
+        record = self.connections.add(request, client_address)
+        if events.subscribers["accepted"]:
+            self._tell("accepted", record, client_address)
+
+    def opened(self, request: Any, client_address: Any) -> None:
+        """A connection goes to its handler."""
+        record = self.connections.find(request)
+        if record is not None:
+            record.opened = True
+        if events.subscribers["opened"]:
+            self._tell("opened", record, client_address)
+
+    def rejected(self, client_address: Any, reason: str, request: Any) -> None:
+        """A connection is refused before its handler."""
+        self.counts["rejected"] += 1
+        record = self.connections.find(request)
+        if record is not None and record.reason is None:
+            record.reason = "rejected"
+        if events.subscribers["rejected"]:
+            self._tell("rejected", record, client_address, reason=reason)
+
+    def failed(self, request: Any, client_address: Any, error: BaseException) -> None:
+        """A handler raised; called before ``handle_error``."""
+        record = self.connections.find(request)
+        if record is not None:
+            record.failed = True
+        if _is_peers_fault(request, error):
+            return
+        self.counts["handler_failed"] += 1
+        if events.subscribers["handler_failed"]:
+            self._tell("handler_failed", record, client_address, error=error)
+
+    def truncated(self, client_address: Any, size: int) -> None:
+        """A datagram was longer than ``size`` bytes, and its end is lost."""
+        self.counts["truncated"] += 1
+        if events.subscribers["truncated"]:
+            self._tell("truncated", None, client_address, bytes=size)
+
+    def ended(self, request: Any) -> None:
+        """A request object that cannot tell by itself (it is no :class:`Connection`) was closed."""
+        record = self.connections.find(request)
+        if record is not None:
+            record.ended()
+
+    def spawn(self, function: Callable[..., object], request: Any, client_address: Any) -> None:
+        """Run ``function(request, client_address)`` where the engine runs handlers."""
+        engine = self.engine
+        if not engine.in_child:
+            engine.spawn(function, engine.adopt(request), client_address)
+            return
+        record = self.connections.find(request)
+        pid = engine.spawn(
+            self._in_child, function, request, client_address, done=lambda status: self.connections.child_ended(record, status)
+        )
+        self.connections.hand_over(record, pid)
+
+    def _in_child(self, function: Callable[..., object], request: Any, client_address: Any) -> int:
+        """The child's part: the listener is the parent's alone, and so are the books."""
+        record = self.connections.find(request)
+        if record is not None:
+            record.silent = True
+        if not isinstance(request, tuple) and hasattr(self.server, "socket"):
+            self.server.socket.close()
+        function(request, client_address)
+        return int(record is not None and record.failed)
+
+    def describe(self, request: Any, client_address: Any) -> Any:
+        from harken.transports import for_socket
+
+        return for_socket(request if hasattr(request, "family") else self.server.socket).describe(request, client_address)
+
+    def _tell(self, name: str, record: Record | None, client_address: Any, **fields: Any) -> None:
+        peer = record.peer if record is not None else self.describe(None, client_address)
+        events.emit(name, server=self.server, connection=record.id if record else None, peer=peer, **fields)
+
+    def _closed(self, record: Record) -> None:
+        if not record.opened or record.silent:
+            return
+        reason = record.reason or "handler_returned"
+        self.reasons[reason] += 1
+        if events.subscribers["closed"]:
+            self._tell("closed", record, record.client_address, reason=reason, seconds=time.monotonic() - record.started)
+
+    def _end_child(self, pid: int) -> None:
+        end = getattr(self.engine, "end_child", None)
+        if end is not None:
+            end(pid)
+
+    # -- verbs ---------------------------------------------------------------------------------------------------------
+
+    def join(self, *, block: bool) -> None:
+        """Wait for handlers as ``server_close()`` does: without end if ``block``; after Ctrl-C their sockets are shut first."""
+        if self._engine is None:
+            return
+        if self.interrupted:
+            self.cut("shutdown")
+        self._engine.join(None if block and not self.abandoned else time.monotonic())
+
+    def cut(self, reason: str) -> list[Record]:
+        """Shut the sockets of all open connections, so that their handlers wake; return their records."""
+        records = list(self.connections)
+        for record in records:
+            record.cut(reason)
+        return records
+
+    def drain(self, timeout: float | None, stop: Callable[[], None]) -> DrainReport:
+        """Stop accepting, wait for connections, cut what is left.
+
+        Args:
+            timeout: seconds to wait; None takes the setting ``drain_timeout``.
+            stop: ends the loop and returns when it has.
+        """
+        began = time.monotonic()
+        timeout = self.settings["drain_timeout"] if timeout is None else timeout
+        self.lifecycle.move("drain")
+        opened = len(self.connections)
+        events.emit("draining", server=self.server, open=opened, timeout=timeout)
+        stop()
+        listener = getattr(self.server, "socket", None)
+        if listener is not None:
+            listener.close()
+        deadline = began + timeout
+        self.connections.wait_empty(max(0.0, deadline - time.monotonic()))
+        infos = [record.info() for record in self.cut("drain_deadline")]
+        left = 0
+        if self._engine is not None:
+            self.connections.wait_empty(CUT_GRACE if infos else 0)
+            left = self._engine.join(max(deadline, time.monotonic() + CUT_GRACE))
+        self.abandoned = left > 0
+        report = DrainReport(max(0, opened - len(infos)), left, len(infos), time.monotonic() - began, infos)
+        events.emit("drained", server=self.server, report=report)
+        return report
+
+    def suspend(self) -> None:
+        """Leave new connections in the backlog; open ones go on.
+
+        Raises:
+            LifecycleError: the server does not serve.
+        """
+        with self._guard:
+            self.lifecycle.move("suspend")
+            self.engine.unwatch(self.server)
+
+    def resume(self) -> None:
+        """Accept again.
+
+        Raises:
+            LifecycleError: the server is not suspended.
+        """
+        with self._guard:
+            self.lifecycle.move("resume")
+            self.engine.watch(self.server, self.acceptor.accept_ready)
+
+    def configure(self, changes: Mapping[str, Any]) -> None:
+        """Change live settings.
+
+        Raises:
+            ConfigError: a setting is unknown, not live, or its value is not allowed; nothing was changed.
+        """
+        self.settings.configure(changes)
+        if self._engine is not None:
+            self._engine.refresh()
+
+    def close_connection(self, connection_id: str, reason: str) -> bool:
+        """Cut one connection; tell whether it was open."""
+        record = self.connections.by_id(connection_id)
+        if record is None:
+            return False
+        record.cut(reason)
+        return True
+
+    def stats(self) -> dict[str, Any]:
+        """Figures since the start; see ``BaseServer.stats``."""
+        return {
+            "state": self.lifecycle.state.value,
+            "address": self.address(),
+            "engine": self.engine_name,
+            "open": len(self.connections),
+            "accepted_total": self.counts["accepted"],
+            "rejected_total": self.counts["rejected"],
+            "handler_failed_total": self.counts["handler_failed"],
+            "closed_total": dict(self.reasons),
+            "paused": self.acceptor.paused,
+            "process": os.getpid(),
+        }
+
+
+def _is_peers_fault(request: Any, error: BaseException) -> bool:
+    """Whether a handler raised because its own peer has gone, and not a connection of the handler's to somebody else."""
+    return isinstance(error, ConnectionError) and peer_fault(request) is not None
+
+
+def serving_of(
+    server: Any, keywords: Mapping[str, Any] | None = None, profile: Profile = "drop-in", engine: Engine | None = None
+) -> Serving:
+    """Return the running side of ``server``, making it when there is none yet."""
+    held = vars(server).get(_KEY)
+    if held is None:
+        held = vars(server).setdefault(_KEY, Serving(server, keywords, profile, engine))
+    return held  # type: ignore[no-any-return]
+
+
+_interrupted: weakref.WeakSet[Serving] = weakref.WeakSet()
+
+
+@at_exit
+def _end_interrupted() -> None:
+    """Ctrl-C means now: the interpreter must not wait for handlers whose clients are silent."""
+    for serving in list(_interrupted):
+        serving.cut("shutdown")
+
+
+@contextmanager
+def background(server: Any, *, timeout: float = 10.0) -> Iterator[Any]:
+    """Serve in a thread while the block runs: ready when entered, drained and closed when left.
+
+    Args:
+        server: any server of harken's.
+        timeout: seconds to wait for it to be ready.
+
+    Raises:
+        LifecycleError: it was not ready in time.
+        Exception: whatever ``serve_forever`` raised before it was ready.
+    """
+    serving = serving_of(server)
+    failure: list[BaseException] = []
+
+    def serve() -> None:
+        try:
+            server.serve_forever()
+        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+            failure.append(error)
+            serving.ready.set()
+
+    thread = threading.Thread(target=serve, name="harken-background", daemon=True)
+    thread.start()
+    if not serving.ready.wait(timeout):
+        raise LifecycleError(f"the server was not ready within {timeout:g} s")
+    if failure:
+        raise failure[0]
+    try:
+        yield server
+    finally:
+        from harken.server import BaseServer
+
+        serving.drain(None, lambda: BaseServer.shutdown(server))
+        server.server_close()
+        thread.join(timeout)
+        if failure:
+            raise failure[0]
+

@@ -1,0 +1,422 @@
+"""Settings, each declared once, in the room that uses it.
+
+:func:`setting` is the declaration. The keyword argument, class attribute, ``--flag``, ``HARKEN_…`` variable, TOML key
+and the row in the reference all come from it. :class:`Settings` answers, for one server, which value holds and where
+it came from: live change, flag, environment, file, keyword, class attribute, default, in this order.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from harken.errors import ConfigError, nearest
+
+__all__ = ["REGISTRY", "Kind", "Operator", "Setting", "Settings", "Value", "operator", "setting"]
+
+Profile = Literal["drop-in", "serve"]
+UNSET: Any = type("Unset", (), {"__repr__": lambda _self: "UNSET", "__bool__": lambda _self: False})()
+
+_TRUE = {"true", "yes", "on", "1"}
+_FALSE = {"false", "no", "off", "0"}
+_SIZES = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What values a setting takes.
+
+    Attributes:
+        name: ``count``, ``seconds``, ``bytes``, ``flag``, ``choice``, ``text`` or ``list``.
+        types: Python types of a value that was not written as text.
+        minimum: the smallest number allowed, or None.
+        choices: the words allowed, for ``choice``; empty allows any word.
+        optional: whether None ("none" in text) is a value.
+    """
+
+    name: str
+    types: tuple[type, ...]
+    minimum: float | None = None
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+
+    def fits(self, value: object) -> bool:
+        """Tell whether ``value`` has a type that this kind takes, whatever its size or spelling."""
+        if value is None:
+            return self.optional
+        if isinstance(value, bool) and bool not in self.types:
+            return False
+        return isinstance(value, self.types)
+
+    def check(self, value: Any) -> Any:
+        """Return ``value`` if it is allowed.
+
+        Raises:
+            ValueError: saying what would be allowed.
+        """
+        if not self.fits(value):
+            raise ValueError(f"is not {self.describe()}")
+        if self.name == "flag" and value is not None:
+            return bool(value)
+        if self.choices and value is not None and value not in self.choices and not self._is_path(value):
+            raise ValueError(f"is not {self.describe()}{nearest(str(value), self.choices)}")
+        if self.minimum is not None and value is not None and value < self.minimum:
+            raise ValueError(f"is below the smallest value allowed, {self.minimum:g}")
+        return value
+
+    def parse(self, text: str) -> Any:
+        """Read a value from a flag, a variable or a file.
+
+        Raises:
+            ValueError: saying what would be allowed.
+        """
+        word = text.strip()
+        if self.optional and word.lower() == "none":
+            return None
+        try:
+            return self.check(self._read(word))
+        except (KeyError, ValueError) as error:
+            known = isinstance(error, ValueError) and str(error).startswith("is ")
+            raise ValueError(str(error) if known else f"is not {self.describe()}") from None
+
+    def _read(self, word: str) -> Any:
+        match self.name:
+            case "count":
+                return int(word)
+            case "seconds":
+                return float(word)
+            case "bytes":
+                number, suffix = word[:-3], word[-3:].lower()
+                return int(number) * _SIZES[suffix] if suffix in _SIZES else int(word)
+            case "flag":
+                if word.lower() not in _TRUE | _FALSE:
+                    raise KeyError(word)
+                return word.lower() in _TRUE
+            case "list":
+                return tuple(part.strip() for part in word.split(",") if part.strip())
+            case _:
+                return word
+
+    def _is_path(self, value: object) -> bool:
+        """A dotted path (``package.module:Name``) stands for a plug-in of the user's own."""
+        return isinstance(value, str) and ":" in value
+
+    def describe(self) -> str:
+        """Name the values allowed, for messages and for the reference."""
+        words = {
+            "count": "a whole number",
+            "seconds": "a number of seconds",
+            "bytes": "a number of bytes (KiB, MiB and GiB may follow)",
+            "flag": "true or false",
+            "choice": "one of " + ", ".join(self.choices),
+            "text": "text",
+            "list": "a list, separated by commas",
+        }[self.name]
+        return f"{words} or none" if self.optional else words
+
+
+def count(minimum: int | None = 0, *, optional: bool = False) -> Kind:
+    """A whole number."""
+    return Kind("count", (int,), minimum=minimum, optional=optional)
+
+
+def seconds(*, optional: bool = False) -> Kind:
+    """A time in seconds; 0 is zero and not "off"."""
+    return Kind("seconds", (int, float), minimum=0, optional=optional)
+
+
+def size(minimum: int = 0, *, optional: bool = False) -> Kind:
+    """A size in bytes."""
+    return Kind("bytes", (int,), minimum=minimum, optional=optional)
+
+
+def flag(*, optional: bool = False) -> Kind:
+    """True or false."""
+    return Kind("flag", (bool, int), optional=optional)  # http.server says allow_reuse_address = 1
+
+
+def choice(*words: str, optional: bool = False) -> Kind:
+    """One of a few words."""
+    return Kind("choice", (str,), choices=words, optional=optional)
+
+
+def text(*, optional: bool = False) -> Kind:
+    """Any text."""
+    return Kind("text", (str, bytes), optional=optional)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One declared setting; see :func:`setting`."""
+
+    name: str
+    kind: Kind
+    default: Any
+    serve: Any
+    unit: str
+    meaning: str
+    origin: str
+    live: bool
+    stdlib: str | None
+    stdlib_default: Any
+
+    @property
+    def flag(self) -> str:
+        """The command-line flag."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        """The environment variable."""
+        return "HARKEN_" + self.name.upper()
+
+    def fallback(self, profile: Profile) -> Any:
+        """Return the default under ``profile``."""
+        return self.serve if profile == "serve" else self.default
+
+    def read(self, raw: Any, source: str) -> Any:
+        """Check ``raw`` (text is parsed) and return the value.
+
+        Raises:
+            ConfigError: one line that names the setting, the value and where it came from.
+        """
+        try:
+            return self.kind.parse(raw) if isinstance(raw, str) else self.kind.check(raw)
+        except ValueError as error:
+            raise ConfigError(f"{self.name} = {raw!r} ({source}) {error}") from None
+
+
+REGISTRY: dict[str, Setting] = {}
+
+
+def setting(
+    name: str,
+    kind: Kind,
+    default: Any,
+    *,
+    meaning: str,
+    origin: str,
+    serve: Any = UNSET,
+    unit: str = "",
+    live: bool = False,
+    stdlib: str | None = None,
+    stdlib_default: Any = UNSET,
+) -> Setting:
+    """Declare a setting.
+
+    Args:
+        name: the keyword argument, class attribute and TOML key; flag and variable follow from it.
+        kind: what values it takes.
+        default: the value in the drop-in classes.
+        meaning: one line for ``--help`` and the reference.
+        origin: where the default comes from: a measurement, a man page, a peer.
+        serve: the value under ``serve``, when it differs.
+        unit: what a number counts.
+        live: whether ``configure()`` may change it while the server runs.
+        stdlib: the attribute by which ``socketserver`` knows it, read late and on the instance too.
+        stdlib_default: that attribute's default there; finding it counts as "nobody set it".
+
+    Returns:
+        The declaration, also found in :data:`REGISTRY`.
+    """
+    declared = Setting(
+        name=name,
+        kind=kind,
+        default=default,
+        serve=default if serve is UNSET else serve,
+        unit=unit,
+        meaning=meaning,
+        origin=origin,
+        live=live,
+        stdlib=stdlib,
+        stdlib_default=stdlib_default,
+    )
+    REGISTRY[name] = declared
+    return declared
+
+
+# The modules that declare settings, lightest first. A module is imported when a name is asked for that none has declared yet.
+DECLARED_IN = (
+    "harken.transports",
+    "harken.transports.udp",
+    "harken.acceptor",
+    "harken.engines",
+    "harken.serving",
+    "harken.engines.thread",
+    "harken.engines.pool",
+    "harken.engines.fork",
+    "harken.observe.log",
+)
+
+
+def declare_all() -> dict[str, Setting]:
+    """Import every module that declares settings, and return them all."""
+    for module in DECLARED_IN:
+        importlib.import_module(module)
+    return REGISTRY
+
+
+def known(name: str, source: str) -> Setting:
+    """Find a declared setting by any spelling of its name.
+
+    Raises:
+        ConfigError: naming the nearest one.
+    """
+    key = name.replace("-", "_")
+    for module in DECLARED_IN if key not in REGISTRY else ():
+        importlib.import_module(module)
+        if key in REGISTRY:
+            break
+    if key not in REGISTRY:
+        raise ConfigError(f"unknown setting {name!r} ({source}){nearest(key, REGISTRY)}")
+    return REGISTRY[key]
+
+
+class Value(NamedTuple):
+    """A value in force and where it came from, in words."""
+
+    value: Any
+    source: str
+
+
+@dataclass(slots=True)
+class Operator:
+    """What the operator asked of every server in this process: flags and a file, above what the program says."""
+
+    flags: dict[str, Any] = field(default_factory=dict)
+    file: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
+
+    def load(self, path: str | Path) -> None:
+        """Read settings from a TOML file.
+
+        Raises:
+            ConfigError: the file is missing, is not TOML, or names a setting that does not exist.
+        """
+        try:
+            with open(path, "rb") as stream:
+                content = tomllib.load(stream)
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration file {str(path)!r}: {error.strerror}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"the configuration file {str(path)!r} is not TOML: {error}") from None
+        self.path = str(path)
+        self.file = {known(key, f"file {path}").name: value for key, value in content.items() if key != "bind"}
+
+    def find(self, declared: Setting, *, environment: bool = True) -> Value | None:
+        """Return what flags, environment (unless told not to look) and file say of a setting, or None."""
+        if declared.name in self.flags:
+            return self._value(declared, self.flags[declared.name], f"flag {declared.flag}")
+        if environment and declared.variable in os.environ:
+            return self._value(declared, os.environ[declared.variable], f"environment {declared.variable}")
+        if declared.name in self.file:
+            return self._value(declared, self.file[declared.name], f"file {self.path}")
+        return None
+
+    def _value(self, declared: Setting, raw: Any, source: str) -> Value:
+        raw = tuple(raw) if isinstance(raw, list) else raw
+        return Value(declared.read(raw, source), source)
+
+
+operator = Operator()
+
+
+class Settings:
+    """The settings of one server.
+
+    Reading is late: a class attribute or a variable that changes after construction is seen at the next reading.
+    """
+
+    __slots__ = ("_keywords", "_live", "_owner", "profile")
+
+    def __init__(self, owner: object, keywords: Mapping[str, Any] | None = None, profile: Profile = "drop-in") -> None:
+        """Bind settings to a server.
+
+        Args:
+            owner: the server, whose class attributes count.
+            keywords: what its constructor was given.
+            profile: which column of defaults applies.
+
+        Raises:
+            ConfigError: a keyword is unknown or its value is not allowed.
+        """
+        self._owner = owner
+        self._keywords: dict[str, Any] = {}
+        self._live: dict[str, Any] = {}
+        self.profile: Profile = profile
+        for name, value in (keywords or {}).items():
+            declared = known(name, "keyword argument")
+            value = tuple(value) if isinstance(value, list) else value
+            self._keywords[declared.name] = declared.read(value, "keyword argument")
+
+    def __getitem__(self, name: str) -> Any:
+        """Return the value in force."""
+        return self.find(name).value
+
+    def find(self, name: str, *, environment: bool = True) -> Value:
+        """Return the value in force and where it came from.
+
+        Args:
+            name: the setting.
+            environment: whether its variable counts.
+
+        Raises:
+            ConfigError: the value found is not allowed, or no such setting exists.
+        """
+        declared = known(name, "program")
+        if name in self._live:
+            return Value(self._live[name], "configure()")
+        return (
+            operator.find(declared, environment=environment)
+            or (Value(self._keywords[name], "keyword argument") if name in self._keywords else None)
+            or self._attribute(declared)
+            or Value(declared.fallback(self.profile), f"default of {self.profile}")
+        )
+
+    def configure(self, changes: Mapping[str, Any]) -> None:
+        """Change live settings; all of them or, when one is wrong, none.
+
+        Raises:
+            ConfigError: a setting is unknown, not live, or the value is not allowed.
+        """
+        checked = {}
+        for name, value in changes.items():
+            declared = known(name, "configure()")
+            if not declared.live:
+                raise ConfigError(f"{declared.name} cannot change while the server runs; restart it with {declared.flag}")
+            checked[declared.name] = declared.read(value, "configure()")
+        self._live.update(checked)
+
+    def _attribute(self, declared: Setting) -> Value | None:
+        """Look for the setting among the server's attributes.
+
+        Programs give their servers attributes of the same names for reasons of their own (``engine``, ``workers``,
+        ``user``), so an instance attribute counts only under stdlib's names, and a value of another type is theirs.
+        """
+        for name in filter(None, (declared.name, declared.stdlib)):
+            late = name == declared.stdlib
+            if late and name in getattr(self._owner, "__dict__", ()):
+                found, where = self._owner.__dict__[name], f"attribute {name}"
+            else:
+                found, where = _class_attribute(type(self._owner), name)
+            if found is UNSET or not declared.kind.fits(found):
+                continue
+            if late and found == declared.stdlib_default and where.startswith(_OWN):
+                continue
+            return Value(declared.read(found, where), where)
+        return None
+
+
+_OWN = ("class attribute harken.", "class attribute socketserver.")
+
+
+def _class_attribute(owner: type, name: str) -> tuple[Any, str]:
+    for cls in owner.__mro__:
+        if name in vars(cls):
+            return vars(cls)[name], f"class attribute {cls.__module__}.{cls.__qualname__}.{name}"
+    return UNSET, ""
