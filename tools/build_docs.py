@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-import sys
+import re
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,11 +20,13 @@ from harken.lifecycle import MOVES, State
 from harken.settings import Setting
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
+SOURCE = REFERENCE.parent.parent / "src"
+EMIT = re.compile(r"""(?:emit|_tell)\(\s*"(\w+)\"""")
 NOTE = "<!-- Made from the code by `make docs`; change the code instead. -->\n"
 
 HOOKS = (  # in the order in which a server calls them
-    "server_bind server_activate service_actions get_request verify_request process_request finish_request handle_error "
-    "shutdown_request close_request handle_timeout"
+    "server_bind server_activate service_actions get_request verify_request process_request finish_request "
+    "handle_error shutdown_request close_request handle_timeout"
 ).split()
 
 
@@ -49,7 +52,7 @@ def shown(value: object) -> str:
         return f"`{str(value).lower()}`"
     if value in ("", b"", ()):
         return "empty"
-    return f"`{value!r}`" if isinstance(value, str | bytes) else f"`{value}`"
+    return f"`{value}`"
 
 
 def settings_page() -> str:
@@ -66,8 +69,8 @@ def settings_page() -> str:
         "Settings",
         "A setting is a keyword argument of every server class, a class attribute, a flag of the commands, a variable\n"
         "and a key of the TOML file that `--config` names, all by the same name.\n"
-        "The first of these that says something holds: a live change by `configure()`, flag, variable, file, keyword argument,\n"
-        "class attribute, default.\n"
+        "The first of these that says something holds: a live change by `configure()`, flag, variable, file,\n"
+        "keyword argument, class attribute, default.\n"
         "The defaults of the drop-in classes are the standard library's; those of `harken serve` are for production.",
         "Times are seconds, sizes bytes (`KiB`, `MiB` and `GiB` may follow), lists are separated by commas,\n"
         '`none` is no value, and 0 is zero and not "off".',
@@ -95,6 +98,7 @@ def _setting(declared: Setting) -> str:
 
 def events_page() -> str:
     """Every event, and every reason for which a connection closes."""
+    emitted = {name for path in SOURCE.rglob("*.py") for name in EMIT.findall(path.read_text())}
     return page(
         "Events",
         doc_of(events),
@@ -103,8 +107,11 @@ def events_page() -> str:
         "## Event",
         doc_of(events.Event),
         "## Names",
-        table(["event", "when, and its fields"], ([f"`{name}`", text] for name, text in events.NAMES.items())),
-        "Events of a server carry it as `server`.",
+        table(
+            ["event", "when, and its fields", "emitted"],
+            ([f"`{n}`", text, "yes" if n in emitted else "not yet"] for n, text in events.NAMES.items()),
+        ),
+        "Events of a server carry it as `server`. Names that nothing emits yet belong to what is not there yet.",
         "## Reasons of `closed`",
         "A connection that `opened` has exactly one `closed`. Its reason is one of these; the first to be known wins.\n"
         "Reasons of limits and timeouts that this version does not have yet are kept for them.",
@@ -136,10 +143,11 @@ def lifecycle_page() -> str:
         "A server is in one of these states, and these verbs move it to another.\n"
         "A verb that the table does not allow is a `LifecycleError`, and the server is left as it was.",
         table(["from", *verbs], ([f"**{s.value}**", *(_after(s, verb) for verb in verbs)] for s in State)),
-        "`serve` stands for `serve_forever()`, `stop` for `shutdown()` or the end of the loop, `close` for `server_close()`.",
+        "`serve` stands for `serve_forever()`, `stop` for `shutdown()` or the end of the loop,\n"
+        "`close` for `server_close()`.",
         "```mermaid\nstateDiagram-v2\n    [*] --> new\n" + "\n".join(drawing) + "\n```",
         "## Verbs",
-        *(_member(harken.BaseServer, name) for name in VERBS),
+        *(_member(_definer(name), name) for name in VERBS),
         f"## harken.background{_signature(harken.background)}",
         doc_of(harken.background),
     )
@@ -188,17 +196,32 @@ def _command(name: str) -> str:
     return f"## harken {name}\n\n```text\n{usage}\n```\n\n{command.help}\n\n" + table(["option", "meaning"], rows)
 
 
+FORMS = {
+    "tcp://127.0.0.1:8800": "TCP on one address",
+    "tcp://:8800": "TCP on every IPv4 and IPv6 address, by one socket",
+    "tcp://[::1]:0": "TCP on any free port",
+    "udp://127.0.0.1:8800": "UDP; hosts and ports as for TCP",
+    "unix:/run/app.sock": "a Unix stream socket, mode 0600",
+    "unix:/run/app.sock?mode=660&user=root&group=root": "with another mode, owner and group",
+    "unixgram:/run/app.sock": "a Unix datagram socket, with the same options",
+    "fd://3": "a bound socket that was inherited by its number",
+    "fd://web": "one that systemd passed by this `FileDescriptorName`",
+    "systemd:": "all sockets that systemd passed",
+}
+
+
 def addresses_page() -> str:
-    """Every scheme, by the docstring of the module that opens it."""
-    modules = dict.fromkeys(transports.SCHEMES.values())
+    """Every form of address, and each scheme by the docstring of the module that opens it."""
+    for url in FORMS:
+        transports.for_url(url).parse(url)  # what the page shows is well-formed
+    modules = {name: importlib.import_module(name) for name in transports.SCHEMES.values()}
     return page(
         "Addresses",
         "An address is a URL: `harken serve --bind URL`, `harken.serve(Handler, URL)`.\n"
-        "A peer whose IPv4 address is mapped into IPv6, `::ffff:127.0.0.1`, is shown as `127.0.0.1`.",
-        *(
-            f"## {_schemes(name)}\n\n{doc_of(sys.modules.get(name) or __import__(name, fromlist=['_']))}"
-            for name in modules
-        ),
+        "A peer whose IPv4 address is mapped into IPv6, `::ffff:127.0.0.1`, is shown as `127.0.0.1`.\n"
+        "An address that another server has is refused, by whom is said where the machine tells.",
+        table(["address", "is"], ([f"`{url}`", meaning] for url, meaning in FORMS.items())),
+        *(f"## {_schemes(name)}\n\n{doc_of(module)}" for name, module in modules.items()),
     )
 
 
@@ -214,7 +237,8 @@ def server_page() -> str:
     classes = [c for c in _public_classes() if hasattr(c, "process_request") or c.__name__.endswith("MixIn")]
     return page(
         "Servers",
-        "The classes of `socketserver`, with the same bases, hooks, attributes and defaults, and harken's beside them.\n"
+        "The classes of `socketserver`, with the same bases, hooks, attributes and defaults,\n"
+        "and harken's beside them.\n"
         "Every [setting](settings.md) is a keyword argument of each server class.",
         table(["class", "bases", "what it is"], map(_class_row, classes)),
         "## Hooks",

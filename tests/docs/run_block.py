@@ -10,6 +10,7 @@ import runpy
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from harken import events
 
@@ -31,7 +32,7 @@ def on_listening(_event: object) -> None:
 
 if __name__ == "__main__":
     path = sys.argv[1]
-    text = open(path).read()
+    text = Path(path).read_text()
     if "serve_forever()\n" in text.replace(" ", "") or "harken.serve(" in text:
         events.subscribe(on_listening, "listening")
     if "import socketserver\n" in text:

@@ -7,9 +7,9 @@ from prose import markdown
 
 def test_sections_become_lists() -> None:
     """Arguments are listed by name, with the lines that continue them."""
-    text = "Do it.\n\nArgs:\n    seconds: how long,\n        in seconds.\n    *names: which.\n\nReturns:\n    The report.\n"
+    text = "Do it.\n\nArgs:\n    seconds: how long,\n        in seconds.\n    *names: all.\n\nReturns:\n    A report.\n"
     assert markdown(text) == (
-        "Do it.\n\n**Args**\n\n* `seconds`: how long,\n  in seconds.\n* `*names`: which.\n\n**Returns**\n\nThe report."
+        "Do it.\n\n**Args**\n\n* `seconds`: how long,\n  in seconds.\n* `*names`: all.\n\n**Returns**\n\nA report."
     )
 
 
