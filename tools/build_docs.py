@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import click
-from prose import doc_of, markdown, summary_of
+from prose import doc_of, markdown, page, summary_of, table
 
 import harken
 from harken import cli, errors, events, transports
@@ -22,25 +22,11 @@ from harken.settings import Setting
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
 SOURCE = REFERENCE.parent.parent / "src"
 EMIT = re.compile(r"""(?:emit|_tell)\(\s*"(\w+)\"""")
-NOTE = "<!-- Made from the code by `make docs`; change the code instead. -->\n"
 
 HOOKS = (  # in the order in which a server calls them
     "server_bind server_activate service_actions get_request verify_request process_request finish_request "
     "handle_error shutdown_request close_request handle_timeout"
 ).split()
-
-
-def page(title: str, *parts: str) -> str:
-    """Put a page together: each part is a paragraph, list or table."""
-    return "\n\n".join([NOTE + f"# {title}", *(part.strip("\n") for part in parts if part)]) + "\n"
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Make a table; a bar inside a cell is escaped."""
-    head = list(head)
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 # ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────

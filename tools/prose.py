@@ -1,12 +1,27 @@
-"""Turn docstrings (Google style, with a little reStructuredText) into Markdown."""
+"""Write Markdown, also from docstrings (Google style, with a little reStructuredText)."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
 
+NOTE = "<!-- Made from the code by `make docs`; change the code instead. -->\n"
 SECTIONS = ("Args", "Attributes", "Raises", "Returns", "Yields")
 ENTRY = re.compile(r"^(\*{0,2}\w[\w.]*(?:\([^)]*\))?(?: \([^)]*\))?): (.*)$")
+
+
+def page(title: str, *parts: str) -> str:
+    """Put a page together: each part is a paragraph, list or table."""
+    return "\n\n".join([NOTE + f"# {title}", *(part.strip("\n") for part in parts if part)]) + "\n"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """Make a table; a bar inside a cell is escaped."""
+    head = list(head)
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
 
 
 def doc_of(thing: object) -> str:
