@@ -74,7 +74,7 @@ def write(tmp_path):
     ids=" ".join,
 )
 def test_a_program_sees_what_it_sees_under_python(python, write, tmp_path, words):
-    """``__main__`` and its names, ``sys.argv``, ``sys.path[0]``: the same, for scripts, modules, packages and archives."""
+    """``__main__`` and its names, ``sys.argv``, ``sys.path[0]``: the same, for scripts, modules and archives."""
     import zipfile
 
     for name in ("look.py", "folder/look.py", "pkg/look.py", "pkg/__main__.py"):
@@ -193,9 +193,9 @@ def test_threads_that_outlive_the_last_line_still_have_their_main(python, write)
         (("--engin", "thread", "prog.py"), "harken run: No such option '--engin'. Did you mean '--engine'?", 2),
     ],
 )
-def test_what_is_misspelt_is_one_line(python, write, tmp_path, words, line, status):
+def test_what_is_misspelt_is_one_line(python, tmp_path, words, line, status):
     """Each typo gets one line, with the nearest name."""
-    write("prog.py", "")
+    tmp_path.joinpath("prog.py").touch()
     tmp_path.joinpath("empty").mkdir()
     result = python("-m", "harken", "run", *words)
     assert result.stderr.startswith(line.format(tmp_path=tmp_path))
