@@ -33,7 +33,8 @@ def on_listening(_event: object) -> None:
 if __name__ == "__main__":
     path = sys.argv[1]
     text = Path(path).read_text()
-    if "serve_forever()\n" in text.replace(" ", "") or "harken.serve(" in text:
+    serves = "serve_forever()\n" in text or "harken.serve(" in text
+    if serves:
         events.subscribe(on_listening, "listening")
     if "import socketserver\n" in text:
         from harken import standin
@@ -47,4 +48,6 @@ if __name__ == "__main__":
     except SystemExit as left:
         if left.code not in (None, 0):
             raise
+    if serves and not listening.is_set():
+        sys.exit(f"{path} never listened")
     os._exit(0)
