@@ -24,8 +24,8 @@ SOURCE = REFERENCE.parent.parent / "src"
 EMIT = re.compile(r"""(?:emit|_tell)\(\s*"(\w+)\"""")
 
 HOOKS = (  # in the order in which a server calls them
-    "server_bind server_activate service_actions get_request verify_request process_request finish_request "
-    "handle_error shutdown_request close_request handle_timeout"
+    "server_bind server_activate service_actions get_request verify_request process_request "
+    "process_request_thread finish_request handle_error shutdown_request close_request handle_timeout"
 ).split()
 
 
@@ -227,6 +227,8 @@ def server_page() -> str:
         "and harken's beside them.\n"
         "Every [setting](settings.md) is a keyword argument of each server class.",
         table(["class", "bases", "what it is"], map(_class_row, classes)),
+        "A subclass inherits the attributes of its bases.",
+        *(f"## {c.__name__}\n\n{doc_of(c)}" for c in classes if "Attributes:" in (c.__doc__ or "")),
         "## Hooks",
         "In the order in which a server calls them; each may be overridden or extended.",
         *(_member(_definer(name), name) for name in HOOKS),
@@ -255,7 +257,7 @@ def handlers_page() -> str:
 
 def _own_members(cls: type) -> Iterator[str]:
     for name, value in vars(cls).items():
-        if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property)):
+        if not name.startswith("_") and hasattr(type(value), "__get__"):
             yield _member(cls, name)
 
 
@@ -271,7 +273,7 @@ def _class_row(cls: type) -> list[str]:
 
 def _member(cls: type, name: str) -> str:
     found = inspect.getattr_static(cls, name)
-    signature = "" if isinstance(found, property) else _signature(getattr(cls, name))
+    signature = _signature(found) if inspect.isfunction(found) else ""
     return f"### {name}{signature}\n\n{doc_of(found)}"
 
 
