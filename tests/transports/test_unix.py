@@ -265,6 +265,37 @@ def test_of_starters_that_race_one_wins(path, round_):
     assert not os.path.lexists(path)
 
 
+def test_nobody_looks_while_another_takes_over(path, monkeypatch):
+    """Between finding a path dead and unlinking it, no other starter may come to the same finding."""
+    leave_dead(path)
+    second_looked = threading.Event()
+    looks = []
+    plain = _takeover.look
+
+    def look(name):
+        found = plain(name)
+        looks.append(found.state)
+        if len(looks) == 1:
+            second_looked.wait(0.3)  # it cannot, and this time is given to it in vain
+        else:
+            second_looked.set()
+        return found
+
+    monkeypatch.setattr(unix, "look", look)
+    monkeypatch.setattr(_takeover, "look", look)
+    won = []
+    starter = threading.Thread(target=lambda: won.extend(listen(f"unix:{path}")))
+    starter.start()
+    while not looks and starter.is_alive():
+        starter.join(0.001)
+    unix.claim(path)
+    starter.join(10)
+    with won[0] as listener, socket.socket(socket.AF_UNIX) as client:
+        client.connect(path)
+        assert listener.getsockname() == path
+    assert looks == ["dead", "live"]
+
+
 RACE = """
 import sys
 from harken.errors import ConfigError

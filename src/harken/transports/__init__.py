@@ -147,7 +147,7 @@ def bind_options(values: Settings) -> BindOptions:
 
 
 def for_url(url: str) -> Scheme:
-    """Return the module that opens an address: by its scheme, of this room or of the entry points ``harken.transports``.
+    """Return the module that opens an address, of this room or of the entry points ``harken.transports``.
 
     Raises:
         ConfigError: no transport has that scheme.
