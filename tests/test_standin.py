@@ -55,7 +55,7 @@ print(again is server)
 def test_modules_of_others_keep_what_they_have(tmp_path):
     """Only the standard library's modules are forgotten: others may hold state, or be half imported."""
     tmp_path.joinpath("theirs.py").write_text("import socketserver\nclass S(socketserver.TCPServer): pass\n")
-    code = "import theirs, sys\nfrom harken import standin\nstandin.install()\nprint(sys.modules.get('theirs') is theirs)"
+    code = "import theirs, sys\nfrom harken import standin\nstandin.install()\nprint(sys.modules['theirs'] is theirs)"
     assert python(code, path=[tmp_path]) == ["True"]
 
 
@@ -83,8 +83,9 @@ def test_a_child_never_breaks(passed):
 
 def test_a_child_that_has_no_harken_runs_as_ever():
     """Another interpreter, or one that ignores the environment, is not touched."""
+    path = standin.STARTUP + "/sitecustomize.py"
     result = subprocess.run(
-        [sys.executable, "-S", "-c", f"import runpy; runpy.run_path({standin.STARTUP + '/sitecustomize.py'!r}); print(1)"],
+        [sys.executable, "-S", "-c", f"import runpy; runpy.run_path({path!r}); print(1)"],
         capture_output=True,
         text=True,
         timeout=30,
@@ -103,7 +104,7 @@ def test_the_hidden_sitecustomize_has_its_turn(tmp_path):
 
 
 def test_passing_on_is_put_first_once(monkeypatch):
-    """Passing on twice, as a program under ``run`` that starts ``run`` does, names the directory once; the rest stays."""
+    """Passing on twice, as a program under ``run`` that starts ``run`` does, names the directory once."""
     monkeypatch.setattr(settings, "operator", settings.Operator(flags={"engine": "pool"}))
     monkeypatch.setenv("PYTHONPATH", "/a" + os.pathsep + "/b")
     monkeypatch.setenv(standin.VARIABLE, "")

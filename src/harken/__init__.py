@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import socket as _socket_module
-import sys as _sys
 from typing import Any
 
 _HOMES: dict[str, str] = {
@@ -18,7 +17,8 @@ _HOMES: dict[str, str] = {
     **dict.fromkeys(("BaseRequestHandler", "StreamRequestHandler", "DatagramRequestHandler"), "harken.handlers"),
     **dict.fromkeys(("ThreadingTCPServer", "ThreadingUDPServer", "PoolTCPServer", "PoolUDPServer"), "harken.servers"),
     **dict.fromkeys(
-        ("ConfigError", "ConnectionClosed", "DeadlineExceeded", "FrameError", "HandoffError", "HarkenError"), "harken.errors"
+        ("ConfigError", "ConnectionClosed", "DeadlineExceeded", "FrameError", "HandoffError", "HarkenError"),
+        "harken.errors",
     ),
     **dict.fromkeys(("LifecycleError", "LimitExceeded", "PeerError", "PreambleError"), "harken.errors"),
     **dict.fromkeys(("background", "DrainReport"), "harken.serving"),

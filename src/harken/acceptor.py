@@ -24,7 +24,7 @@ from enum import Enum
 from typing import Any
 
 from harken import events
-from harken.settings import setting, text, choice
+from harken.settings import choice, setting, text
 
 __all__ = ["ACCEPT_ERRORS", "Acceptor", "Verdict", "refuse"]
 
@@ -211,7 +211,10 @@ class Acceptor:
         if not self._exhausted:
             self._exhausted = True
             self._delay = FIRST_PAUSE
-            self._begin(time.monotonic() + self._delay, f"{errno.errorcode.get(error.errno or 0, error.errno)}: {error.strerror}")
+            self._begin(
+                time.monotonic() + self._delay,
+                f"{errno.errorcode.get(error.errno or 0, error.errno)}: {error.strerror}",
+            )
             return
         self._delay = min(LONGEST_PAUSE, self._delay * 2)
         self._until = time.monotonic() + self._delay

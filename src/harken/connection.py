@@ -76,9 +76,9 @@ class Connection(socket.socket):
         return _rebuild, (reduction.DupFd(self.fileno()), int(self.family), int(self.type), self.proto)
 
 
-_family = _socket.socket.family.__get__  # type: ignore[attr-defined]  # plain ints; the properties above them make enums
-_type = _socket.socket.type.__get__  # type: ignore[attr-defined]
-_proto = _socket.socket.proto.__get__  # type: ignore[attr-defined]
+_family = _socket.socket.family.__get__  # plain ints; the properties above them make enums
+_type = _socket.socket.type.__get__
+_proto = _socket.socket.proto.__get__
 
 
 def accept(listener: socket.socket) -> tuple[socket.socket, Any]:

@@ -154,7 +154,7 @@ def _socket_writer() -> type[_SocketWriter]:
     """The writer class of the moment: programs replace it in the module they call ``socketserver``."""
     import harken
 
-    return harken._SocketWriter
+    return harken._SocketWriter  # type: ignore[no-any-return]
 
 
 class DatagramRequestHandler(BaseRequestHandler):

@@ -10,13 +10,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from harken.engines.thread import Threads
 from harken.server import BaseServer, TCPServer, UDPServer
 from harken.serving import serving_of
 
 __all__ = ["ForkingMixIn", "PoolMixIn", "ThreadingMixIn"]
 
 _GRAFTS = {
-    "BaseServer": (BaseServer, ("serve_forever", "shutdown", "handle_request", "_handle_request_noblock", "handle_error")),
+    "BaseServer": (
+        BaseServer,
+        ("serve_forever", "shutdown", "handle_request", "_handle_request_noblock", "handle_error"),
+    ),
     "TCPServer": (TCPServer, ("get_request", "shutdown_request", "close_request")),
     "UDPServer": (UDPServer, ("get_request", "shutdown_request", "close_request")),
 }
@@ -72,10 +76,8 @@ class ThreadingMixIn:
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for the request. May be overridden. Serving thread."""
-        serving = serving_of(self)
-        threads = getattr(serving.engine, "threads", None)
-        if threads is not None and self.block_on_close and "_threads" not in vars(self):
-            self._threads = threads
+        if self.block_on_close and "_threads" not in vars(self):
+            self._threads = getattr(serving_of(self).engine, "threads", Threads())
         BaseServer._process_elsewhere(self, request, client_address)  # type: ignore[arg-type]
 
     def server_close(self) -> None:

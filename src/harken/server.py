@@ -95,7 +95,7 @@ class BaseServer:
         self.__shutdown_request = True
         serving = serving_of(self)
         serving.wake()
-        done = self.__is_shut_down
+        done: Any = self.__is_shut_down  # an Event of stdlib's on a grafted class, a test's double …
         if threading.get_ident() in serving.loops:
             return
         if isinstance(done, Latch) and not done.begun:
@@ -272,7 +272,7 @@ class BaseServer:
         """Describe the open connections, oldest first."""
         return sorted((record.info() for record in serving_of(self).connections), key=lambda info: info.opened_at)
 
-    def close_connection(self, id: str, reason: str = "killed") -> bool:  # noqa: A002 - the contract's name
+    def close_connection(self, id: str, reason: str = "killed") -> bool:
         """Cut the connection of this id; its handler reads the end. Tell whether it was open."""
         return serving_of(self).close_connection(id, reason)
 
@@ -313,7 +313,7 @@ class TCPServer(BaseServer):
         self,
         server_address: Any,
         RequestHandlerClass: Callable[..., Any],
-        bind_and_activate: bool = True,  # noqa: FBT001, FBT002 - stdlib's signature
+        bind_and_activate: bool = True,
         **settings: Any,
     ) -> None:
         """Make a server, bind it and listen. May be extended.

@@ -24,6 +24,7 @@ from harken.engines import Engine
 from harken.errors import LifecycleError
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
 from harken.settings import Profile, Settings, seconds, setting
+from harken.transports import for_socket
 
 __all__ = ["DrainReport", "Serving", "background", "serving_of"]
 
@@ -128,12 +129,10 @@ class Serving:
 
     def address(self) -> str:
         """Name the listener as one would type it."""
-        listener = getattr(self.server, "socket", None)
+        listener: Any = getattr(self.server, "socket", None)
         url = getattr(listener, "url", None)
         if url:
             return str(url)
-        from harken.transports import for_socket
-
         try:
             return for_socket(listener).url(listener)
         except (OSError, AttributeError, ValueError):
@@ -155,7 +154,9 @@ class Serving:
     def attached(self) -> Iterator[None]:
         """Watch the server's door while the block runs; several loops may."""
         if self.server.fileno() < 0:
-            raise LifecycleError("cannot serve: the server's socket is closed; make a new server or give it another socket")
+            raise LifecycleError(
+                "cannot serve: the server's socket is closed; make a new server or give it another socket"
+            )
         with self._guard:
             self.lifecycle.move("serve")
             self._loop_count += 1
@@ -244,7 +245,9 @@ class Serving:
         self.rejected(client_address, "overload", None)
 
     def _shed(self) -> None:
-        idle = [(record.idle_seconds() or 0.0, -record.started, record) for record in self.connections if not record.reason]
+        idle = [
+            (record.idle_seconds() or 0.0, -record.started, record) for record in self.connections if not record.reason
+        ]
         if idle:
             max(idle, key=lambda entry: entry[:2])[2].cut("shed")
 
@@ -314,7 +317,11 @@ class Serving:
             return
         record = self.connections.find(request)
         pid = engine.spawn(
-            self._in_child, function, request, client_address, done=lambda status: self.connections.child_ended(record, status)
+            self._in_child,
+            function,
+            request,
+            client_address,
+            done=lambda status: self.connections.child_ended(record, status),
         )
         self.connections.hand_over(record, pid)
 
@@ -329,9 +336,9 @@ class Serving:
         return int(record is not None and record.failed)
 
     def describe(self, request: Any, client_address: Any) -> Any:
-        from harken.transports import for_socket
-
-        return for_socket(request if hasattr(request, "family") else self.server.socket).describe(request, client_address)
+        return for_socket(request if hasattr(request, "family") else self.server.socket).describe(
+            request, client_address
+        )
 
     def _tell(self, name: str, record: Record | None, client_address: Any, **fields: Any) -> None:
         peer = record.peer if record is not None else self.describe(None, client_address)
@@ -343,7 +350,9 @@ class Serving:
         reason = record.reason or "handler_returned"
         self.reasons[reason] += 1
         if events.subscribers["closed"]:
-            self._tell("closed", record, record.client_address, reason=reason, seconds=time.monotonic() - record.started)
+            self._tell(
+                "closed", record, record.client_address, reason=reason, seconds=time.monotonic() - record.started
+            )
 
     def _end_child(self, pid: int) -> None:
         end = getattr(self.engine, "end_child", None)
@@ -353,7 +362,7 @@ class Serving:
     # -- verbs ---------------------------------------------------------------------------------------------------------
 
     def join(self, *, block: bool) -> None:
-        """Wait for handlers as ``server_close()`` does: without end if ``block``; after Ctrl-C their sockets are shut first."""
+        """Wait for handlers as ``server_close()`` does: without end if ``block``; after Ctrl-C they are cut first."""
         if self._engine is None:
             return
         if self.interrupted:
@@ -450,7 +459,7 @@ class Serving:
 
 
 def _is_peers_fault(request: Any, error: BaseException) -> bool:
-    """Whether a handler raised because its own peer has gone, and not a connection of the handler's to somebody else."""
+    """Whether a handler raised because its own peer has gone, and not somebody else whom the handler talks to."""
     return isinstance(error, ConnectionError) and peer_fault(request) is not None
 
 
@@ -512,4 +521,3 @@ def background(server: Any, *, timeout: float = 10.0) -> Iterator[Any]:
         thread.join(timeout)
         if failure:
             raise failure[0]
-

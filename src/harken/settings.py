@@ -240,7 +240,7 @@ def setting(
     return declared
 
 
-# The modules that declare settings, lightest first. A module is imported when a name is asked for that none has declared yet.
+# The modules that declare settings, lightest first; imported when a name is asked for that none has declared yet.
 DECLARED_IN = (
     "harken.transports",
     "harken.transports.udp",
@@ -388,7 +388,7 @@ class Settings:
         for name, value in changes.items():
             declared = known(name, "configure()")
             if not declared.live:
-                raise ConfigError(f"{declared.name} cannot change while the server runs; restart it with {declared.flag}")
+                raise ConfigError(f"{name} cannot change while the server runs; restart it with {declared.flag}")
             checked[declared.name] = declared.read(value, "configure()")
         self._live.update(checked)
 

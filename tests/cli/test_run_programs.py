@@ -100,7 +100,7 @@ def test_http_server_as_a_module(run_program, tmp_path, engine):
 
 @pytest.mark.parametrize("engine", [None, *THREADED])
 def test_the_ten_lines(run, engine):
-    """The server that everybody learns: many clients at once, each with its own answers; Ctrl-C ends it with one idle."""
+    """What everybody learns: many clients at once, each with its own answers; Ctrl-C ends it while they are idle."""
     process = run(
         """
         import socketserver

@@ -126,7 +126,8 @@ def _execute(module: ModuleType, compile_it: Callable[[], CodeType | None]) -> N
     try:
         code = compile_it()
         if code is None:
-            raise NotRunnable(f"{module.__spec__ and module.__spec__.name!r} is not made of Python code, so it cannot be run")
+            name = module.__spec__.name if module.__spec__ else ""
+            raise NotRunnable(f"{name!r} is not made of Python code, so it cannot be run")
         exec(code, module.__dict__)  # noqa: S102 - this is what `python` does with the program
     except (SystemExit, NotRunnable):
         raise

@@ -124,7 +124,10 @@ class Crew:
     def _start(self, job: Job) -> None:
         # "process_request_thread" is in the name because monitors of socketserver programs look for it.
         thread = threading.Thread(
-            target=self._work, args=(job,), name=f"harken-{next(_numbers)} (process_request_thread)", daemon=self._daemon()
+            target=self._work,
+            args=(job,),
+            name=f"harken-{next(_numbers)} (process_request_thread)",
+            daemon=self._daemon(),
         )
         self._threads.add(thread)
         try:

@@ -7,6 +7,7 @@ import selectors
 import socket
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from harken.engines import Door, Engine, Options
 
@@ -127,14 +128,14 @@ class SelectorEngine(Engine):
 
     def _register(self, selector: selectors.BaseSelector) -> None:
         """Bring the selector's doors up to date with ours. A selector may be the program's own: public methods only."""
-        wanted = dict(self._doors)
+        wanted: dict[Any, Callable[[], bool]] = {**self._doors}
         for key in list(selector.get_map().values()):
             if isinstance(key.fileobj, Waker):
                 continue
             if wanted.pop(key.fileobj, None) is None:
                 selector.unregister(key.fileobj)
         for door, on_readable in wanted.items():
-            selector.register(door, selectors.EVENT_READ, on_readable)
+            selector.register(door, selectors.EVENT_READ, on_readable)  # type: ignore[arg-type]
 
 
 def _serve(on_readable: Callable[[], bool], stopped: Callable[[], bool], tick: Callable[[], None]) -> bool:

@@ -62,7 +62,7 @@ class Engine(SelectorEngine):
     @property
     def full(self) -> bool:
         """Whether ``max_children`` run."""
-        return len(self.children) >= max(1, self.options("max_children"))
+        return bool(len(self.children) >= max(1, self.options("max_children")))
 
     def spawn(self, function: Callable[..., object], *args: Any, done: Callable[[int], None] | None = None) -> int:
         """Run ``function`` in a child; it must return the child's exit status. At the limit, wait for a child to exit.

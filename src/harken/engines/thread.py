@@ -52,7 +52,7 @@ class Threads(list[threading.Thread]):
 
     def reap(self) -> None:
         """Drop the threads that have ended."""
-        self[:] = [thread for thread in self if thread.is_alive()]
+        self[:] = [thread for thread in self if thread.ident is None or thread.is_alive()]
         self._sweep_at = max(self.SMALLEST_SWEEP, 2 * len(self))
 
     def pop_all(self) -> list[threading.Thread]:
@@ -97,9 +97,15 @@ class Engine(SelectorEngine):
             return 0
         thread = threading.Thread(target=function, args=args)
         thread.daemon = self.options("daemon_threads")
-        thread.start()
-        if self.options("block_on_close"):
-            self.threads.append(thread)
+        waited_for = self.options("block_on_close")
+        if waited_for:
+            self.threads.append(thread)  # before it runs: its handler may look
+        try:
+            thread.start()
+        except RuntimeError:
+            if waited_for and thread in self.threads:
+                self.threads.remove(thread)
+            raise
         return 0
 
     def join(self, deadline: float | None) -> int:

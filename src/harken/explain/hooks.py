@@ -10,7 +10,7 @@ from typing import NamedTuple
 from harken.explain.lookup import defines, is_library, owner_of, place_of
 from harken.explain.model import HookRow
 
-__all__ = ["HANDLER_HOOKS", "HOOKS", "SERVER_HOOKS", "calls_request_thread", "rows"]
+__all__ = ["HANDLER_HOOKS", "HOOKS", "SERVER_HOOKS", "calls_request_thread", "rows", "socket_maker"]
 
 CONSTRUCTION = "Construction"
 CONNECTION = "One connection"
@@ -92,7 +92,7 @@ def _is_called(hook: Hook, server: type, engine: str) -> bool:
     if hook.name == "process_request_thread" and not calls_request_thread(server, engine):
         return False
     if hook.name == "socket":
-        return _socket_maker(server) is not None
+        return socket_maker(server) is not None
     return hook.of_handler or owner_of(server, hook.name) is not None
 
 
@@ -107,7 +107,7 @@ def calls_request_thread(server: type, engine: str) -> bool:
     return owner_of(server, "process_request_thread") is not None
 
 
-def _socket_maker(server: type) -> type | None:
+def socket_maker(server: type) -> type | None:
     """The constructor that opens the socket is that of ``TCPServer``; a bare ``BaseServer`` has none."""
     return next((cls for cls in server.__mro__ if is_library(cls) and cls.__name__ == "TCPServer"), None)
 
@@ -121,7 +121,7 @@ def _depth(hook: Hook, depths: dict[str, int]) -> int:
 
 def _row(hook: Hook, cls: type, engine: str, depth: int) -> HookRow:
     method = "__init__" if hook.name in ("RequestHandlerClass", "socket") else hook.name
-    owner = _socket_maker(cls) if hook.name == "socket" else owner_of(cls, method)
+    owner = socket_maker(cls) if hook.name == "socket" else owner_of(cls, method)
     where = _RUNNERS.get(engine, engine) if hook.runs_in == RUNNER else _PLACES[hook.runs_in]
     return HookRow(
         name=hook.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from harken.explain.model import Explanation, Family, Trace
+from harken.explain.wording import thread_name, title
 
 __all__ = ["render_mermaid"]
 
@@ -25,10 +26,10 @@ def render_mermaid(explanation: Explanation, trace: Trace | None = None) -> str:
         lines.append(f"    %% {'  ' * row.depth}{row.name}: {row.owner} {row.place}, {row.where}")
     lines += [f"    %% {advice.level}: {advice.text}" for advice in explanation.warnings]
     if trace is not None:
-        lines += ["", f"    %% one {trace.transport} connection, as it happened"]
+        lines += ["", f"    %% {title(trace)}, as it happened"]
         for call in trace:
             took = "not returned" if call.took is None else f"{call.took:.2f} ms"
-            lines.append(f"    %% {'  ' * call.depth}{call.name}: at {call.at:.2f} ms, {took}, {call.thread}")
+            lines.append(f"    %% {'  ' * call.depth}{call.name}: at {call.at:.2f} ms, {took}, {thread_name(call)}")
     return "\n".join(_one_line(line) for line in lines) + "\n"
 
 

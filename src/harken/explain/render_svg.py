@@ -8,6 +8,8 @@ from xml.sax.saxutils import escape
 
 from harken.explain.layout import Layout, arrange, ports, spread, tracks
 from harken.explain.model import ClassBox, Explanation, Family, HookRow, Trace
+from harken.explain.wording import engine_words, raised_here, thread_name
+from harken.explain.wording import title as trace_title
 
 __all__ = ["render_svg"]
 
@@ -85,7 +87,7 @@ def render_svg(explanation: Explanation, trace: Trace | None = None) -> str:
         trace: what ``trace`` gave, drawn as bars over time.
     """
     sheet = Sheet()
-    title = f"{explanation.server}: {explanation.transport}, engine {explanation.engine}"
+    title = f"{explanation.server}: {explanation.transport}, {engine_words(explanation)}"
     sheet.line(title, "h")
     for family in explanation.families:
         sheet.y += LINE
@@ -192,10 +194,10 @@ def _hooks(sheet: Sheet, hooks: tuple[HookRow, ...]) -> None:
 
 def _trace(sheet: Sheet, trace: Trace) -> None:
     sheet.y += LINE
-    sheet.line(f"One {trace.transport} connection, as it happened (milliseconds)", "h")
+    sheet.line(f"{trace_title(trace)}, as it happened (milliseconds)", "h")
     ends = [call.at + (call.took or 0) for call in trace] or [0.0]
     scale = 300 / (max(ends) or 1)
-    for call in trace:
+    for place, call in enumerate(trace):
         sheet.line("  " * call.depth + call.name + (f" ×{call.count}" if call.count > 1 else ""), indent=2)
         sheet.text(MARGIN + 38 * CHAR, sheet.y, call.owner, "dim")
         sheet.text(MARGIN + 62 * CHAR, sheet.y, f"{call.at:.2f}", "dim")
@@ -203,8 +205,8 @@ def _trace(sheet: Sheet, trace: Trace) -> None:
         took = max(ends) - call.at if call.took is None else call.took
         sheet.box(start + call.at * scale, sheet.y - 9, max(took * scale, 1.5), 10, "bar")
         sheet.text(start + 310, sheet.y, "not returned" if call.took is None else f"{call.took:.2f}", "dim")
-        sheet.text(start + 400, sheet.y, call.thread, "dim")
-        if call.error:
+        sheet.text(start + 400, sheet.y, thread_name(call), "dim")
+        if raised_here(trace, place):
             sheet.line("  " * call.depth + f"raised {call.error}", "error", indent=2)
     if trace.cut:
         sheet.line(f"cut: {trace.cut}", "warning")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from harken.explain.draw_text import WIDTH, draw
 from harken.explain.model import Explanation, HookRow, Trace
+from harken.explain.wording import engine_words, raised_here, thread_name, title
 
 __all__ = ["render_text"]
 
@@ -14,7 +15,7 @@ Paint = Callable[[str, str], str]
 
 # Columns of the table of hooks, and of the trace: together no more than WIDTH.
 HOOK, OWNER, PLACE = 35, 21, 24
-TIME, CALL, CLASS = 9, 36, 20
+TIME, CALL, CLASS = 9, 34, 23
 
 _COLOURS = {"heading": "1", "yours": "36", "warning": "33", "note": "2", "error": "31"}
 
@@ -49,9 +50,8 @@ def render_text(explanation: Explanation, trace: Trace | None = None, *, colour:
 
 
 def _heading(explanation: Explanation, paint: Paint) -> list[str]:
-    engine = "process_request of your own" if explanation.engine == "own" else f"engine {explanation.engine}"
     served = f", handler {explanation.handler}" if len(explanation.families) > 1 else ""
-    return [paint(_cut(f"{explanation.server}: {explanation.transport}, {engine}{served}", WIDTH), "heading")]
+    return [paint(_cut(f"{explanation.server}: {explanation.transport}, {engine_words(explanation)}{served}", WIDTH), "heading")]
 
 
 def _hooks(explanation: Explanation, paint: Paint) -> list[str]:
@@ -88,15 +88,15 @@ def _advice(explanation: Explanation, paint: Paint) -> list[str]:
 
 
 def _trace(trace: Trace, paint: Paint) -> list[str]:
-    lines = ["", paint(f"One {trace.transport} connection, as it happened (milliseconds)", "heading")]
+    lines = ["", paint(f"{title(trace)}, as it happened (milliseconds)", "heading")]
     lines.append(_cut(f"client sent {trace.sent!r} and got {_seen(trace.received)}", WIDTH))
     lines.append(f"{'at':>{TIME}}{'took':>{TIME}}  {'call':{CALL}}{'class':{CLASS}}in")
-    for call in trace:
+    for number, call in enumerate(trace):
         took = "…" if call.took is None else f"{call.took:.2f}"
         name = "  " * call.depth + call.name + (f" ×{call.count}" if call.count > 1 else "")
         line = f"{call.at:{TIME}.2f}{took:>{TIME}}  {_column(name, CALL)}{_column(call.owner, CLASS)}"
-        lines.append((line + _cut(call.thread, WIDTH - len(line))).rstrip())
-        if call.error:
+        lines.append((line + _cut(thread_name(call), WIDTH - len(line))).rstrip())
+        if raised_here(trace, number):
             indent = " " * (2 * TIME + 2 + 2 * call.depth)
             lines.append(paint(_cut(f"{indent}raised {call.error}", WIDTH), "error"))
     if trace.cut:

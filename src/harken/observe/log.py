@@ -155,5 +155,7 @@ def _plain(value: Any) -> Any:
 
 def _sentence(name: str, fields: dict[str, Any]) -> str:
     words = name.replace("_", " ")
-    told = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items())
+    told = ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
+    )
     return f"{words}: {told}" if told else words

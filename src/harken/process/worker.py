@@ -65,7 +65,9 @@ class _Server:
     block_on_close = False
     socket: socket.socket
 
-    def __init__(self, listener: Listener, handler: Callable[..., Any], settings: dict[str, Any], engine: Engine) -> None:
+    def __init__(
+        self, listener: Listener, handler: Callable[..., Any], settings: dict[str, Any], engine: Engine
+    ) -> None:
         BaseServer.__init__(self, listener.getsockname(), handler)  # type: ignore[arg-type]
         self.socket = listener
         self.serving: Serving = serving_of(self, settings, "serve", engine)
@@ -203,10 +205,12 @@ def fit_handler(handler: object) -> None:
         return  # a function or a partial that makes handlers, as socketserver allows
     handle = getattr(handler, "handle", None)
     if handle is None:
-        raise ConfigError(f"{handler.__qualname__} is not a handler class: it has no handle(); derive it from harken.BaseRequestHandler")
+        raise ConfigError(
+            f"{handler.__qualname__} is not a handler class: it has no handle(); derive it from harken.BaseRequestHandler"
+        )
     if inspect.iscoroutinefunction(handle):
-        raise ConfigError(f"{handler.__qualname__}.handle is async, and the engines of this version block: make it a plain def")
+        raise ConfigError(
+            f"{handler.__qualname__}.handle is async, and the engines of this version block: make it a plain def"
+        )
     if handle is BaseRequestHandler.handle:
         raise ConfigError(f"{handler.__qualname__} does not override handle(), so it would serve nobody")
-
-
