@@ -1,0 +1,36 @@
+"""How the renderers say things that they all say."""
+
+from __future__ import annotations
+
+from harken.explain.model import Call, Explanation, Trace
+
+__all__ = ["engine_words", "raised_here", "thread_name", "title"]
+
+
+def engine_words(explanation: Explanation) -> str:
+    """Say what runs the handler."""
+    return "process_request of your own" if explanation.engine == "own" else f"engine {explanation.engine}"
+
+
+def title(trace: Trace) -> str:
+    """Say what was traced."""
+    what = {"udp": "UDP datagram", "unixgram": "Unix datagram", "unix": "Unix connection"}
+    return f"One {what.get(trace.transport, 'TCP connection')}"
+
+
+def thread_name(call: Call) -> str:
+    """Return where a call ran; the part of a thread's name that only repeats the hook is left out."""
+    return call.thread.removesuffix(" (process_request_thread)")
+
+
+def raised_here(trace: Trace, number: int) -> bool:
+    """Tell whether an error began in this call, and did not only pass through it."""
+    call = trace[number]
+    if not call.error:
+        return False
+    for inner in trace[number + 1 :]:
+        if inner.depth <= call.depth:
+            break
+        if inner.error == call.error:
+            return False
+    return True
