@@ -139,7 +139,8 @@ def _make_way(path: str) -> None:
     found = look(path)
     refuse(path, found)
     if found.state == "dead":
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):  # a starter of another make was quicker
+            os.unlink(path)
 
 
 def _bind_file(listener: Listener, place: Place) -> None:
