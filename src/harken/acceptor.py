@@ -83,8 +83,8 @@ ACCEPT_ERRORS: dict[int, Verdict] = {
 def judge(error: OSError) -> Verdict:
     """Look an error of ``get_request`` up.
 
-    A subclass (``ssl.SSLError`` on a TLS listener, a timeout) or an error with no number was raised above accept(2), and
-    its number means something else: that connection's trouble. A number that the table lacks pauses, so that no
+    A subclass (``ssl.SSLError`` on a TLS listener, a timeout) or an error with no number was raised above accept(2),
+    and its number means something else: that connection's trouble. A number that the table lacks pauses, so that no
     surprise of a kernel becomes a spin.
     """
     if error.errno is None or type(error).__module__ != "builtins":
@@ -122,7 +122,7 @@ class Acceptor:
         """Make an acceptor.
 
         Args:
-            accept_one: the server's ``_handle_request_noblock``: takes one connection through the hooks, says if it did.
+            accept_one: takes one connection through the server's hooks; says whether there may be another.
             listener: returns the socket of the moment; programs replace it.
             pause: stops watching the door.
             resume: watches it again.

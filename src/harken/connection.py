@@ -70,7 +70,7 @@ class Connection(socket.socket):
             record.ended()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Travel to another process as ``multiprocessing`` lets a plain socket travel (it knows those by exact type)."""
+        """Travel to another process as ``multiprocessing`` lets a plain socket (it knows those by exact type)."""
         from multiprocessing import reduction
 
         return _rebuild, (reduction.DupFd(self.fileno()), int(self.family), int(self.type), self.proto)
@@ -310,7 +310,7 @@ class Registry:
         return iter(list(self._records.values()))
 
     def add(self, request: object, client_address: Any) -> Record | None:
-        """Begin a record for ``request``; None for what is no connection (a datagram's pair, an object without weak references)."""
+        """Begin a record; None for what is no connection (a datagram's pair, an object without weak references)."""
         if isinstance(request, tuple):
             return None
         try:

@@ -85,7 +85,7 @@ class Latch(threading.Event):
 
     Attributes:
         begun: whether ``clear()`` was ever called: whether there is anything to wait for.
-        owners: identifiers of the threads that called ``clear()`` and not yet ``set()``; they cannot wait for themselves.
+        owners: identifiers of the threads that called ``clear()`` and not yet ``set()``; they never wait.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """The mix-ins: each names its engine and keeps the attributes of its stdlib namesake.
 
 They override what stdlib's override and no more, so that they can stand in front of any server class. In front of
-stdlib's own (``class Web(PoolMixIn, http.server.ThreadingHTTPServer)``) they also graft harken's loop and verbs onto the
-new class, wherever that class has nothing but stdlib's.
+stdlib's own (``class Web(PoolMixIn, http.server.ThreadingHTTPServer)``) they also graft harken's loop and verbs onto
+the new class, wherever that class has nothing but stdlib's.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ __all__ = ["BaseServer", "TCPServer", "UDPServer", "UnixDatagramServer", "UnixSt
 class BaseServer:
     """A server without a socket: the hooks and their order.
 
-    For the caller: ``serve_forever``, ``shutdown``, ``handle_request``, ``server_close``, ``fileno``, and harken's verbs
-    ``suspend``, ``resume``, ``drain``, ``wait_ready``, ``connections``, ``close_connection``, ``configure``, ``stats``,
+    For the caller: ``serve_forever``, ``shutdown``, ``handle_request``, ``server_close``, ``fileno``, and harken's
+    verbs ``suspend``, ``resume``, ``drain``, ``wait_ready``, ``connections``, ``close_connection``, ``configure``, ``stats``,
     which may be called from any thread, from a handler and from a signal handler.
 
     May be overridden: ``server_bind``, ``server_activate``, ``get_request``, ``handle_timeout``, ``verify_request``,
@@ -66,8 +66,8 @@ class BaseServer:
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until ``shutdown()``.
 
-        Several threads may serve one server at once. Each connection passes ``_handle_request_noblock``; after each, and
-        at least every ``poll_interval`` seconds, ``service_actions`` is called.
+        Several threads may serve one server at once. Each connection passes ``_handle_request_noblock``; after each,
+        and at least every ``poll_interval`` seconds, ``service_actions`` is called.
 
         Args:
             poll_interval: seconds between calls of ``service_actions``; ``shutdown()`` does not wait for it.
@@ -285,8 +285,10 @@ class BaseServer:
         serving_of(self).configure(changes)
 
     def stats(self) -> dict[str, Any]:
-        """Figures since the start: ``state, address, engine, open, accepted_total, rejected_total, handler_failed_total,
-        closed_total`` (by reason), ``paused, process``.
+        """Return figures since the start.
+
+        ``state, address, engine, open, accepted_total, rejected_total, handler_failed_total, closed_total`` (by reason),
+        ``paused`` and ``process``.
         """
         return serving_of(self).stats()
 
@@ -297,8 +299,8 @@ class TCPServer(BaseServer):
     Attributes:
         address_family: of the listening socket.
         socket_type: of the listening socket.
-        request_queue_size: the backlog. Left at 5 harken listens with SOMAXCONN: with 5, and SYN cookies, Linux can lose the
-            first bytes of a stream.
+        request_queue_size: the backlog. Left at 5 harken listens with SOMAXCONN: with 5, and SYN cookies, Linux can
+            lose the first bytes of a stream.
         allow_reuse_address: whether to set SO_REUSEADDR.
         allow_reuse_port: whether to set SO_REUSEPORT (IPv4 and IPv6 alone).
     """
@@ -460,9 +462,9 @@ if hasattr(socket, "AF_UNIX"):
             _bind_path(self, lambda: TCPServer.server_bind(self))
 
         def server_close(self) -> None:
-            """Close the listener and remove its path. May be overridden."""
-            super().server_close()
+            """Remove the path and close the listener. May be overridden."""
             _unlink_path(self)
+            super().server_close()
 
     class UnixDatagramServer(UDPServer):
         """A server of datagrams on a Unix path; see :class:`UnixStreamServer`."""
@@ -474,6 +476,6 @@ if hasattr(socket, "AF_UNIX"):
             _bind_path(self, lambda: TCPServer.server_bind(self))
 
         def server_close(self) -> None:
-            """Close the socket and remove its path. May be overridden."""
-            super().server_close()
+            """Remove the path and close the socket. May be overridden."""
             _unlink_path(self)
+            super().server_close()

@@ -114,7 +114,8 @@ class Serving:
     def engine_name(self) -> str:
         """The engine's name: as asked, or ``inline``.
 
-        The environment moves only servers that were concurrent already: a plain server's handler may rely on being alone.
+        The environment moves only servers that were concurrent already: a plain server's handler may rely on being
+        alone.
         """
         movable = self.settings.profile == "serve" or getattr(self.server, "_engine_from_environment", False)
         return self.settings.find("engine", environment=movable).value or "inline"
@@ -336,6 +337,7 @@ class Serving:
         return int(record is not None and record.failed)
 
     def describe(self, request: Any, client_address: Any) -> Any:
+        """Return the :class:`harken.Peer` of a connection, or of a datagram."""
         return for_socket(request if hasattr(request, "family") else self.server.socket).describe(
             request, client_address
         )

@@ -20,8 +20,8 @@ ENGINE = setting(
     choice("inline", "thread", "pool", "fork", optional=True),
     None,
     serve="thread",
-    meaning="where handlers run: `inline` one at a time, `thread` one thread a connection, `pool` bounded threads and queue, "
-    "`fork` one child process a connection, or `package.module:Engine`; none: as the class says",
+    meaning="where handlers run: `inline` one at a time, `thread` one thread a connection, `pool` bounded threads "
+    "and queue, `fork` one child process a connection, or `package.module:Engine`; none: as the class says",
     origin="socketserver: plain servers are inline, ThreadingMixIn's thread, ForkingMixIn's fork",
 )
 
@@ -75,7 +75,7 @@ class Engine(ABC):
 
     @abstractmethod
     def wake(self) -> None:
-        """Make ``run`` take a turn at once. *Any thread.*"""
+        """Make ``run`` take a turn at once (*any thread*)."""
 
     @abstractmethod
     def spawn(self, function: Callable[..., object], *args: Any, done: Callable[[int], None] | None = None) -> int:
@@ -103,7 +103,7 @@ class Engine(ABC):
         return False
 
     def refresh(self) -> None:
-        """Read live settings anew, after they have changed. *Any thread.*"""
+        """Read live settings anew, after they have changed (*any thread*)."""
 
     def collect(self) -> None:
         """Tidy up after handlers that have ended; called once a turn."""

@@ -17,7 +17,7 @@ __all__ = ["Crew"]
 Job = tuple[Callable[..., object], tuple[Any, ...]]
 
 # Seconds after which an idle thread goes: long enough for the pauses within a burst, short enough that the threads of
-# a rush hour do not stay. Java's cached pool and Apache's worker keep theirs for 60 s; a thread here is started in 50 µs.
+# a rush hour do not stay. Java's cached pool keeps its own for 60 s; a thread here is started in 50 µs.
 IDLE_SECONDS = 10.0
 
 _numbers = itertools.count(1)

@@ -1,8 +1,8 @@
 """One child process a connection.
 
 Children are waited for by pid, never ``waitpid(-1)``: other parts of the program have children too. A pidfd of each
-child in the loop's selector ends its sleep when a child exits, so that a slot is free at once and no zombie stays; where
-there are none (before Linux 5.3) the loop's regular turns do it.
+child in the loop's selector ends its sleep when a child exits, so that a slot is free at once and no zombie stays;
+where there are none (before Linux 5.3) the loop's regular turns do it.
 """
 
 from __future__ import annotations

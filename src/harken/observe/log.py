@@ -31,7 +31,8 @@ LOG_FORMAT = setting(
     "log_format",
     choice("text", "json"),
     "text",
-    meaning="`text` for people or `json` for machines: one object a line with time, level, event, connection, peer, message",
+    meaning="`text` for people or `json` for machines: one object a line with `time`, `level`, `event`, `connection`, "
+    "`peer`, `message`",
     origin="text is read first",
 )
 LOG_FILE = setting(
@@ -48,7 +49,7 @@ _LEVELS = {"handler_failed": logging.ERROR, "upgrade_failed": logging.ERROR} | d
 _LEVELS |= dict.fromkeys(("paused", "stalled", "truncated", "alarm", "timed_out", "rejected"), logging.WARNING)
 _LEVELS |= dict.fromkeys(("accepted", "opened", "closed"), logging.DEBUG)
 
-# C0, DEL and C1 control characters (they move cursors and begin lines), and the two separators that some readers break at.
+# C0, DEL and C1 control characters move cursors and begin lines; some readers break lines at the two separators.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
@@ -72,7 +73,7 @@ class _JSONFormatter(logging.Formatter):
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03}Z",
             "level": record.levelname.lower(),
             "event": getattr(record, "event", "log"),
-            **{name: value for name, value in _where(record)},
+            **dict(_where(record)),
             "message": escape(record.getMessage()),
             **getattr(record, "fields", {}),
         }
