@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from harken import transports
+from harken import plugins, transports
 from harken.cli import options
-from harken.cli.target import is_handler, is_server, load_target
+from harken.cli.target import is_server, load_target, require_handler
 from harken.errors import ConfigError
-from harken.settings import Profile, Settings
+from harken.process.worker import fit_handler
+from harken.settings import Settings
 
 __all__ = ["command"]
 
@@ -22,28 +22,24 @@ def _check(target: str, urls: tuple[str, ...]) -> None:
     places = options.addresses(urls)
     for line in options.unknown_variables():
         click.echo(f"harken check: warning: {line}", err=True)
-    found = load_target(target)
-    values = _settings_of(found, target)
-    _require_fit(found, target, values["engine"])
+    values = _settings_of(load_target(target), target)
+    plugins.find("engines", values["engine"] or "inline", "Engine")
     bound = [url for place in places for url in _try(place, values)]
     _print_table(values)
     click.echo(f"ok: {target} on {', '.join(bound)}")
 
 
 def _settings_of(found: Any, target: str) -> Settings:
-    """Return what holds for a target: serve's defaults for a handler, the drop-in's for a server class."""
+    """Return what holds for a target: serve's defaults for a handler, the drop-in's for a server class.
+
+    Raises:
+        ConfigError: it is neither, or a handler that harken cannot run.
+    """
     if is_server(found):
         return Settings(object.__new__(found), profile="drop-in")
-    if not is_handler(found):
-        raise ConfigError(f"{target} has no handle(), so it is not a handler class: give a class with handle()")
-    profile: Profile = "serve"
-    return Settings(None, profile=profile)
-
-
-def _require_fit(found: Any, target: str, engine: str | None) -> None:
-    handle = getattr(found, "handle", None)
-    if inspect.iscoroutinefunction(handle) and engine != "asyncio":
-        raise ConfigError(f"{target}.handle is async, which engine {engine!r} cannot run: write it as a plain function")
+    require_handler(found, target)
+    fit_handler(found)
+    return Settings(None, profile="serve")
 
 
 def _try(place: str, values: Settings) -> list[str]:

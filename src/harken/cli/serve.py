@@ -9,17 +9,18 @@ import click
 from harken import events
 from harken.cli import options
 from harken.cli.target import load_handler
+from harken.process.worker import serve
+from harken.settings import Settings
 
 __all__ = ["command"]
 
 
 def _serve(target: str, urls: tuple[str, ...]) -> int:
-    from harken.process.worker import serve
-
     options.refuse_wrong_values()
     places = options.addresses(urls)
     handler = load_handler(target)
-    events.subscribe(_announce, "listening")
+    if Settings(None, profile="serve")["log_format"] == "text":  # a log for machines tells it by itself
+        events.subscribe(_announce, "listening")
     return serve(handler, *places)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from harken.errors import ConfigError, nearest
 
-__all__ = ["is_handler", "is_server", "load_handler", "load_target", "near_module", "near_script"]
+__all__ = ["is_handler", "is_server", "load_handler", "load_target", "near_module", "near_script", "require_handler"]
 
 
 def load_target(target: str) -> Any:
@@ -51,11 +51,20 @@ def load_handler(target: str) -> Any:
         ConfigError: as there, or it is a class of another kind.
     """
     found = load_target(target)
+    require_handler(found, target)
+    return found
+
+
+def require_handler(found: object, target: str) -> None:
+    """Make sure that what ``target`` named is a handler class.
+
+    Raises:
+        ConfigError: it is a class of another kind.
+    """
     if is_server(found):
         raise ConfigError(f"{target} is a server class, not a handler class: give the class with handle()")
     if not is_handler(found):
         raise ConfigError(f"{target} has no handle(), so it is not a handler class: give a class with handle()")
-    return found
 
 
 def is_handler(found: object) -> bool:

@@ -1,0 +1,153 @@
+"""``harken check``: the settings in force, and one clear line for whatever is wrong."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+PROGRAM = """
+import socketserver
+class Echo(socketserver.BaseRequestHandler):
+    def handle(self): pass
+class Late(socketserver.BaseRequestHandler):
+    async def handle(self): pass
+class Nothing: pass
+class Server(socketserver.ThreadingTCPServer):
+    request_queue_size = 77
+def function(): pass
+"""
+
+
+@pytest.fixture
+def check(harken, clean):
+    """Return a function that checks a target of a program, on a free port unless told otherwise."""
+    clean.joinpath("chk_app.py").write_text(PROGRAM)
+
+    def run(target, *words, bind="tcp://127.0.0.1:0"):
+        return harken("check", target, "--bind", bind, *words)
+
+    return run
+
+
+def rows(out):
+    """Return the table as ``{name: (value, source)}``."""
+    cells = (line.split(None, 2) for line in out.splitlines()[1:-1])
+    return {name: (value, source) for name, value, source in cells}
+
+
+def test_every_setting_is_shown_with_its_origin(check, clean, monkeypatch):
+    """Flag, environment, file and default each name themselves; the last line says ok."""
+    clean.joinpath("harken.toml").write_text("pool-queue = 11\n")
+    monkeypatch.setenv("HARKEN_POOL_SIZE", "12")
+    status, out, err = check("chk_app:Echo", "--config", "harken.toml", "--backlog", "13")
+    assert (status, err) == (0, "")
+    table = rows(out)
+    assert table["backlog"] == ("13", "flag --backlog")
+    assert table["pool_size"] == ("12", "environment HARKEN_POOL_SIZE")
+    assert table["pool_queue"] == ("11", f"file {clean / 'harken.toml'}")
+    assert table["engine"] == ("thread", "default of serve")
+    assert out.splitlines()[-1] == "ok: chk_app:Echo on tcp://127.0.0.1:0"
+
+
+def test_a_server_class_has_the_defaults_of_the_drop_in(check):
+    """Its class attributes count, and what nobody set is as in socketserver."""
+    status, out, _ = check("chk_app:Server")
+    assert status == 0
+    table = rows(out)
+    assert table["backlog"][0] == "77"
+    assert table["backlog"][1].endswith("Server.request_queue_size")
+    assert table["drain_timeout"] == ("0.0", "default of drop-in")
+
+
+def test_every_address_is_bound_and_let_go(harken, clean, free_port):
+    """The addresses are free again afterwards, and a Unix path is gone."""
+    clean.joinpath("chk_app.py").write_text(PROGRAM)
+    places = [f"tcp://127.0.0.1:{free_port}", f"udp://127.0.0.1:{free_port}", f"unix:{clean}/s"]
+    words = [word for place in places for word in ("--bind", place)]
+    for _ in range(2):
+        status, out, _ = harken("check", "chk_app:Echo", *words)
+        assert status == 0
+        assert out.splitlines()[-1] == f"ok: chk_app:Echo on {', '.join(places)}"
+    assert not clean.joinpath("s").exists()
+
+
+def test_a_port_in_use_is_named_with_its_holder(check):
+    """Status 1, and who has it."""
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        url = f"tcp://127.0.0.1:{holder.getsockname()[1]}"
+        status, _, err = check("chk_app:Echo", bind=url)
+    assert status == 1
+    assert err == f"harken: {url} is already in use by this process; stop it, or take another port\n"
+
+
+@pytest.mark.parametrize(
+    "target,line",
+    [
+        ("chk_ap:Echo", "no module named 'chk_ap'; did you mean 'chk_app'?"),
+        ("chk_app:Ehco", "chk_app has no 'Ehco'; did you mean 'Echo'?"),
+        ("chk_app:function", "chk_app:function is a function, not a handler class: give a class with handle()"),
+        ("chk_app:Nothing", "chk_app:Nothing has no handle(), so it is not a handler class"),
+        ("chk_app:Late", "Late.handle is async"),
+        ("chk_app.py:Ehco", "chk_app.py has no 'Ehco'; did you mean 'Echo'?"),
+    ],
+)
+def test_a_wrong_target_is_one_line_and_status_1(check, target, line):
+    """What is wrong with a target, and what is near."""
+    status, out, err = check(target)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"harken: {line}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "bind,line",
+    [
+        ("tpc://127.0.0.1:0", "no transport is called 'tpc'; did you mean 'tcp'?"),
+        ("127.0.0.1:8800", "did you mean 'tcp://127.0.0.1:8800'?"),
+        ("tcp://127.0.0.1", "has no port"),
+        ("unix:/no/such/folder/s", "/no/such/folder"),
+        ("tcp://192.0.2.1:0", "no interface of this machine has that address"),
+    ],
+)
+def test_a_wrong_address_is_one_line_and_status_1(check, bind, line):
+    """What is wrong with an address, and what is near."""
+    status, _, err = check("chk_app:Echo", bind=bind)
+    assert status == 1
+    assert line in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_setting_in_the_file_is_status_1(check, clean):
+    """With the nearest name."""
+    clean.joinpath("harken.toml").write_text("pool_sise = 1\n")
+    status, _, err = check("chk_app:Echo", "--config", "harken.toml")
+    assert status == 1
+    assert "unknown setting 'pool_sise'" in err
+    assert "did you mean 'pool_size'?" in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_variable_is_a_warning(check, monkeypatch):
+    """It may be somebody else's, so the check goes on."""
+    monkeypatch.setenv("HARKEN_POOL_SISE", "1")
+    status, _, err = check("chk_app:Echo")
+    assert status == 0
+    assert err == "harken check: warning: unknown variable HARKEN_POOL_SISE; did you mean 'HARKEN_POOL_SIZE'?\n"
+
+
+@pytest.mark.parametrize("where", ["flag", "environment", "file"])
+def test_a_wrong_value_is_status_2(check, clean, monkeypatch, where):
+    """Wherever it stands, the line says where."""
+    words = ()
+    if where == "flag":
+        words = ("--backlog", "x")
+    elif where == "environment":
+        monkeypatch.setenv("HARKEN_BACKLOG", "x")
+    else:
+        clean.joinpath("harken.toml").write_text("backlog = 'x'\n")
+        words = ("--config", "harken.toml")
+    status, out, err = check("chk_app:Echo", *words)
+    assert (status, out) == (2, "")
+    assert f"backlog = 'x' ({where} " in err
+    assert err.count("\n") == 1
