@@ -65,7 +65,7 @@ def test_shutdown_request_set_by_a_handler_ends_the_loop(impl: Any, name: str) -
 
     with getattr(impl, name)(LOCAL, Quit) as server:
         loop = run(server.serve_forever, 0.05)
-        assert ask(server.server_address) == b"bye"
+        assert ask(server.server_address, b"") == b"bye"
         join(loop, 2)
 
 
@@ -399,7 +399,7 @@ def test_socket_writer_under_a_text_wrapper(impl: Any) -> None:
                 print("grüß Gott", file=out, flush=True)
 
     with serving(impl.TCPServer(LOCAL, Text)) as server:
-        assert ask(server.server_address).decode() == "grüß Gott\n"
+        assert ask(server.server_address, b"").decode() == "grüß Gott\n"
 
 
 def test_socket_writer_patched_and_subclassed(impl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +441,7 @@ def test_socket_writer_is_the_type_of_wfile(impl: Any) -> None:
             seen.append(self.wfile)
 
     with serving(impl.TCPServer(LOCAL, Look)) as server:
-        ask(server.server_address)
+        ask(server.server_address, b"")
     assert isinstance(seen[0], impl._SocketWriter)
 
 

@@ -480,7 +480,7 @@ def test_shutdown_from_a_handlers_thread(impl: Any) -> None:
 
     with impl.ThreadingTCPServer(LOCAL, Quit) as server:
         loop = run(server.serve_forever, 0.02)
-        assert ask(server.server_address) == b"stopped"
+        assert ask(server.server_address, b"") == b"stopped"
         join(loop)
 
 
