@@ -9,9 +9,12 @@ from collections.abc import Iterator
 from harken.explain.hooks import HANDLER_HOOKS, SERVER_HOOKS, calls_request_thread
 from harken.explain.lookup import (
     defines,
+    engine_of,
     is_async,
+    is_grafted,
     is_library,
     is_server,
+    is_yours,
     owner_of,
     owner_of_next,
     place_of,
@@ -26,7 +29,7 @@ __all__ = ["find"]
 CLOSE_ENOUGH = 0.89
 
 # Hooks of a server that nobody would write on a handler for a reason of their own.
-_SERVER_ONLY = tuple(name for name in SERVER_HOOKS if name.endswith("_request") or name in ("server_bind", "handle_error"))
+_SERVER_ONLY = (*(name for name in SERVER_HOOKS if name.endswith("_request")), "server_bind", "handle_error")
 
 
 def find(server: type, handler: type | None, engine: str) -> list[Advice]:
@@ -59,11 +62,18 @@ def _hidden_mixins(server: type) -> Iterator[Advice]:
         lost = [name for name, winner in winners.items() if is_server(winner)]
         if lost:
             yield _wrong_side(server, mixin, lost)
-        for name, winner in winners.items():
-            if name not in lost:
+        for winner in dict.fromkeys(winners.values()):
+            names = [name for name in offered if winners.get(name) is winner and name not in lost]
+            if names and not (is_library(winner) and is_library(mixin)):
                 yield Advice(
-                    "warning", f"{winner.__name__} stands before {mixin.__name__}, whose {name} is never reached"
+                    "warning",
+                    f"{winner.__name__} stands before {mixin.__name__}, whose {_never_reached(names)}",
                 )
+
+
+def _never_reached(names: list[str]) -> str:
+    listed = f"{', '.join(names[:-1])} and {names[-1]} are" if len(names) > 1 else f"{names[0]} is"
+    return f"{listed} never reached"
 
 
 def _winner(server: type, mixin: type, name: str) -> type | None:
@@ -78,12 +88,13 @@ def _wrong_side(server: type, mixin: type, lost: list[str]) -> Advice:
     child = next((cls for cls in reversed(server.__mro__) if mixin in cls.__bases__), server)
     others = [base for base in child.__bases__ if base is not mixin]
     first = next((base for base in others if is_server(base)), server)
-    hooks = [name for name in lost if name != "engine"]
-    never = f": its {' and '.join(hooks)} {'is' if len(hooks) == 1 else 'are'} never reached" if hooks else ""
     right = ", ".join(base.__name__ for base in (mixin, *others))
+    # harken's servers find their engine by an attribute, which may be found behind them too.
+    kept = engine_of(server) == vars(mixin).get("engine")
+    effect = "of it only the engine counts" if kept else "it does nothing there"
     return Advice(
         "warning",
-        f"{mixin.__name__} stands behind {first.__name__} and does nothing there{never}. "
+        f"{mixin.__name__} stands behind {first.__name__}: {effect}, its {_never_reached(lost)}. "
         f"Put the mix-in first: class {child.__name__}({right})",
     )
 
@@ -91,14 +102,17 @@ def _wrong_side(server: type, mixin: type, lost: list[str]) -> Advice:
 def _never_called(server: type, engine: str) -> Iterator[Advice]:
     """Hooks that are overridden where nobody calls them."""
     owner = owner_of(server, "process_request_thread")
-    if owner is not None and not is_library(owner) and not calls_request_thread(server, engine):
-        why = "no threading mix-in is in force" if engine == "inline" else "stdlib's forking servers do not call it"
+    if owner is not None and is_yours(owner, "process_request_thread") and not calls_request_thread(server, engine):
+        why = {
+            "inline": "no threading mix-in is in force",
+            "fork": "stdlib's forking servers do not call it",
+            "own": "your process_request leaves it out",
+        }.get(engine, f"the engine is {engine!r}")
         yield Advice("warning", f"{_written_in(owner, 'process_request_thread')} is never called: {why}")
     owner = owner_of(server, "handle_timeout")
-    if owner is not None and not is_library(owner):
-        yield Advice(
-            "note", f"{_written_in(owner, 'handle_timeout')} is called by handle_request() only, never by serve_forever()"
-        )
+    if owner is not None and is_yours(owner, "handle_timeout"):
+        written = _written_in(owner, "handle_timeout")
+        yield Advice("note", f"{written} is called by handle_request() only, never by serve_forever()")
 
 
 def _good_to_know(server: type, engine: str) -> Iterator[Advice]:
@@ -124,7 +138,7 @@ def _misspelt(cls: type, hooks: tuple[str, ...]) -> Iterator[Advice]:
     """Methods of the user's with a name that is nearly a hook's."""
     for owner in _own(cls):
         for name, value in vars(owner).items():
-            if not inspect.isroutine(value) or name.startswith("__") or _is_known(cls, name):
+            if not inspect.isroutine(value) or is_grafted(owner, name) or name.startswith("__") or _is_known(cls, name):
                 continue
             meant = _nearly(name, hooks)
             if meant:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from harken.explain.lookup import defines, is_library, owner_of, place_of
+from harken.explain.lookup import author_of, defines, is_library, is_yours, mentions, owner_of, place_of
 from harken.explain.model import HookRow
 
 __all__ = ["HANDLER_HOOKS", "HOOKS", "SERVER_HOOKS", "calls_request_thread", "rows", "socket_maker"]
@@ -99,8 +99,11 @@ def _is_called(hook: Hook, server: type, engine: str) -> bool:
 def calls_request_thread(server: type, engine: str) -> bool:
     """Tell whether ``process_request_thread`` is called: by every engine of harken's but ``inline``.
 
-    Of stdlib's mix-ins only the threading one calls it. Where the user's own ``process_request`` decides, it may be.
+    Of stdlib's mix-ins only the threading one calls it. Where the user's own ``process_request`` decides, it is called
+    if any method of the user's uses its name.
     """
+    if engine == "own":
+        return mentions(server, "process_request_thread")
     if engine in ("inline", "fork"):
         asked = (owner for owner in server.__mro__ if is_library(owner) and defines(owner, "process_request"))
         return engine == "fork" and next(asked).__module__ != "socketserver"
@@ -127,9 +130,9 @@ def _row(hook: Hook, cls: type, engine: str, depth: int) -> HookRow:
         name=hook.name,
         group=hook.group,
         depth=depth,
-        owner=owner.__name__ if owner else "",
+        owner=author_of(owner, method) if owner else "",
         place=place_of(owner if owner and defines(owner, method) else None, method),
         where=where,
         remark=hook.remark,
-        yours=owner is not None and not is_library(owner),
+        yours=owner is not None and is_yours(owner, method),
     )

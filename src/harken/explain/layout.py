@@ -131,7 +131,7 @@ def ports(layout: Layout, centres: Mapping[str, int], widths: Mapping[str, int])
 def tracks(
     layout: Layout, upper_level: int, centres: Mapping[str, int], entries: Mapping[str, int]
 ) -> tuple[dict[str, int], int]:
-    """Give the lines below a level their rows, so that no two of them run over each other.
+    """Give the lines below a level their rows, so that no two of them overlap or touch.
 
     Args:
         layout: what :func:`arrange` gave.
@@ -149,15 +149,17 @@ def tracks(
         if uppers:
             ends = [entries[key], *(centres[upper] for upper in uppers)]
             spans[key], families[key] = (min(ends), max(ends)), frozenset(uppers)
+
+    def apart(one: str, other: str) -> bool:
+        (left, right), (start, end) = spans[one], spans[other]
+        return families[one] == families[other] or end + 1 < left or right + 1 < start
+
     taken: list[list[str]] = []
     rows: dict[str, int] = {}
-    for key, span in spans.items():
-        for row, others in enumerate(taken):
-            if all(families[o] == families[key] or spans[o][1] < span[0] or span[1] < spans[o][0] for o in others):
-                break
-        else:
-            row = len(taken)
+    for key in spans:
+        fitting = (row for row, others in enumerate(taken) if all(apart(key, other) for other in others))
+        rows[key] = next(fitting, len(taken))
+        if rows[key] == len(taken):
             taken.append([])
-        taken[row].append(key)
-        rows[key] = row
+        taken[rows[key]].append(key)
     return rows, len(taken)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import socket
 import sys
@@ -14,13 +13,17 @@ from harken.explain.model import Place
 from harken.settings import Settings
 
 __all__ = [
+    "author_of",
     "code_of",
     "defines",
     "engine_of",
     "is_async",
+    "is_grafted",
     "is_handler",
     "is_library",
     "is_server",
+    "is_yours",
+    "mentions",
     "method_names",
     "owner_of",
     "owner_of_next",
@@ -35,8 +38,7 @@ _STDLIB_ENGINES = {"ThreadingMixIn": "thread", "ForkingMixIn": "fork", "BaseServ
 
 def is_library(cls: type) -> bool:
     """Tell whether a class comes with Python or with harken."""
-    root = (cls.__module__ or "").partition(".")[0]
-    return root == "harken" or (root in sys.stdlib_module_names and root != "__main__")
+    return _is_harkens(cls.__module__) or (cls.__module__ or "").partition(".")[0] in sys.stdlib_module_names
 
 
 def _descends(cls: type, *names: str) -> bool:
@@ -67,17 +69,42 @@ def owner_of(cls: type, name: str) -> type | None:
 
 def method_names(cls: type) -> list[str]:
     """Return the names of the methods that a class defines itself, in the order of their definition."""
-    kinds = (staticmethod, classmethod, property, functools.cached_property)
     return [
         name
         for name, value in vars(cls).items()
-        if isinstance(value, kinds) or (inspect.isroutine(value) and name != "__class_getitem__")
+        if (isinstance(value, classmethod) or inspect.isroutine(value)) and not is_grafted(cls, name)
     ]
+
+
+def is_grafted(cls: type, name: str) -> bool:
+    """Tell whether harken put this method into somebody else's class, as its mix-ins do before stdlib's servers."""
+    return _is_harkens(getattr(_function(cls, name), "__module__", "")) and not _is_harkens(cls.__module__)
+
+
+def is_yours(cls: type, name: str) -> bool:
+    """Tell whether the method ``name`` that ``cls`` itself defines is the user's own."""
+    return not is_library(cls) and not is_grafted(cls, name)
+
+
+def author_of(cls: type, name: str) -> str:
+    """Return the name of the class that the method was written in: ``cls``, unless it is grafted."""
+    qualified = str(getattr(_function(cls, name), "__qualname__", ""))
+    return qualified.rpartition(".")[0] if is_grafted(cls, name) and "." in qualified else cls.__name__
+
+
+def mentions(cls: type, name: str) -> bool:
+    """Tell whether any method of the user's, in a class or its ancestors, uses an attribute of this name."""
+    codes = (code_of(base, method) for base in cls.__mro__ if not is_library(base) for method in method_names(base))
+    return any(code is not None and name in code.co_names for code in codes)
+
+
+def _is_harkens(module: str | None) -> bool:
+    return (module or "").partition(".")[0] == "harken"
 
 
 def _function(cls: type, name: str) -> Any:
     value = vars(cls).get(name)
-    value = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
+    value = getattr(value, "__func__", value)
     return inspect.unwrap(value) if callable(value) else value
 
 

@@ -161,7 +161,7 @@ def _has_moved(recorder: Recorder, before: int) -> bool:
 
 def enter_child() -> None:
     """Make a fresh child harmless: own process group, no terminal input, its output to stderr."""
-    # A forking server forks beside the client's thread, which Python warns of; the child takes no lock of that thread's.
+    # A forking server forks beside the client's thread, of which Python warns; its child takes no lock of that thread.
     warnings.simplefilter("ignore", DeprecationWarning)
     os.setpgid(0, 0)
     null = os.open(os.devnull, os.O_RDONLY)

@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from harken.explain.hooks import HANDLER_HOOKS, HOOKS, socket_maker
-from harken.explain.lookup import owner_of
+from harken.explain.lookup import author_of, owner_of
 
 __all__ = ["Recorder"]
 
@@ -38,7 +38,7 @@ class Recorder:
     """Makes recording subclasses and reports each call.
 
     Attributes:
-        changed: notified of every call and return in this process; guards what follows, which leaves out the loop itself.
+        changed: notified of every call and return in this process, those of the loop left out; guards what follows.
         running: how many calls have not returned.
         taken: how often ``get_request`` has returned.
         closed: how often ``close_request`` has returned.
@@ -85,7 +85,7 @@ class Recorder:
         owner = owner_of(cls, name)
         if owner is None or not inspect.isroutine(vars(owner)[name]) or isinstance(vars(owner)[name], staticmethod):
             return {}
-        return {name: self._recorded(getattr(cls, name), shown, owner.__name__)}
+        return {name: self._recorded(getattr(cls, name), shown, author_of(owner, name))}
 
     def _recorded(self, function: Callable[..., Any], name: str, owner: str) -> Callable[..., Any]:
         if inspect.iscoroutinefunction(function):
@@ -108,14 +108,16 @@ class Recorder:
         seen: list[bool] = []
         maker = socket_maker(cls)
 
-        def __setattr__(this: Any, name: str, value: Any) -> None:
-            cls.__setattr__(this, name, value)
+        assign: Any = cls.__setattr__
+
+        def set_attribute(this: Any, name: str, value: Any) -> None:
+            assign(this, name, value)
             if name == "socket" and not seen and hasattr(value, "fileno"):
                 seen.append(True)
                 with self.call("socket", maker.__name__ if maker else cls.__name__):
                     pass
 
-        return __setattr__
+        return set_attribute
 
     @contextmanager
     def call(self, name: str, owner: str) -> Iterator[None]:

@@ -8,8 +8,7 @@ from xml.sax.saxutils import escape
 
 from harken.explain.layout import Layout, arrange, ports, spread, tracks
 from harken.explain.model import ClassBox, Explanation, Family, HookRow, Trace
-from harken.explain.wording import engine_words, raised_here, thread_name
-from harken.explain.wording import title as trace_title
+from harken.explain.wording import heading, raised_here, thread_name, title as trace_title
 
 __all__ = ["render_svg"]
 
@@ -61,14 +60,15 @@ class Sheet:
     def path(self, points: list[tuple[float, float]], *, arrow: bool = False) -> None:
         """Put a line through the points, with an open triangle at its end for an ancestor."""
         drawn = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        self.parts.append(f'<path d="{drawn}" class="line"{" marker-end=" + chr(34) + "url(#a)" + chr(34) if arrow else ""}/>')
+        head = ' marker-end="url(#a)"' if arrow else ""
+        self.parts.append(f'<path d="{drawn}" class="line"{head}/>')
 
     def finish(self, title: str) -> str:
         """Return the whole document."""
         width, height = self.right + MARGIN, self.y + MARGIN
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-            f'viewBox="0 0 {width:.0f} {height:.0f}" role="img">'
+            f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" xml:space="preserve">'
         )
         marker = (
             '<defs><marker id="a" viewBox="0 0 12 12" refX="11" refY="6" markerWidth="11" markerHeight="11" '
@@ -87,11 +87,14 @@ def render_svg(explanation: Explanation, trace: Trace | None = None) -> str:
         trace: what ``trace`` gave, drawn as bars over time.
     """
     sheet = Sheet()
-    title = f"{explanation.server}: {explanation.transport}, {engine_words(explanation)}"
+    title = heading(explanation)
     sheet.line(title, "h")
+    sheet.y += LINE
+    top, left, bottom = sheet.y, float(MARGIN), 0.0
     for family in explanation.families:
-        sheet.y += LINE
-        _family(sheet, family)
+        right, low = _family(sheet, family, left, top)
+        left, bottom = right + 2 * GAP, max(bottom, low)
+    sheet.y = bottom
     _hooks(sheet, explanation.hooks)
     for advice in explanation.warnings:
         for line in ["", *textwrap.wrap(f"{advice.level}: {advice.text}", 100)]:
@@ -119,13 +122,14 @@ def _size(box: ClassBox | None) -> tuple[int, int]:
     return round(longest * CHAR + 2 * PAD), round(LINE * (2 + len(methods)) + PAD * (2 if methods else 1))
 
 
-def _family(sheet: Sheet, family: Family) -> None:
+def _family(sheet: Sheet, family: Family, left: float, top: float) -> tuple[float, float]:
+    """Draw a hierarchy with its upper left corner there, and return its lower right one."""
     layout = arrange(family.classes)
     sizes = {key: _size(layout.boxes.get(key)) for level in layout.levels for key in level}
     widths = {key: size[0] for key, size in sizes.items()}
-    centres = {key: centre + MARGIN for key, centre in spread(layout, widths, GAP).items()}
+    centres = {key: centre + round(left) for key, centre in spread(layout, widths, GAP).items()}
     entries = ports(layout, centres, widths)
-    top = sheet.y
+    bottom = top
     for number, level in enumerate(layout.levels):
         height = max(sizes[key][1] for key in level)
         bottom = top + height
@@ -136,7 +140,7 @@ def _family(sheet: Sheet, family: Family) -> None:
                 sheet.path([(centres[key], top), (centres[key], bottom)])
         if number + 1 < len(layout.levels):
             top = _links(sheet, layout, number, bottom, centres, entries, sizes)
-        sheet.y = bottom
+    return max(centres[key] + widths[key] / 2 for key in centres), bottom
 
 
 def _box(sheet: Sheet, box: ClassBox, centre: float, bottom: float, size: tuple[int, int]) -> None:
@@ -187,7 +191,7 @@ def _hooks(sheet: Sheet, hooks: tuple[HookRow, ...]) -> None:
             sheet.line(group, "dim")
         kind = "yours" if row.yours else ""
         remark = f" ({row.remark})" if row.remark else ""
-        sheet.line("  " * row.depth + row.name + remark, kind, indent=2)
+        sheet.line(row.name + remark, kind, indent=2 + 2 * row.depth)
         for column, text in ((38, row.owner), (62, str(row.place) if row.owner else ""), (92, row.where)):
             sheet.text(MARGIN + column * CHAR, sheet.y, text, kind or "dim")
 
@@ -198,7 +202,7 @@ def _trace(sheet: Sheet, trace: Trace) -> None:
     ends = [call.at + (call.took or 0) for call in trace] or [0.0]
     scale = 300 / (max(ends) or 1)
     for place, call in enumerate(trace):
-        sheet.line("  " * call.depth + call.name + (f" ×{call.count}" if call.count > 1 else ""), indent=2)
+        sheet.line(call.name + (f" ×{call.count}" if call.count > 1 else ""), indent=2 + 2 * call.depth)
         sheet.text(MARGIN + 38 * CHAR, sheet.y, call.owner, "dim")
         sheet.text(MARGIN + 62 * CHAR, sheet.y, f"{call.at:.2f}", "dim")
         start = MARGIN + 72 * CHAR
@@ -207,6 +211,6 @@ def _trace(sheet: Sheet, trace: Trace) -> None:
         sheet.text(start + 310, sheet.y, "not returned" if call.took is None else f"{call.took:.2f}", "dim")
         sheet.text(start + 400, sheet.y, thread_name(call), "dim")
         if raised_here(trace, place):
-            sheet.line("  " * call.depth + f"raised {call.error}", "error", indent=2)
+            sheet.line(f"raised {call.error}", "error", indent=2 + 2 * call.depth)
     if trace.cut:
         sheet.line(f"cut: {trace.cut}", "warning")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from harken.explain.draw_text import WIDTH, draw
 from harken.explain.model import Explanation, HookRow, Trace
-from harken.explain.wording import engine_words, raised_here, thread_name, title
+from harken.explain.wording import heading, raised_here, thread_name, title
 
 __all__ = ["render_text"]
 
@@ -37,7 +37,7 @@ def render_text(explanation: Explanation, trace: Trace | None = None, *, colour:
         colour: whether to use the colours of a terminal.
     """
     paint = _coloured if colour else _plain
-    lines = _heading(explanation, paint)
+    lines = [paint(_cut(heading(explanation), WIDTH), "heading")]
     for family in explanation.families:
         if len(explanation.families) > 1:
             lines += ["", paint(f"The {family.title}'s classes", "heading")]
@@ -47,11 +47,6 @@ def render_text(explanation: Explanation, trace: Trace | None = None, *, colour:
     if trace is not None:
         lines += _trace(trace, paint)
     return "\n".join(lines) + "\n"
-
-
-def _heading(explanation: Explanation, paint: Paint) -> list[str]:
-    served = f", handler {explanation.handler}" if len(explanation.families) > 1 else ""
-    return [paint(_cut(f"{explanation.server}: {explanation.transport}, {engine_words(explanation)}{served}", WIDTH), "heading")]
 
 
 def _hooks(explanation: Explanation, paint: Paint) -> list[str]:
@@ -81,7 +76,10 @@ def _advice(explanation: Explanation, paint: Paint) -> list[str]:
     lines = ["", paint("What to look at", "heading")]
     for advice in explanation.warnings:
         wrapped = textwrap.wrap(
-            f"{advice.level}: {advice.text}", WIDTH, subsequent_indent=" " * (len(advice.level) + 2), break_on_hyphens=False
+            f"{advice.level}: {advice.text}",
+            WIDTH,
+            subsequent_indent=" " * (len(advice.level) + 2),
+            break_on_hyphens=False,
         )
         lines += [paint(line, advice.level) for line in wrapped]
     return lines

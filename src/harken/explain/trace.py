@@ -31,9 +31,7 @@ _LINE = b"hello\r\n"
 _HTTP = b"GET / HTTP/1.0\r\n\r\n"
 
 
-def trace(
-    cls: type, handler: type | None = None, *, engine: str | None = None, seconds: float = SECONDS
-) -> Trace:
+def trace(cls: type, handler: type | None = None, *, engine: str | None = None, seconds: float = SECONDS) -> Trace:
     """Serve one connection on a free loopback port (or Unix path) and return the calls of every hook.
 
     The client sends one line, half-closes and reads to the end. All of it happens in a child process, which is ended
@@ -57,7 +55,8 @@ def trace(
     message = _HTTP if _speaks_http(server, handler) else _LINE
     directory = tempfile.mkdtemp(prefix="harken-")
     try:
-        reports, late = _run(probe.Plan(server, handler, directory, seconds, message), time.monotonic() + seconds + GRACE)
+        plan = probe.Plan(server, handler, directory, seconds, message)
+        reports, late = _run(plan, time.monotonic() + seconds + GRACE)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     return _assemble(reports, transport_of(server), message, f"{seconds:g} s" if late else "")
@@ -70,7 +69,8 @@ def _refuse_impossible(server: type) -> None:
         raise ConfigError(f"{server.__name__} opens no socket that a client could reach; explain it without a trace")
     if probe.arguments(server, None, None) is None:
         raise ConfigError(
-            f"{server.__name__}'s constructor wants more than (address, handler); derive a class whose __init__ knows the rest"
+            f"{server.__name__}'s constructor wants more than (address, handler); "
+            "derive a class whose __init__ knows the rest"
         )
 
 
@@ -172,7 +172,8 @@ def _why_cut(calls: Trace, late: str, failed: str) -> str:
     stuck = [call for call in calls if call.took is None]
     if stuck:
         deepest = max(stuck, key=lambda call: call.depth)
-        return f"{deepest.owner}.{deepest.name} had not returned " + (f"after {late}" if late else "when its process ended")
+        when = f"after {late}" if late else "when its process ended"
+        return f"{deepest.owner}.{deepest.name} had not returned {when}"
     if late:
         return f"something that the server started still ran after {late}"
     return f"the client failed: {failed}" if failed else ""

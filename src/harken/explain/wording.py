@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from harken.explain.model import Call, Explanation, Trace
 
-__all__ = ["engine_words", "raised_here", "thread_name", "title"]
+__all__ = ["heading", "raised_here", "thread_name", "title"]
 
 
-def engine_words(explanation: Explanation) -> str:
-    """Say what runs the handler."""
-    return "process_request of your own" if explanation.engine == "own" else f"engine {explanation.engine}"
+def heading(explanation: Explanation) -> str:
+    """Say in one line what is explained."""
+    engine = "process_request of your own" if explanation.engine == "own" else f"engine {explanation.engine}"
+    handler = f", handler {explanation.handler}" if len(explanation.families) > 1 else ""
+    return f"{explanation.server}: {explanation.transport}, {engine}{handler}"
 
 
 def title(trace: Trace) -> str:
