@@ -226,6 +226,7 @@ def test_connection_outlives_its_handler(impl: Any) -> None:
             client.sendall(word)
             assert client.recv(100) == word.upper()
         client.shutdown(socket.SHUT_WR)
+        wait_until(lambda: threads)
         join(threads[0])
     assert results == [b"one", b"two"]
 

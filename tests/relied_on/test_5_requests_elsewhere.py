@@ -270,7 +270,7 @@ def test_fork_a_process_each(impl: Any) -> None:
             self.wfile.write(b"%d %d" % (os.getpid(), state["count"]))
 
     with serving(impl.ForkingTCPServer(LOCAL, Count)) as server:
-        answers = [ask(server.server_address).split() for _ in range(3)]
+        answers = [ask(server.server_address, b"").split() for _ in range(3)]
     assert [count for _, count in answers] == [b"1"] * 3
     assert len({pid for pid, _ in answers}) == 3
     assert state == {"count": 0}
@@ -313,7 +313,7 @@ def test_fork_leaves_other_children_alone(impl: Any) -> None:
     with serving(impl.ForkingTCPServer(LOCAL, Say), poll_interval=0.02) as server:
         wait_until(lambda: zombie(other.pid))
         for _ in range(3):
-            assert ask(server.server_address) == b"hi"
+            assert ask(server.server_address, b"") == b"hi"
     assert other.wait(PATIENCE) == 7
 
 
@@ -330,7 +330,7 @@ def test_fork_reaps_while_idle(impl: Any) -> None:
             self.wfile.write(b"%d" % os.getpid())
 
     with serving(impl.ForkingTCPServer(LOCAL, Say), poll_interval=0.02) as server:
-        pid = int(ask(server.server_address))
+        pid = int(ask(server.server_address, b""))
         wait_until(lambda: not Path(f"/proc/{pid}").exists())
         wait_until(lambda: not server.active_children)
 
