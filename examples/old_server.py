@@ -1,6 +1,6 @@
 """The program that everybody begins with, written for `socketserver` and left as it is.
 
-harken run --max-connections 100 examples/old_server.py
+harken run --engine pool examples/old_server.py
 """
 
 import socketserver

@@ -93,9 +93,10 @@ def test_signals_end_it_with_status_0(serve, number, status):
     assert process.returncode == status
 
 
-def test_connections_cut_at_the_deadline_are_status_3(serve):
+@pytest.mark.parametrize("engine", ["thread", "pool"])
+def test_connections_cut_at_the_deadline_are_status_3(serve, engine):
     """SIGTERM waits for the drain's time; a client that stays is cut then."""
-    process = serve("srv_app:Echo", "--bind", "tcp://127.0.0.1:0", "--drain-timeout", "0.2")
+    process = serve("srv_app:Echo", "--bind", "tcp://127.0.0.1:0", "--drain-timeout", "0.2", "--engine", engine)
     port = int(announced(process)[0].rpartition(" ")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as client:
         client.sendall(b"x")
@@ -106,9 +107,10 @@ def test_connections_cut_at_the_deadline_are_status_3(serve):
     assert process.returncode == 3
 
 
-def test_sigint_stops_at_once_with_idle_clients(serve):
+@pytest.mark.parametrize("engine", ["thread", "pool"])
+def test_sigint_stops_at_once_with_idle_clients(serve, engine):
     """Ctrl-C does not wait for anybody."""
-    process = serve("srv_app:Echo", "--bind", "tcp://127.0.0.1:0", "--drain-timeout", "60")
+    process = serve("srv_app:Echo", "--bind", "tcp://127.0.0.1:0", "--drain-timeout", "60", "--engine", engine)
     port = int(announced(process)[0].rpartition(" ")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as client:
         client.sendall(b"x")
