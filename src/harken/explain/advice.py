@@ -12,6 +12,7 @@ from harken.explain.lookup import (
     engine_of,
     is_async,
     is_grafted,
+    is_harkens,
     is_library,
     is_server,
     is_yours,
@@ -64,7 +65,8 @@ def _hidden_mixins(server: type) -> Iterator[Advice]:
             yield _wrong_side(server, mixin, lost)
         for winner in dict.fromkeys(winners.values()):
             names = [name for name in offered if winners.get(name) is winner and name not in lost]
-            if names and not (is_library(winner) and is_library(mixin)):
+            # harken's mix-ins are made to stand before stdlib's: class Web(PoolMixIn, ThreadingHTTPServer).
+            if names and not (is_harkens(winner) and is_library(mixin) and not is_harkens(mixin)):
                 yield Advice(
                     "warning",
                     f"{winner.__name__} stands before {mixin.__name__}, whose {_never_reached(names)}",

@@ -94,7 +94,7 @@ def draw(family: Family) -> list[str]:
     layout = arrange(family.classes)
     texts = _texts(layout)
     widths = {key: _width(texts.get(key)) for level in layout.levels for key in level}
-    centres = spread(layout, widths, GAP)
+    centres = spread(layout, widths, GAP, WIDTH)
     entries = ports(layout, centres, widths)
     canvas = Canvas()
     top = 0
@@ -158,7 +158,7 @@ def _box(box: ClassBox, room: int) -> list[str]:
     place = str(box.place)
     methods = textwrap.wrap("  ".join(box.methods), min(inner, PLEASANT), break_on_hyphens=False) or ["(no methods)"]
     one_line = len(name) + 2 + len(place) <= min(inner, PLEASANT)
-    head = [(name, place)] if one_line else [(name, ""), (place, "")]
+    head = [(name, place)] if one_line else [*((part, "") for part in textwrap.wrap(name, inner)), (place, "")]
     width = min(inner, max(len(a) + (2 + len(b) if b else 0) for a, b in [*head, *((line, "") for line in methods)]))
     lines = ["┌" + "─" * (width + 2) + "┐"]
     lines += [f"│ {_fit(a, width - len(b), from_left=a == place)}{b} │" for a, b in head]

@@ -5,6 +5,7 @@ Text and SVG share it; they differ in what a unit is (a character, a pixel).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -79,13 +80,14 @@ def _heights(classes: tuple[ClassBox, ...]) -> dict[str, int]:
     return heights
 
 
-def spread(layout: Layout, widths: Mapping[str, int], gap: int) -> dict[str, int]:
+def spread(layout: Layout, widths: Mapping[str, int], gap: int, room: float = float("inf")) -> dict[str, int]:
     """Return the horizontal centre of every cell: near its neighbours above and below, overlapping nobody.
 
     Args:
         layout: what :func:`arrange` gave.
         widths: of every cell.
         gap: the least distance between two cells.
+        room: the width of the page; no level may be wider.
     """
     centres: dict[str, float] = {}
     for level in layout.levels:
@@ -94,9 +96,9 @@ def spread(layout: Layout, widths: Mapping[str, int], gap: int) -> dict[str, int
             centres[key] = left + widths[key] / 2
             left += widths[key] + gap
     for level in (*layout.levels[::-1], *layout.levels):
-        _settle(level, {key: _wish(key, layout, centres) for key in level}, widths, gap, centres)
+        _settle(level, {key: _wish(key, layout, centres) for key in level}, widths, gap, centres, room)
     edge = min(centres[key] - widths[key] / 2 for level in layout.levels for key in level)
-    return {key: round(centre - edge) for key, centre in centres.items()}
+    return {key: math.floor(centre - edge) for key, centre in centres.items()}
 
 
 def _wish(key: str, layout: Layout, centres: Mapping[str, float]) -> float:
@@ -106,14 +108,20 @@ def _wish(key: str, layout: Layout, centres: Mapping[str, float]) -> float:
 
 
 def _settle(
-    level: tuple[str, ...], wishes: Mapping[str, float], widths: Mapping[str, int], gap: int, centres: dict[str, float]
+    level: tuple[str, ...],
+    wishes: Mapping[str, float],
+    widths: Mapping[str, int],
+    gap: int,
+    centres: dict[str, float],
+    room: float,
 ) -> None:
-    """Put cells side by side, the whole row where it misses the wishes least."""
+    """Put cells side by side, the whole row where it misses the wishes least, within a page around 0."""
     offsets, at = {}, 0.0
     for key in level:
         offsets[key] = at + widths[key] / 2
         at += widths[key] + gap
     shift = sum(wishes[key] - offsets[key] for key in level) / len(level)
+    shift = min(max(shift, -room / 2), room / 2 - (at - gap))
     for key in level:
         centres[key] = offsets[key] + shift
 

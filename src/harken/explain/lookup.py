@@ -20,6 +20,7 @@ __all__ = [
     "is_async",
     "is_grafted",
     "is_handler",
+    "is_harkens",
     "is_library",
     "is_server",
     "is_yours",
@@ -96,6 +97,11 @@ def mentions(cls: type, name: str) -> bool:
     """Tell whether any method of the user's, in a class or its ancestors, uses an attribute of this name."""
     codes = (code_of(base, method) for base in cls.__mro__ if not is_library(base) for method in method_names(base))
     return any(code is not None and name in code.co_names for code in codes)
+
+
+def is_harkens(cls: type) -> bool:
+    """Tell whether a class comes with harken."""
+    return _is_harkens(cls.__module__)
 
 
 def _is_harkens(module: str | None) -> bool:

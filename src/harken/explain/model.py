@@ -16,7 +16,7 @@ class Place:
     """Where a class or a method stands in the source.
 
     Attributes:
-        file: the path of the file, or an empty string for compiled code.
+        file: the path of the file, or an empty string where there is none: compiled code, ``type(…)``.
         line: its first line, counted from 1; 0 when unknown.
     """
 
@@ -26,7 +26,7 @@ class Place:
     def __str__(self) -> str:
         """Return ``file:line``, the file as short as the import path and the current directory allow."""
         if not self.file:
-            return "(compiled)"
+            return "(no source)"
         return f"{_short(self.file)}:{self.line}" if self.line else _short(self.file)
 
 
