@@ -25,6 +25,8 @@ __all__ = ["Plan", "arguments", "enter_child", "serve_once"]
 POLL_INTERVAL = 0.05
 # Seconds without any call after which a connection that nobody closes counts as done.
 QUIET = 0.5
+# Seconds for the answer to a datagram, which may never come; a forked child on a busy machine needs some.
+ANSWER = 1.0
 
 
 class Plan(NamedTuple):
@@ -119,7 +121,7 @@ def _exchange(client: socket.socket, address: Any, plan: Plan, recorder: Recorde
             client.bind(os.path.join(plan.directory, "client"))
         client.sendto(plan.message, address)
         _wait_until_done(recorder, deadline)
-        client.settimeout(QUIET)
+        client.settimeout(ANSWER)
         try:
             return client.recv(65536)
         except TimeoutError:
