@@ -19,6 +19,7 @@
 #define OPENING_AT_ONCE 64           /* well under the default backlog of 128, so that no handshake is dropped */
 #define OPENING_SECONDS 5.0          /* after the warm-up: begins without the connections that have no answer by then */
 #define HOLD_SECONDS 60.0            /* the same for idle, which may open very many */
+#define LEAVING_SECONDS 0.5          /* for the answers still under way at the end; a reset would be the server's trouble */
 #define LOST_AFTER 1000000000u       /* ns without an answer after which a datagram is taken for lost */
 #define SWEEP_EVERY 100              /* ms: how often lost datagrams and deadlines are looked for */
 #define MAX_ERRORS 10000             /* the server is broken: stop and report */
@@ -42,6 +43,7 @@ static struct wire *wires;
 static char *pool, *buffer;
 static size_t pool_messages, pool_bytes;
 static unsigned opened, answered, next_source;
+static bool leaving;      /* the window is over: no new messages */
 static uint64_t birth;
 static int poller;
 
@@ -96,6 +98,8 @@ static bool push(struct wire *wire, uint64_t now) {
     uint64_t goal = (wire->received / plan->size + plan->depth) * plan->size;
     if (plan->hold)
         goal = plan->size;
+    if (leaving && goal > wire->sent)
+        goal = (wire->sent + plan->size - 1) / plan->size * plan->size;
     for (uint64_t message = (wire->sent + plan->size - 1) / plan->size; message * plan->size < goal; message++)
         wire->stamps[message % plan->depth] = now;
     while (wire->sent < goal) {
@@ -206,7 +210,7 @@ static void serve_wire(struct wire *wire, uint32_t events) {
             fail(wire);
         return;
     }
-    if (plan->reopen && tally->errors < MAX_ERRORS)
+    if (plan->reopen && !leaving && tally->errors < MAX_ERRORS)
         open_wire(wire, nanoseconds());
 }
 
@@ -221,12 +225,21 @@ static void resend_lost(uint64_t now) {
     }
 }
 
-/* Runs until the deadline, in ns. With `all`: also ends when every connection has had an answer. */
-static void turn_until(uint64_t deadline, bool all) {
+static bool all_answered(void) { return answered == plan->connections; }
+
+static bool all_quiet(void) {
+    for (unsigned i = 0; i < opened; i++)
+        if (wires[i].fd >= 0 && wires[i].sent > wires[i].received)
+            return false;
+    return true;
+}
+
+/* Runs until the deadline, in ns, or until `done`, if there is such a condition. */
+static void turn_until(uint64_t deadline, bool (*done)(void)) {
     struct epoll_event events[MAX_EVENTS];
     uint64_t swept = nanoseconds();
     for (uint64_t now = swept; now < deadline && tally->errors < MAX_ERRORS; now = nanoseconds()) {
-        if (all && answered == plan->connections)
+        if (done && done())
             return;
         uint64_t left = (deadline - now) / 1000000u + 1;
         int ready = epoll_wait(poller, events, MAX_EVENTS, left < SWEEP_EVERY ? (int)left : SWEEP_EVERY);
@@ -251,15 +264,21 @@ void run_plan(const struct plan *the_plan, struct tally *the_tally) {
     for (unsigned i = 0; i < OPENING_AT_ONCE; i++)
         open_next(nanoseconds());
     if (!plan->hold)
-        turn_until(birth + (uint64_t)(plan->warmup * 1e9), false);
-    turn_until(nanoseconds() + (uint64_t)((plan->hold ? HOLD_SECONDS : OPENING_SECONDS) * 1e9), true);
+        turn_until(birth + (uint64_t)(plan->warmup * 1e9), NULL);
+    turn_until(nanoseconds() + (uint64_t)((plan->hold ? HOLD_SECONDS : OPENING_SECONDS) * 1e9), all_answered);
     if (!plan->hold) { /* errors stay: one in the warm-up is as bad */
         histogram_clear(&tally->latency);
         tally->messages = tally->bytes = tally->connects = 0;
     }
     fputs("begin\n", stderr);
     uint64_t begin = nanoseconds();
-    turn_until(begin + (uint64_t)(plan->seconds * 1e9), false);
+    turn_until(begin + (uint64_t)(plan->seconds * 1e9), NULL);
     tally->seconds = (double)(nanoseconds() - begin) / 1e9;
     fputs("end\n", stderr);
+    static struct tally window;
+    window = *tally;
+    leaving = true;
+    turn_until(nanoseconds() + (uint64_t)(LEAVING_SECONDS * 1e9), all_quiet);
+    window.errors = tally->errors;
+    *tally = window;
 }
