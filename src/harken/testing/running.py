@@ -1,0 +1,190 @@
+"""Servers and handlers for tests: on a free port, or on no port at all."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from harken import events
+from harken.connection import Connection
+from harken.errors import LifecycleError
+from harken.process.worker import Worker
+from harken.server import BaseServer, TCPServer
+from harken.serving import serving_of
+
+__all__ = ["Client", "Served", "connect", "serve"]
+
+# Seconds for a server to be ready, and for handlers to end once their connections are cut. Both take milliseconds.
+PATIENCE = 10.0
+
+
+class Served:
+    """A server that runs in this process while a test talks to it.
+
+    Attributes:
+        servers: the running servers, one an address, with the verbs ``stats``, ``connections``, ``suspend`` …
+        errors: what handlers raised so far (on the fork engine that stays in their processes).
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.servers: list[Any] = list(worker.servers)
+        self.errors: list[BaseException] = []
+
+    @property
+    def server(self) -> Any:
+        """The first server."""
+        return self.servers[0]
+
+    @property
+    def address(self) -> Any:
+        """Where the first server is bound, as ``socket.connect`` takes it."""
+        return self.server.server_address
+
+    @property
+    def url(self) -> str:
+        """Where the first server is bound, as users write it: ``tcp://127.0.0.1:40123``."""
+        return self.urls[0]
+
+    @property
+    def urls(self) -> list[str]:
+        """Where each server is bound."""
+        return [serving_of(server).address() for server in self.servers]
+
+    def connect(self, timeout: float | None = PATIENCE) -> socket.socket:
+        """Return a client of the first server; the caller closes it.
+
+        Args:
+            timeout: of the socket, in seconds, so that a test of a silent server ends.
+        """
+        listener = self.server.socket
+        client = socket.socket(listener.family, listener.type)
+        client.settimeout(timeout)
+        try:
+            client.connect(self.address)
+        except OSError:
+            client.close()
+            raise
+        return client
+
+    def note(self, event: events.Event) -> None:
+        """Keep what a handler of ours raised."""
+        if event.server in self.servers:
+            self.errors.append(event.error)
+
+
+@contextlib.contextmanager
+def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> Iterator[Served]:
+    """Serve ``handler`` in a thread of this process while the block runs, with the defaults of ``harken.serve``.
+
+    In the end the server stops at once: connections that are still open are cut.
+
+    Args:
+        handler: the handler class.
+        addresses: URLs; a free TCP port on 127.0.0.1 when none is given.
+        settings: any setting by name.
+
+    Raises:
+        ConfigError: an address, a setting or the handler is wrong.
+        LifecycleError: a handler did not end within 10 s of its connection's end.
+    """
+    worker = Worker(handler, addresses or ("tcp://127.0.0.1:0",), settings)
+    served = Served(worker)
+    unsubscribe = events.subscribe(served.note, "handler_failed")
+    thread = threading.Thread(target=worker.run, name="harken-testing", daemon=True)
+    try:
+        thread.start()
+        for server in served.servers:
+            if not server.wait_ready(PATIENCE):
+                raise LifecycleError(f"the server was not ready within {PATIENCE:g} s")
+        yield served
+    finally:
+        worker.stop()
+        for server in served.servers:
+            serving_of(server).cut("shutdown")  # an inline handler keeps the loop from doing so
+        thread.join(PATIENCE)
+        worker.close()
+        unsubscribe()
+    if thread.is_alive():
+        raise LifecycleError(f"a handler still ran {PATIENCE:g} s after its connection was cut")
+
+
+class Client(socket.socket):
+    """A client of one handler, which runs in a thread. Closing it waits for the handler to end.
+
+    Leaving a ``with`` block raises what the handler raised, so that a test notices; ``error`` has it too.
+
+    Attributes:
+        error: what the handler raised, or None. That its client went away is no error.
+    """
+
+    error: BaseException | None = None
+    _thread: threading.Thread | None = None
+    _patience = PATIENCE
+
+    def close(self) -> None:
+        """Close, and wait for the handler.
+
+        Raises:
+            LifecycleError: it did not end within 10 s.
+        """
+        if self._thread is not None:
+            with contextlib.suppress(OSError):
+                self.shutdown(socket.SHUT_RDWR)  # a file of makefile() may keep the descriptor open
+        super().close()
+        thread, self._thread = self._thread, None
+        if thread is None or thread is threading.current_thread():
+            return
+        thread.join(self._patience)
+        if thread.is_alive():
+            raise LifecycleError(f"the handler still ran {self._patience:g} s after its client had closed")
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+        if self.error is not None and exception[0] is None:
+            raise self.error
+
+
+class _Portless(TCPServer):
+    """Takes one connection, which it was given, through all hooks."""
+
+    def __init__(self, end: Connection, client_address: Any, handler: Callable[..., Any], client: Client) -> None:
+        BaseServer.__init__(self, client_address, handler)
+        self.socket = end
+        self._client_address = client_address
+        self._client = client
+
+    def get_request(self) -> tuple[Any, Any]:
+        return self.socket, self._client_address
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError):
+            self._client.error = error
+
+
+def connect(
+    handler: Callable[..., Any], *, client_address: Any = ("127.0.0.1", 0), timeout: float | None = PATIENCE
+) -> Client:
+    """Return a client that talks to ``handler`` over a socket pair: no port, no loop, no engine.
+
+    The handler runs in a thread, and its connection passes every hook of a server. A socket pair is a Unix socket:
+    options of TCP cannot be set on it.
+
+    Args:
+        handler: the handler class.
+        client_address: what the handler sees.
+        timeout: of the client socket, in seconds.
+    """
+    near, far = socket.socketpair()
+    client = Client(near.family, near.type, near.proto, near.detach())
+    client.settimeout(timeout)
+    far.setblocking(True)
+    end = Connection(far.family, far.type, far.proto, far.detach())
+    server = _Portless(end, client_address, handler, client)
+    client._thread = threading.Thread(target=server._handle_request_noblock, name="harken-testing", daemon=True)
+    client._thread.start()
+    return client
