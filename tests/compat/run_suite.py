@@ -28,7 +28,7 @@ class Journal(unittest.TestResult):
     """Writes one JSON line when a case begins and one for each thing that it says."""
 
     def __init__(self, out: TextIO, seconds: float, hasty: frozenset[str]) -> None:
-        """Write to ``out``; a case may take ``seconds``, and those in ``hasty`` (expected to fail) 3."""
+        """Write to ``out``; a case may take ``seconds``, and those in ``hasty`` (expected to fail) 2."""
         super().__init__()
         self.out = out
         self.seconds = seconds
@@ -42,7 +42,7 @@ class Journal(unittest.TestResult):
         """Start the clock: when it runs out, the stacks are printed and this process ends."""
         super().startTest(test)
         self._tell(test, "begun")
-        faulthandler.dump_traceback_later(3.0 if test.id() in self.hasty else self.seconds, exit=True)
+        faulthandler.dump_traceback_later(2.0 if test.id() in self.hasty else self.seconds, exit=True)
 
     def stopTest(self, test: unittest.TestCase) -> None:  # noqa: N802
         """Stop the clock."""
