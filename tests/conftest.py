@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -120,12 +120,24 @@ def _leaks(fds: dict[int, str], threads: set[threading.Thread], pids: dict[int, 
     return new_fds + new_threads + new_pids
 
 
+PASSED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note whether the test's own part passed: one that failed half-way has not come to its closing lines."""
+    report = yield
+    if report.when == "call":
+        item.stash[PASSED] = report.passed
+    return report
+
+
 @pytest.fixture(autouse=True)
 def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that leaves a descriptor, thread or child, after giving each a bounded time to go."""
+    """Fail a test that passed and left a descriptor, thread or child, after giving each a bounded time to go."""
     before = descriptors(), set(threading.enumerate()), children()
     yield
-    if request.node.get_closest_marker("no_leak_check"):
+    if request.node.get_closest_marker("no_leak_check") or not request.node.stash.get(PASSED, False):
         return
     deadline = time.monotonic() + SETTLE_SECONDS
     leaks = _leaks(*before)
