@@ -179,9 +179,8 @@ def _command(name: str) -> str:
     ]
     rows = [[f"`{option[0]}`", option[1]] for option in records if option]
     usage = " ".join(command.get_usage(context).removeprefix("Usage: ").split())
-    return f"## harken {name}\n\n```text\n{usage}\n```\n\n{inspect.cleandoc(command.help or '')}\n\n" + table(
-        ["option", "meaning"], rows
-    )
+    text = inspect.cleandoc(command.help or "")
+    return f"## harken {name}\n\n```text\n{usage}\n```\n\n{text}\n\n" + table(["option", "meaning"], rows)
 
 
 FORMS = {
