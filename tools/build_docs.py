@@ -158,11 +158,11 @@ def cli_page() -> str:
     return page(
         "Commands",
         "`harken COMMAND --help` prints the same, and the settings too:\n"
-        "`serve`, `run`, `check` and `explain` take a flag for every [setting](settings.md).",
+        "`serve`, `run` and `check` take a flag for every [setting](settings.md).",
         table(
             ["command", "does"], ([f"[`harken {name}`](#harken-{name})", text] for name, text in cli.COMMANDS.items())
         ),
-        "Exit status: 0 done, 1 failed, 2 asked for wrongly.",
+        "Exit status: 0 done, 1 failed, 2 asked for wrongly, 3 drained with connections cut at the deadline (`serve`).",
         *map(_command, cli.COMMANDS),
     )
 
@@ -175,7 +175,7 @@ def _command(name: str) -> str:
     records = [
         option.get_help_record(context)
         for option in command.get_params(context)
-        if not flags & {flag.partition("/")[0] for flag in option.opts}
+        if option.expose_value or not flags & {*option.opts}
     ]
     rows = [[f"`{option[0]}`", option[1]] for option in records if option]
     usage = " ".join(command.get_usage(context).removeprefix("Usage: ").split())
