@@ -3,8 +3,8 @@
     python tests/compat/run_cpython.py [--engine NAME] [--scope threading|every] [--json OUT] [MODULE…]
 
 The suites come from the Python that runs this script. Each module has a process of its own, and after a case that hung
-another one for the rest. Cases that cannot pass are listed, with reasons, in `excused.toml`; one that passes all the same
-is reported, so that the list stays true. The exit status is 1 if anything failed that is not excused.
+another one for the rest. Cases that cannot pass are listed, with reasons, in `excused.toml`; one that passes
+all the same is reported, so that the list stays true. The exit status is 1 if anything failed that is not excused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "src"
 sys.path.insert(0, str(HERE))
 
-from suites import SUITES  # noqa: E402 - found beside this script
+from suites import SUITES
 
 ENGINES = ("default", "thread", "pool", "fork", "inline")
 CASE_SECONDS = 60.0  # twice the longest wait in the suites themselves (test.support.SHORT_TIMEOUT, 30 s)
@@ -69,7 +69,7 @@ def excuses(engine: str, scope: str, impl: str) -> dict[str, str]:
 
 
 def attempt(module: str, options: argparse.Namespace, journal: Path, before: dict[str, list[str]]) -> str:
-    """Run what is left of a module in a fresh process; return what it printed, or an empty string if it came to its end."""
+    """Run what is left of a module in a fresh process; return what it printed, or nothing if it came to its end."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")])}
     environment.pop("HARKEN_ENGINE", None)
     if options.engine != "default" and options.scope == "threading":
@@ -83,7 +83,13 @@ def attempt(module: str, options: argparse.Namespace, journal: Path, before: dic
     printed = journal.with_suffix(".out")
     with open(printed, "w") as out:
         child = subprocess.Popen(
-            command, cwd=journal.parent, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            command,
+            cwd=journal.parent,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
         try:
             status = child.wait(MODULE_SECONDS)
@@ -170,7 +176,13 @@ def show(reports: dict[str, Report], options: argparse.Namespace) -> None:
     print(f"CPython {version}, socketserver = {options.impl}, engine = {options.engine} ({options.scope} servers)")
     print(f"{'module':<24}{'run':>6}{'passed':>8}{'skipped':>9}{'failed':>8}{'excused':>9}{'seconds':>9}")
     for module, report in reports.items():
-        counts = (report.run, report.passed, len(report.skipped), len(report.failed) + len(report.stale), len(report.excused))
+        counts = (
+            report.run,
+            report.passed,
+            len(report.skipped),
+            len(report.failed) + len(report.stale),
+            len(report.excused),
+        )
         print("{:<24}{:>6}{:>8}{:>9}{:>8}{:>9}".format(module, *counts) + f"{report.seconds:>9.1f}")
     for report in reports.values():
         for case, reason in report.skipped.items():
@@ -189,7 +201,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scope", choices=("threading", "every"), default="threading", help="which servers are moved")
     parser.add_argument("--impl", choices=("harken", "stdlib"), default="harken", help="stdlib proves this script")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here")
-    parser.add_argument("--quick", action="store_true", help="leave out the cases that CPython marks as slow (walltime)")
+    parser.add_argument(
+        "--quick", action="store_true", help="leave out the cases that CPython marks as slow (walltime)"
+    )
     parser.add_argument("--seconds", type=float, default=CASE_SECONDS, help="that one case may take")
     options = parser.parse_args(arguments)
     for module in options.modules:

@@ -38,34 +38,34 @@ class Journal(unittest.TestResult):
         self.out.write(json.dumps({"case": case.id(), "what": what, "text": text}) + "\n")
         self.out.flush()
 
-    def startTest(self, test: unittest.TestCase) -> None:  # noqa: N802 - unittest's name
+    def startTest(self, test: unittest.TestCase) -> None:
         """Start the clock: when it runs out, the stacks are printed and this process ends."""
         super().startTest(test)
         self._tell(test, "begun")
         faulthandler.dump_traceback_later(2.0 if test.id() in self.hasty else self.seconds, exit=True)
 
-    def stopTest(self, test: unittest.TestCase) -> None:  # noqa: N802
+    def stopTest(self, test: unittest.TestCase) -> None:
         """Stop the clock."""
         faulthandler.cancel_dump_traceback_later()
         super().stopTest(test)
         self._tell(test, "ended")
 
-    def addError(self, test: Any, err: Any) -> None:  # noqa: N802
+    def addError(self, test: Any, err: Any) -> None:
         """Write a failure."""
         self._tell(test, "failed", self._exc_info_to_string(err, test))  # type: ignore[attr-defined]
 
     addFailure = addError  # noqa: N815
 
-    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:  # noqa: N802
+    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
         """Write a failure of a part under the name of the whole."""
         if err is not None:
             self._tell(test, "failed", f"{subtest}\n" + self._exc_info_to_string(err, test))  # type: ignore[attr-defined]
 
-    def addSkip(self, test: Any, reason: str) -> None:  # noqa: N802
+    def addSkip(self, test: Any, reason: str) -> None:
         """Write why a case did not run."""
         self._tell(test, "skipped", reason)
 
-    def addUnexpectedSuccess(self, test: Any) -> None:  # noqa: N802
+    def addUnexpectedSuccess(self, test: Any) -> None:
         """Write that a case marked as failing passed."""
         self._tell(test, "failed", "unexpected success")
 

@@ -49,7 +49,11 @@ def run(place: Path, *arguments: str) -> tuple[dict[str, Any], str]:
         pytest.skip("CPython's suites are missing; on Debian install libpython3-testsuite")
     out = place / "report.json"
     done = subprocess.run(
-        [sys.executable, str(RUNNER), "--json", str(out), *arguments], capture_output=True, text=True, timeout=480, check=False
+        [sys.executable, str(RUNNER), "--json", str(out), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=480,
+        check=False,
     )
     assert out.exists(), done.stdout + done.stderr
     return json.loads(out.read_text())["modules"], done.stdout

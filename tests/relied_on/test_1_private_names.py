@@ -45,7 +45,7 @@ def copied_loop(impl: Any, server: Any, poll_interval: float = 0.02) -> None:
 
 
 def test_shutdown_request_set_by_a_watcher_ends_the_loop(impl: Any) -> None:
-    """`server._BaseServer__shutdown_request = True` from another thread ends `serve_forever` in a few poll intervals."""
+    """`server._BaseServer__shutdown_request = True` from another thread ends `serve_forever` soon."""
     with impl.TCPServer(LOCAL, echo_handler(impl)) as server:
         loop = run(server.serve_forever, 0.05)
         assert ask(server.server_address) == b"hello\n"

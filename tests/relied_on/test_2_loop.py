@@ -112,7 +112,7 @@ def test_connection_between_two_serve_forever_is_served_by_the_second(impl: Any,
 
 
 def test_serve_until_stopped(impl: Any) -> None:
-    """logging.config's and pydoc's loop: select on the socket for a second at most, `handle_request`, look at a flag."""
+    """logging.config's and pydoc's loop: select on the socket for a while, `handle_request`, look at a flag."""
 
     class Receiver(impl.ThreadingTCPServer):
         allow_reuse_address = True
@@ -137,7 +137,9 @@ def test_serve_until_stopped(impl: Any) -> None:
 
 
 @pytest.mark.parametrize(("of_socket", "of_server"), [(None, 0.1), (0.1, None), (0.1, 30), (30, 0.1)])
-def test_handle_request_waits_for_the_shorter_timeout(impl: Any, of_socket: float | None, of_server: float | None) -> None:
+def test_handle_request_waits_for_the_shorter_timeout(
+    impl: Any, of_socket: float | None, of_server: float | None
+) -> None:
     """The timeout is the smaller of the listening socket's and `self.timeout`; then `handle_timeout` is called."""
     called = []
 
@@ -292,7 +294,7 @@ def test_loop_leaves_common_names_alone(impl: Any) -> None:
 
 
 def test_loop_leaves_common_methods_alone(impl: Any) -> None:
-    """Methods and class attributes of common names are not called, nor is an own `handle_request` of other arguments."""
+    """Methods and class attributes of common names are not called, nor is a `handle_request` of other arguments."""
     names = dict.fromkeys(COMMON.split(), Hostile())
 
     def handle_request(self: Any, request: Any, client_address: Any) -> None:
@@ -563,7 +565,7 @@ def raising_handler(impl: Any, error: type[BaseException]) -> Any:
 
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
 def test_base_exceptions_leave_the_loop(impl: Any, error: type[BaseException]) -> None:
-    """On the plain server what is no Exception leaves `serve_forever`, after `shutdown_request`, without `handle_error`."""
+    """On the plain server other errors leave `serve_forever`, after `shutdown_request`, without `handle_error`."""
     calls = []
 
     class Plain(impl.TCPServer):

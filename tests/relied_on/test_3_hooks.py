@@ -1,4 +1,4 @@
-"""Every hook is called, on the instance, with its arguments, in its order; and each can be overridden as programs do."""
+"""Every hook is called, on the instance, with its arguments, in its order, and can be overridden as programs do."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def recording_handler(impl: Any, calls: list[tuple[Any, ...]], error: type[Excep
 
 @pytest.mark.parametrize("error", [None, ValueError])
 @pytest.mark.parametrize("name", ["TCPServer", "ThreadingTCPServer", "UnixStreamServer"])
-def test_order_and_arguments(impl: Any, name: str, error: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_order_and_arguments(
+    impl: Any, name: str, error: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The hooks of one connection run in stdlib's order, all with the request and address that `get_request` gave."""
     calls: list[tuple[Any, ...]] = []
     base = getattr(impl, name)
@@ -300,7 +302,7 @@ def test_process_request_that_enqueues_the_thread_method(impl: Any) -> None:
     with serving(Pooled(LOCAL, echo_handler(impl))) as server:
         for _ in range(4):
             assert ask(server.server_address) == b"hello\n"
-    for thread in workers:
+    for _ in workers:
         work.put(None)
     for thread in workers:
         join(thread)
@@ -427,7 +429,7 @@ def test_process_request_that_closes_the_surplus(impl: Any) -> None:
 
 
 def test_process_request_thread_overridden(impl: Any) -> None:
-    """An override that finishes and closes by itself (Django), and keeps a list of connections, is the thread's body."""
+    """An override that finishes and closes by itself (Django), and keeps a list, is the thread's body."""
     live: list[Any] = []
 
     class Listing(impl.ThreadingTCPServer):

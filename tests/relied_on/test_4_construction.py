@@ -31,7 +31,7 @@ def echo_handler(impl: Any) -> Any:
 
 @pytest.mark.parametrize("mixin", [False, True])
 def test_base_init_only_then_own_socket(impl: Any, mixin: bool) -> None:
-    """`BaseServer.__init__` alone, then `self.socket`, `server_bind` and `server_activate` make a server that serves."""
+    """`BaseServer.__init__` alone, then `self.socket`, `server_bind` and `server_activate` make a server."""
     bases = (impl.ThreadingMixIn, impl.TCPServer) if mixin else (impl.TCPServer,)
 
     class Own(*bases):  # type: ignore[misc]
@@ -554,7 +554,7 @@ def test_object_at_the_end_of_the_bases(impl: Any) -> None:
 
 @pytest.mark.parametrize("name", ["TCPServer", "ThreadingTCPServer", "UDPServer", "ForkingTCPServer"])
 def test_failed_constructors_leak_nothing(impl: Any, name: str) -> None:
-    """A constructor that fails, at bind, at activate or by its arguments, leaves no descriptor and raises what failed."""
+    """A constructor that fails, at bind, at activate or by its arguments, leaves no descriptor."""
     base = getattr(impl, name)
     before = open_fds()
     with base(LOCAL, None) as taken:

@@ -8,6 +8,7 @@ import io
 import os
 import select
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import trustme
 
 from .kit import LOCAL, PATIENCE, ask, connect, join, read_all, run, serving, wait_until
 
@@ -192,6 +194,28 @@ def test_handler_closed_from_another_thread(impl: Any) -> None:
         ask(server.server_address, b"")
 
 
+def test_handler_that_wraps_its_request_in_tls(impl: Any, kind: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """STARTTLS: a handler wraps `self.request` in the middle, which detaches it; the end is silent."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+
+    def handle(self: Any) -> None:
+        assert self.rfile.readline() == b"STARTTLS\n"
+        with context.wrap_socket(self.request, server_side=True) as secure:
+            secure.sendall(secure.recv(100).upper())
+
+    with serving(kind(LOCAL, stream_handler(impl, handle, rbufsize=0))) as server:
+        raw = connect(server.server_address)
+        raw.sendall(b"STARTTLS\n")
+        with trust.wrap_socket(raw, server_hostname="localhost") as client:
+            client.sendall(b"secret")
+            assert client.recv(100) == b"SECRET"
+    assert capfd.readouterr() == ("", "")
+
+
 def test_shutdown_request_on_a_closed_socket_is_silent(impl: Any) -> None:
     """`shutdown_request` and `close_request` on a closed or detached socket, and twice, raise nothing."""
     with impl.TCPServer(LOCAL, None) as server:
@@ -204,7 +228,7 @@ def test_shutdown_request_on_a_closed_socket_is_silent(impl: Any) -> None:
 
 
 def test_connection_outlives_its_handler(impl: Any) -> None:
-    """A thread of the program keeps reading after the handler's return, with shutdown_request not called (flask-sock)."""
+    """A thread of the program's keeps reading after the handler's return, shutdown_request not called (flask-sock)."""
     results: list[bytes] = []
     threads: list[threading.Thread] = []
 

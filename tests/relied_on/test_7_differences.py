@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import http.server
 import os
+import signal
 import socket
 import socketserver
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, read_all, run, serving, wait_until
+from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, python, read_all, run, serving, wait_until
 
 
 def echo_handler(harken: Any) -> Any:
@@ -103,7 +104,7 @@ def test_exception_in_verify_request_goes_to_handle_error(harken: Any) -> None:
 
 
 def test_backlog_is_at_least_128_unless_changed(harken: Any) -> None:
-    """`request_queue_size` stays 5 to look at, and listen(2) gets 128 or more, until somebody sets it, to 5 or less too."""
+    """`request_queue_size` stays 5 to look at, and listen(2) gets 128 or more, until somebody sets it."""
     small = type("Small", (harken.TCPServer,), {"request_queue_size": 3})
     with harken.TCPServer(LOCAL, None) as plain, small(LOCAL, None) as changed:
         assert plain.request_queue_size == 5
@@ -146,7 +147,9 @@ def test_unix_path_is_unlinked_on_close(harken: Any, name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("error", [ConnectionResetError, BrokenPipeError, ConnectionAbortedError])
 @pytest.mark.parametrize("name", ["TCPServer", "ThreadingTCPServer", "ForkingTCPServer"])
-def test_connection_errors_print_no_traceback(harken: Any, name: str, error: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_connection_errors_print_no_traceback(
+    harken: Any, name: str, error: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A peer that goes away in the middle is no news: no traceback, and the server goes on."""
 
     class Cut(harken.BaseRequestHandler):
@@ -196,6 +199,39 @@ def test_server_close_returns_when_the_port_is_free(harken: Any) -> None:
         assert not is_open(server.server_address)
         server.shutdown()
         join(loop)
+
+
+def test_ctrl_c_ends_the_ten_lines_with_idle_clients() -> None:
+    """The unchanged program with idle clients connected ends at once by Ctrl-C, though its threads are no daemons."""
+    text = """
+import socketserver
+class MyServer(socketserver.BaseRequestHandler):
+    def handle(self):
+        while True:
+            data = self.request.recv(1024)
+            if not data:
+                break
+            self.request.sendall(data.upper())
+server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), MyServer)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+    child = python("harken", text)
+    try:
+        assert child.stdout is not None
+        address = ("127.0.0.1", int(child.stdout.readline()))
+        clients = [connect(address) for _ in range(3)]
+        clients[0].sendall(b"x")
+        assert clients[0].recv(1) == b"X"
+        start = time.monotonic()
+        child.send_signal(signal.SIGINT)
+        child.communicate(timeout=PATIENCE)
+        assert time.monotonic() - start < 3
+        for client in clients:
+            client.close()
+    finally:
+        child.kill()
+        child.communicate()
 
 
 def test_client_that_resets_at_once_does_not_end_the_loop(harken: Any, capfd: pytest.CaptureFixture[str]) -> None:

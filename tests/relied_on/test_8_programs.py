@@ -115,7 +115,9 @@ def test_http_server_as_a_module(name: str, tmp_path: Path) -> None:
     """`python -m http.server` with harken in place: serves, logs, and ends by Ctrl-C with its own words."""
     (tmp_path / "file").write_text("by module")
     port = free_port()
-    text = "import runpy\nsys.argv = ['http.server', *sys.argv[1:]]\nrunpy.run_module('http.server', run_name='__main__')"
+    text = (
+        "import runpy\nsys.argv = ['http.server', *sys.argv[1:]]\nrunpy.run_module('http.server', run_name='__main__')"
+    )
     child = python(name, text, str(port), "--bind", "127.0.0.1", "--directory", str(tmp_path))
     try:
         assert child.stdout is not None
