@@ -6,11 +6,11 @@ public name of the running Python's ``socketserver`` is here; see ``docs/referen
 
 from __future__ import annotations
 
+import _socket
 import importlib
 import os
-import socket as _socket_module
-from typing import Any
 
+# No typing, no socket: each would cost more than the rest of this file.
 _HOMES: dict[str, str] = {
     **dict.fromkeys(("BaseServer", "TCPServer", "UDPServer"), "harken.server"),
     **dict.fromkeys(("ThreadingMixIn", "PoolMixIn"), "harken.mixins"),
@@ -29,7 +29,7 @@ _HOMES: dict[str, str] = {
 if hasattr(os, "fork"):
     _HOMES["ForkingMixIn"] = "harken.mixins"
     _HOMES |= dict.fromkeys(("ForkingTCPServer", "ForkingUDPServer"), "harken.servers")
-if hasattr(_socket_module, "AF_UNIX"):
+if hasattr(_socket, "AF_UNIX"):
     _HOMES |= dict.fromkeys(("UnixStreamServer", "UnixDatagramServer"), "harken.server")
     _HOMES |= dict.fromkeys(
         ("ThreadingUnixStreamServer", "ThreadingUnixDatagramServer", "PoolUnixStreamServer"), "harken.servers"
@@ -45,7 +45,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [*_HOMES, *_SUBMODULES]  # noqa: PLE0604 - names are loaded by __getattr__
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Load a public name when it is first used."""
     home = _HOMES.get(name) or _PRIVATE.get(name)
     if home is not None:

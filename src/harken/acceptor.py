@@ -26,7 +26,7 @@ from typing import Any
 from harken import events
 from harken.settings import choice, setting, text
 
-__all__ = ["ACCEPT_ERRORS", "Acceptor", "Verdict", "refuse"]
+__all__ = ["ACCEPT_ERRORS", "Acceptor", "Readable", "Verdict", "judge", "refuse"]
 
 # Connections taken in one wake-up, so that open connections and other listeners get their turn.
 # gevent takes 100, redis 10; above some dozens a burst gains nothing more here.
@@ -113,7 +113,6 @@ class Acceptor:
     def __init__(
         self,
         *,
-        accept_one: Callable[[], object],
         listener: Callable[[], Any],
         pause: Callable[[], None],
         resume: Callable[[], None],
@@ -122,29 +121,27 @@ class Acceptor:
         """Make an acceptor.
 
         Args:
-            accept_one: takes one connection through the server's hooks; says whether there may be another.
             listener: returns the socket of the moment; programs replace it.
             pause: stops watching the door.
             resume: watches it again.
             address: names the door in events.
         """
-        self._accept_one = accept_one
         self._listener = listener
         self._pause = pause
         self._resume = resume
         self._address = address
+        self._readable = Readable()
         self._reserve = -1
-        self._until: float | None = None
+        self._until = math.inf
         self._began = 0.0
         self._delay = FIRST_PAUSE
         self._exhausted = False
         self._shed = 0
         self.fatal: OSError | None = None
-
-    @property
-    def paused(self) -> bool:
+        self.paused = False
         """Whether the door is not watched at the moment."""
-        return self._until is not None
+        self.troubled = False
+        """Whether an accept failed and none has succeeded since: ``settle`` must be called after the next."""
 
     def open(self) -> None:
         """Take the reserved descriptor; called when a loop begins to watch the door."""
@@ -159,21 +156,19 @@ class Acceptor:
         if self._reserve >= 0:
             reserve, self._reserve = self._reserve, -1
             os.close(reserve)
-        self._until = None
+        self.paused = False
 
-    def accept_ready(self) -> bool:
-        """Take one connection of a readable door; tell whether there may be another.
+    def settle(self, *, taken: bool) -> None:
+        """Look back at an accept that came after trouble.
 
         Raises:
             OSError: the door is no listener any more.
         """
-        taken = self._accept_one()
         if self.fatal is not None:
             error, self.fatal = self.fatal, None
             raise error
-        if taken and self._exhausted:
+        if taken:
             self._recovered()
-        return bool(taken) and not self.paused
 
     def failed(self, error: OSError) -> bool:
         """Deal with an error of ``get_request``; never raises. Returns False: no connection was taken."""
@@ -182,6 +177,7 @@ class Acceptor:
             self._exhaust(error)
         elif verdict is Verdict.FAIL:
             self.fatal = error
+            self.troubled = True
         return False
 
     def hold(self, reason: str) -> None:
@@ -191,25 +187,25 @@ class Acceptor:
 
     def turn(self, *, room: bool) -> None:
         """Once a loop turn: watch the door again when the pause is over, or when there is room."""
-        if self._until is None:
+        if not self.paused:
             return
         if (room and math.isinf(self._until)) or time.monotonic() >= self._until:
             waited_for_room = math.isinf(self._until)
-            self._until = None
+            self.paused = False
             self._resume()
             if waited_for_room:
                 self._tell_resumed()
 
     def patience(self, interval: float) -> float:
         """How long the loop may sleep: ``interval``, or less when a pause ends sooner."""
-        if self._until is None or math.isinf(self._until):
+        if not self.paused or math.isinf(self._until):
             return interval
         return max(0.0, min(interval, self._until - time.monotonic()))
 
     def _exhaust(self, error: OSError) -> None:
         self._shed += self._shed_queue()
         if not self._exhausted:
-            self._exhausted = True
+            self._exhausted = self.troubled = True
             self._delay = FIRST_PAUSE
             self._begin(
                 time.monotonic() + self._delay,
@@ -218,15 +214,18 @@ class Acceptor:
             return
         self._delay = min(LONGEST_PAUSE, self._delay * 2)
         self._until = time.monotonic() + self._delay
+        self.paused = True
         self._pause()
 
     def _begin(self, until: float, reason: str) -> None:
         self._until = until
+        self.paused = True
         self._began = time.monotonic()
         self._pause()
         events.emit("paused", address=self._address(), reason=reason)
 
     def _recovered(self) -> None:
+        self.troubled = False
         self._exhausted = False
         self._tell_resumed()
 
@@ -243,7 +242,7 @@ class Acceptor:
         self._reserve = -1
         shed = 0
         try:
-            while shed < MAX_SHED and readable(listener):
+            while shed < MAX_SHED and self._readable(listener.fileno()):
                 refuse(socket.socket.accept(listener)[0])
                 shed += 1
         except OSError:
@@ -252,8 +251,18 @@ class Acceptor:
         return shed
 
 
-def readable(listener: socket.socket) -> bool:
-    """Tell whether accept() would find a connection at once. A blocking listener must be asked before each accept."""
-    poller = select.poll()
-    poller.register(listener, select.POLLIN)
-    return bool(poller.poll(0))
+class Readable:
+    """Tells whether accept() would find a connection at once. A blocking listener must be asked before each accept."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._poll: Callable[[int], list[tuple[int, int]]] = lambda timeout: []
+
+    def __call__(self, fd: int) -> bool:
+        """Ask for the listener whose descriptor is ``fd`` at the moment; -1 is never readable."""
+        if fd != self._fd:
+            poller = select.poll()
+            if fd >= 0:
+                poller.register(fd, select.POLLIN)
+            self._fd, self._poll = fd, poller.poll
+        return bool(self._poll(0))

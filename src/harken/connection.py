@@ -60,11 +60,11 @@ class Connection(socket.socket):
     __slots__ = ("record",)
     record: Record | None
 
-    def _real_close(self) -> None:  # the one place through which close() and the last makefile() end a socket
+    def _real_close(self, *_: Any) -> None:  # the one place through which close() and the last makefile() end a socket
         record = getattr(self, "record", None)
-        if record is not None:
+        if record is not None and record.reason is None:
             record.judge(self)
-        super()._real_close()  # type: ignore[misc]
+        _socket.socket.close(self)
         if record is not None:
             self.record = None
             record.ended()
@@ -139,30 +139,28 @@ class ConnectionInfo:
     process: int
 
 
-class _Numbers:
-    """Ids that no other process and no other start of this one gives: a random prefix and a count."""
-
-    def __init__(self) -> None:
-        self.reseed()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self.reseed)
-
-    def reseed(self) -> None:
-        self._prefix = os.urandom(3).hex()
-        self._count = itertools.count(1)
-
-    def next(self) -> str:
-        return f"{self._prefix}-{next(self._count)}"
+# Ids that no other process and no other start of this one gives: a random prefix, and a count.
+_prefix = os.urandom(3).hex()
+_count = itertools.count(1)
 
 
-_numbers = _Numbers()
+def _reseed() -> None:
+    global _prefix
+    _prefix = os.urandom(3).hex()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reseed)
+
+
+def _gone() -> None:
+    """Stands for a weak reference to what is no more."""
 
 
 class Record:
     """What harken remembers of one connection, from accept to close.
 
     Attributes:
-        id: unique over processes and restarts.
         client_address: what ``get_request`` returned.
         started: ``time.monotonic()`` at accept.
         reason: one of :data:`REASONS`, once known; the first to know wins.
@@ -173,33 +171,27 @@ class Record:
         silent: in a forked child, where the parent keeps the books.
     """
 
-    __slots__ = (
-        "_registry",
-        "_request",
-        "client_address",
-        "failed",
-        "id",
-        "key",
-        "opened",
-        "process",
-        "reason",
-        "silent",
-        "started",
-    )
+    # Defaults of the class: a record that nothing has happened to yet costs five stores.
+    reason: str | None = None
+    failed = False
+    opened = False
+    process = 0
+    silent = False
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
-        self.id = _numbers.next()
+        self._number = (_prefix, next(_count))
         self.client_address = client_address
         self.started = time.monotonic()
-        self.reason: str | None = None
-        self.failed = False
-        self.opened = False
-        self.process = 0
-        self.silent = False
         self.key = id(request)
         self._registry = registry
         # Weak: a program that drops a connection without closing it must still get its descriptor back by collection.
-        self._request = weakref.ref(request, self._collected)
+        self._request: Callable[[], object] = weakref.ref(request, self._collected)
+
+    @property
+    def id(self) -> str:
+        """The connection's id, unique over processes and restarts."""
+        prefix, number = self._number
+        return f"{prefix}-{number}"
 
     @property
     def request(self) -> Any:
@@ -265,11 +257,14 @@ def _tcp_info(request: object, length: int) -> bytes:
 
 def peer_fault(request: object) -> str | None:
     """Tell from the kernel whether the peer has closed (``peer_closed``) or reset (``peer_reset``); None if neither."""
-    state = _tcp_info(request, 1)
+    try:
+        state = request.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0]  # type: ignore[attr-defined]
+    except (OSError, AttributeError, TypeError):  # not TCP, or closed, or no socket
+        state = 0
     if state:
-        if state[0] == _TCP_CLOSE:
+        if state == _TCP_CLOSE:
             return "peer_reset"
-        return "peer_closed" if state[0] in (_TCP_CLOSE_WAIT, _TCP_LAST_ACK) else None
+        return "peer_closed" if state in (_TCP_CLOSE_WAIT, _TCP_LAST_ACK) else None
     if not isinstance(request, socket.socket):
         return None
     try:
@@ -302,6 +297,7 @@ class Registry:
         self._on_close = on_close
         self._records: dict[int, Record] = {}
         self._empty = threading.Condition()
+        self._waiting = 0
 
     def __len__(self) -> int:
         return len(self._records)
@@ -324,6 +320,8 @@ class Registry:
 
     def find(self, request: object) -> Record | None:
         """Return the record of ``request``, if it is open."""
+        if type(request) is Connection:
+            return getattr(request, "record", None)
         record = self._records.get(id(request))
         return record if record is not None and record.request is request else None
 
@@ -336,7 +334,8 @@ class Registry:
         if self._records.get(record.key) is not record or self._records.pop(record.key, None) is not record:
             return
         self._on_close(record)
-        if not self._records:
+        record._request = _gone  # or its callback would run for nothing when the request object goes
+        if self._waiting and not self._records:
             with self._empty:
                 self._empty.notify_all()
 
@@ -360,4 +359,8 @@ class Registry:
     def wait_empty(self, timeout: float | None) -> bool:
         """Wait until no connection is open; tell whether that came true within ``timeout`` seconds."""
         with self._empty:
-            return self._empty.wait_for(lambda: not self._records, timeout)
+            self._waiting += 1
+            try:
+                return self._empty.wait_for(lambda: not self._records, timeout)
+            finally:
+                self._waiting -= 1

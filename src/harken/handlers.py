@@ -154,7 +154,8 @@ def _socket_writer() -> type[_SocketWriter]:
     """The writer class of the moment: programs replace it in the module they call ``socketserver``."""
     import harken
 
-    return harken._SocketWriter  # type: ignore[no-any-return]
+    writer: Any = harken._SocketWriter
+    return writer  # type: ignore[no-any-return]
 
 
 class DatagramRequestHandler(BaseRequestHandler):

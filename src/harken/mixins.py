@@ -12,7 +12,7 @@ from typing import Any
 
 from harken.engines.thread import Threads
 from harken.server import BaseServer, TCPServer, UDPServer
-from harken.serving import serving_of
+from harken.serving import RunningSide
 
 __all__ = ["ForkingMixIn", "PoolMixIn", "ThreadingMixIn"]
 
@@ -60,6 +60,7 @@ class ThreadingMixIn:
         engine: the engine; ``HARKEN_ENGINE`` and ``harken run --engine`` name another.
     """
 
+    _harken = RunningSide()
     daemon_threads = False
     block_on_close = True
     engine: str | None = "thread"
@@ -70,20 +71,18 @@ class ThreadingMixIn:
         super().__init_subclass__(**keywords)
         _graft(cls)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Serve one request in its thread. May be overridden."""
-        BaseServer.process_request_thread(self, request, client_address)  # type: ignore[arg-type]
+    process_request_thread = BaseServer.process_request_thread
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for the request. May be overridden. Serving thread."""
         if self.block_on_close and "_threads" not in vars(self):
-            self._threads = getattr(serving_of(self).engine, "threads", Threads())
+            self._threads = getattr(self._harken.engine, "threads", Threads())
         BaseServer._process_elsewhere(self, request, client_address)  # type: ignore[arg-type]
 
     def server_close(self) -> None:
         """Close the server; wait for its threads if ``block_on_close``, unless they are daemons."""
         super().server_close()  # type: ignore[misc]
-        serving_of(self).join(block=self.block_on_close and not self.daemon_threads)
+        self._harken.join(block=self.block_on_close and not self.daemon_threads)
 
 
 class PoolMixIn(ThreadingMixIn):
@@ -109,6 +108,7 @@ if hasattr(os, "fork"):
             engine: the engine; ``harken run --engine`` names another.
         """
 
+        _harken = RunningSide()
         timeout: float | None = 300
         active_children: set[int] | None = None
         max_children = 40
@@ -123,7 +123,7 @@ if hasattr(os, "fork"):
             """Reap children of this server that have ended; wait for all of them if ``blocking``."""
             if self.active_children is None:
                 return
-            serving = serving_of(self)
+            serving = self._harken
             if serving.engine.in_child:
                 serving.engine.collect()
                 if blocking:
@@ -140,11 +140,11 @@ if hasattr(os, "fork"):
         def process_request(self, request: Any, client_address: Any) -> None:
             """Start a child for the request. May be overridden. Serving thread."""
             if self.active_children is None:
-                self.active_children = getattr(serving_of(self).engine, "children", set())
+                self.active_children = getattr(self._harken.engine, "children", set())
             BaseServer._process_elsewhere(self, request, client_address)  # type: ignore[arg-type]
 
         def server_close(self) -> None:
             """Close the server; wait for its children if ``block_on_close``."""
             super().server_close()  # type: ignore[misc]
             self.collect_children(blocking=self.block_on_close)
-            serving_of(self).join(block=self.block_on_close)
+            self._harken.join(block=self.block_on_close)

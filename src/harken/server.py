@@ -14,10 +14,10 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from harken.connection import ConnectionInfo, accept, peer_fault
+from harken.connection import Connection, ConnectionInfo, accept, peer_fault
 from harken.lifecycle import Latch
 from harken.listener import note_inode, unlink_if_own
-from harken.serving import DrainReport, serving_of
+from harken.serving import DrainReport, RunningSide, serving_of
 
 __all__ = ["BaseServer", "TCPServer", "UDPServer", "UnixDatagramServer", "UnixStreamServer"]
 
@@ -40,7 +40,9 @@ class BaseServer:
         socket: the listening socket; may be replaced.
     """
 
+    _harken = RunningSide()
     timeout: float | None = None
+    engine: str | None = None  # ends the look-up: a mix-in that stands behind the server class has no say, as in stdlib
 
     def __init__(self, server_address: Any, RequestHandlerClass: Callable[..., Any], **settings: Any) -> None:
         """Make a server. May be extended.
@@ -77,7 +79,7 @@ class BaseServer:
             OSError: the socket is no listener.
             BaseException: what a hook raises beyond ``Exception``, or ``handle_error`` raises, leaves the loop.
         """
-        serving = serving_of(self)
+        serving = self._harken
         self.__is_shut_down.clear()
         try:
             serving.run(lambda: self.__shutdown_request, poll_interval)
@@ -93,7 +95,7 @@ class BaseServer:
         or when nothing is served, it does not wait. Before ``serve_forever`` it makes that return at once.
         """
         self.__shutdown_request = True
-        serving = serving_of(self)
+        serving = self._harken
         serving.wake()
         done: Any = self.__is_shut_down  # an Event of stdlib's on a grafted class, a test's double …
         if threading.get_ident() in serving.loops:
@@ -118,7 +120,7 @@ class BaseServer:
         elif self.timeout is not None:
             timeout = min(timeout, self.timeout)
         deadline = None if timeout is None else monotonic() + timeout
-        with serving_of(self).option("selector")() as selector:
+        with self._harken.option("selector")() as selector:
             selector.register(self, 1)  # EVENT_READ
             while True:
                 if selector.select(timeout):
@@ -136,18 +138,18 @@ class BaseServer:
         Returns:
             Whether a connection was taken.
         """
-        serving = serving_of(self)
+        serving = self._harken
         try:
             request, client_address = self.get_request()  # type: ignore[attr-defined]
         except OSError as error:
             return serving.acceptor.failed(error)
-        serving.accepted(request, client_address)
+        record = serving.accepted(request, client_address)
         try:
             if not self.verify_request(request, client_address):
-                serving.rejected(client_address, "verify_request", request)
+                serving.rejected(record, client_address, "verify_request")
                 self.shutdown_request(request)
                 return True
-            serving.opened(request, client_address)
+            serving.opened(record, client_address)
             self.process_request(request, client_address)
         except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
             serving.failed(request, client_address, error)
@@ -170,32 +172,34 @@ class BaseServer:
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hand the request to where handlers run. May be overridden. Serving thread; after ``verify_request``."""
-        serving = serving_of(self)
-        if serving.engine_name == "inline":
+        if self._harken.engine.in_loop:
             self.finish_request(request, client_address)
             self.shutdown_request(request)
         else:
             self._process_elsewhere(request, client_address)
 
     def _process_elsewhere(self, request: Any, client_address: Any) -> None:
-        serving = serving_of(self)
-        serving.spawn(self.process_request_thread, request, client_address)
-        if serving.engine.in_child:
+        serving = self._harken
+        engine = serving.engine
+        if engine.in_child:
+            serving.hand_to_child(self.process_request_thread, request, client_address)
             self.close_request(request)
+        else:
+            engine.spawn(self.process_request_thread, engine.adopt(request), client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one request where the engine runs handlers: its thread, its child. May be overridden."""
         try:
             self.finish_request(request, client_address)
         except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
-            serving_of(self).failed(request, client_address, error)
+            self._harken.failed(request, client_address, error)
             self.handle_error(request, client_address)
         finally:
             self.shutdown_request(request)
 
     def server_close(self) -> None:
         """Let go of what the server holds. May be overridden."""
-        serving = serving_of(self)
+        serving = self._harken
         if not serving.last_loop and threading.get_ident() not in serving.loops:
             BaseServer.shutdown(self)  # while the loop's poll() holds the listener, its port would not be free
         serving.lifecycle.move("close")
@@ -216,7 +220,7 @@ class BaseServer:
 
         Prints to stderr as stdlib does, unless harken's log writes it. A peer that went away is one line.
         """
-        if serving_of(self).logged:
+        if self._harken.logged:
             return
         error = sys.exc_info()[1]
         if isinstance(error, ConnectionError) and peer_fault(request):
@@ -243,7 +247,7 @@ class BaseServer:
         Raises:
             LifecycleError: the server does not serve.
         """
-        serving_of(self).suspend()
+        self._harken.suspend()
 
     def resume(self) -> None:
         """Accept again after ``suspend()``.
@@ -251,7 +255,7 @@ class BaseServer:
         Raises:
             LifecycleError: the server is not suspended.
         """
-        serving_of(self).resume()
+        self._harken.resume()
 
     def drain(self, timeout: float | None = None) -> DrainReport:
         """Serve what has arrived, close the listener, wait for open connections, cut what is left.
@@ -266,15 +270,15 @@ class BaseServer:
 
     def wait_ready(self, timeout: float | None = None) -> bool:
         """Wait until a loop serves; tell whether one does, at the latest after ``timeout`` seconds."""
-        return serving_of(self).ready.wait(timeout)
+        return self._harken.ready.wait(timeout)
 
     def connections(self) -> list[ConnectionInfo]:
         """Describe the open connections, oldest first."""
-        return sorted((record.info() for record in serving_of(self).connections), key=lambda info: info.opened_at)
+        return sorted((record.info() for record in self._harken.connections), key=lambda info: info.opened_at)
 
     def close_connection(self, id: str, reason: str = "killed") -> bool:
         """Cut the connection of this id; its handler reads the end. Tell whether it was open."""
-        return serving_of(self).close_connection(id, reason)
+        return self._harken.close_connection(id, reason)
 
     def configure(self, **changes: Any) -> None:
         """Change live settings.
@@ -282,7 +286,7 @@ class BaseServer:
         Raises:
             ConfigError: a setting is unknown, not live, or its value is not allowed; nothing was changed.
         """
-        serving_of(self).configure(changes)
+        self._harken.configure(changes)
 
     def stats(self) -> dict[str, Any]:
         """Return figures since the start.
@@ -290,7 +294,7 @@ class BaseServer:
         ``state, address, engine, open, accepted_total, rejected_total, handler_failed_total, closed_total`` (by reason),
         ``paused`` and ``process``.
         """
-        return serving_of(self).stats()
+        return self._harken.stats()
 
 
 class TCPServer(BaseServer):
@@ -342,7 +346,7 @@ class TCPServer(BaseServer):
 
     def server_bind(self) -> None:
         """Bind the socket. May be overridden. Called by the constructor."""
-        settings = serving_of(self).settings
+        settings = self._harken.settings
         if settings["allow_reuse_address"] and hasattr(socket, "SO_REUSEADDR"):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if settings["reuse_port"] and self.address_family in (socket.AF_INET, socket.AF_INET6):
@@ -352,7 +356,7 @@ class TCPServer(BaseServer):
 
     def server_activate(self) -> None:
         """Listen. May be overridden. Called by the constructor."""
-        self.socket.listen(serving_of(self).settings["backlog"])
+        self.socket.listen(self._harken.settings["backlog"])
 
     def server_close(self) -> None:
         """Close the listener; when it returns the port is free. May be overridden."""
@@ -368,14 +372,18 @@ class TCPServer(BaseServer):
 
         An OSError is looked up in the acceptor's table and never leaves the loop, unless the socket is no listener.
         """
-        return serving_of(self).get_request(partial(accept, self.socket))
+        if self._harken.shared:
+            return self._harken.take_turns(partial(accept, self.socket))
+        return accept(self.socket)
 
     get_request.bursts = True  # type: ignore[attr-defined]  # may be called again while the listener is readable
 
     def shutdown_request(self, request: Any) -> None:
         """Tell the peer that nothing more comes (SHUT_WR), then ``close_request``. May be overridden."""
-        record = serving_of(self).connections.find(request)
-        if record is not None:
+        record = (
+            getattr(request, "record", None) if type(request) is Connection else self._harken.connections.find(request)
+        )
+        if record is not None and record.reason is None:
             record.judge(request)
         try:
             request.shutdown(socket.SHUT_WR)
@@ -386,7 +394,8 @@ class TCPServer(BaseServer):
     def close_request(self, request: Any) -> None:
         """Close a connection. May be overridden."""
         request.close()
-        serving_of(self).ended(request)
+        if type(request) is not Connection:
+            self._harken.ended(request)
 
 
 class UDPServer(TCPServer):
@@ -406,7 +415,9 @@ class UDPServer(TCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         """Take a datagram: ``((data, socket), client_address)``. May be overridden. Serving thread."""
-        return serving_of(self).get_request(partial(_receive, self))
+        if self._harken.shared:
+            return self._harken.take_turns(partial(_receive, self))
+        return _receive(self)
 
     get_request.bursts = True  # type: ignore[attr-defined]
 
@@ -421,7 +432,7 @@ class UDPServer(TCPServer):
 def _receive(server: UDPServer) -> tuple[Any, Any]:
     listener = server.socket
     serving = serving_of(server)
-    size = serving.settings["max_packet_size"]
+    size = serving.packet_size(server.max_packet_size)
     if not hasattr(listener, "recvmsg"):
         data, address = listener.recvfrom(size)
         return (data, listener), address

@@ -15,10 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, overload
 
 from harken import events, plugins
-from harken.acceptor import Acceptor, readable, refuse
+from harken.acceptor import Acceptor, Readable, refuse
 from harken.connection import ConnectionInfo, Record, Registry, peer_fault
 from harken.engines import Engine
 from harken.errors import LifecycleError
@@ -26,7 +27,7 @@ from harken.lifecycle import Latch, Lifecycle, State, at_exit
 from harken.settings import Profile, Settings, seconds, setting
 from harken.transports import for_socket
 
-__all__ = ["DrainReport", "Serving", "background", "serving_of"]
+__all__ = ["DrainReport", "RunningSide", "Serving", "background", "serving_of"]
 
 DRAIN_TIMEOUT = setting(
     "drain_timeout",
@@ -42,6 +43,7 @@ DRAIN_TIMEOUT = setting(
 # Seconds that a cut handler gets to notice that its socket is shut: it wakes within milliseconds.
 CUT_GRACE = 1.0
 
+# A name that programs do not have, found by ordinary attribute access on the hot path.
 _KEY = "_harken"
 
 
@@ -85,30 +87,37 @@ class Serving:
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.acceptor = Acceptor(
-            accept_one=self._accept_one,
             listener=lambda: getattr(server, "socket", None),
             pause=lambda: self.engine.unwatch(server),
-            resume=lambda: self.engine.watch(server, self.acceptor.accept_ready),
+            resume=lambda: self.engine.watch(server, self._accept_ready),
             address=self.address,
         )
         self.interrupted = False
         self.abandoned = False
         self.loops: set[int] = set()
-        self._engine = engine
+        self.shared = False
+        """Whether several threads run loops of this server."""
+        if engine is not None:
+            self.engine = engine
+        self._readable = Readable()
+        self._packet_size = (-1, 0)
         self._guard = threading.RLock()
         self._accept_lock = threading.Lock()
         self._loop_count = 0
 
     # -- what engines and handlers ask ---------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def engine(self) -> Engine:
         """The engine, made when first needed."""
-        if self._engine is None:
-            with self._guard:
-                if self._engine is None:
-                    self._engine = plugins.find("engines", self.engine_name, "Engine")(self.option)
-        return self._engine
+        with self._guard:
+            made = vars(self).get("engine")
+            return made or plugins.find("engines", self.engine_name, "Engine")(self.option)  # type: ignore[no-any-return]
+
+    @property
+    def started(self) -> bool:
+        """Whether an engine was needed yet."""
+        return "engine" in vars(self)
 
     @property
     def engine_name(self) -> str:
@@ -127,6 +136,12 @@ class Serving:
         if name in ("daemon_threads", "block_on_close"):
             return getattr(self.server, name, name == "block_on_close")
         return self.settings[name]
+
+    def packet_size(self, attribute: int) -> int:
+        """Return ``max_packet_size``; looked up anew when the server's attribute has changed, not for each datagram."""
+        if self._packet_size[0] != attribute:
+            self._packet_size = (attribute, self.settings["max_packet_size"])
+        return self._packet_size[1]
 
     def address(self) -> str:
         """Name the listener as one would type it."""
@@ -161,11 +176,12 @@ class Serving:
         with self._guard:
             self.lifecycle.move("serve")
             self._loop_count += 1
+            self.shared = self._loop_count > 1
             self.loops.add(threading.get_ident())
             if self._loop_count == 1:
                 self.interrupted = False
                 self.acceptor.open()
-                self.engine.watch(self.server, self.acceptor.accept_ready)
+                self.engine.watch(self.server, self._accept_ready)
                 events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
         self.ready.set()
         try:
@@ -177,6 +193,7 @@ class Serving:
         finally:
             with self._guard:
                 self._loop_count -= 1
+                self.shared = self._loop_count > 1
                 self.loops.discard(threading.get_ident())
                 if self._loop_count == 0:
                     self.engine.unwatch(self.server)
@@ -204,25 +221,27 @@ class Serving:
 
     def wake(self) -> None:
         """Make the loop take a turn at once, if one runs."""
-        if self._engine is not None:
-            self._engine.wake()
+        if self.started:
+            self.engine.wake()
 
-    def _accept_one(self) -> object:
-        if self.engine.full and not self._make_room():
-            return False
-        taken = self.server._handle_request_noblock()
-        return taken is True and self._more()
+    def _accept_ready(self) -> bool:
+        """Take one connection of the readable door through the hooks; tell whether there is another.
 
-    def _more(self) -> bool:
-        """Whether another accept would find a connection and not block.
+        Only our own ``get_request`` is called twice in a turn: an overridden one may do anything in between. The listener
+        is asked by poll() and not made non-blocking, since its flags belong to all processes that share it.
 
-        Only our own ``get_request`` on a plain socket is asked twice: an overridden one may do anything in between. The
-        listener is asked by poll() and not made non-blocking, since its flags belong to all processes that share it.
+        Raises:
+            OSError: the door is no listener any more.
         """
-        server = self.server
-        if not getattr(server.get_request, "bursts", False):
+        engine, server = self.engine, self.server
+        if engine.full and not self._make_room():
             return False
-        return not self.engine.full and server.fileno() >= 0 and readable(server)
+        taken = server._handle_request_noblock()
+        if self.acceptor.troubled:
+            self.acceptor.settle(taken=bool(taken))
+        if taken is not True or not getattr(server.get_request, "bursts", False):
+            return False
+        return not engine.full and not self.shared and self._readable(server.fileno())
 
     def _make_room(self) -> bool:
         """The engine is full: do as ``overload`` says. True when a connection may be accepted all the same."""
@@ -243,7 +262,7 @@ class Serving:
             return
         reply = self.settings["overload_reply"] if policy == "reply" else b""
         refuse(request, reply.encode() if isinstance(reply, str) else reply)
-        self.rejected(client_address, "overload", None)
+        self.rejected(None, client_address, "overload")
 
     def _shed(self) -> None:
         idle = [
@@ -254,34 +273,35 @@ class Serving:
 
     # -- one connection ------------------------------------------------------------------------------------------------
 
-    def get_request(self, get: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """Call ``get``; among several loops, only one at a time, and only while a connection is there."""
-        if self._loop_count < 2:
-            return get()
+    def take_turns(self, get: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+        """Call ``get`` as the only one of several loops, and only while a connection is there.
+
+        Raises:
+            BlockingIOError: another loop was quicker.
+        """
         with self._accept_lock:
-            if not readable(self.server):
+            if not self._readable(self.server.fileno()):
                 raise BlockingIOError("another thread took the connection")
             return get()
 
-    def accepted(self, request: Any, client_address: Any) -> None:
+    def accepted(self, request: Any, client_address: Any) -> Record | None:
         """A connection was taken from the kernel: begin its record."""
         self.counts["accepted"] += 1
         record = self.connections.add(request, client_address)
         if events.subscribers["accepted"]:
             self._tell("accepted", record, client_address)
+        return record
 
-    def opened(self, request: Any, client_address: Any) -> None:
+    def opened(self, record: Record | None, client_address: Any) -> None:
         """A connection goes to its handler."""
-        record = self.connections.find(request)
         if record is not None:
             record.opened = True
         if events.subscribers["opened"]:
             self._tell("opened", record, client_address)
 
-    def rejected(self, client_address: Any, reason: str, request: Any) -> None:
+    def rejected(self, record: Record | None, client_address: Any, reason: str) -> None:
         """A connection is refused before its handler."""
         self.counts["rejected"] += 1
-        record = self.connections.find(request)
         if record is not None and record.reason is None:
             record.reason = "rejected"
         if events.subscribers["rejected"]:
@@ -310,20 +330,14 @@ class Serving:
         if record is not None:
             record.ended()
 
-    def spawn(self, function: Callable[..., object], request: Any, client_address: Any) -> None:
-        """Run ``function(request, client_address)`` where the engine runs handlers."""
-        engine = self.engine
-        if not engine.in_child:
-            engine.spawn(function, engine.adopt(request), client_address)
-            return
+    def hand_to_child(self, function: Callable[..., object], request: Any, client_address: Any) -> None:
+        """Run ``function(request, client_address)`` in a child; its record lasts until the child exits."""
         record = self.connections.find(request)
-        pid = engine.spawn(
-            self._in_child,
-            function,
-            request,
-            client_address,
-            done=lambda status: self.connections.child_ended(record, status),
-        )
+
+        def done(status: int) -> None:
+            self.connections.child_ended(record, status)
+
+        pid = self.engine.spawn(self._in_child, function, request, client_address, done=done)
         self.connections.hand_over(record, pid)
 
     def _in_child(self, function: Callable[..., object], request: Any, client_address: Any) -> int:
@@ -365,11 +379,11 @@ class Serving:
 
     def join(self, *, block: bool) -> None:
         """Wait for handlers as ``server_close()`` does: without end if ``block``; after Ctrl-C they are cut first."""
-        if self._engine is None:
+        if not self.started:
             return
         if self.interrupted:
             self.cut("shutdown")
-        self._engine.join(None if block and not self.abandoned else time.monotonic())
+        self.engine.join(None if block and not self.abandoned else time.monotonic())
 
     def cut(self, reason: str) -> list[Record]:
         """Shut the sockets of all open connections, so that their handlers wake; return their records."""
@@ -398,9 +412,9 @@ class Serving:
         self.connections.wait_empty(max(0.0, deadline - time.monotonic()))
         infos = [record.info() for record in self.cut("drain_deadline")]
         left = 0
-        if self._engine is not None:
+        if self.started:
             self.connections.wait_empty(CUT_GRACE if infos else 0)
-            left = self._engine.join(max(deadline, time.monotonic() + CUT_GRACE))
+            left = self.engine.join(max(deadline, time.monotonic() + CUT_GRACE))
         self.abandoned = left > 0
         report = DrainReport(max(0, opened - len(infos)), left, len(infos), time.monotonic() - began, infos)
         events.emit("drained", server=self.server, report=report)
@@ -424,7 +438,7 @@ class Serving:
         """
         with self._guard:
             self.lifecycle.move("resume")
-            self.engine.watch(self.server, self.acceptor.accept_ready)
+            self.engine.watch(self.server, self._accept_ready)
 
     def configure(self, changes: Mapping[str, Any]) -> None:
         """Change live settings.
@@ -433,8 +447,8 @@ class Serving:
             ConfigError: a setting is unknown, not live, or its value is not allowed; nothing was changed.
         """
         self.settings.configure(changes)
-        if self._engine is not None:
-            self._engine.refresh()
+        if self.started:
+            self.engine.refresh()
 
     def close_connection(self, connection_id: str, reason: str) -> bool:
         """Cut one connection; tell whether it was open."""
@@ -473,6 +487,17 @@ def serving_of(
     if held is None:
         held = vars(server).setdefault(_KEY, Serving(server, keywords, profile, engine))
     return held  # type: ignore[no-any-return]
+
+
+class RunningSide:
+    """The attribute ``_harken`` of a server: made at the first reading, then found in the instance at no cost."""
+
+    @overload
+    def __get__(self, server: None, owner: type) -> RunningSide: ...
+    @overload
+    def __get__(self, server: object, owner: type) -> Serving: ...
+    def __get__(self, server: object | None, owner: type) -> Serving | RunningSide:
+        return self if server is None else serving_of(server)
 
 
 _interrupted: weakref.WeakSet[Serving] = weakref.WeakSet()

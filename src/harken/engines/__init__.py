@@ -45,9 +45,11 @@ class Engine(ABC):
 
     Attributes:
         in_child: whether ``spawn`` hands the connection to another process, so that the caller closes its own copy.
+        in_loop: whether ``spawn`` runs the handler at once, in the loop.
     """
 
     in_child: ClassVar[bool] = False
+    in_loop: ClassVar[bool] = False
 
     def __init__(self, options: Options) -> None:
         self.options = options

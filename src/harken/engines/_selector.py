@@ -135,7 +135,7 @@ class SelectorEngine(Engine):
             if wanted.pop(key.fileobj, None) is None:
                 selector.unregister(key.fileobj)
         for door, on_readable in wanted.items():
-            selector.register(door, selectors.EVENT_READ, on_readable)  # type: ignore[arg-type]
+            selector.register(door, selectors.EVENT_READ, on_readable)
 
 
 def _serve(on_readable: Callable[[], bool], stopped: Callable[[], bool], tick: Callable[[], None]) -> bool:

@@ -13,6 +13,8 @@ __all__ = ["Engine"]
 class Engine(SelectorEngine):
     """Runs a handler to its end before the next connection is accepted."""
 
+    in_loop = True
+
     def spawn(self, function: Callable[..., object], *args: Any, done: Callable[[int], None] | None = None) -> int:
         """Run ``function`` here and now; what it raises leaves the loop, as stdlib has it."""
         function(*args)
