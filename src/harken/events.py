@@ -95,7 +95,13 @@ def subscribe(callback: Callback, *names: str) -> Callable[[], None]:
     for name in wanted:
         subscribers[name] = (*subscribers[name], callback)
 
+    ended = False
+
     def unsubscribe() -> None:
+        nonlocal ended
+        if ended:
+            return
+        ended = True
         for name in wanted:
             rest = list(subscribers[name])
             if callback in rest:

@@ -121,8 +121,13 @@ class Latch(threading.Event):
         waiter.acquire()
         self._waiters.append(waiter)
         if self._on or threading.get_ident() in self.owners:
-            return self._on
-        return waiter.acquire(timeout=-1 if timeout is None else max(0.0, timeout)) or self._on
+            timeout = 0
+        if not waiter.acquire(timeout=-1 if timeout is None else max(0.0, timeout)):
+            try:
+                self._waiters.remove(waiter)
+            except (ValueError, IndexError, RuntimeError):
+                pass  # set() is releasing it at this moment
+        return self._on
 
 
 def at_exit(callback: Callable[[], None]) -> None:

@@ -91,7 +91,7 @@ class PoolMixIn(ThreadingMixIn):
     How many, and what happens beyond, is said by ``pool_size``, ``pool_queue`` and ``overload``.
     """
 
-    engine = "pool"
+    engine: str | None = "pool"
     _engine_from_environment = False
 
 

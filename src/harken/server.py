@@ -26,8 +26,8 @@ class BaseServer:
     """A server without a socket: the hooks and their order.
 
     For the caller: ``serve_forever``, ``shutdown``, ``handle_request``, ``server_close``, ``fileno``, and harken's
-    verbs ``suspend``, ``resume``, ``drain``, ``wait_ready``, ``connections``, ``close_connection``, ``configure``, ``stats``,
-    which may be called from any thread, from a handler and from a signal handler.
+    verbs ``suspend``, ``resume``, ``drain``, ``wait_ready``, ``connections``, ``close_connection``, ``configure``,
+    ``stats``, which may be called from any thread, from a handler and from a signal handler.
 
     May be overridden: ``server_bind``, ``server_activate``, ``get_request``, ``handle_timeout``, ``verify_request``,
     ``process_request``, ``process_request_thread``, ``finish_request``, ``shutdown_request``, ``close_request``,
@@ -291,8 +291,8 @@ class BaseServer:
     def stats(self) -> dict[str, Any]:
         """Return figures since the start.
 
-        ``state, address, engine, open, accepted_total, rejected_total, handler_failed_total, closed_total`` (by reason),
-        ``paused`` and ``process``.
+        ``state, address, engine, open, accepted_total, rejected_total, handler_failed_total, closed_total`` (by
+        reason), ``paused`` and ``process``.
         """
         return self._harken.stats()
 

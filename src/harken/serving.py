@@ -21,7 +21,7 @@ from typing import Any, overload
 from harken import events, plugins
 from harken.acceptor import Acceptor, Readable, refuse
 from harken.connection import ConnectionInfo, Record, Registry, peer_fault
-from harken.engines import Engine
+from harken.engines import ENGINE, Engine
 from harken.errors import LifecycleError
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
 from harken.settings import Profile, Settings, seconds, setting
@@ -65,6 +65,17 @@ class DrainReport:
     seconds: float
     connections: list[ConnectionInfo]
 
+    def __str__(self) -> str:
+        return f"{self.finished} finished, {self.cut} cut, {self.left} handlers left, {self.seconds:.2f} s"
+
+
+@dataclass(frozen=True, slots=True)
+class _Drain:
+    """A drain under way: since when (``time.monotonic()``), and how many connections were open then."""
+
+    since: float
+    open: int
+
 
 class Serving:
     """State and verbs of one server; the server's own methods of these names call them here.
@@ -94,6 +105,9 @@ class Serving:
         )
         self.interrupted = False
         self.abandoned = False
+        self.hurried: list[ConnectionInfo] = []
+        self.on_child: Callable[[], None] = lambda: None
+        """Called in a child of the fork engine before its handler."""
         self.loops: set[int] = set()
         self.shared = False
         """Whether several threads run loops of this server."""
@@ -127,7 +141,8 @@ class Serving:
         alone.
         """
         movable = self.settings.profile == "serve" or getattr(self.server, "_engine_from_environment", False)
-        return self.settings.find("engine", environment=movable).value or "inline"
+        asked = self.settings.find("engine", environment=movable).value
+        return asked or ENGINE.fallback(self.settings.profile) or "inline"
 
     def option(self, name: str) -> Any:
         """Answer an engine: a setting, an attribute of stdlib's, or the selector class of the module."""
@@ -227,8 +242,8 @@ class Serving:
     def _accept_ready(self) -> bool:
         """Take one connection of the readable door through the hooks; tell whether there is another.
 
-        Only our own ``get_request`` is called twice in a turn: an overridden one may do anything in between. The listener
-        is asked by poll() and not made non-blocking, since its flags belong to all processes that share it.
+        Only our own ``get_request`` is called twice in a turn: an overridden one may do anything in between. The
+        listener is asked by poll() and not made non-blocking, since its flags belong to all processes that share it.
 
         Raises:
             OSError: the door is no listener any more.
@@ -313,6 +328,8 @@ class Serving:
         if record is not None:
             record.failed = True
         if _is_peers_fault(request, error):
+            if record is not None and record.reason is None:
+                record.reason = "peer_reset"  # the kernel tells it once, and the handler was told
             return
         self.counts["handler_failed"] += 1
         if events.subscribers["handler_failed"]:
@@ -342,6 +359,7 @@ class Serving:
 
     def _in_child(self, function: Callable[..., object], request: Any, client_address: Any) -> int:
         """The child's part: the listener is the parent's alone, and so are the books."""
+        self.on_child()
         record = self.connections.find(request)
         if record is not None:
             record.silent = True
@@ -399,26 +417,40 @@ class Serving:
             timeout: seconds to wait; None takes the setting ``drain_timeout``.
             stop: ends the loop and returns when it has.
         """
-        began = time.monotonic()
         timeout = self.settings["drain_timeout"] if timeout is None else timeout
+        began = self.begin_drain(timeout, stop)
+        return self.end_drain(began, began.since + timeout)
+
+    def begin_drain(self, timeout: float, stop: Callable[[], None]) -> _Drain:
+        """Stop accepting and close the listener."""
+        began = _Drain(time.monotonic(), len(self.connections))
         self.lifecycle.move("drain")
-        opened = len(self.connections)
-        events.emit("draining", server=self.server, open=opened, timeout=timeout)
+        events.emit("draining", server=self.server, open=began.open, timeout=timeout)
         stop()
         listener = getattr(self.server, "socket", None)
         if listener is not None:
             listener.close()
-        deadline = began + timeout
+        return began
+
+    def end_drain(self, began: _Drain, deadline: float) -> DrainReport:
+        """Wait for connections until ``deadline`` (``time.monotonic()``), then cut what is left."""
         self.connections.wait_empty(max(0.0, deadline - time.monotonic()))
-        infos = [record.info() for record in self.cut("drain_deadline")]
+        cut = [record.info() for record in self.cut("drain_deadline")]
         left = 0
         if self.started:
-            self.connections.wait_empty(CUT_GRACE if infos else 0)
-            left = self.engine.join(max(deadline, time.monotonic() + CUT_GRACE))
+            self.connections.wait_empty(CUT_GRACE if cut else 0)
+            left = self.engine.join(time.monotonic() + CUT_GRACE)
         self.abandoned = left > 0
-        report = DrainReport(max(0, opened - len(infos)), left, len(infos), time.monotonic() - began, infos)
+        cut += self.hurried
+        report = DrainReport(max(0, began.open - len(cut)), left, len(cut), time.monotonic() - began.since, cut)
         events.emit("drained", server=self.server, report=report)
         return report
+
+    def hurry(self) -> int:
+        """End a drain's patience: cut what is open now; return how many connections that were. Any thread."""
+        infos = [record.info() for record in self.cut("shutdown")]
+        self.hurried += infos
+        return len(infos)
 
     def suspend(self) -> None:
         """Leave new connections in the backlog; open ones go on.

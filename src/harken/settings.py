@@ -8,6 +8,7 @@ it came from: live change, flag, environment, file, keyword, class attribute, de
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -65,6 +66,8 @@ class Kind:
             return bool(value)
         if self.choices and value is not None and value not in self.choices and not self._is_path(value):
             raise ValueError(f"is not {self.describe()}{nearest(str(value), self.choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"is not {self.describe()}")
         if self.minimum is not None and value is not None and value < self.minimum:
             raise ValueError(f"is below the smallest value allowed, {self.minimum:g}")
         return value
@@ -303,7 +306,7 @@ class Operator:
                 content = tomllib.load(stream)
         except OSError as error:
             raise ConfigError(f"cannot read the configuration file {str(path)!r}: {error.strerror}") from None
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"the configuration file {str(path)!r} is not TOML: {error}") from None
         self.path = str(path)
         self.file = {known(key, f"file {path}").name: value for key, value in content.items() if key != "bind"}

@@ -97,9 +97,10 @@ class Engine(SelectorEngine):
         self.collect()
         while self.children and time.monotonic() < deadline:
             self._wait_for_exit(deadline - time.monotonic())
-        for pid in list(self.children):
+        left = list(self.children)
+        for pid in left:
             self.end_child(pid)
-        return len(self.children)
+        return len(left)
 
     def end_child(self, pid: int) -> None:
         """Tell one of our children to terminate."""

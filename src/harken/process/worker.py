@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from harken import plugins
@@ -17,7 +18,7 @@ from harken.errors import ConfigError
 from harken.handlers import BaseRequestHandler
 from harken.listener import Listener
 from harken.server import BaseServer, TCPServer, UDPServer
-from harken.serving import Serving, serving_of
+from harken.serving import CUT_GRACE, Serving, serving_of
 from harken.settings import Settings
 from harken.transports import bind_options, listen
 
@@ -26,7 +27,8 @@ __all__ = ["Worker", "fit_handler", "serve"]
 # Seconds between turns of the loop when nothing happens: children are reaped and pauses end without waiting for it.
 TURN_SECONDS = 1.0
 # Exit statuses of ``serve``.
-DRAINED, FAILED, CUT = 0, 1, 3
+DRAINED, CUT = 0, 3
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> int:
@@ -98,8 +100,10 @@ class Worker:
         fit_handler(handler)
         self.settings = Settings(_Profile(), settings, "serve")
         self.servers: list[_Stream | _Datagram] = []
-        self._signals: list[int] = []
+        self._signals: SimpleQueue[int | None] = SimpleQueue()
         self._stopping = False
+        self._draining = False
+        self._deadline = 0.0
         self._engine: Engine = plugins.find("engines", self.settings["engine"] or "inline", "Engine")(self._option)
         options = bind_options(self.settings)
         with ExitStack() as undo:
@@ -119,13 +123,12 @@ class Worker:
 
     def run(self) -> int:
         """Serve until a signal; return the exit status."""
-        with self._heeding_signals(), ExitStack() as attached:
-            for server in self.servers:
-                attached.enter_context(server.serving.attached())
-            self._engine.run(lambda: bool(self._signals) or self._stopping, self._tick, self._patience)
-        if self._signals and self._signals[0] == signal.SIGTERM:
-            return self._drain()
-        return self._stop()
+        with self._heeding_signals():
+            with ExitStack() as attached:
+                for server in self.servers:
+                    attached.enter_context(server.serving.attached())
+                self._engine.run(lambda: self._stopping, self._tick, self._patience)
+            return self._drain() if self._draining else self._stop()
 
     def stop(self) -> None:
         """Make ``run`` return. Any thread, any signal handler."""
@@ -147,50 +150,68 @@ class Worker:
 
     @contextmanager
     def _heeding_signals(self) -> Iterator[None]:
-        """Enqueue signals while the block runs; the loop acts on them. A handler of signals does nothing else, ever."""
+        """Let a thread act on signals while the block runs.
+
+        Python runs signal handlers in the main thread alone, and that may be inside a handler of the inline engine that
+        waits for its client. So the signal handler enqueues and does nothing else, ever; the thread does the rest.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-
-        def enqueue(signum: int, _frame: object) -> None:
-            self._signals.append(signum)
-            self._engine.wake()
-
-        before = {number: signal.signal(number, enqueue) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)}
+        conductor = threading.Thread(target=self._conduct, name="harken-signals", daemon=True)
+        conductor.start()
+        before = {number: signal.signal(number, lambda signum, _: self._signals.put(signum)) for number in _SIGNALS}
+        for server in self.servers:
+            server.serving.on_child = _be_an_ordinary_process
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self._signals.put(None)
+            conductor.join()
+
+    def _conduct(self) -> None:
+        """Act on signals: the first TERM drains, anything else, or the end of the drain's time, cuts."""
+        patience = None
+        while True:
+            try:
+                signum = self._signals.get(timeout=patience)
+            except Empty:  # a handler that keeps the loop itself busy has had its time
+                signum = signal.SIGALRM
+            if signum is None:
+                return
+            if signum == signal.SIGTERM and not self._stopping:
+                self._draining = True
+                patience = self.settings["drain_timeout"]
+                self._deadline = time.monotonic() + patience
+            elif signum != signal.SIGTERM:
+                patience = None
+                for server in self.servers:
+                    server.serving.hurry()
+            self.stop()
 
     def _drain(self) -> int:
-        """Serve what has arrived, close the doors, wait, cut what is left. SIGINT meanwhile ends the waiting."""
-        timeout = self.settings["drain_timeout"]
-        reports = []
-        threads = []
-        for server in self.servers:
-            thread = threading.Thread(target=lambda server=server: reports.append(server.drain(timeout)), daemon=True)
-            thread.start()
-            threads.append(thread)
-        with self._heeding_signals():
-            seen = len(self._signals)
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.1)
-                    if any(number != signal.SIGTERM for number in self._signals[seen:]):
-                        return CUT if self._cut() else DRAINED
+        """Close the doors, wait for connections, cut what is left."""
+        drains = [
+            (server, server.serving.begin_drain(self._deadline - time.monotonic(), lambda: None))
+            for server in self.servers
+        ]
+        reports = [server.serving.end_drain(began, self._deadline) for server, began in drains]
         return CUT if any(report.cut for report in reports) else DRAINED
-
-    def _cut(self) -> int:
-        return sum(len(server.serving.cut("shutdown")) for server in self.servers)
 
     def _stop(self) -> int:
         """Stop now: shut every connection, and give handlers a moment to notice."""
         for server in self.servers:
             server.socket.close()
-        self._cut()
-        self._engine.join(time.monotonic() + 1.0)
+            server.serving.hurry()
+        self._engine.join(time.monotonic() + CUT_GRACE)
         return DRAINED
+
+
+def _be_an_ordinary_process() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def fit_handler(handler: object) -> None:
@@ -206,7 +227,7 @@ def fit_handler(handler: object) -> None:
     handle = getattr(handler, "handle", None)
     if handle is None:
         raise ConfigError(
-            f"{handler.__qualname__} is not a handler class: it has no handle(); derive it from harken.BaseRequestHandler"
+            f"{handler.__qualname__} is not a handler class: it has no handle(); derive from harken.BaseRequestHandler"
         )
     if inspect.iscoroutinefunction(handle):
         raise ConfigError(

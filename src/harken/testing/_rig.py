@@ -10,6 +10,7 @@ import struct
 import sys
 import tempfile
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -30,7 +31,7 @@ __all__ = ["PATIENCE", "Rig", "bounded", "reset", "rig"]
 T = TypeVar("T")
 
 # Seconds that anything may take before the check fails: far more than it takes on a busy machine.
-PATIENCE = 15.0
+PATIENCE = 4.0
 # Seconds between the loop's own turns: so long that what only works because a loop polls, fails.
 TURN_SECONDS = 30.0
 # Seconds for further handlers to start beside the first; an engine that runs one at a time starts none.
@@ -70,6 +71,22 @@ def reset(client: socket.socket) -> None:
     """Close a connection so that the other end gets RST."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
+
+
+# Clients live in the process of the server. A child that an engine forks must not keep copies of them, or their FIN and
+# RST would never go out.
+_open_clients: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_forking = threading.RLock()
+
+
+def _forget_clients() -> None:
+    for client in list(_open_clients):
+        client.close()
+    _forking.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forget_clients)
 
 
 class Rig:
@@ -185,11 +202,11 @@ class Rig:
         found = [event.reason for event in self.of("closed")]
         expect(sorted(found) == sorted(reasons), f"closed for {found}, not for {list(reasons)}")
 
-    def wait_accepted(self, count: int) -> None:
-        """Wait until so many connections were accepted."""
+    def wait_closed(self, count: int) -> None:
+        """Wait until so many connections were closed."""
         expect(
-            wait_until(lambda: len(self.of("accepted")) >= count, PATIENCE),
-            f"{len(self.of('accepted'))} of {count} connections were accepted",
+            wait_until(lambda: len(self.of("closed")) >= count, PATIENCE),
+            f"{len(self.of('closed'))} of {count} connections were closed",
         )
 
     # -- clients -------------------------------------------------------------------------------------------------------
@@ -197,7 +214,9 @@ class Rig:
     def client(self, *commands: str) -> socket.socket:
         """Connect, and send ``commands``. The check closes the client, or the rig does."""
         listener = self.server.socket
-        client = socket.socket(listener.family, listener.type)
+        with _forking:
+            client = socket.socket(listener.family, listener.type)
+            _open_clients.add(client)
         self._clients.append(client)
         client.settimeout(PATIENCE)
         if self._datagrams and self._folder is not None:  # a datagram client needs a path to be answered at
