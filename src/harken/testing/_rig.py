@@ -31,7 +31,7 @@ __all__ = ["PATIENCE", "Rig", "bounded", "reset", "rig"]
 T = TypeVar("T")
 
 # Seconds that anything may take before the check fails: far more than it takes on a busy machine.
-PATIENCE = 4.0
+PATIENCE = 15.0
 # Seconds between the loop's own turns: so long that what only works because a loop polls, fails.
 TURN_SECONDS = 30.0
 # Seconds for further handlers to start beside the first; an engine that runs one at a time starts none.
