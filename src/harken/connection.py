@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from harken.peer import Peer
 
-__all__ = ["REASONS", "Connection", "ConnectionInfo", "Record", "Registry", "accept", "shut"]
+__all__ = ["CHILD_STATUS", "REASONS", "Connection", "ConnectionInfo", "Record", "Registry", "accept", "shut"]
 
 REASONS: dict[str, str] = {
     "handler_returned": "the handler was done",
@@ -42,6 +42,9 @@ REASONS: dict[str, str] = {
     "shed": "it was the longest idle when room was needed",
     "shutdown": "the server stopped at once",
 }
+
+# How a forked child tells its parent, by exit status, why the connection ended. 0 and 1 are stdlib's.
+CHILD_STATUS = {"handler_returned": 0, "handler_failed": 1, "peer_closed": 10, "peer_reset": 11}
 
 _LINUX = sys.platform == "linux"
 
@@ -353,7 +356,8 @@ class Registry:
     def child_ended(self, record: Record | None, status: int) -> None:
         """The child that served this connection has exited."""
         if record is not None:
-            record.reason = record.reason or ("handler_failed" if status else "handler_returned")
+            told = {code: reason for reason, code in CHILD_STATUS.items()}
+            record.reason = record.reason or told.get(status, "handler_failed")
             self.strike(record)
 
     def wait_empty(self, timeout: float | None) -> bool:

@@ -106,6 +106,9 @@ class BaseServer:
             return
         done.wait()
 
+    def __request_shutdown(self) -> None:
+        self.__shutdown_request = True
+
     def service_actions(self) -> None:
         """Do regular work. May be overridden. Serving thread; once a turn of the loop and after each request."""
 
@@ -266,7 +269,7 @@ class BaseServer:
         Raises:
             LifecycleError: the server never served.
         """
-        return drain(self, timeout)
+        return self._harken.drain(timeout, partial(BaseServer.__request_shutdown, self))
 
     def wait_ready(self, timeout: float | None = None) -> bool:
         """Wait until a loop serves; tell whether one does, at the latest after ``timeout`` seconds."""
@@ -440,11 +443,6 @@ def _receive(server: UDPServer) -> tuple[Any, Any]:
     if flags & socket.MSG_TRUNC:
         serving.truncated(address, size)
     return (data, listener), address
-
-
-def drain(server: Any, timeout: float | None) -> DrainReport:
-    """Drain ``server``, whose class may have a ``drain`` of its own; see ``BaseServer.drain``."""
-    return serving_of(server).drain(timeout, partial(BaseServer.shutdown, server))
 
 
 if hasattr(socket, "AF_UNIX"):

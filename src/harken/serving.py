@@ -20,7 +20,7 @@ from typing import Any, overload
 
 from harken import events, plugins
 from harken.acceptor import Acceptor, Readable, refuse
-from harken.connection import ConnectionInfo, Record, Registry, peer_fault
+from harken.connection import CHILD_STATUS, ConnectionInfo, Record, Registry, peer_fault
 from harken.engines import ENGINE, Engine
 from harken.errors import LifecycleError
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
@@ -42,6 +42,8 @@ DRAIN_TIMEOUT = setting(
 
 # Seconds that a cut handler gets to notice that its socket is shut: it wakes within milliseconds.
 CUT_GRACE = 1.0
+# Seconds that a drain gives the loop to leave its poll(): it takes one turn.
+LEAVE_SECONDS = 0.2
 
 # A name that programs do not have, found by ordinary attribute access on the hot path.
 _KEY = "_harken"
@@ -94,6 +96,8 @@ class Serving:
         self.settings = Settings(server, keywords, profile)
         self.lifecycle = Lifecycle()
         self.ready = Latch()
+        self.left = Latch()
+        self.left.set()
         self.connections = Registry(self.describe, self._closed, self._end_child)
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -193,6 +197,7 @@ class Serving:
             self._loop_count += 1
             self.shared = self._loop_count > 1
             self.loops.add(threading.get_ident())
+            self.left.clear()
             if self._loop_count == 1:
                 self.interrupted = False
                 self.acceptor.open()
@@ -215,6 +220,7 @@ class Serving:
                     self.acceptor.close()
                     self.ready.clear()
                     self.lifecycle.move("stop")
+                    self.left.set()
 
     def run(self, stopped: Callable[[], bool], interval: float) -> None:
         """Serve until ``stopped``, turning at least every ``interval`` seconds."""
@@ -366,7 +372,7 @@ class Serving:
         if not isinstance(request, tuple) and hasattr(self.server, "socket"):
             self.server.socket.close()
         function(request, client_address)
-        return int(record is not None and record.failed)
+        return CHILD_STATUS.get((record and record.reason) or "handler_returned", 0)
 
     def describe(self, request: Any, client_address: Any) -> Any:
         """Return the :class:`harken.Peer` of a connection, or of a datagram."""
@@ -408,6 +414,8 @@ class Serving:
         records = list(self.connections)
         for record in records:
             record.cut(reason)
+        if self.started:
+            self.engine.terminate()
         return records
 
     def drain(self, timeout: float | None, stop: Callable[[], None]) -> DrainReport:
@@ -415,7 +423,7 @@ class Serving:
 
         Args:
             timeout: seconds to wait; None takes the setting ``drain_timeout``.
-            stop: ends the loop and returns when it has.
+            stop: asks the loop to end, without waiting for it.
         """
         timeout = self.settings["drain_timeout"] if timeout is None else timeout
         began = self.begin_drain(timeout, stop)
@@ -427,6 +435,9 @@ class Serving:
         self.lifecycle.move("drain")
         events.emit("draining", server=self.server, open=began.open, timeout=timeout)
         stop()
+        self.wake()
+        # Its poll() would hold the listener's port; a loop that is inside a handler holds nothing, and may stay there.
+        self.left.wait(LEAVE_SECONDS)
         listener = getattr(self.server, "socket", None)
         if listener is not None:
             listener.close()
@@ -434,12 +445,12 @@ class Serving:
 
     def end_drain(self, began: _Drain, deadline: float) -> DrainReport:
         """Wait for connections until ``deadline`` (``time.monotonic()``), then cut what is left."""
+        if self.started and self.engine.in_child:
+            self.engine.join(deadline)  # nobody else reaps now, and a connection lasts until its child is reaped
         self.connections.wait_empty(max(0.0, deadline - time.monotonic()))
         cut = [record.info() for record in self.cut("drain_deadline")]
-        left = 0
-        if self.started:
-            self.connections.wait_empty(CUT_GRACE if cut else 0)
-            left = self.engine.join(time.monotonic() + CUT_GRACE)
+        left = self.engine.join(time.monotonic() + CUT_GRACE) if self.started else 0
+        left += not self.left.wait(CUT_GRACE) and threading.get_ident() not in self.loops
         self.abandoned = left > 0
         cut += self.hurried
         report = DrainReport(max(0, began.open - len(cut)), left, len(cut), time.monotonic() - began.since, cut)
@@ -575,7 +586,7 @@ def background(server: Any, *, timeout: float = 10.0) -> Iterator[Any]:
     finally:
         from harken.server import BaseServer
 
-        serving.drain(None, lambda: BaseServer.shutdown(server))
+        BaseServer.drain(server)
         server.server_close()
         thread.join(timeout)
         if failure:

@@ -110,6 +110,9 @@ class Engine(ABC):
     def collect(self) -> None:
         """Tidy up after handlers that have ended; called once a turn."""
 
+    def terminate(self) -> None:
+        """Ask the handlers to end that shutting their sockets here does not reach (*any thread*)."""
+
     @abstractmethod
     def join(self, deadline: float | None) -> int:
         """Wait for handlers to end, and let idle threads go; return how many handlers still run at ``deadline``.

@@ -7,7 +7,6 @@ import selectors
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from harken.engines import Door, Engine, Options
 
@@ -53,7 +52,7 @@ class Waker:
             except OSError:
                 pass  # full: a wake-up is under way already
 
-    def drain(self) -> bool:
+    def drain(self) -> None:
         """Forget the wake-ups so far."""
         try:
             if self._pair:
@@ -62,7 +61,6 @@ class Waker:
                 os.eventfd_read(self._fd)
         except OSError:
             pass  # another thread that runs the loop was quicker
-        return False
 
     def close(self) -> None:
         """Close the descriptor; calling it twice is harmless."""
@@ -82,19 +80,20 @@ class SelectorEngine(Engine):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self._doors: dict[Door, Callable[[], bool]] = {}
+        # By identity: a program's server class may compare by value and be unhashable.
+        self._doors: dict[int, tuple[Door, Callable[[], bool]]] = {}
         self._generation = 0
         self._wakers: list[Waker] = []
 
     def watch(self, door: Door, on_readable: Callable[[], bool]) -> None:
         """Watch ``door``; see :class:`Engine`."""
-        self._doors[door] = on_readable
+        self._doors[id(door)] = (door, on_readable)
         self._generation += 1
         self.wake()
 
     def unwatch(self, door: Door) -> None:
         """Stop watching ``door``; see :class:`Engine`."""
-        if self._doors.pop(door, None) is not None:
+        if self._doors.pop(id(door), None) is not None:
             self._generation += 1
             self.wake()
 
@@ -109,7 +108,7 @@ class SelectorEngine(Engine):
         self._wakers.append(waker)
         try:
             with self.options("selector")() as selector:
-                selector.register(waker, selectors.EVENT_READ, waker.drain)
+                selector.register(waker, selectors.EVENT_READ)
                 generation = -1
                 while not stopped():
                     if generation != self._generation:
@@ -119,7 +118,9 @@ class SelectorEngine(Engine):
                     if stopped():
                         return
                     for key, _ in ready:
-                        if not _serve(key.data, stopped, tick):
+                        if key.fileobj is waker:
+                            waker.drain()
+                        elif not self._serve(key.data, stopped, tick):
                             return
                     tick()
         finally:
@@ -128,22 +129,20 @@ class SelectorEngine(Engine):
 
     def _register(self, selector: selectors.BaseSelector) -> None:
         """Bring the selector's doors up to date with ours. A selector may be the program's own: public methods only."""
-        wanted: dict[Any, Callable[[], bool]] = {**self._doors}
+        wanted = dict(self._doors)
         for key in list(selector.get_map().values()):
-            if isinstance(key.fileobj, Waker):
-                continue
-            if wanted.pop(key.fileobj, None) is None:
+            if key.data is not None and wanted.pop(key.data, None) is None:
                 selector.unregister(key.fileobj)
-        for door, on_readable in wanted.items():
-            selector.register(door, selectors.EVENT_READ, on_readable)
+        for number, (door, _) in wanted.items():
+            selector.register(door, selectors.EVENT_READ, number)
 
-
-def _serve(on_readable: Callable[[], bool], stopped: Callable[[], bool], tick: Callable[[], None]) -> bool:
-    """Take a burst from one door; False when the loop must end."""
-    for _ in range(MAX_BURST):
-        if not on_readable():
-            break
-        if stopped():
-            return False
-        tick()
-    return True
+    def _serve(self, number: int, stopped: Callable[[], bool], tick: Callable[[], None]) -> bool:
+        """Take a burst from one door while it is watched; False when the loop must end."""
+        for _ in range(MAX_BURST):
+            _, on_readable = self._doors.get(number, (None, None))
+            if on_readable is None or not on_readable():
+                break
+            if stopped():
+                return False
+            tick()
+        return True

@@ -89,7 +89,7 @@ class Engine(SelectorEngine):
             self._reap(pid, os.WNOHANG)
 
     def join(self, deadline: float | None) -> int:
-        """Wait for the children; at ``deadline`` those left are told to terminate (SIGTERM), and counted."""
+        """Wait for the children; see :class:`harken.engines.Engine`."""
         if deadline is None:
             for pid in list(self.children):
                 self._reap(pid, 0)
@@ -97,10 +97,12 @@ class Engine(SelectorEngine):
         self.collect()
         while self.children and time.monotonic() < deadline:
             self._wait_for_exit(deadline - time.monotonic())
-        left = list(self.children)
-        for pid in left:
+        return len(self.children)
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the children."""
+        for pid in list(self.children):
             self.end_child(pid)
-        return len(left)
 
     def end_child(self, pid: int) -> None:
         """Tell one of our children to terminate."""

@@ -19,7 +19,7 @@ __all__ = ["CHECKS"]
 # Seconds in which nothing must happen, where nothing must happen.
 QUIET_SECONDS = 0.2
 # Seconds that a drain of a check waits; and the handlers that end in time do so well before.
-DRAIN_SECONDS = 1.0
+DRAIN_SECONDS = 0.5
 
 
 @on(*STREAMS)
