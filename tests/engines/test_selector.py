@@ -134,7 +134,7 @@ def test_a_wake_up_is_seen_once(way):
     for _ in range(100):
         waker.wake()
     assert readable(waker)
-    assert waker.drain() is False
+    waker.drain()
     assert not readable(waker)
     waker.close()
 
@@ -142,7 +142,8 @@ def test_a_wake_up_is_seen_once(way):
 def test_draining_what_is_empty_does_not_wait(way):
     """Another thread that runs the loop may have been quicker."""
     waker = Waker()
-    assert waker.drain() is False
+    waker.drain()
+    assert not readable(waker)
     waker.close()
 
 
@@ -360,7 +361,7 @@ def test_many_threads_may_wake_it(engine):
     threads = [threading.Thread(target=wake) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for _ in range(10):
+    for _ in range(4):
         Loop(engine).end()
     going.set()
     for thread in threads:
