@@ -132,11 +132,29 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+Before = tuple[dict[int, str], set[threading.Thread], dict[int, str]]
+
+
+def _end_children(before: dict[int, str]) -> None:
+    """End children that a test left, so that they harm no other test and do not outlive the run."""
+    for pid in children().keys() - before.keys():
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
 @pytest.fixture(autouse=True)
 def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that passed and left a descriptor, thread or child, after giving each a bounded time to go."""
     before = descriptors(), set(threading.enumerate()), children()
     yield
+    try:
+        _judge(request, before)
+    finally:
+        _end_children(before[2])
+
+
+def _judge(request: pytest.FixtureRequest, before: Before) -> None:
     if request.node.get_closest_marker("no_leak_check") or not request.node.stash.get(PASSED, False):
         return
     deadline = time.monotonic() + SETTLE_SECONDS
