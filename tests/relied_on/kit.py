@@ -84,7 +84,8 @@ def read_all(client: socket.socket) -> bytes:
 def ask(address: Any, data: bytes = b"hello\n") -> bytes:
     """Send ``data``, end the sending side, and return all that comes back."""
     with connect(address) as client:
-        client.sendall(data)
+        if data:
+            client.sendall(data)
         client.shutdown(socket.SHUT_WR)
         return read_all(client)
 
