@@ -55,7 +55,7 @@ class Faulty(socket.socket):
         self._write_bytes = write_bytes
         self._reset_at = reset_at
         self._stall_at = stall_at
-        self._accept = [_number(error) for error in accept]
+        self._accept_errors = [_number(error) for error in accept]
         self._connections = connections
         self._moved = 0
         self._was_reset = False
@@ -68,7 +68,7 @@ class Faulty(socket.socket):
         Raises:
             OSError: as listed, or as accept(2).
         """
-        number = self._accept.pop(0) if self._accept else None
+        number = self._accept_errors.pop(0) if self._accept_errors else None
         if number is not None:
             raise OSError(number, os.strerror(number))
         connection, address = super().accept()

@@ -1,0 +1,1 @@
+"""What goes wrong on a bad day, made to happen: errors of the kernel, floods, exhaustion, kills, signals."""
