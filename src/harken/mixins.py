@@ -24,7 +24,17 @@ _GRAFTS = {
     "TCPServer": (TCPServer, ("get_request", "shutdown_request", "close_request")),
     "UDPServer": (UDPServer, ("get_request", "shutdown_request", "close_request")),
 }
-_VERBS = ("suspend", "resume", "drain", "wait_ready", "connections", "close_connection", "configure", "stats")
+_VERBS = (
+    "process_request_thread",
+    "suspend",
+    "resume",
+    "drain",
+    "wait_ready",
+    "connections",
+    "close_connection",
+    "configure",
+    "stats",
+)
 
 
 def _graft(cls: type) -> None:
@@ -82,7 +92,7 @@ class ThreadingMixIn:
     def server_close(self) -> None:
         """Close the server; wait for its threads if ``block_on_close``, unless they are daemons."""
         super().server_close()  # type: ignore[misc]
-        self._harken.join(block=self.block_on_close and not self.daemon_threads)
+        self._harken.join()
 
 
 class PoolMixIn(ThreadingMixIn):
@@ -127,7 +137,7 @@ if hasattr(os, "fork"):
             if serving.engine.in_child:
                 serving.engine.collect()
                 if blocking:
-                    serving.join(block=True)
+                    serving.engine.join(None)
 
         def handle_timeout(self) -> None:
             """Reap children. May be extended."""
@@ -147,4 +157,4 @@ if hasattr(os, "fork"):
             """Close the server; wait for its children if ``block_on_close``."""
             super().server_close()  # type: ignore[misc]
             self.collect_children(blocking=self.block_on_close)
-            self._harken.join(block=self.block_on_close)
+            self._harken.join()

@@ -18,6 +18,7 @@ from harken.connection import Connection, ConnectionInfo, accept, peer_fault
 from harken.lifecycle import Latch
 from harken.listener import note_inode, unlink_if_own
 from harken.serving import DrainReport, RunningSide, serving_of
+from harken.transports import bind_options, for_socket
 
 __all__ = ["BaseServer", "TCPServer", "UDPServer", "UnixDatagramServer", "UnixStreamServer"]
 
@@ -354,6 +355,8 @@ class TCPServer(BaseServer):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if settings["reuse_port"] and self.address_family in (socket.AF_INET, socket.AF_INET6):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if settings["nodelay"] is not None or settings["keepalive"] is not None:
+            for_socket(self.socket).tune(self.socket, bind_options(settings))
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
 
@@ -362,9 +365,13 @@ class TCPServer(BaseServer):
         self.socket.listen(self._harken.settings["backlog"])
 
     def server_close(self) -> None:
-        """Close the listener; when it returns the port is free. May be overridden."""
+        """Close the listener, so that its port is free, and wait for handlers as ``block_on_close`` says.
+
+        May be overridden.
+        """
         BaseServer.server_close(self)
         self.socket.close()
+        self._harken.join()
 
     def fileno(self) -> int:
         """Return the listener's descriptor of the moment, for selectors."""

@@ -401,13 +401,17 @@ class Serving:
 
     # -- verbs ---------------------------------------------------------------------------------------------------------
 
-    def join(self, *, block: bool) -> None:
-        """Wait for handlers as ``server_close()`` does: without end if ``block``; after Ctrl-C they are cut first."""
+    def join(self) -> None:
+        """Wait for handlers as ``server_close()`` does.
+
+        Without end if ``block_on_close``, but not for daemon threads; after Ctrl-C they are cut first.
+        """
         if not self.started:
             return
         if self.interrupted:
             self.cut("shutdown")
-        self.engine.join(None if block and not self.abandoned else time.monotonic())
+        block = self.option("block_on_close") and not self.option("daemon_threads") and not self.abandoned
+        self.engine.join(None if block else time.monotonic())
 
     def cut(self, reason: str) -> list[Record]:
         """Shut the sockets of all open connections, so that their handlers wake; return their records."""

@@ -8,6 +8,7 @@ import click
 
 from harken import standin
 from harken.cli import complain, options, program
+from harken.observe.log import attach_if_asked
 
 __all__ = ["command"]
 
@@ -46,6 +47,7 @@ def _run(module: str | None, words: tuple[str, ...]) -> Callable[[], int | None]
 def _run_program(module: str | None, words: tuple[str, ...]) -> int | None:
     standin.install()
     standin.pass_on()
+    attach_if_asked()
     try:
         if module is None:
             program.run_script(words[0], words[1:])

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from typing import Any
 
 from harken import events
-from harken.settings import Settings, choice, setting, text
+from harken.settings import Settings, choice, operator, setting, text
 
-__all__ = ["LogObserver", "escape"]
+__all__ = ["LogObserver", "attach_if_asked", "escape"]
 
 LOG_LEVEL = setting(
     "log_level",
@@ -95,6 +95,12 @@ def _error(record: logging.LogRecord) -> BaseException | None:
 def _indented(error: BaseException) -> str:
     lines = "".join(traceback.format_exception(error)).rstrip("\n").split("\n")
     return "\n".join("    " + escape(line) for line in lines)
+
+
+def attach_if_asked() -> None:
+    """Begin to log if a flag, the environment or the configuration file has a word on it; the rest is ``handle_error``'s."""
+    if any(operator.find(declared) for declared in (LOG_LEVEL, LOG_FORMAT, LOG_FILE)):
+        LogObserver(Settings(None)).attach()
 
 
 class LogObserver:
