@@ -98,7 +98,7 @@ def _indented(error: BaseException) -> str:
 
 
 def attach_if_asked() -> None:
-    """Begin to log if a flag, the environment or the configuration file has a word on it; the rest is ``handle_error``'s."""
+    """Begin to log if a flag, the environment or the configuration file speaks of it."""
     if any(operator.find(declared) for declared in (LOG_LEVEL, LOG_FORMAT, LOG_FILE)):
         LogObserver(Settings(None)).attach()
 
