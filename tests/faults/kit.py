@@ -189,8 +189,10 @@ class Program:
         self.process = start(script, *words)
         self.seen: list[dict[str, Any]] = []
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._errors: list[str] = []
+        self._readers = [threading.Thread(target=read, daemon=True) for read in (self._read, self._read_errors)]
+        for reader in self._readers:
+            reader.start()
         url = self.wait("listening")["address"]
         host, _, port = url.removeprefix("tcp://").rpartition(":")
         self.address = (host, int(port))
@@ -203,7 +205,7 @@ class Program:
                 line = self._lines.get(timeout=max(0.01, end - time.monotonic()))
             except queue.Empty:
                 raise AssertionError(f"no {name!r} number {count} among {self.seen}") from None
-            assert line is not None, f"the program ended: {self.process.stderr.read()}"  # type: ignore[union-attr]
+            assert line is not None, f"the program ended: {''.join(self._errors)}"
             self.seen.append(line)
         return found[count - 1]
 
@@ -231,8 +233,9 @@ class Program:
             found = self.process.wait(within)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the program still ran after {within:g} s") from None
-        self._reader.join(PATIENCE)
-        errors = self.process.stderr.read()  # type: ignore[union-attr]
+        for reader in self._readers:
+            reader.join(PATIENCE)
+        errors = "".join(self._errors)
         assert found == status, f"exit status {found}, not {status}: {errors}"
         return errors
 
@@ -245,3 +248,6 @@ class Program:
         for line in self.process.stdout:  # type: ignore[union-attr]
             self._lines.put(json.loads(line))
         self._lines.put(None)
+
+    def _read_errors(self) -> None:
+        self._errors.extend(self.process.stderr)  # type: ignore[arg-type]
