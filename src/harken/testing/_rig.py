@@ -45,11 +45,11 @@ _KINDS: dict[str, Any] = {
 }
 
 
-def bounded(what: str, function: Callable[..., T], *args: Any, patience: float = PATIENCE) -> T:
+def bounded(what: str, function: Callable[..., T], *args: Any) -> T:
     """Call ``function`` in a thread and return what it returns.
 
     Raises:
-        AssertionError: it had not returned after ``patience`` seconds.
+        AssertionError: it had not returned in time.
     """
     outcome: Future[T] = Future()
 
@@ -61,9 +61,9 @@ def bounded(what: str, function: Callable[..., T], *args: Any, patience: float =
 
     thread = threading.Thread(target=call, name=f"check: {what}", daemon=True)
     thread.start()
-    thread.join(patience)
+    thread.join(PATIENCE)
     if thread.is_alive():
-        raise AssertionError(f"{what} did not return within {patience:g} s")
+        raise AssertionError(f"{what} did not return within {PATIENCE:g} s")
     return outcome.result()
 
 

@@ -1,0 +1,147 @@
+"""``testing.serve`` and ``testing.connect``: handlers under test, on a free port and on none."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from typing import Any
+
+import pytest
+
+import harken
+from harken import events, testing
+
+
+class Upper(harken.StreamRequestHandler):
+    """Answers each line in capitals."""
+
+    def handle(self) -> None:
+        """Answer."""
+        for line in self.rfile:
+            self.wfile.write(line.upper())
+
+
+class Failing(harken.BaseRequestHandler):
+    """Raises on the first byte."""
+
+    def handle(self) -> None:
+        """Raise."""
+        self.request.recv(1)
+        raise ValueError("on purpose")
+
+
+@pytest.mark.parametrize("engine", ["inline", "thread", "pool", "fork"])
+def test_serve_gives_a_running_server(engine: str) -> None:
+    """The server is reachable at ``address`` as soon as the block begins, on each engine, and not after it."""
+    with testing.serve(Upper, engine=engine) as served:
+        with served.connect() as client, client.makefile("rb") as lines:
+            client.sendall(b"hello\n")
+            assert lines.readline() == b"HELLO\n"
+            client.shutdown(socket.SHUT_WR)
+        host, port = served.address
+        assert served.url == f"tcp://{host}:{port}"
+        assert served.server.stats()["engine"] == engine
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((host, port)).close()
+
+
+def test_serve_on_several_addresses(tmp_path: Any) -> None:
+    """Addresses are URLs, and each has a server."""
+    path = tmp_path / "upper.sock"
+    with testing.serve(Upper, "tcp://127.0.0.1:0", f"unix:{path}") as served:
+        assert served.urls[1] == f"unix:{path}"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            client.sendall(b"hi\n")
+            assert client.recv(10) == b"HI\n"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("engine", ["inline", "thread", "pool", "fork"])
+def test_leaving_serve_cuts_who_is_connected(engine: str) -> None:
+    """A client that stays does not hold the test up."""
+    with testing.serve(Upper, engine=engine) as served:
+        client = served.connect()
+        client.sendall(b"hello\n")
+        assert client.recv(10) == b"HELLO\n"
+    with client:
+        assert client.recv(1) == b""
+
+
+def test_serve_keeps_what_handlers_raised() -> None:
+    """``errors`` has the exceptions, so that a test can look."""
+    failed = threading.Event()
+    with testing.serve(Failing) as served:
+        unsubscribe = events.subscribe(lambda _event: failed.set(), "closed")
+        with served.connect() as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b""
+            assert failed.wait(10)
+        unsubscribe()
+        assert [str(error) for error in served.errors] == ["on purpose"]
+
+
+def test_serve_refuses_a_wrong_setting() -> None:
+    """Settings are checked as everywhere, and nothing stays open."""
+    with pytest.raises(harken.ConfigError, match="pool_size"), testing.serve(Upper, pool_siez=3):
+        pytest.fail("it was taken")
+
+
+def test_connect_needs_no_port() -> None:
+    """The handler talks to the client over a socket pair, and sees the address it is told."""
+
+    class Tell(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.sendall(f"{self.client_address} {self.connection_id is not None} {self.draining}".encode())
+
+    with testing.connect(Tell, client_address=("192.0.2.1", 7)) as client:
+        assert client.recv(100) == b"('192.0.2.1', 7) True False"
+        assert client.recv(100) == b""
+
+
+def test_connect_serves_stream_handlers_with_files() -> None:
+    """``rfile`` and ``wfile`` work, and a file of the client's that is still open keeps nobody waiting."""
+    with testing.connect(Upper) as client:
+        lines = client.makefile("rb")
+        client.sendall(b"one\ntwo\n")
+        assert [lines.readline(), lines.readline()] == [b"ONE\n", b"TWO\n"]
+    lines.close()
+
+
+def test_leaving_connect_raises_what_the_handler_raised() -> None:
+    """A test cannot overlook that its handler failed; ``error`` has it for one that expects it."""
+    with pytest.raises(ValueError, match="on purpose"), testing.connect(Failing) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b""
+    assert isinstance(client.error, ValueError)
+
+
+def test_a_client_that_leaves_is_no_error() -> None:
+    """That the client went away while the handler wrote is not the handler's failure."""
+
+    class Endless(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            while True:
+                self.request.sendall(bytes(65536))
+
+    with testing.connect(Endless) as client:
+        client.recv(10)
+    assert client.error is None
+
+
+def test_a_handler_that_does_not_end_is_told() -> None:
+    """Closing waits for the handler, and not for ever."""
+    release = threading.Event()
+
+    class Stuck(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            release.wait(10)
+
+    client = testing.connect(Stuck)
+    client._patience = 0.1
+    thread = client._thread
+    assert thread is not None
+    with pytest.raises(harken.LifecycleError, match=r"still ran 0\.1 s"):
+        client.close()
+    release.set()
+    thread.join(10)
