@@ -364,6 +364,7 @@ def test_mixin_on_stdlib_serves_many_at_once(harken: Any, mixin: str) -> None:
         idle = [connect(server.server_address) for _ in range(5)]
         assert get(server.server_address)[0] == 200
         for client in idle:
+            client.shutdown(socket.SHUT_RDWR)  # forked children hold copies, so close() alone would not end it
             client.close()
 
 
