@@ -236,6 +236,7 @@ print(server.server_address[1], flush=True)
 server.serve_forever()
 """
     child = python("harken", text)
+    clients: list[socket.socket] = []
     try:
         assert child.stdout is not None
         address = ("127.0.0.1", int(child.stdout.readline()))
@@ -246,11 +247,11 @@ server.serve_forever()
         child.send_signal(signal.SIGINT)
         child.communicate(timeout=PATIENCE)
         assert time.monotonic() - start < 3
-        for client in clients:
-            client.close()
     finally:
         child.kill()
         child.communicate()
+        for client in clients:
+            client.close()
 
 
 def test_client_that_resets_at_once_does_not_end_the_loop(harken: Any, capfd: pytest.CaptureFixture[str]) -> None:
