@@ -234,7 +234,10 @@ def test_a_full_engine_holds_the_door_until_there_is_room(door, clock, told):
     assert (door.acceptor.paused, door.done) == (True, ["pause"])
     door.acceptor.turn(room=True)
     assert (door.acceptor.paused, door.done) == (False, ["pause", "resume"])
-    assert [(event.name, event.reason or event.seconds) for event in told] == [("paused", "pool full"), ("resumed", 1000)]
+    assert [(event.name, event.reason or event.seconds) for event in told] == [
+        ("paused", "pool full"),
+        ("resumed", 1000),
+    ]
 
 
 def test_holding_twice_is_one_pause(door, told):

@@ -23,7 +23,9 @@ def run(run_program, program):
 
 def test_importing_loads_the_door_alone(run_program):
     """No module of harken's beside it, and none that is heavy."""
-    loaded = set(run(run_program, "import sys; before = set(sys.modules); import harken; print(*set(sys.modules) - before)"))
+    loaded = set(
+        run(run_program, "import sys; before = set(sys.modules); import harken; print(*set(sys.modules) - before)")
+    )
     assert {name for name in loaded if name.startswith("harken")} == LIGHT
     heavy = {"socket", "selectors", "threading", "logging", "asyncio", "ssl", "typing", "dataclasses", "tomllib"}
     assert loaded & heavy == set()

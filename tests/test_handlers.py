@@ -199,11 +199,7 @@ def test_the_class_says_what_its_attributes_are():
 
 def test_logging_is_not_imported_before_it_is_used(run_program):
     """A handler that does not log costs no logging."""
-    program = (
-        "import sys, harken\n"
-        "harken.BaseRequestHandler(None, None, None)\n"
-        "print('logging' in sys.modules)\n"
-    )
+    program = "import sys, harken\nharken.BaseRequestHandler(None, None, None)\nprint('logging' in sys.modules)\n"
     assert run_program("-c", program).communicate(timeout=20)[0] == "False\n"
 
 

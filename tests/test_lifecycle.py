@@ -121,7 +121,7 @@ def test_everybody_who_waits_is_released():
 
 def test_the_owner_never_waits():
     """Who cleared it would wait for itself; another thread does wait."""
-    latch = Latch()
+    latch = Latch(owned=True)
     latch.clear()
     began = time.monotonic()
     assert latch.wait() is False

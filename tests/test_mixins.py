@@ -150,38 +150,37 @@ def test_what_the_user_overrides_wins(where):
         def handle_error(self, request, client_address):
             self.seen.append("handle_error")
 
-        def serve_forever(self, poll_interval=0.5):
+        def serve_forever(self, poll_interval=0.05):
             self.seen.append("serve_forever")
             super().serve_forever(poll_interval)
 
         def stats(self):
             return "the user's"
 
-    if where == "the class itself":
+    class Itself(harken.ThreadingMixIn, socketserver.TCPServer):
+        handle_error = Own.handle_error
+        stats = Own.stats
 
-        class Server(harken.ThreadingMixIn, socketserver.TCPServer):
-            def get_request(self):
-                self.seen.append("get_request")
-                return super().get_request()
+        def get_request(self):
+            self.seen.append("get_request")
+            return super().get_request()
 
-            handle_error = Own.handle_error
-            stats = Own.stats
+        def serve_forever(self, poll_interval=0.05):
+            self.seen.append("serve_forever")
+            super().serve_forever(poll_interval)
 
-            def serve_forever(self, poll_interval=0.5):
-                self.seen.append("serve_forever")
-                super().serve_forever(poll_interval)
-
-    elif where == "a parent":
-        parent = type("Parent", (Own, socketserver.TCPServer), {})
-        Server = type("Server", (harken.ThreadingMixIn, parent), {})
-    else:
-        Server = type("Server", (Own, harken.ThreadingMixIn, socketserver.TCPServer), {})
+    parent = type("Parent", (Own, socketserver.TCPServer), {})
+    cls = {
+        "the class itself": Itself,
+        "a parent": type("Server", (harken.ThreadingMixIn, parent), {}),
+        "a mix-in of the user's": type("Server", (Own, harken.ThreadingMixIn, socketserver.TCPServer), {}),
+    }[where]
 
     class Failing(socketserver.BaseRequestHandler):
         def handle(self):
             raise ZeroDivisionError
 
-    server = Server(LOCAL, Failing)
+    server = cls(LOCAL, Failing)
     server.seen = []
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

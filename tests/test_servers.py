@@ -77,7 +77,9 @@ def test_the_forking_unix_servers_are_there_on_every_python(name):
 
 def test_the_module_holds_nothing_else():
     """No eighth noun: only these classes."""
-    own = {name for name, value in vars(servers).items() if inspect.isclass(value) and value.__module__ == servers.__name__}
+    own = {
+        name for name, value in vars(servers).items() if inspect.isclass(value) and value.__module__ == servers.__name__
+    }
     assert own == set(COMBINED)
 
 

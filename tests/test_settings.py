@@ -201,7 +201,9 @@ def test_keywords_may_be_text_or_values():
 
 
 @pytest.mark.parametrize(
-    "value", [object(), None, "nine", 1.5, True, property(lambda self: 9), lambda self: 9], ids=lambda v: type(v).__name__
+    "value",
+    [object(), None, "nine", 1.5, True, property(lambda self: 9), lambda self: 9],
+    ids=lambda v: type(v).__name__,
 )
 def test_a_class_attribute_of_another_type_is_the_programs_own(declare, value):
     """A subclass may call its own things by the name of a setting."""
@@ -302,7 +304,9 @@ def test_the_class_attributes_are_stdlibs():
 
 def test_an_unknown_keyword_is_refused_with_the_nearest_name():
     """A server with a misspelt setting is not made, and leaves no socket."""
-    with pytest.raises(ConfigError, match=r"unknown setting 'pool_sise' \(keyword argument\); did you mean 'pool_size'\?"):
+    with pytest.raises(
+        ConfigError, match=r"unknown setting 'pool_sise' \(keyword argument\); did you mean 'pool_size'\?"
+    ):
         TCPServer(("127.0.0.1", 0), harken.BaseRequestHandler, pool_sise=3)
 
 

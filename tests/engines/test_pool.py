@@ -73,7 +73,7 @@ def test_the_loop_is_woken_when_there_is_room_again(engine, monkeypatch):
 
 
 def test_room_that_comes_while_it_is_looked_for_wakes_too(engine, monkeypatch):
-    """A thread gets free between the look at the books and the note that they were full: the wake-up must not be lost."""
+    """A thread gets free between the look at the books and the note that they were full: no wake-up is lost."""
     woken = threading.Event()
     monkeypatch.setattr(engine, "wake", woken.set)
     crew = engine._crew
