@@ -134,9 +134,19 @@ def test_the_owner_never_waits():
     assert seen == [True]
 
 
+def test_a_latch_that_is_not_owned_is_waited_for_by_everybody():
+    """Also by the thread that cleared it."""
+    latch = Latch()
+    latch.clear()
+    timer = threading.Timer(0.02, latch.set)
+    timer.start()
+    assert latch.wait(SOON) is True
+    timer.join()
+
+
 def test_who_set_it_is_an_owner_no_more():
     """After set() the former owner's ident, which a new thread may get, is forgotten."""
-    latch = Latch()
+    latch = Latch(owned=True)
     latch.clear()
     latch.set()
     assert latch.owners == set()

@@ -100,10 +100,13 @@ def refuse(request: object, reply: bytes = b"") -> None:
         if reply:
             request.setblocking(False)
             request.send(reply)
+            request.shutdown(socket.SHUT_WR)
+            while request.recv(65536):  # unread input would turn the close into a reset, and the reply be lost
+                pass
         else:
             request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     except OSError:
-        pass  # it has gone, which is what we wanted
+        pass  # nothing more to read, or it has gone: both is what we wanted
     request.close()
 
 
@@ -144,7 +147,12 @@ class Acceptor:
         """Whether an accept failed and none has succeeded since: ``settle`` must be called after the next."""
 
     def open(self) -> None:
-        """Take the reserved descriptor; called when a loop begins to watch the door."""
+        """Forget earlier trouble and take the reserved descriptor; called when a loop begins to watch the door."""
+        self.fatal = None
+        self.troubled = self._exhausted = self.paused = False
+        self._take_reserve()
+
+    def _take_reserve(self) -> None:
         if self._reserve < 0:
             try:
                 self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -247,7 +255,7 @@ class Acceptor:
                 shed += 1
         except OSError:
             pass  # another thread was quicker to take the descriptor
-        self.open()
+        self._take_reserve()
         return shed
 
 

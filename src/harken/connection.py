@@ -169,6 +169,7 @@ class Record:
         reason: one of :data:`REASONS`, once known; the first to know wins.
         failed: whether the handler raised.
         opened: whether it went to its handler.
+        thread: identifier of the thread that serves it, once known.
         process: pid of the child that serves it, or 0 for this process.
         key: its place in the registry.
         silent: in a forked child, where the parent keeps the books.
@@ -179,6 +180,7 @@ class Record:
     failed = False
     opened = False
     process = 0
+    thread = 0
     silent = False
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
@@ -338,7 +340,7 @@ class Registry:
             return
         self._on_close(record)
         record._request = _gone  # or its callback would run for nothing when the request object goes
-        if self._waiting and not self._records:
+        if self._waiting:
             with self._empty:
                 self._empty.notify_all()
 
@@ -360,11 +362,11 @@ class Registry:
             record.reason = record.reason or told.get(status, "handler_failed")
             self.strike(record)
 
-    def wait_empty(self, timeout: float | None) -> bool:
-        """Wait until no connection is open; tell whether that came true within ``timeout`` seconds."""
+    def wait_empty(self, timeout: float | None, *, besides: int = 0) -> bool:
+        """Wait until only ``besides`` connections are open; tell whether that came true within ``timeout`` seconds."""
         with self._empty:
             self._waiting += 1
             try:
-                return self._empty.wait_for(lambda: not self._records, timeout)
+                return self._empty.wait_for(lambda: len(self._records) <= besides, timeout)
             finally:
                 self._waiting -= 1

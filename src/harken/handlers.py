@@ -8,7 +8,9 @@ from io import BufferedIOBase, BytesIO
 from typing import Any, Generic, TypeVar, overload
 
 from harken.connection import Record
-from harken.serving import serving_of
+from harken.peer import Peer
+from harken.serving import Serving
+from harken.transports import for_socket
 
 __all__ = ["BaseRequestHandler", "DatagramRequestHandler", "StreamRequestHandler"]
 
@@ -30,8 +32,25 @@ class _Lazy(Generic[T]):
         return self if instance is None else self._function(instance)
 
 
+def _serving(handler: Any) -> Serving | None:
+    """The running side of the handler's server; None on a server that is not harken's, and in unit tests on fakes."""
+    serving = getattr(handler.server, "_harken", None)
+    return serving if isinstance(serving, Serving) else None
+
+
 def _record(handler: Any) -> Record | None:
-    return serving_of(handler.server).connections.find(handler.request) if handler.server is not None else None
+    serving = _serving(handler)
+    return serving.connections.find(handler.request) if serving is not None else None
+
+
+def _peer(handler: Any) -> Peer:
+    record, serving = _record(handler), _serving(handler)
+    if record is not None:
+        return record.peer
+    if serving is not None:
+        return serving.describe(handler.request, handler.client_address)  # type: ignore[no-any-return]
+    carrier = handler.request[-1] if isinstance(handler.request, tuple) else handler.request
+    return for_socket(carrier).describe(carrier, handler.client_address)
 
 
 class BaseRequestHandler:
@@ -70,15 +89,15 @@ class BaseRequestHandler:
         return record.id if record else None
 
     @_Lazy
-    def peer(self) -> Any:
+    def peer(self) -> Peer:
         """The far end, a :class:`harken.Peer`."""
-        record = _record(self)
-        return record.peer if record else serving_of(self.server).describe(self.request, self.client_address)
+        return _peer(self)
 
     @_Lazy
     def draining(self) -> bool:
         """Whether the server drains, so that a handler should come to its end."""
-        return self.server is not None and serving_of(self.server).draining
+        serving = _serving(self)
+        return serving is not None and serving.draining
 
     @_Lazy
     def logger(self) -> Any:

@@ -88,8 +88,14 @@ class Latch(threading.Event):
         owners: identifiers of the threads that called ``clear()`` and not yet ``set()``; they never wait.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, owned: bool = False) -> None:
+        """Make a latch that is not set.
+
+        Args:
+            owned: whether a thread that cleared it is refused to wait for it: only that thread will ever set it.
+        """
         super().__init__()
+        self._owned = owned
         self._on = False
         self._waiters: deque[_thread.LockType] = deque()
         self.begun = False
@@ -100,10 +106,11 @@ class Latch(threading.Event):
         return self._on
 
     def clear(self) -> None:
-        """Unset it; the calling thread becomes an owner."""
+        """Unset it; the calling thread becomes an owner, if it can be owned."""
         self._on = False
         self.begun = True
-        self.owners.add(threading.get_ident())
+        if self._owned:
+            self.owners.add(threading.get_ident())
 
     def set(self) -> None:
         """Set it and release everybody who waits."""

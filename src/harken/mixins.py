@@ -91,6 +91,7 @@ class ThreadingMixIn:
 
     def server_close(self) -> None:
         """Close the server; wait for its threads if ``block_on_close``, unless they are daemons."""
+        BaseServer.server_close(self)  # type: ignore[arg-type]  # stdlib's own class would close under a running loop
         super().server_close()  # type: ignore[misc]
         self._harken.join()
 
@@ -155,6 +156,7 @@ if hasattr(os, "fork"):
 
         def server_close(self) -> None:
             """Close the server; wait for its children if ``block_on_close``."""
+            BaseServer.server_close(self)  # type: ignore[arg-type]
             super().server_close()  # type: ignore[misc]
             self.collect_children(blocking=self.block_on_close)
             self._harken.join()

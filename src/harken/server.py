@@ -14,7 +14,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from harken.connection import Connection, ConnectionInfo, accept, peer_fault
+from harken.connection import Connection, ConnectionInfo, accept, shut
 from harken.lifecycle import Latch
 from harken.listener import note_inode, unlink_if_own
 from harken.serving import DrainReport, RunningSide, serving_of
@@ -58,7 +58,7 @@ class BaseServer:
         """
         self.server_address = server_address
         self.RequestHandlerClass = RequestHandlerClass
-        self.__is_shut_down = Latch()
+        self.__is_shut_down = Latch(owned=True)
         self.__shutdown_request = False
         if settings:
             serving_of(self, settings)
@@ -103,7 +103,7 @@ class BaseServer:
             return
         if isinstance(done, Latch) and not done.begun:
             return
-        if not isinstance(done, Latch) and serving.last_loop:
+        if not isinstance(done, Latch) and serving.last_loop and not serving.foreign_loop():
             return
         done.wait()
 
@@ -160,6 +160,9 @@ class BaseServer:
             self.handle_error(request, client_address)
             self.shutdown_request(request)
         except:
+            if not self._harken.engine.in_loop:
+                # Ctrl-C came while its thread was started: that may be in recv(), which close() does not wake.
+                shut(request)
             self.shutdown_request(request)
             raise
         return True
@@ -193,6 +196,9 @@ class BaseServer:
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one request where the engine runs handlers: its thread, its child. May be overridden."""
+        record = getattr(request, "record", None)
+        if record is not None:
+            record.thread = threading.get_ident()
         try:
             self.finish_request(request, client_address)
         except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
@@ -227,8 +233,8 @@ class BaseServer:
         if self._harken.logged:
             return
         error = sys.exc_info()[1]
-        if isinstance(error, ConnectionError) and peer_fault(request):
-            print(f"harken: {client_address} went away: {error}", file=sys.stderr)
+        if self._harken.excused(request, error):
+            sys.stderr.write(f"harken: {client_address} went away: {error}\n")
             return
         import traceback
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import FrameType
 from typing import Any, overload
 
 from harken import events, plugins
@@ -96,7 +97,7 @@ class Serving:
         self.settings = Settings(server, keywords, profile)
         self.lifecycle = Lifecycle()
         self.ready = Latch()
-        self.left = Latch()
+        self.left = Latch(owned=True)
         self.left.set()
         self.connections = Registry(self.describe, self._closed, self._end_child)
         self.counts: Counter[str] = Counter()
@@ -104,7 +105,7 @@ class Serving:
         self.acceptor = Acceptor(
             listener=lambda: getattr(server, "socket", None),
             pause=lambda: self.engine.unwatch(server),
-            resume=lambda: self.engine.watch(server, self._accept_ready),
+            resume=self._watch,
             address=self.address,
         )
         self.interrupted = False
@@ -192,6 +193,7 @@ class Serving:
             raise LifecycleError(
                 "cannot serve: the server's socket is closed; make a new server or give it another socket"
             )
+        engine = self.engine  # may raise: before anything has changed
         with self._guard:
             self.lifecycle.move("serve")
             self._loop_count += 1
@@ -201,7 +203,7 @@ class Serving:
             if self._loop_count == 1:
                 self.interrupted = False
                 self.acceptor.open()
-                self.engine.watch(self.server, self._accept_ready)
+                self._watch()
                 events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
         self.ready.set()
         try:
@@ -216,7 +218,7 @@ class Serving:
                 self.shared = self._loop_count > 1
                 self.loops.discard(threading.get_ident())
                 if self._loop_count == 0:
-                    self.engine.unwatch(self.server)
+                    engine.unwatch(self.server)
                     self.acceptor.close()
                     self.ready.clear()
                     self.lifecycle.move("stop")
@@ -232,6 +234,19 @@ class Serving:
         """Whether no other thread runs a loop of this server."""
         return self._loop_count == 0
 
+    def foreign_loop(self) -> bool:
+        """Tell whether a loop that is not harken's serves: on a grafted class, stdlib's, called by way of ``super()``.
+
+        Its Event cannot tell, being unset before the first loop as well; so the threads' stacks are asked.
+        """
+        for frame in sys._current_frames().values():
+            caller: FrameType | None = frame
+            while caller is not None:
+                if caller.f_code.co_name == "serve_forever" and caller.f_locals.get("self") is self.server:
+                    return not _on_stack(caller)
+                caller = caller.f_back
+        return False
+
     def tick(self) -> None:
         """One turn: stdlib's hook, children and threads that have ended, pauses that are over."""
         self.server.service_actions()
@@ -244,6 +259,11 @@ class Serving:
         """Make the loop take a turn at once, if one runs."""
         if self.started:
             self.engine.wake()
+
+    def _watch(self) -> None:
+        """Watch the door, unless the server is suspended: room in the pool does not end a suspension."""
+        if self.lifecycle.state is State.SERVING:
+            self.engine.watch(self.server, self._accept_ready)
 
     def _accept_ready(self) -> bool:
         """Take one connection of the readable door through the hooks; tell whether there is another.
@@ -333,7 +353,7 @@ class Serving:
         record = self.connections.find(request)
         if record is not None:
             record.failed = True
-        if _is_peers_fault(request, error):
+        if self.excused(request, error):
             if record is not None and record.reason is None:
                 record.reason = "peer_reset"  # the kernel tells it once, and the handler was told
             return
@@ -346,6 +366,13 @@ class Serving:
         self.counts["truncated"] += 1
         if events.subscribers["truncated"]:
             self._tell("truncated", None, client_address, bytes=size)
+
+    def excused(self, request: Any, error: BaseException | None) -> bool:
+        """Tell whether a handler raised only because its connection has gone: its own peer left, or harken cut it."""
+        if not isinstance(error, ConnectionError):
+            return False
+        record = self.connections.find(request)
+        return (record is not None and record.reason is not None) or peer_fault(request) is not None
 
     def ended(self, request: Any) -> None:
         """A request object that cannot tell by itself (it is no :class:`Connection`) was closed."""
@@ -413,9 +440,9 @@ class Serving:
         block = self.option("block_on_close") and not self.option("daemon_threads") and not self.abandoned
         self.engine.join(None if block else time.monotonic())
 
-    def cut(self, reason: str) -> list[Record]:
+    def cut(self, reason: str, besides: list[Record] | None = None) -> list[Record]:
         """Shut the sockets of all open connections, so that their handlers wake; return their records."""
-        records = list(self.connections)
+        records = [record for record in self.connections if record not in (besides or ())]
         for record in records:
             record.cut(reason)
         if self.started:
@@ -451,15 +478,23 @@ class Serving:
         """Wait for connections until ``deadline`` (``time.monotonic()``), then cut what is left."""
         if self.started and self.engine.in_child:
             self.engine.join(deadline)  # nobody else reaps now, and a connection lasts until its child is reaped
-        self.connections.wait_empty(max(0.0, deadline - time.monotonic()))
-        cut = [record.info() for record in self.cut("drain_deadline")]
+        own = self._own()
+        self.connections.wait_empty(max(0.0, deadline - time.monotonic()), besides=len(own))
+        cut = [record.info() for record in self.cut("drain_deadline", besides=own)]
         left = self.engine.join(time.monotonic() + CUT_GRACE) if self.started else 0
         left += not self.left.wait(CUT_GRACE) and threading.get_ident() not in self.loops
         self.abandoned = left > 0
         cut += self.hurried
-        report = DrainReport(max(0, began.open - len(cut)), left, len(cut), time.monotonic() - began.since, cut)
+        report = DrainReport(
+            max(0, began.open - len(cut) - len(own)), left, len(cut), time.monotonic() - began.since, cut
+        )
         events.emit("drained", server=self.server, report=report)
         return report
+
+    def _own(self) -> list[Record]:
+        """The connections whose handler is the caller: a verb that a handler calls does not wait for that handler."""
+        here = threading.get_ident()
+        return [record for record in self.connections if record.thread == here]
 
     def hurry(self) -> int:
         """End a drain's patience: cut what is open now; return how many connections that were. Any thread."""
@@ -485,7 +520,7 @@ class Serving:
         """
         with self._guard:
             self.lifecycle.move("resume")
-            self.engine.watch(self.server, self._accept_ready)
+            self._watch()
 
     def configure(self, changes: Mapping[str, Any]) -> None:
         """Change live settings.
@@ -521,9 +556,12 @@ class Serving:
         }
 
 
-def _is_peers_fault(request: Any, error: BaseException) -> bool:
-    """Whether a handler raised because its own peer has gone, and not somebody else whom the handler talks to."""
-    return isinstance(error, ConnectionError) and peer_fault(request) is not None
+def _on_stack(wanted: FrameType) -> bool:
+    """Whether ``wanted`` is a caller of ours: a thread cannot wait for its own loop."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is wanted
 
 
 def serving_of(

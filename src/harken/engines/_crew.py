@@ -26,9 +26,10 @@ _numbers = itertools.count(1)
 class Crew:
     """Reusable threads, at most ``limit`` of them, and jobs that wait for one.
 
-    The books are exact under one lock: ``_idle`` counts the threads that wait and that no job was promised to. A job
-    is put into the queue either for such a thread or, at the limit, as backlog that the next free thread takes. Any
-    waiting thread may take any job: promises are counted, not addressed.
+    The books are exact under one lock: ``_count`` is the threads that have not been sent home, ``_idle`` those of them
+    that wait and that no job was promised to. A job is put into the queue either for such a thread or, at the limit, as
+    backlog that the next free thread takes. Any waiting thread may take any job, or the word to go home (None):
+    promises are counted, not addressed.
     """
 
     def __init__(self, daemon: Callable[[], bool], limit: int | None = None, max_backlog: int = 0) -> None:
@@ -46,9 +47,10 @@ class Crew:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._joining = 0
+        self._waiting = 0
         self._closing = False
         self._threads: set[threading.Thread] = set()
+        self._count = 0
         self._idle = 0
         self._backlog = 0
         _crews.add(self)
@@ -60,13 +62,25 @@ class Crew:
             self.limit is not None
             and self._backlog >= self.max_backlog
             and self._idle <= 0
-            and len(self._threads) >= self.limit
+            and self._count >= self.limit
         )
 
     @property
     def running(self) -> int:
         """Jobs that are under way or wait."""
-        return len(self._threads) - self._idle + self._backlog
+        return self._count - self._idle + self._backlog
+
+    def resize(self, limit: int, max_backlog: int) -> None:
+        """Change the bounds; threads above a smaller limit go when they are done."""
+        with self._changed:
+            self.limit = limit
+            self.max_backlog = max_backlog
+            while self._backlog and self._count < limit:
+                job = self._jobs.get()
+                self._backlog -= 1
+                if job is not None:
+                    self._start(job)
+            self._changed.notify_all()
 
     def submit(self, function: Callable[..., object], *args: Any) -> None:
         """Run ``function(*args)`` in a thread of the crew.
@@ -74,25 +88,27 @@ class Crew:
         Raises:
             RuntimeError: a thread was needed and the system starts no more; the job is not run.
         """
-        job = (function, args)
         with self._lock:
-            self._closing = False
-            if self._idle > 0:
-                self._idle -= 1
-            elif self.limit is None or len(self._threads) < self.limit:
-                self._start(job)
-                return
-            else:
-                self._backlog += 1
-        self._jobs.put(job)
+            self._place((function, args))
 
     def submit_when_room(self, function: Callable[..., object], *args: Any) -> None:
         """As :meth:`submit`, but wait while the crew is full."""
         with self._changed:
-            self._joining += 1
+            self._waiting += 1
             self._changed.wait_for(lambda: not self.full)
-            self._joining -= 1
-        self.submit(function, *args)
+            self._waiting -= 1
+            self._place((function, args))
+
+    def _place(self, job: Job) -> None:
+        self._closing = False
+        if self._idle > 0:
+            self._idle -= 1
+        elif self.limit is None or self._count < self.limit:
+            self._start(job)
+            return
+        else:
+            self._backlog += 1
+        self._jobs.put(job)
 
     def join(self, deadline: float | None) -> int:
         """Wait until no job runs or waits, then let the threads go; return how many jobs are left at ``deadline``.
@@ -101,10 +117,10 @@ class Crew:
         """
         own = int(threading.current_thread() in self._threads)
         with self._changed:
-            self._joining += 1
+            self._waiting += 1
             timeout = None if deadline is None else max(0.0, deadline - time.monotonic())
             self._changed.wait_for(lambda: self.running <= own, timeout)
-            self._joining -= 1
+            self._waiting -= 1
             left = self.running - own
             threads = list(self._threads)
         self.release()
@@ -119,37 +135,39 @@ class Crew:
             self._closing = True
             for _ in range(self._idle):
                 self._jobs.put(None)
+            self._count -= self._idle
             self._idle = 0
 
     def _start(self, job: Job) -> None:
         # "process_request_thread" is in the name because monitors of socketserver programs look for it.
         thread = threading.Thread(
             target=self._work,
-            args=(job,),
+            args=([job],),
             name=f"harken-{next(_numbers)} (process_request_thread)",
             daemon=self._daemon(),
         )
         self._threads.add(thread)
+        self._count += 1
         try:
             thread.start()
         except BaseException:
             self._threads.discard(thread)
+            self._count -= 1
             raise
 
-    def _work(self, job: Job | None) -> None:
+    def _work(self, first: list[Job]) -> None:
+        job: Job | None = first.pop()  # out of the thread's own arguments, which live as long as it does
         while job is not None:
             function, args = job
             try:
                 function(*args)
-            except SystemExit:
-                pass  # as in a thread of its own: it ends this job, silently
-            except BaseException:  # noqa: BLE001 - shown as a thread of its own would, and the thread lives on
+            except BaseException:  # noqa: BLE001 - shown as in a thread of its own (SystemExit is not), and this one lives on
                 _show()
             del job, function, args  # an idle thread must not keep the last connection alive
             job = self._next()
         with self._changed:
             self._threads.discard(threading.current_thread())
-            if self._joining:
+            if self._waiting:
                 self._changed.notify_all()
 
     def _next(self) -> Job | None:
@@ -157,11 +175,12 @@ class Crew:
             promised = self._backlog > 0
             if promised:
                 self._backlog -= 1
-            elif self._closing or (self.limit is not None and len(self._threads) > self.limit):
+            elif self._closing or (self.limit is not None and self._count > self.limit):
+                self._count -= 1
                 return None
             else:
                 self._idle += 1
-            if self._joining:
+            if self._waiting:
                 self._changed.notify_all()
         if self.limit is not None:
             self.on_room()
@@ -172,6 +191,7 @@ class Crew:
                 with self._lock:
                     if self._idle > 0:  # nobody counts on this thread
                         self._idle -= 1
+                        self._count -= 1
                         return None
                 promised = True
 

@@ -38,21 +38,21 @@ class Engine(SelectorEngine):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self._crew = Crew(lambda: bool(self.options("daemon_threads")))
-        self._was_full = False
+        self._asked = False
         self._crew.on_room = self._room
         self.refresh()
 
     def refresh(self) -> None:
         """Read ``pool_size`` and ``pool_queue`` anew; threads above a smaller size go as they get idle."""
-        self._crew.limit = self.options("pool_size")
-        self._crew.max_backlog = self.options("pool_queue")
+        self._crew.resize(self.options("pool_size"), self.options("pool_queue"))
         self.wake()
 
     @property
     def full(self) -> bool:
         """Whether all threads and all places in the queue are taken."""
-        self._was_full = self._crew.full
-        return self._was_full
+        self._asked = True  # before the look: room that comes in between must wake the loop all the same
+        self._asked = self._crew.full
+        return self._asked
 
     def spawn(self, function: Callable[..., object], *args: Any, done: Callable[[int], None] | None = None) -> int:
         """Give ``function`` to the pool; wait for a place when it is full (a loop of harken's asks ``full`` before)."""
@@ -64,6 +64,6 @@ class Engine(SelectorEngine):
         return self._crew.join(deadline)
 
     def _room(self) -> None:
-        if self._was_full:
-            self._was_full = False
+        if self._asked:
+            self._asked = False
             self.wake()

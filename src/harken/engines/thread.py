@@ -67,11 +67,22 @@ class Threads(list[threading.Thread]):
         for thread in self.pop_all():
             if thread is threading.current_thread():
                 continue
+            wait_started(thread)
+            if thread.ident is None:
+                continue  # the system refused to start it
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 self.append(thread)
                 alive += 1
         return alive
+
+
+def wait_started(thread: threading.Thread) -> None:
+    """Wait until ``thread``, which another thread has recorded and is about to start, can be joined."""
+    for _ in range(1000):
+        if thread.ident is not None:
+            return
+        time.sleep(0.001)
 
 
 class Engine(SelectorEngine):

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from harken import plugins
@@ -100,7 +99,6 @@ class Worker:
         fit_handler(handler)
         self.settings = Settings(_Profile(), settings, "serve")
         self.servers: list[_Stream | _Datagram] = []
-        self._signals: SimpleQueue[int | None] = SimpleQueue()
         self._stopping = False
         self._draining = False
         self._deadline = 0.0
@@ -152,15 +150,19 @@ class Worker:
     def _heeding_signals(self) -> Iterator[None]:
         """Let a thread act on signals while the block runs.
 
-        Python runs signal handlers in the main thread alone, and that may be inside a handler of the inline engine that
-        waits for its client. So the signal handler enqueues and does nothing else, ever; the thread does the rest.
+        Python runs signal handlers in the main thread, between two bytecodes: not while a handler of the inline engine
+        waits there for its client, nor when the signal came just before it began to. The interpreter's own C handler,
+        though, writes each signal's number to the wake-up descriptor at once, and a thread reads it from there.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        conductor = threading.Thread(target=self._conduct, name="harken-signals", daemon=True)
+        reader, writer = socket.socketpair()
+        writer.setblocking(False)
+        conductor = threading.Thread(target=self._conduct, args=(reader,), name="harken-signals", daemon=True)
         conductor.start()
-        before = {number: signal.signal(number, lambda signum, _: self._signals.put(signum)) for number in _SIGNALS}
+        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        before = {number: signal.signal(number, lambda signum, frame: None) for number in _SIGNALS}
         for server in self.servers:
             server.serving.on_child = _be_an_ordinary_process
         try:
@@ -168,28 +170,37 @@ class Worker:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self._signals.put(None)
+            signal.set_wakeup_fd(wakeup)
+            writer.close()
             conductor.join()
+            reader.close()
 
-    def _conduct(self) -> None:
+    def _conduct(self, reader: socket.socket) -> None:
         """Act on signals: the first TERM drains, anything else, or the end of the drain's time, cuts."""
-        patience = None
         while True:
             try:
-                signum = self._signals.get(timeout=patience)
-            except Empty:  # a handler that keeps the loop itself busy has had its time
-                signum = signal.SIGALRM
-            if signum is None:
+                numbers = reader.recv(64)
+            except TimeoutError:  # a handler that keeps the loop itself busy has had its time
+                numbers = bytes((signal.SIGALRM,))
+            if not numbers:
                 return
-            if signum == signal.SIGTERM and not self._stopping:
+            for signum in numbers:
+                self._obey(signum, reader)
+
+    def _obey(self, signum: int, reader: socket.socket) -> None:
+        if signum == signal.SIGTERM:
+            if not self._stopping:
                 self._draining = True
                 patience = self.settings["drain_timeout"]
                 self._deadline = time.monotonic() + patience
-            elif signum != signal.SIGTERM:
-                patience = None
-                for server in self.servers:
-                    server.serving.hurry()
-            self.stop()
+                reader.settimeout(max(patience, 0.001))  # 0 would mean "do not block"
+        elif signum in (*_SIGNALS, signal.SIGALRM):
+            reader.settimeout(None)
+            for server in self.servers:
+                server.serving.hurry()
+        else:
+            return  # a signal of the program's own
+        self.stop()
 
     def _drain(self) -> int:
         """Close the doors, wait for connections, cut what is left."""
@@ -210,6 +221,7 @@ class Worker:
 
 
 def _be_an_ordinary_process() -> None:
+    signal.set_wakeup_fd(-1)
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_DFL)
 

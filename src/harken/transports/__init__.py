@@ -131,8 +131,8 @@ SCHEMES: dict[str, str] = {
 }
 """Which module opens the addresses of a scheme."""
 
-_BY_FAMILY = {socket.AF_UNIX: "harken.transports.unix"}
-_BY_TYPE = {socket.SOCK_STREAM: "harken.transports.tcp"}
+_BY_FAMILY: dict[object, str] = {socket.AF_UNIX: "harken.transports.unix"}
+_BY_TYPE: dict[object, str] = {socket.SOCK_STREAM: "harken.transports.tcp"}
 
 
 def bind_options(values: Settings) -> BindOptions:
@@ -196,5 +196,6 @@ def for_socket(sock: socket.socket) -> Transport:
 
     A family of which harken knows nothing is treated as TCP (streams) or UDP (all else) is, without its options.
     """
-    name = _BY_FAMILY.get(sock.family) or _BY_TYPE.get(sock.type, "harken.transports.udp")
+    family, kind = getattr(sock, "family", None), getattr(sock, "type", None)  # a test's double may have neither
+    name = _BY_FAMILY.get(family) or _BY_TYPE.get(kind, "harken.transports.udp")
     return cast("Transport", sys.modules.get(name) or importlib.import_module(name))

@@ -146,7 +146,8 @@ def describe(connection: socket.socket, client_address: Any) -> Peer:
     match client_address:
         case (str(host), int(port), *_):
             plain = unmap(host)
-            family = socket.AF_INET if plain != host else getattr(connection, "family", 0)
+            spelt = socket.AF_INET6 if ":" in plain else socket.AF_INET
+            family = spelt if plain != host else getattr(connection, "family", spelt)
             return Peer(plain, port, family)
         case (host, int(port)):  # vsock(7), for one, counts its hosts
             return Peer(str(host), port, getattr(connection, "family", 0))
