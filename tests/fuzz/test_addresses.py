@@ -9,8 +9,8 @@ from harken.transports import SCHEMES, _inet, for_url
 
 fuzz = hypothesis_settings(max_examples=100, deadline=None)
 PIECES = st.sampled_from(
-    "tcp udp unix unixgram fd systemd tls :// : / // [ ] ::1 @ ? & = mode 660 user 0 65535 65536 -1 localhost 127.0.0.1 "
-    "%00 %3F % \0 ² .".split(" ")
+    "tcp udp unix unixgram fd systemd tls :// : / // [ ] ::1 @ ? & = mode 660 user 0 65535 65536 -1 localhost "
+    "127.0.0.1 %00 %3F % \0 ² .".split(" ")
 )
 WRITTEN = st.lists(PIECES | st.text(max_size=5), max_size=10).map("".join)
 SCHEMED = st.builds("{}:{}".format, st.sampled_from(sorted(SCHEMES)), WRITTEN)

@@ -314,6 +314,7 @@ def test_term_drains(start, greeted, engine):
     process = start(engine=engine)
     client, _ = greeted(process)
     process.send_signal(signal.SIGTERM)
+    assert "draining" in process.stderr.readline()
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
@@ -321,6 +322,8 @@ def test_term_drains(start, greeted, engine):
         except ConnectionRefusedError:
             break
         time.sleep(0.01)
+    else:
+        pytest.fail("the port stayed open")
     with client:
         client.sendall(b"still served")
         assert client.recv(100) == b"STILL SERVED"
