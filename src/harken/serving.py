@@ -498,8 +498,9 @@ class Serving:
 
     def hurry(self) -> int:
         """End a drain's patience: cut what is open now; return how many connections that were. Any thread."""
-        infos = [record.info() for record in self.cut("shutdown")]
-        self.hurried += infos
+        infos = [record.info() for record in self.connections]
+        self.hurried += infos  # before their handlers wake, and with them whoever reports the drain
+        self.cut("shutdown")
         return len(infos)
 
     def suspend(self) -> None:
