@@ -167,6 +167,7 @@ class Record:
         client_address: what ``get_request`` returned.
         started: ``time.monotonic()`` at accept.
         reason: one of :data:`REASONS`, once known; the first to know wins.
+        detail: what who killed it had to say.
         failed: whether the handler raised.
         opened: whether it went to its handler.
         thread: identifier of the thread that serves it, once known.
@@ -177,6 +178,7 @@ class Record:
 
     # Defaults of the class: a record that nothing has happened to yet costs five stores.
     reason: str | None = None
+    detail: str | None = None
     failed = False
     opened = False
     process = 0

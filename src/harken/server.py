@@ -272,9 +272,6 @@ class BaseServer:
 
         Args:
             timeout: seconds to wait; None takes the setting ``drain_timeout``.
-
-        Raises:
-            LifecycleError: the server never served.
         """
         return self._harken.drain(timeout, partial(BaseServer.__request_shutdown, self))
 
@@ -287,7 +284,15 @@ class BaseServer:
         return sorted((record.info() for record in self._harken.connections), key=lambda info: info.opened_at)
 
     def close_connection(self, id: str, reason: str = "killed") -> bool:
-        """Cut the connection of this id; its handler reads the end. Tell whether it was open."""
+        """Cut the connection of this id; its handler reads the end.
+
+        Args:
+            id: as in ``connections()`` and ``self.connection_id``.
+            reason: one of the reasons of ``closed``; any other text becomes the event's ``detail``, its reason ``killed``.
+
+        Returns:
+            Whether it was open.
+        """
         return self._harken.close_connection(id, reason)
 
     def configure(self, **changes: Any) -> None:

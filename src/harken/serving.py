@@ -21,7 +21,7 @@ from typing import Any, overload
 
 from harken import events, plugins
 from harken.acceptor import Acceptor, Readable, refuse
-from harken.connection import CHILD_STATUS, ConnectionInfo, Record, Registry, peer_fault
+from harken.connection import CHILD_STATUS, REASONS, ConnectionInfo, Record, Registry, peer_fault
 from harken.engines import ENGINE, Engine
 from harken.errors import LifecycleError
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
@@ -418,7 +418,12 @@ class Serving:
         self.reasons[reason] += 1
         if events.subscribers["closed"]:
             self._tell(
-                "closed", record, record.client_address, reason=reason, seconds=time.monotonic() - record.started
+                "closed",
+                record,
+                record.client_address,
+                reason=reason,
+                detail=record.detail,
+                seconds=time.monotonic() - record.started,
             )
 
     def _end_child(self, pid: int) -> None:
@@ -441,8 +446,8 @@ class Serving:
         self.engine.join(None if block else time.monotonic())
 
     def cut(self, reason: str, besides: list[Record] | None = None) -> list[Record]:
-        """Shut the sockets of all open connections, so that their handlers wake; return their records."""
-        records = [record for record in self.connections if record not in (besides or ())]
+        """Shut the sockets of all open connections, so that their handlers wake; return the records not cut before."""
+        records = [record for record in self.connections if record.reason is None and record not in (besides or ())]
         for record in records:
             record.cut(reason)
         if self.started:
@@ -469,10 +474,19 @@ class Serving:
         self.wake()
         # Its poll() would hold the listener's port; a loop that is inside a handler holds nothing, and may stay there.
         self.left.wait(LEAVE_SECONDS)
+        self._serve_backlog(began.since + timeout)
         listener = getattr(self.server, "socket", None)
         if listener is not None:
             listener.close()
         return began
+
+    def _serve_backlog(self, deadline: float) -> None:
+        """Take what has reached the backlog, which closing would reset; inline there is no place to serve it."""
+        if not self.started or self.engine.in_loop or not getattr(self.server.get_request, "bursts", False):
+            return
+        while not self.engine.full and time.monotonic() < deadline and self._readable(self.server.fileno()):
+            if not self.server._handle_request_noblock():
+                return
 
     def end_drain(self, began: _Drain, deadline: float) -> DrainReport:
         """Wait for connections until ``deadline`` (``time.monotonic()``), then cut what is left."""
@@ -496,12 +510,11 @@ class Serving:
         here = threading.get_ident()
         return [record for record in self.connections if record.thread == here]
 
-    def hurry(self) -> int:
-        """End a drain's patience: cut what is open now; return how many connections that were. Any thread."""
-        infos = [record.info() for record in self.connections]
-        self.hurried += infos  # before their handlers wake, and with them whoever reports the drain
-        self.cut("shutdown")
-        return len(infos)
+    def hurry(self, reason: str) -> None:
+        """Cut what is open now, before a drain's time is over; its report will count them. Any thread."""
+        # Noted before their handlers wake, and with them whoever reports the drain.
+        self.hurried += [record.info() for record in self.connections if record.reason is None]
+        self.cut(reason)
 
     def suspend(self) -> None:
         """Leave new connections in the backlog; open ones go on.
@@ -538,7 +551,8 @@ class Serving:
         record = self.connections.by_id(connection_id)
         if record is None:
             return False
-        record.cut(reason)
+        record.detail = None if reason in REASONS else reason
+        record.cut(reason if reason in REASONS else "killed")
         return True
 
     def stats(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from harken import plugins
@@ -100,6 +101,8 @@ class Worker:
         self.settings = Settings(_Profile(), settings, "serve")
         self.servers: list[_Stream | _Datagram] = []
         self._stopping = False
+        self._left_loop = False
+        self._heeding = False
         self._draining = False
         self._deadline = 0.0
         self._engine: Engine = plugins.find("engines", self.settings["engine"] or "inline", "Engine")(self._option)
@@ -109,7 +112,9 @@ class Worker:
                 for listener in listen(address, options):
                     undo.callback(listener.close)
                     kind = _Stream if listener.type == socket.SOCK_STREAM else _Datagram
-                    self.servers.append(kind(listener, handler, settings, self._engine))
+                    server = kind(listener, handler, settings, self._engine)
+                    server.serving.on_child = partial(self._be_a_child, server)
+                    self.servers.append(server)
             undo.pop_all()
 
     def _option(self, name: str) -> Any:
@@ -126,6 +131,7 @@ class Worker:
                 for server in self.servers:
                     attached.enter_context(server.serving.attached())
                 self._engine.run(lambda: self._stopping, self._tick, self._patience)
+                self._left_loop = True
             return self._drain() if self._draining else self._stop()
 
     def stop(self) -> None:
@@ -162,14 +168,14 @@ class Worker:
         conductor = threading.Thread(target=self._conduct, args=(reader,), name="harken-signals", daemon=True)
         conductor.start()
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        self._heeding = True
         before = {number: signal.signal(number, lambda signum, frame: None) for number in _SIGNALS}
-        for server in self.servers:
-            server.serving.on_child = _be_an_ordinary_process
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self._heeding = False
             signal.set_wakeup_fd(wakeup)
             writer.close()
             conductor.join()
@@ -194,13 +200,30 @@ class Worker:
                 patience = self.settings["drain_timeout"]
                 self._deadline = time.monotonic() + patience
                 reader.settimeout(max(patience, 0.001))  # 0 would mean "do not block"
-        elif signum in (*_SIGNALS, signal.SIGALRM):
+        elif signum == signal.SIGALRM:
             reader.settimeout(None)
-            for server in self.servers:
-                server.serving.hurry()
+            if not self._left_loop:  # else the drain itself cuts what is left
+                self._hurry("drain_deadline")
+        elif signum in _SIGNALS:
+            reader.settimeout(None)
+            self._hurry("shutdown")
         else:
             return  # a signal of the program's own
         self.stop()
+
+    def _hurry(self, reason: str) -> None:
+        for server in self.servers:
+            server.serving.hurry(reason)
+
+    def _be_a_child(self, own: _Stream | _Datagram) -> None:
+        """In a forked child: signals mean what they mean to any process, and the other listeners are the parent's."""
+        if self._heeding:
+            signal.set_wakeup_fd(-1)
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+        for server in self.servers:
+            if server is not own:
+                server.socket.close()
 
     def _drain(self) -> int:
         """Close the doors, wait for connections, cut what is left."""
@@ -215,15 +238,9 @@ class Worker:
         """Stop now: shut every connection, and give handlers a moment to notice."""
         for server in self.servers:
             server.socket.close()
-            server.serving.hurry()
+        self._hurry("shutdown")
         self._engine.join(time.monotonic() + CUT_GRACE)
         return DRAINED
-
-
-def _be_an_ordinary_process() -> None:
-    signal.set_wakeup_fd(-1)
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
 
 
 def fit_handler(handler: object) -> None:
@@ -234,6 +251,8 @@ def fit_handler(handler: object) -> None:
     """
     import inspect
 
+    if not callable(handler):
+        raise ConfigError(f"{handler!r} is not a handler class; derive one from harken.BaseRequestHandler")
     if not isinstance(handler, type):
         return  # a function or a partial that makes handlers, as socketserver allows
     handle = getattr(handler, "handle", None)

@@ -45,7 +45,7 @@ def parse(url: str) -> Place:
     if mark:
         raise ConfigError(f"{url!r}: {scheme} addresses take no options, but {query!r} follows the '?'")
     host, _, port = place.removesuffix("/").rpartition(":")
-    if not (port.isascii() and port.isdecimal() and int(port) <= 65535):  # 16 bits in both protocols
+    if not (port.isascii() and port.isdecimal() and len(port) < 9 and int(port) <= 65535):  # 16 bits in both
         raise ConfigError(f"{url!r} has no port from 0 to 65535; write {scheme}://HOST:PORT, with 0 for any free one")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]

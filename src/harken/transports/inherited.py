@@ -62,7 +62,7 @@ def parse(url: str) -> Place:
         return Place(url)
     if not what or not rest.startswith("//") or "/" in what or "?" in what:
         raise ConfigError(f"{url!r} names no descriptor; write fd://3, or fd://NAME as in FileDescriptorName=")
-    if what.isascii() and what.isdecimal():
+    if what.isascii() and what.isdecimal() and len(what) < 10:  # a C int
         return Place(url, fd=int(what))
     return Place(url, name=what)
 

@@ -93,14 +93,14 @@ def _option(url: str, key: str, value: str) -> int:
 
 
 def _number(url: str, key: str, value: str) -> int:
-    if value.isascii() and value.isdecimal():
+    if value.isascii() and value.isdecimal() and len(value) < 11:  # 32 bits
         return int(value)
     import grp
     import pwd
 
     try:
         return pwd.getpwnam(value).pw_uid if key == "user" else grp.getgrnam(value).gr_gid
-    except KeyError:
+    except (KeyError, ValueError):  # ValueError: a NUL in the name
         raise ConfigError(f"{url!r}: this machine has no {key} {value!r}") from None
 
 
