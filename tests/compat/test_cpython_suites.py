@@ -85,9 +85,9 @@ def test_runner_is_true_to_stdlib(tmp_path: Path) -> None:
 def test_runner_survives_a_case_that_hangs(tmp_path: Path) -> None:
     """With a clock too short for every case the runner still ends, and names cases as failed."""
     modules, printed = run(tmp_path, "--impl", "stdlib", "--seconds", "0.7", "test_logging")
-    failed = modules["test_logging"]["failed"]
-    assert "test.test_logging.ConfigDictTest.test_listen_config_1_ok" in failed, printed
-    assert modules["test_logging"]["passed"] > 5, printed
+    result = modules["test_logging"]
+    assert any("test_listen_" in name for name in result["failed"]), printed
+    assert result["run"] == result["passed"] + len(result["failed"]) + result["skipped"], printed
 
 
 def test_excuses_say_what_and_why() -> None:
