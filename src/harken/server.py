@@ -288,7 +288,7 @@ class BaseServer:
 
         Args:
             id: as in ``connections()`` and ``self.connection_id``.
-            reason: one of the reasons of ``closed``; any other text becomes the event's ``detail``, its reason ``killed``.
+            reason: one of the reasons of ``closed``; other text is its ``detail``, and the reason ``killed``.
 
         Returns:
             Whether it was open.
