@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from harken.peer import Peer
 
-__all__ = ["CHILD_STATUS", "REASONS", "Connection", "ConnectionInfo", "Record", "Registry", "accept", "shut"]
+__all__ = [
+    "CHILD_STATUS",
+    "REASONS",
+    "Connection",
+    "ConnectionInfo",
+    "Record",
+    "Registry",
+    "accept",
+    "backlog_length",
+    "shut",
+]
 
 REASONS: dict[str, str] = {
     "handler_returned": "the handler was done",
@@ -51,6 +61,9 @@ _LINUX = sys.platform == "linux"
 # struct tcp_info of linux/tcp.h: the state is its first byte, the times (milliseconds) two of its u32 fields.
 _TCP_INFO = getattr(socket, "TCP_INFO", None)
 _TCP_CLOSE, _TCP_CLOSE_WAIT, _TCP_LAST_ACK = 7, 8, 9
+_UNACKED = 24  # of a listener: sk_ack_backlog, tcp_get_info() in net/ipv4/tcp.c
+# Connections to take from a queue of unknown length before it is closed: who keeps coming must not hold it open.
+MAX_BACKLOG_GUESS = 64
 _LAST_DATA_SENT, _LAST_DATA_RECV, _TCP_INFO_BYTES = 44, 52, 56
 
 
@@ -281,6 +294,12 @@ def peer_fault(request: object) -> str | None:
     except OSError:  # nothing to read, or closed
         return None
     return None if seen else "peer_closed"
+
+
+def backlog_length(listener: object) -> int:
+    """How many connections wait to be accepted; where the kernel does not tell (Unix sockets), the most to assume."""
+    info = _tcp_info(listener, _TCP_INFO_BYTES)
+    return int(struct.unpack_from("=I", info, _UNACKED)[0]) if len(info) == _TCP_INFO_BYTES else MAX_BACKLOG_GUESS
 
 
 class Registry:

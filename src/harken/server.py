@@ -160,8 +160,9 @@ class BaseServer:
             self.handle_error(request, client_address)
             self.shutdown_request(request)
         except:
-            if not self._harken.engine.in_loop:
+            if not serving.engine.in_loop:
                 # Ctrl-C came while its thread was started: that may be in recv(), which close() does not wake.
+                serving.interrupted = True
                 shut(request)
             self.shutdown_request(request)
             raise

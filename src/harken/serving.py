@@ -21,7 +21,7 @@ from typing import Any, overload
 
 from harken import events, plugins
 from harken.acceptor import Acceptor, Readable, refuse
-from harken.connection import CHILD_STATUS, REASONS, ConnectionInfo, Record, Registry, peer_fault
+from harken.connection import CHILD_STATUS, REASONS, ConnectionInfo, Record, Registry, backlog_length, peer_fault
 from harken.engines import ENGINE, Engine
 from harken.errors import LifecycleError
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
@@ -368,7 +368,9 @@ class Serving:
             self._tell("truncated", None, client_address, bytes=size)
 
     def excused(self, request: Any, error: BaseException | None) -> bool:
-        """Tell whether a handler raised only because its connection has gone: its own peer left, or harken cut it."""
+        """Tell whether a handler raised only because its connection has gone: its peer left, or harken cut it."""
+        if self.interrupted and isinstance(error, OSError):
+            return True  # Ctrl-C shut it, and may have closed it under the handler
         if not isinstance(error, ConnectionError):
             return False
         record = self.connections.find(request)
@@ -484,9 +486,10 @@ class Serving:
         """Take what has reached the backlog, which closing would reset; inline there is no place to serve it."""
         if not self.started or self.engine.in_loop or not getattr(self.server.get_request, "bursts", False):
             return
-        while not self.engine.full and time.monotonic() < deadline and self._readable(self.server.fileno()):
-            if not self.server._handle_request_noblock():
+        for _ in range(backlog_length(getattr(self.server, "socket", None))):
+            if self.engine.full or time.monotonic() >= deadline or not self._readable(self.server.fileno()):
                 return
+            self.server._handle_request_noblock()
 
     def end_drain(self, began: _Drain, deadline: float) -> DrainReport:
         """Wait for connections until ``deadline`` (``time.monotonic()``), then cut what is left."""

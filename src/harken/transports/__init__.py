@@ -164,9 +164,11 @@ def for_url(url: str) -> Scheme:
     if "://" in url or (colon and nearest(scheme, SCHEMES)):
         raise ConfigError(f"{url!r}: no transport is called {scheme!r}{nearest(scheme, SCHEMES) or _known()}")
     if url.startswith(("/", "@", ".")):
-        raise ConfigError(f"{url!r} has no scheme; did you mean 'unix:{url}'?")
+        meant = "unix:" + url
+        raise ConfigError(f"{url!r} has no scheme; did you mean {meant!r}?")
     place = url if colon else f":{url}" if url.isdecimal() else "HOST:PORT"
-    raise ConfigError(f"{url!r} has no scheme; did you mean 'tcp://{place}'?")
+    meant = "tcp://" + place
+    raise ConfigError(f"{url!r} has no scheme; did you mean {meant!r}?")
 
 
 def _known() -> str:
