@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from harken.engines.thread import Engine, Threads
+from harken.engines import thread as thread_engine
+from harken.engines.thread import Engine, Threads, ended
 
 PATIENCE = 5.0  # seconds
 
@@ -77,7 +78,9 @@ def test_without_block_on_close_nobody_is_waited_for():
 def test_a_thread_is_recorded_before_it_runs():
     """A handler finds itself in ``server._threads``."""
     made, seen = engine(), []
-    made.spawn(lambda: seen.append(threading.current_thread() in made.threads))
+    looked = threading.Event()
+    made.spawn(lambda: (seen.append(threading.current_thread() in made.threads), looked.set()))
+    assert looked.wait(PATIENCE)
     made.join(None)
     assert seen == [True]
 
@@ -160,19 +163,26 @@ def test_ended_threads_are_dropped_now_and_then():
         assert len(threads) < 10
 
 
-def test_the_living_stay_and_sweeps_get_rarer():
-    """A sweep comes when the list has doubled: O(1) a connection however many run."""
-    threads, sweeps = Threads(), []
+def test_the_living_stay_and_the_ended_go_in_turn(monkeypatch):
+    """Each new thread has two older ones looked at: O(1) a connection, and the ended do not pile up."""
+    threads, looks = Threads(), []
     going = threading.Event()
     living = [threading.Thread(target=going.wait, args=(PATIENCE,)) for _ in range(40)]
-    reap = threads.reap
-    threads.reap = lambda: (sweeps.append(len(threads)), reap())
+    monkeypatch.setattr(thread_engine, "ended", lambda thread: looks.append(thread) or ended(thread))
     for thread in living:
         thread.start()
         threads.append(thread)
-    assert list(threads) == living
-    assert sweeps == [8, 16, 32]
+    assert set(threads) == set(living)
+    assert len(looks) <= 2 * len(living)
     going.set()
+    for thread in living:
+        thread.join(PATIENCE)
+    for _ in range(40):
+        over = threading.Thread(target=lambda: None)
+        over.start()
+        over.join(PATIENCE)
+        threads.append(over)
+    assert len(threads) < 10
     assert threads.join() == 0
     assert list(threads) == []
 
