@@ -228,6 +228,11 @@ class Serving:
             self.engine.run(stopped, self.tick, lambda: self.acceptor.patience(interval))
 
     @property
+    def in_loop(self) -> bool:
+        """Whether the calling thread runs a loop of this server, and so must not wait for its end."""
+        return threading.get_ident() in self.loops or (self.started and self.engine.in_loop_thread)
+
+    @property
     def last_loop(self) -> bool:
         """Whether no other thread runs a loop of this server."""
         return self._loop_count == 0
@@ -430,6 +435,9 @@ class Serving:
             stop: asks the loop to end, without waiting for it.
         """
         timeout = self.settings["drain_timeout"] if timeout is None else timeout
+        return self.engine.aside(self._drain, timeout, stop)  # type: ignore[no-any-return]
+
+    def _drain(self, timeout: float, stop: Callable[[], None]) -> DrainReport:
         began = self.begin_drain(timeout, stop)
         return self.end_drain(began, began.since + timeout)
 
@@ -454,7 +462,7 @@ class Serving:
         self.connections.wait_empty(max(0.0, deadline - time.monotonic()))
         cut = [record.info() for record in self.cut("drain_deadline")]
         left = self.engine.join(time.monotonic() + CUT_GRACE) if self.started else 0
-        left += not self.left.wait(CUT_GRACE) and threading.get_ident() not in self.loops
+        left += not self.left.wait(CUT_GRACE) and not self.in_loop
         self.abandoned = left > 0
         cut += self.hurried
         report = DrainReport(max(0, began.open - len(cut)), left, len(cut), time.monotonic() - began.since, cut)

@@ -14,7 +14,8 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     ``run(until, patience, tick)``
         Run green threads here until ``until()``, asked each turn before it may sleep. ``tick()`` is called once a
         turn, and at least every ``patience()`` seconds. What ``tick`` or a door raises leaves ``run``; the hub can be
-        run again. A signal handler runs within milliseconds, and what it raises leaves ``run`` too.
+        run again. In the main thread signal handlers run within milliseconds; what one raises leaves ``run``, or ends
+        the green thread that it interrupted.
     ``step(timeout)``
         One turn, sleeping at most ``timeout`` seconds: what is due, then what is ready. Not from a green thread.
     ``fileno() -> int``
@@ -47,7 +48,7 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
         Park until the descriptor, or socket, is readable (writable). TimeoutError("timed out") after ``timeout``
         seconds; OSError(EBADF) when a Connection is closed meanwhile; RuntimeError(:data:`BUSY`) when another green
         thread waits for the same direction. May return early. Outside a green thread: ``poll()``.
-    ``watch(door, on_readable)``, ``unwatch(door)``
+    ``watch(door, on_readable)``, ``unwatch(door)`` (*any thread*; both hold when they return)
         As in :class:`harken.engines.Engine`: level-triggered, by the door's identity, at most :data:`DOOR_BURST` calls
         a turn while ``on_readable`` returns true. A second ``watch`` of a door replaces the first.
     ``adopt(sock) -> Connection``
@@ -58,9 +59,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     it parks in the hub of the calling green thread, and elsewhere blocks by ``poll()``: ``recv``, ``recv_into``,
     ``recvfrom``, ``recvfrom_into``, ``recvmsg``, ``recvmsg_into``, ``send``, ``sendall``, ``sendto``, ``sendmsg``,
     ``sendfile``, ``connect``, ``connect_ex``, ``accept`` (which gives Connections). MSG_DONTWAIT does not wait.
-    ``settimeout``, ``gettimeout``, ``setblocking``, ``getblocking``, ``timeout`` are kept beside the descriptor; time-outs
-    are ``TimeoutError("timed out")``, and with 0 EAGAIN is BlockingIOError. ``makefile``, ``shutdown``, ``dup``, ``with``
-    behave as on a blocking socket; ``detach()`` gives back a descriptor that blocks if the socket did.
+    ``settimeout``, ``gettimeout``, ``setblocking``, ``getblocking``, ``timeout`` are kept beside the descriptor; a wait
+    ends by ``TimeoutError("timed out")``, and with 0 EAGAIN is BlockingIOError. ``makefile``, ``shutdown``, ``dup``,
+    ``with`` behave as on a blocking socket; ``detach()`` gives back a descriptor that blocks if the socket did.
     Two green threads may use one Connection, one reading and one writing; a second waiter in one direction gets
     RuntimeError(:data:`BUSY`). ``close()`` raises OSError(EBADF) in whoever waits on it. Never hangs nor spins on data
     with FIN, RST, urgent data, HUP by ``shutdown(SHUT_RDWR)`` from any thread, or a Unix socket's short reads.
@@ -81,7 +82,18 @@ from typing import Any
 
 from harken.errors import ConfigError
 
-__all__ = ["BUSY", "DOOR_BURST", "TURN_BYTES", "TURN_OPERATIONS", "Connection", "Hub", "current", "kind", "kinds"]
+__all__ = [
+    "BUSY",
+    "DOOR_BURST",
+    "TURN_BYTES",
+    "TURN_OPERATIONS",
+    "Connection",
+    "Hub",
+    "adopt",
+    "current",
+    "kind",
+    "kinds",
+]
 
 BUSY = "this socket is already used by another green thread"  # gevent's words, which people search for
 # Connections taken from one door in one turn: as on the blocking engines.
@@ -125,6 +137,25 @@ def _chosen() -> ModuleType:
         if name in asked:
             return module
     raise ConfigError(f"{VARIABLE}={asked} cannot be had: the extension is not built; unset it, or install a compiler")
+
+
+def adopt(sock: Any, make: Any = None) -> Any:
+    """Take over a plain socket, whatever thread this is; see ``Hub.adopt``.
+
+    Args:
+        sock: a socket; it is detached.
+        make: the Connection type; by default that of the kind in use.
+    """
+    make = make or __getattr__("Connection")
+    if isinstance(sock, make):
+        return sock
+    timeout, record = sock.gettimeout(), getattr(sock, "record", None)
+    family, kind_of, proto = int(sock.family), int(sock.type), sock.proto
+    adopted = make(family, kind_of, proto, sock.detach())
+    adopted.settimeout(timeout)
+    if record is not None:
+        record.move(adopted)
+    return adopted
 
 
 def __getattr__(name: str) -> Any:
