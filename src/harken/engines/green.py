@@ -31,6 +31,8 @@ __all__ = ["Engine"]
 
 # Seconds between turns when no loop asks for any.
 LONG = 3600.0
+# Seconds that a spawn from another thread waits for the start, as Thread.start() does, unless handlers keep the hub.
+START_SECONDS = 0.1
 # Seconds that the hub's thread gets to end once nothing keeps it: it takes a turn.
 LEAVE_SECONDS = 1.0
 
@@ -41,15 +43,18 @@ _job: contextvars.ContextVar[_Job | None] = contextvars.ContextVar("harken_green
 class _Job:
     """A handler under way."""
 
-    __slots__ = ("args", "engine", "function")
+    __slots__ = ("args", "begun", "engine", "function")
 
     def __init__(self, engine: Engine, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self.begun: Bell | None = None
         self.engine = engine
         self.function = function
         self.args = args
 
     def __call__(self) -> None:
         _job.set(self)
+        if self.begun is not None:
+            self.begun.ring()
         try:
             self.function(*self.args)
         finally:
@@ -268,9 +273,11 @@ class Engine(Contract):
             self._jobs.add(job)
             self._hub.spawn(job)
             return 0
+        begun = job.begun = Bell()
         with self._guard:
             self._jobs.add(job)
             self._need_hub().call_soon_threadsafe(contextvars.copy_context().run, self._hub.spawn, job)
+        begun.wait(START_SECONDS)
         return 0
 
     def adopt(self, request: Any) -> Any:
