@@ -167,6 +167,11 @@ def offload(function: Callable[..., Any], *args: Any) -> Any:
     return returned[0]
 
 
+def release_threads() -> None:
+    """Send the idle threads of ``offload`` home; the next call starts new ones. Called when a server closes."""
+    _crew.release()
+
+
 def getaddrinfo(
     host: str | bytes | None, port: str | int | None, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
 ) -> list[Any]:

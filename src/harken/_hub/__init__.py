@@ -113,28 +113,33 @@ kind: str
 """``compiled`` or ``fallback``: which is in use."""
 
 VARIABLE = "HARKEN_HUB"
+_NAMES = ("compiled", "fallback")  # the preferred one first
 
 
 def kinds() -> dict[str, ModuleType]:
     """Return the modules that can run here, the preferred one first, whatever the variable says."""
-    found = {}
-    for name in ("compiled", "fallback"):
-        try:
-            found[name] = importlib.import_module(f"harken._hub.{name}")
-        except ModuleNotFoundError as error:
-            if error.name != f"harken._hub.{name}":
-                raise
-        except ImportError:  # built for another Python or greenlet
-            continue
-    return found
+    found = ((name, _load(name)) for name in _NAMES)
+    return {name: module for name, module in found if module is not None}
+
+
+def _load(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"harken._hub.{name}")
+    except ModuleNotFoundError as error:
+        if error.name == f"harken._hub.{name}":
+            return None
+        raise
+    except ImportError:  # built for another Python, or another greenlet
+        return None
 
 
 def _chosen() -> ModuleType:
-    asked = os.environ.get(VARIABLE) or "compiled or fallback"
-    if asked not in ("compiled", "fallback", "compiled or fallback"):
-        raise ConfigError(f"{VARIABLE}={asked!r} is no kind of hub; take compiled or fallback")
-    for name, module in kinds().items():
-        if name in asked:
+    asked = os.environ.get(VARIABLE)
+    if asked and asked not in _NAMES:
+        raise ConfigError(f"{VARIABLE}={asked!r} is no kind of hub; take {' or '.join(_NAMES)}")
+    for name in (asked,) if asked else _NAMES:
+        module = _load(name)
+        if module is not None:
             return module
     raise ConfigError(f"{VARIABLE}={asked} cannot be had: the extension is not built; unset it, or install a compiler")
 

@@ -24,7 +24,7 @@ from harken._hub.bell import Bell
 from harken.connection import Connection
 from harken.engines import Door, Engine as Contract, Options
 from harken.engines._crew import Crew
-from harken.green import offload
+from harken.green import offload, release_threads
 from harken.lifecycle import at_exit
 
 __all__ = ["Engine"]
@@ -219,7 +219,7 @@ class Engine(Contract):
             self._thread = threading.Thread(
                 target=self._run_hub,
                 args=(started,),
-                name=f"harken-green-{next(_numbers)}",
+                name=f"harken-green-{next(_numbers)} (process_request_thread)",  # as in stdlib: monitors look
                 daemon=self._are_daemons() or threading.current_thread().daemon,
             )
             self._thread.start()
@@ -306,7 +306,8 @@ class Engine(Contract):
                 if left is not None and left <= 0:
                     break
                 self._await_end(left)
-        threads = self._crew.join(deadline) if self._crew.running else 0
+        threads = self._crew.join(deadline)
+        release_threads()
         others = self._others()
         if not others and not self._loops and not self.in_loop_thread:
             self._await_thread(LEAVE_SECONDS)
@@ -332,8 +333,8 @@ class Engine(Contract):
         with self._turns:
             for loop in [loop for loop in self._loops if loop.daemon]:
                 self._finish(loop)
-        if self._loops:
-            return  # the interpreter waits for them
+        if self._thread is None or not self._thread.daemon:
+            return  # the interpreter waits for it, and it ends with its last loop and handler
         if not self._are_daemons():
             while self._jobs:
                 self._await_end(None)
