@@ -67,7 +67,9 @@ int begin(PyObject *self, State *state) {
     return fd;
 }
 
-static bool attached(State *state) { return state->slot != NULL && state->slot->generation == state->generation; }
+static bool attached(State *state) {
+    return state->slot != NULL && state->hub != NULL && state->slot->generation == state->generation;
+}
 
 /* Find the connection's slot in the hub of this thread. */
 static int attach(State *state, Hub *hub, int fd) {
@@ -413,8 +415,9 @@ static PyGetSetDef connection_attributes[] = {
     {NULL},
 };
 
+/* Not READONLY, or subtype_dealloc would not clear it; no name that a program could write by accident. */
 static PyMemberDef connection_members[] = {
-    {"_hub", T_OBJECT_EX, 0, READONLY, "The hub in which it last waited."},
+    {"<hub>", T_OBJECT_EX, 0, 0, NULL},
     {NULL},
 };
 
