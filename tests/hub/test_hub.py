@@ -144,7 +144,13 @@ def test_only_a_green_thread_can_park(stage):
     with pytest.raises(RuntimeError):
         stage.hub.park()
     found = []
-    stage.hub.call_soon(lambda: found.append(pytest.raises(RuntimeError, stage.hub.park)))
+
+    def call():
+        with pytest.raises(RuntimeError):
+            stage.hub.park()
+        found.append(True)
+
+    stage.hub.call_soon(call)
     stage.hub.step(0)
     assert found
 

@@ -246,7 +246,7 @@ class Connection(connection.Connection):
     def settimeout(self, value: float | None, /) -> None:
         """Set the seconds that one operation may take; None waits without end, 0 does not wait."""
         if value is not None:
-            value = float(value)
+            value = value + 0.0  # what is no number is a TypeError
             if not value >= 0.0:
                 raise ValueError("Timeout value out of range")
         self._wire.timeout = value
