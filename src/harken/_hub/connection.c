@@ -112,15 +112,19 @@ int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline) {
     if (fd < 0)
         return fail(EBADF);
     Hub *hub = current_hub;
-    if (hub == NULL || in_hub(hub)) {
+    PyGreenlet *me = hub == NULL ? NULL : PyGreenlet_GetCurrent();
+    if (hub == NULL || me == hub->greenlet) {
+        Py_XDECREF(me);
         int result = poll_wait(fd, direction, *deadline);
         if (attached(state))
             state->slot->dry = false;
         return result;
     }
-    if (attach(state, hub, fd) < 0)
-        return -1;
-    return slot_wait(hub, state->slot, fd, direction, *deadline);
+    int result = attach(state, hub, fd);
+    if (result == 0)
+        result = slot_wait(hub, me, state->slot, fd, direction, *deadline);
+    Py_DECREF(me);
+    return result;
 }
 
 /* Take `amount` from the running green thread's turn; give way when it is over. Before an operation, since whoever

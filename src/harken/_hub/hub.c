@@ -3,22 +3,13 @@
  * Hub: the loop, and what Python sees of it. */
 #include "hub.h"
 #include <errno.h>
-#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-#define MAX_EVENTS 256 /* taken from the epoll set at once; what is left comes next turn */
-
-/* What epoll hands back for descriptors that are not in a slot: doors have this bit and their place. */
-#define DOOR_BIT 0x80000000u
-#define WAKEUP_TAG 0xffffffffu
-#define SIGNAL_TAG 0xfffffffeu
-
 HIDDEN __thread Hub *current_hub;
 HIDDEN Hub *all_hubs;
 HIDDEN PyTypeObject *Hub_Type;
-static unsigned forks; /* events of before a fork are the parent's */
 
 bool in_hub(Hub *hub) {
     PyGreenlet *me = PyGreenlet_GetCurrent();
@@ -153,23 +144,43 @@ static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
     return 0;
 }
 
-static int dispatch(Hub *hub, uint64_t tag, uint32_t events) {
-    uint32_t low = (uint32_t)tag, generation = (uint32_t)(tag >> 32);
-    if (!(low & DOOR_BIT)) {
-        slot_event(hub, (int)low, generation, events);
-        return 0;
-    }
-    if (low == SIGNAL_TAG) {
-        drain_signals(hub);
-        return 0;
-    }
-    if (low != WAKEUP_TAG)
-        return open_door(hub, low & ~DOOR_BIT, generation);
+static int dispatch(Hub *hub, struct epoll_event *event) {
+    uint32_t low = (uint32_t)event->data.u64;
     uint64_t count;
-    hub->woken = false;
-    if (read(hub->wakeup, &count, sizeof count) < 0)
-        return 0; /* read already, by a turn that was interrupted */
+    if (!(low & DOOR_BIT))
+        slot_event(hub, event);
+    else if (low == SIGNAL_TAG)
+        drain_signals(hub);
+    else if (low != WAKEUP_TAG)
+        return open_door(hub, low & ~DOOR_BIT, (uint32_t)(event->data.u64 >> 32));
+    else {
+        hub->woken = false;
+        if (read(hub->wakeup, &count, sizeof count) < 0)
+            return 0; /* read already, by a turn that was interrupted */
+    }
     return 0;
+}
+
+/* Hand the events out. Green threads that wait again take the next ones themselves: see pass_on. */
+static int dispatch_all(Hub *hub) {
+    while (hub->next_event < hub->event_count)
+        if (dispatch(hub, &hub->events[hub->next_event++]) < 0)
+            return -1;
+    return 0;
+}
+
+/* The loop ends by an exception. Edges come once: hand them out all the same, or a later run would wait in vain.
+ * Doors and wake-ups are told of again. */
+static int dispatch_edges(Hub *hub) {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    while (hub->next_event < hub->event_count) {
+        struct epoll_event *event = &hub->events[hub->next_event++];
+        if (!((uint32_t)event->data.u64 & DOOR_BIT))
+            slot_event(hub, event);
+    }
+    PyErr_Restore(type, error, trace);
+    return -1;
 }
 
 /* How long epoll_wait may sleep, in whole milliseconds rounded up: a deadline is never early. */
@@ -189,37 +200,19 @@ static int sleep_time(Hub *hub, int64_t patience) {
 }
 
 static int turn(Hub *hub, int64_t patience) {
-    struct epoll_event events[MAX_EVENTS];
     int count, timeout = sleep_time(hub, patience), fd = hub->epoll;
-    unsigned since = forks;
     if (timeout == 0)
-        count = epoll_wait(fd, events, MAX_EVENTS, 0);
+        count = epoll_wait(fd, hub->events, MAX_EVENTS, 0);
     else {
         Py_BEGIN_ALLOW_THREADS;
-        count = epoll_wait(fd, events, MAX_EVENTS, timeout);
+        count = epoll_wait(fd, hub->events, MAX_EVENTS, timeout);
         Py_END_ALLOW_THREADS;
     }
-    if (PyErr_CheckSignals() < 0) /* the events stay: doors and wake-ups are level-triggered, slots are told below */
-        goto interrupted;
-    for (int i = 0; i < count; i++)
-        if (since == forks && dispatch(hub, events[i].data.u64, events[i].events) < 0) {
-            for (int j = 0; j <= i; j++)
-                events[j].data.u64 = WAKEUP_TAG;
-            goto interrupted;
-        }
-    if (heap_run(hub) < 0 || run_queue(hub) < 0)
-        return -1;
-    return 0;
-
-interrupted: { /* edges come once: hand them out although the loop ends, or a later run would wait for them in vain */
-    PyObject *type, *error, *trace;
-    PyErr_Fetch(&type, &error, &trace);
-    for (int i = 0; i < count && since == forks; i++)
-        if (!((uint32_t)events[i].data.u64 & DOOR_BIT))
-            dispatch(hub, events[i].data.u64, events[i].events);
-    PyErr_Restore(type, error, trace);
-    return -1;
-}
+    hub->next_event = 0;
+    hub->event_count = count;
+    if (PyErr_CheckSignals() < 0 || dispatch_all(hub) < 0)
+        return dispatch_edges(hub);
+    return heap_run(hub) < 0 ? -1 : run_queue(hub);
 }
 
 static Hub *enter(Hub *hub) {
@@ -543,7 +536,10 @@ static PyObject *hub_new(PyTypeObject *type, PyObject *args, PyObject *words) {
     hub->epoll = hub->wakeup = hub->signals[0] = hub->signals[1] = -1;
     hub->due = PyDict_New();
     hub->greens = PySet_New(NULL);
-    if (hub->due == NULL || hub->greens == NULL || open_fds(hub) < 0) {
+    hub->events = PyMem_New(struct epoll_event, MAX_EVENTS);
+    if (hub->events == NULL)
+        PyErr_NoMemory();
+    if (hub->events == NULL || hub->due == NULL || hub->greens == NULL || open_fds(hub) < 0) {
         Py_DECREF(hub);
         return NULL;
     }
@@ -602,7 +598,6 @@ static PyObject *hub_close(PyObject *self, PyObject *none) {
 /* In a child: nothing of the parent's is watched or runs here. The parent's green threads are not given back but
  * forgotten: to drop a suspended greenlet is to run its `finally` blocks, which are the parent's business. */
 void hubs_after_fork(void) {
-    forks++;
     Hub *running = current_hub;
     for (Hub *hub = all_hubs; hub != NULL; hub = hub->next) {
         if (hub->closed)
@@ -610,6 +605,7 @@ void hubs_after_fork(void) {
         queue_clear(hub, true);
         heap_clear(hub, true);
         slots_abandon(hub);
+        hub->event_count = 0;
         hub->greens = PySet_New(NULL);
         drop_doors(hub);
         bool mine = hub->signals[0] >= 0 && hub == running;
@@ -676,6 +672,7 @@ static void hub_dealloc(PyObject *self) {
     PyMem_Free(hub->queue);
     PyMem_Free(hub->heap);
     PyMem_Free(hub->doors);
+    PyMem_Free(hub->events);
     Py_CLEAR(hub->due);
     Py_CLEAR(hub->greens);
     Py_CLEAR(hub->greenlet);

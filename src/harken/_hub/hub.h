@@ -23,6 +23,7 @@
 #pragma GCC diagnostic pop
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/epoll.h>
 
 #define HIDDEN __attribute__((visibility("hidden")))
 
@@ -76,6 +77,8 @@ typedef struct {
     uint32_t generation;
 } Door;
 
+#define MAX_EVENTS 256 /* taken from the epoll set at once; what is left comes next turn */
+
 struct Hub {
     PyObject_HEAD
     Hub *next, *previous; /* all hubs of the process, for fork */
@@ -86,6 +89,8 @@ struct Hub {
     bool lent;   /* in a forked child, whose green thread ran here: it ends with that one */
     bool closed;
     int signals[2]; /* a socketpair for signal.set_wakeup_fd, or -1 */
+    struct epoll_event *events; /* of this turn: `next_event` up to `event_count` are not handed out yet */
+    int next_event, event_count;
     int budget;     /* operations that the running green thread may still do without waiting */
     Entry *queue;   /* a ring; capacity is a power of two */
     size_t head, count, capacity;
@@ -113,6 +118,11 @@ extern HIDDEN PyTypeObject *Hub_Type, *Timer_Type, *Task_Type, *Connection_Type;
 HIDDEN int64_t now_ns(void);
 HIDDEN int seconds_to_ns(PyObject *seconds, int64_t *ns);
 HIDDEN bool in_hub(Hub *hub); /* whether the loop itself is running, rather than a green thread */
+
+/* What epoll hands back for descriptors that are not in a slot: doors have this bit and their place. */
+#define DOOR_BIT 0x80000000u
+#define WAKEUP_TAG 0xffffffffu
+#define SIGNAL_TAG 0xfffffffeu
 
 /* hub.c */
 HIDDEN int hub_ready(PyObject *module);
@@ -148,8 +158,8 @@ HIDDEN PyObject *node_owner(Node *node);
 HIDDEN Slot *slot_of(Hub *hub, int fd);
 HIDDEN void slot_renew(Hub *hub, Slot *slot);
 HIDDEN void slot_leave(Hub *hub, Slot *slot, int fd);
-HIDDEN int slot_wait(Hub *hub, Slot *slot, int fd, int direction, int64_t deadline);
-HIDDEN void slot_event(Hub *hub, int fd, uint32_t generation, uint32_t events);
+HIDDEN int slot_wait(Hub *hub, PyGreenlet *me, Slot *slot, int fd, int direction, int64_t deadline);
+HIDDEN void slot_event(Hub *hub, struct epoll_event *event);
 HIDDEN int poll_wait(int fd, int direction, int64_t deadline);
 HIDDEN int wait_fd(Hub *hub, int fd, int direction, int64_t deadline);
 HIDDEN int timed_out(void);

@@ -8,7 +8,6 @@
 #include "hub.h"
 #include <errno.h>
 #include <poll.h>
-#include <sys/epoll.h>
 
 #define ALL (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET)
 #define ENDS (EPOLLRDHUP | EPOLLHUP | EPOLLERR | EPOLLPRI)
@@ -166,17 +165,73 @@ static int set_timeout(Hub *hub, Slot *slot, int direction, int64_t deadline) {
     return heap_insert(hub, &timer->node);
 }
 
+static Slot *event_slot(Hub *hub, struct epoll_event *event) {
+    uint32_t fd = (uint32_t)event->data.u64;
+    int page = (int)(fd / SLOTS_A_PAGE);
+    if (page >= hub->page_count || hub->pages[page] == NULL)
+        return NULL;
+    Slot *slot = &hub->pages[page][fd % SLOTS_A_PAGE];
+    return slot->generation == (uint32_t)(event->data.u64 >> 32) ? slot : NULL;
+}
+
+static void note(Slot *slot, uint32_t events) {
+    if (events & ENDS)
+        slot->sticky = true;
+    if (events & (EPOLLIN | ENDS))
+        slot->dry = false;
+}
+
+void slot_event(Hub *hub, struct epoll_event *event) {
+    uint32_t events = event->events;
+    uint64_t tag = event->data.u64; /* the green threads may end the turn that the event is of */
+    Slot *slot = event_slot(hub, event);
+    if (slot == NULL)
+        return;
+    note(slot, events);
+    if (events & (EPOLLIN | ENDS))
+        wake_waiter(hub, slot, READ);
+    /* Whoever was just resumed may have closed the descriptor. */
+    if (events & (EPOLLOUT | EPOLLHUP | EPOLLERR) && slot->generation == (uint32_t)(tag >> 32))
+        wake_waiter(hub, slot, WRITE);
+}
+
+/* Give up the running green thread: to the one that the next event is for, which saves a switch to the hub and one
+ * from it, or to the hub. NULL: an exception. */
+static PyObject *pass_on(Hub *hub, PyGreenlet *me) {
+    while (hub->next_event < hub->event_count) {
+        struct epoll_event *event = &hub->events[hub->next_event];
+        if ((uint32_t)event->data.u64 & DOOR_BIT)
+            break;
+        Slot *slot = event_slot(hub, event);
+        PyGreenlet *next = slot == NULL ? NULL : slot->waiter[READ];
+        if (slot != NULL && slot->waiter[WRITE] != NULL)
+            break; /* two may have to be woken: the hub's work */
+        hub->next_event++;
+        if (slot == NULL)
+            continue;
+        note(slot, event->events);
+        if (!(event->events & (EPOLLIN | ENDS)) || next == NULL || is_due(hub, next))
+            continue;
+        slot->waiter[READ] = NULL;
+        hub->budget = TURN_BUDGET;
+        PyObject *back = next == me ? Py_NewRef(Py_None) : PyGreenlet_Switch(next, NULL, NULL);
+        Py_DECREF(next);
+        return back;
+    }
+    return PyGreenlet_Switch(hub->greenlet, NULL, NULL);
+}
+
 /* Park the running green thread until the descriptor may be ready. `deadline` 0 is never. The caller holds the hub. */
-int slot_wait(Hub *hub, Slot *slot, int fd, int direction, int64_t deadline) {
+int slot_wait(Hub *hub, PyGreenlet *me, Slot *slot, int fd, int direction, int64_t deadline) {
     if (slot->waiter[direction] != NULL) {
         PyErr_SetString(PyExc_RuntimeError, BUSY);
         return -1;
     }
     if ((!slot->registered && register_slot(hub, slot, fd) < 0) || set_timeout(hub, slot, direction, deadline) < 0)
         return -1;
-    PyGreenlet *me = slot->waiter[direction] = PyGreenlet_GetCurrent();
+    slot->waiter[direction] = (PyGreenlet *)Py_NewRef(me);
     slot->timed_out[direction] = false;
-    PyObject *back = PyGreenlet_Switch(hub->greenlet, NULL, NULL);
+    PyObject *back = pass_on(hub, me);
     bool late = slot->timed_out[direction];
     if (slot->waiter[direction] == me) { /* neither an event nor the timeout: park()'s ways, or an exception */
         slot->waiter[direction] = NULL;
@@ -187,23 +242,6 @@ int slot_wait(Hub *hub, Slot *slot, int fd, int direction, int64_t deadline) {
         return -1;
     Py_DECREF(back);
     return late ? timed_out() : 0;
-}
-
-void slot_event(Hub *hub, int fd, uint32_t generation, uint32_t events) {
-    Slot *slot = fd / SLOTS_A_PAGE < hub->page_count && hub->pages[fd / SLOTS_A_PAGE] != NULL
-                     ? &hub->pages[fd / SLOTS_A_PAGE][fd % SLOTS_A_PAGE]
-                     : NULL;
-    if (slot == NULL || slot->generation != generation)
-        return;
-    if (events & ENDS)
-        slot->sticky = true;
-    if (events & (EPOLLIN | ENDS)) {
-        slot->dry = false;
-        wake_waiter(hub, slot, READ);
-    }
-    /* Whoever was just resumed may have closed the descriptor. */
-    if (events & (EPOLLOUT | EPOLLHUP | EPOLLERR) && slot->generation == generation)
-        wake_waiter(hub, slot, WRITE);
 }
 
 /* Wait as a plain thread does. */
@@ -263,7 +301,9 @@ int wait_fd(Hub *hub, int fd, int direction, int64_t deadline) {
         return 0;
     }
     uint32_t generation = slot->generation;
-    int result = slot_wait(hub, slot, fd, direction, deadline);
+    PyGreenlet *me = PyGreenlet_GetCurrent();
+    int result = slot_wait(hub, me, slot, fd, direction, deadline);
+    Py_DECREF(me);
     if (!slot->owned && slot->generation == generation && !slot->waiter[READ] && !slot->waiter[WRITE]) {
         if (hub->epoll >= 0)
             epoll_ctl(hub->epoll, EPOLL_CTL_DEL, fd, NULL);
