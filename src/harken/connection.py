@@ -213,14 +213,15 @@ class Record:
             self.reason = "handler_failed" if self.failed and far_end != "peer_reset" else far_end or "handler_returned"
         return self.reason
 
-    def move(self, request: Connection) -> None:
+    def move(self, request: object) -> None:
         """The same connection goes on as another object, which an engine made of the one accepted."""
         accepted = self.request
         if isinstance(accepted, Connection):
             accepted.record = None
         self._registry.rename(self, id(request))
         self._request = weakref.ref(request, self._collected)
-        request.record = self
+        if isinstance(request, Connection):
+            request.record = self
 
     def ended(self) -> None:
         """The connection is closed: strike it off. Only the first call counts."""

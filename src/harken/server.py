@@ -188,7 +188,10 @@ class BaseServer:
             serving.hand_to_child(self.process_request_thread, request, client_address)
             self.close_request(request)
         else:
-            engine.spawn(self.process_request_thread, engine.adopt(request), client_address)
+            adopted = engine.adopt(request)
+            if adopted is not request:
+                serving.moved(request, adopted)
+            engine.spawn(self.process_request_thread, adopted, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one request where the engine runs handlers: its thread, its child. May be overridden."""

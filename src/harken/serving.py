@@ -325,6 +325,12 @@ class Serving:
         if events.subscribers["opened"]:
             self._tell("opened", record, client_address)
 
+    def moved(self, request: Any, adopted: Any) -> None:
+        """The engine made another object of a connection, for its handlers."""
+        record = self.connections.find(request)
+        if record is not None:
+            record.move(adopted)
+
     def rejected(self, record: Record | None, client_address: Any, reason: str) -> None:
         """A connection is refused before its handler."""
         self.counts["rejected"] += 1

@@ -102,7 +102,7 @@ class Engine(ABC):
     def adopt(self, request: Any) -> Any:
         """Make a connection fit for this engine's handlers, and return it.
 
-        When that takes another object, the old one is detached and its record moves (:meth:`Record.move`).
+        When that takes another object, the old one must be detached; the caller moves its record.
         """
         return request
 
