@@ -8,7 +8,9 @@
 #include "hub.h"
 #include <arpa/inet.h>
 #include <errno.h>
+#include <limits.h>
 #include <stddef.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -36,6 +38,11 @@ int socket_fd(PyObject *sock) {
 }
 
 int socket_parts(PyObject *sock, int *fd, int *family, int *kind, int *proto) {
+    if (quick) {
+        Head *head = (Head *)sock;
+        *fd = head->fd, *family = head->family, *kind = head->kind, *proto = head->proto;
+        return 0;
+    }
     int *parts[] = {family, kind, proto};
     for (int i = 0; i < 3; i++) {
         PyObject *number = PyObject_GetAttr(sock, part_names[i]);
@@ -49,15 +56,14 @@ int socket_parts(PyObject *sock, int *fd, int *family, int *kind, int *proto) {
 }
 
 static void set_slot(PyObject *object, Py_ssize_t offset, PyObject *value) {
-    *(PyObject **)((char *)object + offset) = value; /* the memory was zero */
+    Py_XSETREF(*(PyObject **)((char *)object + offset), value);
 }
 
-PyObject *make_connection(PyTypeObject *type, int fd, int family, int kind, int proto) {
-    if (!quick || type->tp_init != Connection_Type->tp_init || type->tp_new != Connection_Type->tp_new)
-        return PyObject_CallFunction((PyObject *)type, "iiii", family, kind, proto, fd);
-    PyObject *made = type->tp_alloc(type, 0);
-    if (made == NULL)
-        return NULL;
+/* Do for a new connection what socket.socket.__init__ does for a descriptor that is known to be right and does not
+ * block. False: it must be called. */
+static bool fill_in(PyObject *made, int fd, int family, int kind, int proto) {
+    if (!quick)
+        return false;
     memcpy((char *)made + sizeof(PyObject), (char *)pattern + sizeof(PyObject),
            (size_t)Wire_Type->tp_basicsize - sizeof(PyObject));
     Head *head = (Head *)made;
@@ -68,7 +74,40 @@ PyObject *make_connection(PyTypeObject *type, int fd, int family, int kind, int 
     set_slot(made, io_refs, PyLong_FromLong(0));
     set_slot(made, closed, Py_NewRef(Py_False));
     make_stream_known(state_of(made), family, kind, proto);
+    return true;
+}
+
+PyObject *make_connection(PyTypeObject *type, int fd, int family, int kind, int proto) {
+    if (!quick || type->tp_init != Connection_Type->tp_init || type->tp_new != Connection_Type->tp_new)
+        return PyObject_CallFunction((PyObject *)type, "iiii", family, kind, proto, fd);
+    PyObject *made = type->tp_alloc(type, 0);
+    if (made != NULL)
+        fill_in(made, fd, family, kind, proto);
     return made;
+}
+
+/* Connection(family, type, proto, fileno) with plain numbers, as an acceptor calls it. 1: done; 0: not that; -1. */
+int quick_init(PyObject *self, PyObject *args, PyObject *words) {
+    int numbers[4];
+    if (!quick || words != NULL || PyTuple_GET_SIZE(args) != 4 || ((Head *)self)->fd != -1)
+        return 0;
+    for (int i = 0; i < 4; i++) {
+        PyObject *number = PyTuple_GET_ITEM(args, i);
+        long value = PyLong_CheckExact(number) ? PyLong_AsLong(number) : -1;
+        if (value < 0 || value > INT_MAX) {
+            PyErr_Clear();
+            return 0;
+        }
+        numbers[i] = (int)value;
+    }
+    if (numbers[1] & (SOCK_NONBLOCK | SOCK_CLOEXEC)) /* to be stripped */
+        return 0;
+    struct sockaddr_storage own;
+    socklen_t length = sizeof own;
+    int yes = 1, fd = numbers[3];
+    if (getsockname(fd, (struct sockaddr *)&own, &length) < 0 || ioctl(fd, FIONBIO, &yes) < 0)
+        return fail(errno);
+    return fill_in(self, fd, numbers[0], numbers[1], numbers[2]);
 }
 
 /* -- addresses ---------------------------------------------------------------------------------------------------- */
@@ -165,10 +204,7 @@ PyObject *accept_one(PyObject *module, PyObject *listener) {
         PyErr_Format(PyExc_TypeError, "a listening socket is needed, not %.100s", Py_TYPE(listener)->tp_name);
         return NULL;
     }
-    if (quick) {
-        Head *head = (Head *)listener;
-        fd = head->fd, family = head->family, kind = head->kind, proto = head->proto;
-    } else if (socket_parts(listener, &fd, &family, &kind, &proto) < 0)
+    if (socket_parts(listener, &fd, &family, &kind, &proto) < 0)
         return NULL;
     return accept_from(Connection_Type, fd, family, kind, proto);
 }

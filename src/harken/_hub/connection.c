@@ -347,6 +347,9 @@ static PyObject *connection_getblocking(PyObject *self, PyObject *none) {
 
 /* socket.socket.__init__, and then never blocking. */
 static int connection_init(PyObject *self, PyObject *args, PyObject *words) {
+    int done_quickly = quick_init(self, args, words);
+    if (done_quickly != 0)
+        return done_quickly > 0 ? 0 : -1;
     PyObject *bound = PyObject_CallMethod(base_init, "__get__", "OO", self, Py_TYPE(self));
     PyObject *done = bound == NULL ? NULL : PyObject_Call(bound, args, words);
     Py_XDECREF(bound);

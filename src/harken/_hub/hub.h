@@ -202,6 +202,7 @@ HIDDEN int accept_ready(void);
 HIDDEN PyObject *accept_one(PyObject *module, PyObject *listener);
 HIDDEN PyObject *make_connection(PyTypeObject *type, int fd, int family, int kind, int proto);
 HIDDEN PyObject *accept_from(PyTypeObject *type, int fd, int family, int kind, int proto);
+HIDDEN int quick_init(PyObject *self, PyObject *args, PyObject *words);
 HIDDEN int socket_parts(PyObject *sock, int *fd, int *family, int *kind, int *proto);
 HIDDEN int socket_fd(PyObject *sock);
 extern HIDDEN PyTypeObject *Wire_Type;   /* _socket.socket */
