@@ -115,6 +115,11 @@ class Engine(ABC):
         """Whether the calling thread is one of the engine's own in which doors are watched (*any thread*)."""
         return False
 
+    @classmethod
+    def remark(cls) -> str:
+        """One line that ``harken check`` tells of the engine on this machine, or an empty string."""
+        return ""
+
     @property
     def full(self) -> bool:
         """Whether ``spawn`` would have to wait."""

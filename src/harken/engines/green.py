@@ -118,6 +118,12 @@ class Engine(Contract):
         self._guard = threading.RLock()
         _engines.add(self)
 
+    @classmethod
+    def remark(cls) -> str:
+        """Which hub runs."""
+        slower = "; the compiled one, which is quicker, was not built" if "compiled" not in _hub.kinds() else ""
+        return f"hub: {_hub.kind}{slower if _hub.kind == 'fallback' else ''}"
+
     # -- doors ---------------------------------------------------------------------------------------------------------
 
     def watch(self, door: Door, on_readable: Callable[[], bool]) -> None:
@@ -190,7 +196,7 @@ class Engine(Contract):
         loop.finish(error)
 
     def _drop_stopped(self) -> None:
-        for loop in list(self._loops):
+        for loop in tuple(self._loops):
             if loop.stopped():
                 self._finish(loop)
 
@@ -199,15 +205,18 @@ class Engine(Contract):
         if not self._loops:
             return
         with self._turns:
-            self._drop_stopped()
-            for loop in list(self._loops):
+            for loop in tuple(self._loops):
+                if loop.stopped():
+                    self._finish(loop)
+                    continue
                 try:
                     loop.tick()
                 except BaseException as error:  # noqa: BLE001 - raised again by the loop's caller
                     self._finish(loop, error)
 
     def _patience(self) -> float:
-        return min((loop.patience() for loop in list(self._loops)), default=LONG)
+        loops = tuple(self._loops)
+        return loops[0].patience() if len(loops) == 1 else min((loop.patience() for loop in loops), default=LONG)
 
     # -- the hub's thread ----------------------------------------------------------------------------------------------
 
