@@ -31,6 +31,9 @@ __all__ = ["Engine"]
 
 # Seconds between turns when no loop asks for any.
 LONG = 3600.0
+# Seconds between looks of a loop's caller. It is nudged when there is news; but a signal that arrives in the moment
+# between Python's last look and its falling asleep wakes nobody. stdlib's loop wakes as often.
+SIGNAL_SECONDS = 0.5
 # Seconds that a spawn from another thread waits for the start, as Thread.start() does, unless handlers keep the hub.
 START_SECONDS = 0.1
 # Seconds that the hub's thread gets to end once nothing keeps it: it takes a turn.
@@ -90,7 +93,7 @@ class _Loop:
     def wait(self) -> None:
         """Wait for the end, by whoever sees it first: a handler that keeps the hub cannot delay it."""
         while not self.over and not self.stopped():
-            self._nudge.acquire()
+            self._nudge.acquire(timeout=SIGNAL_SECONDS)
 
 
 class Engine(Contract):
