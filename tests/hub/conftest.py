@@ -15,10 +15,15 @@ from harken import _hub
 PATIENCE = 5.0  # seconds that anything may take
 
 
-@pytest.fixture(params=[*_hub.kinds()])
-def kind(request: pytest.FixtureRequest) -> ModuleType:
-    """A module that keeps the hub's contract."""
-    return _hub.kinds()[request.param]
+@pytest.fixture(params=[*_hub.kinds(), "selectors"])
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module that keeps the hub's contract; ``selectors`` is the fallback on a system without epoll."""
+    if request.param != "selectors":
+        return _hub.kinds()[request.param]
+    from harken._hub import fallback, pollers
+
+    monkeypatch.setattr(fallback, "poller", pollers.LevelPoller)
+    return fallback
 
 
 class Stage:

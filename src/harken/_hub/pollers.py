@@ -10,7 +10,7 @@ import select
 import selectors
 from typing import Protocol
 
-__all__ = ["HUNG", "READABLE", "WRITABLE", "Poller", "poller"]
+__all__ = ["HUNG", "READABLE", "WRITABLE", "EdgePoller", "LevelPoller", "Poller", "poller"]
 
 # As in epoll(7), here also where there is no epoll.
 _IN, _PRI, _OUT, _ERR, _HUP, _RDHUP = 0x1, 0x2, 0x4, 0x8, 0x10, 0x2000
@@ -45,7 +45,7 @@ class Poller(Protocol):
         """Give the descriptor back."""
 
 
-class _Edge:
+class EdgePoller:
     """epoll, edge-triggered."""
 
     _CHANGES = _IN | _OUT | _RDHUP | _PRI | (1 << 31)  # EPOLLET
@@ -78,7 +78,7 @@ class _Edge:
             self._epoll.modify(fd, mask)
 
 
-class _Level:
+class LevelPoller:
     """``selectors``: kqueue, or poll()."""
 
     def __init__(self) -> None:
@@ -121,4 +121,4 @@ class _Level:
 
 def poller() -> Poller:
     """Make the best poller of this system."""
-    return _Edge() if hasattr(select, "epoll") else _Level()
+    return EdgePoller() if hasattr(select, "epoll") else LevelPoller()
