@@ -31,7 +31,7 @@ static PyObject *part_names[3];
 int socket_fd(PyObject *sock) {
     if (quick)
         return ((Head *)sock)->fd;
-    PyObject *number = PyObject_CallMethod(sock, "fileno", NULL);
+    PyObject *number = PyObject_CallMethod(sock, "fileno", NULL); /* which sends what was written: once */
     int fd = number == NULL ? -1 : (int)PyLong_AsLong(number);
     Py_XDECREF(number);
     return fd;

@@ -12,14 +12,13 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 
-#define SCRATCH 65536 /* what handlers ask for at once; a small message is copied from here */
 #define LARGE 8192    /* beyond, a copy costs more than giving memory back */
 
 HIDDEN PyTypeObject *Connection_Type;
 static PyTypeObject *Base_Type; /* harken.connection.Connection */
 static Py_ssize_t state_offset;
 static PyObject *base_init, *base_real_close, *base_detach, *base_setblocking;
-static char scratch[SCRATCH]; /* under the GIL, from recv() to the copy */
+HIDDEN char scratch[SCRATCH];
 
 State *state_of(PyObject *self) { return (State *)((char *)self + state_offset); }
 
@@ -97,6 +96,8 @@ static int attach(State *state, Hub *hub, int fd) {
 
 /* The connection leaves the hub, before its descriptor is closed or given away. */
 void let_go(PyObject *self, State *state) {
+    if (flush_of(self) < 0)
+        PyErr_Clear(); /* the peer has gone: nobody is left to be told */
     if (attached(state))
         slot_leave((Hub *)state->hub, state->slot, socket_fd(self));
     state->slot = NULL;
@@ -120,7 +121,7 @@ int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline) {
             state->slot->dry = false;
         return result;
     }
-    int result = attach(state, hub, fd);
+    int result = flush_pending(hub) < 0 ? -1 : attach(state, hub, fd);
     if (result == 0)
         result = slot_wait(hub, me, state->slot, fd, direction, *deadline);
     Py_DECREF(me);
@@ -150,7 +151,7 @@ static void mark_dry(State *state, int fd) {
 }
 
 /* recv(2) that waits. A connection that was read empty is not asked again before an event says that there is more. */
-static ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags) {
+ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags) {
     int64_t deadline = 0;
     size_t have = 0;
     if (spend(1) < 0)
@@ -244,7 +245,7 @@ static PyObject *connection_recv_into(PyObject *self, PyObject *args, PyObject *
 /* -- sending ------------------------------------------------------------------------------------------------------ */
 
 /* send(2) that waits: once something was sent (`all` false), or until all of it was. */
-static ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, int flags, bool all) {
+ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, int flags, bool all) {
     int64_t deadline = 0;
     size_t done = 0;
     if (spend(1) < 0)
@@ -278,6 +279,8 @@ static ssize_t transmit(PyObject *self, State *state, const char *data, size_t s
 }
 
 static ssize_t give(PyObject *self, PyObject *const *args, Py_ssize_t count, bool all) {
+    if (flush_of(self) < 0)
+        return -1;
     if (count < 1 || count > 2) {
         PyErr_SetString(PyExc_TypeError, "bytes to send are needed, and flags");
         return -1;

@@ -356,7 +356,7 @@ static PyObject *hub_call_at(PyObject *self, PyObject *const *args, Py_ssize_t c
 
 static int must_be_green(Hub *hub) {
     if (current_hub == hub && !in_hub(hub))
-        return 0;
+        return flush_pending(hub);
     PyErr_SetString(PyExc_RuntimeError, "nothing can wait here: this is no green thread of a running hub");
     return -1;
 }
@@ -606,6 +606,8 @@ void hubs_after_fork(void) {
         heap_clear(hub, true);
         slots_abandon(hub);
         hub->event_count = 0;
+        hub->pending_owner = NULL; /* the parent sends it */
+        hub->pending_size = 0;
         hub->greens = PySet_New(NULL);
         drop_doors(hub);
         bool mine = hub->signals[0] >= 0 && hub == running;
@@ -628,6 +630,7 @@ static int hub_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(hub->greenlet);
     Py_VISIT(hub->due);
     Py_VISIT(hub->greens);
+    Py_VISIT(hub->pending_owner);
     for (size_t i = 0; i < hub->count; i++) {
         Entry *entry = &hub->queue[(hub->head + i) & (hub->capacity - 1)];
         Py_VISIT(entry->target);
@@ -654,6 +657,7 @@ static int hub_clear(PyObject *self) {
     heap_clear(hub, false);
     drop_doors(hub);
     slots_forget_waiters(hub);
+    Py_CLEAR(hub->pending_owner);
     if (hub->greens != NULL)
         PySet_Clear(hub->greens);
     return 0;
@@ -673,6 +677,7 @@ static void hub_dealloc(PyObject *self) {
     PyMem_Free(hub->heap);
     PyMem_Free(hub->doors);
     PyMem_Free(hub->events);
+    PyMem_Free(hub->pending);
     Py_CLEAR(hub->due);
     Py_CLEAR(hub->greens);
     Py_CLEAR(hub->greenlet);

@@ -8,7 +8,9 @@
  *   timers.c      deadlines: a binary heap
  *   slots.c       who waits for which descriptor: the epoll set, and waiting itself
  *   connection.c  Connection: a socket.socket whose calls wait in the hub
+ *   rare.c        what a Connection does less often
  *   accept.c      accept(2) straight into a Connection
+ *   files.c       rfile and wfile
  *   chunks.c      a cache for the memory of Python stacks
  *
  * Everything here is guarded by the GIL, which is given up in epoll_wait, poll and sendfile alone. */
@@ -102,7 +104,9 @@ struct Hub {
     int page_count;
     Door *doors;
     int door_count;
-    PyObject *family; /* type of new connections */
+    char *pending; /* what the running green thread has written and not sent, to pending_owner; see files.c */
+    size_t pending_size;
+    PyObject *pending_owner;
 };
 
 /* The hub whose turn runs in this thread. Green threads of a hub share its thread, so it is theirs too. */
@@ -191,6 +195,16 @@ HIDDEN int wait_ready(PyObject *self, State *state, int direction, int64_t *dead
 HIDDEN int fail(int error);
 HIDDEN void let_go(PyObject *self, State *state);
 HIDDEN void make_stream_known(State *state, int family, int kind, int proto);
+
+HIDDEN ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags);
+HIDDEN ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, int flags, bool all);
+#define SCRATCH 65536 /* what handlers ask for at once; a small message is copied from here */
+extern HIDDEN char scratch[SCRATCH]; /* good from recv() until anybody waits */
+
+/* files.c */
+HIDDEN int files_ready(PyObject *module);
+HIDDEN int flush_pending(Hub *hub);
+HIDDEN int flush_of(PyObject *sock);
 
 /* rare.c */
 HIDDEN int rare_ready(void);

@@ -142,6 +142,8 @@ int give_way(Hub *hub) {
     hub->budget = TURN_BUDGET;
     if (in_hub(hub))
         return 0;
+    if (flush_pending(hub) < 0)
+        return -1;
     PyGreenlet *me = PyGreenlet_GetCurrent();
     int result = make_due(hub, me, NULL);
     Py_DECREF(me);
@@ -216,6 +218,8 @@ static PyObject *task_call(PyObject *self, PyObject *none, PyObject *keywords) {
             show(task->function);
     }
     Py_XDECREF(done);
+    if (hub->pending_owner != NULL && current_hub == hub && flush_pending(hub) < 0)
+        PyErr_Clear(); /* a handler that did not close its file does not learn that the peer has gone */
     Py_CLEAR(task->function); /* whatever the handler held goes now, not when somebody drops the greenlet */
     Py_CLEAR(task->args);
     if (hub->lent)

@@ -12,7 +12,7 @@
 #define LONGEST_PAUSE 50000000
 #define FILE_PIECE 262144 /* TURN_BYTES: what is sent of a file before the others get their turn */
 
-static PyObject *base_method[7], *base_connect_ex;
+static PyObject *base_method[7], *base_connect_ex, *base_shutdown, *base_fileno;
 enum { RECVFROM, RECVFROM_INTO, RECVMSG, RECVMSG_INTO, SENDTO, SENDMSG, KINDS };
 static const char *const names[KINDS] = {"recvfrom", "recvfrom_into", "recvmsg", "recvmsg_into", "sendto", "sendmsg"};
 
@@ -28,6 +28,8 @@ static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int whic
     int64_t deadline = 0;
     int direction = which >= SENDTO ? WRITE : READ;
     PyObject *method = PyObject_CallMethod(base_method[which], "__get__", "O", self), *done = NULL;
+    if (flush_of(self) < 0)
+        Py_CLEAR(method);
     if (current_hub != NULL && --current_hub->budget < 0 && give_way(current_hub) < 0)
         Py_CLEAR(method);
     while (method != NULL && begin(self, state) >= 0) {
@@ -193,6 +195,8 @@ static PyObject *rare_sendfile(PyObject *self, PyObject *args, PyObject *words) 
     if (right == NULL)
         return NULL;
     Py_DECREF(right);
+    if (flush_of(self) < 0)
+        return NULL;
     if (state_of(self)->nonblocking) {
         PyErr_SetString(PyExc_ValueError, "non-blocking sockets are not supported");
         return NULL;
@@ -217,6 +221,16 @@ static PyObject *rare_sendfile(PyObject *self, PyObject *args, PyObject *words) 
     PyErr_Clear();
     Py_XDECREF(moved);
     return PyLong_FromLongLong(sent);
+}
+
+/* -- before others use the descriptor, what was written goes ------------------------------------------------------ */
+
+static PyObject *rare_shutdown(PyObject *self, PyObject *how) {
+    return flush_of(self) < 0 ? NULL : PyObject_CallFunctionObjArgs(base_shutdown, self, how, NULL);
+}
+
+static PyObject *rare_fileno(PyObject *self, PyObject *none) {
+    return flush_of(self) < 0 ? NULL : PyObject_CallOneArg(base_fileno, self);
 }
 
 /* -- travel to another process ------------------------------------------------------------------------------------ */
@@ -261,6 +275,8 @@ HIDDEN PyMethodDef rare_methods[] = {
     {"connect", rare_connect, METH_O, "As socket.connect, likewise."},
     {"connect_ex", rare_connect_ex, METH_O, "As socket.connect_ex, likewise."},
     {"sendfile", FAST(rare_sendfile), WORDS, "As socket.sendfile, likewise."},
+    {"shutdown", rare_shutdown, METH_O, "As socket.shutdown."},
+    {"fileno", rare_fileno, METH_NOARGS, "As socket.fileno."},
     {"__reduce_ex__", rare_reduce, METH_O, "Travel to another process by multiprocessing."},
     {NULL},
 };
@@ -270,5 +286,7 @@ int rare_ready(void) {
         if ((base_method[i] = PyObject_GetAttrString((PyObject *)Wire_Type, names[i])) == NULL)
             return -1;
     base_connect_ex = PyObject_GetAttrString((PyObject *)Wire_Type, "connect_ex");
-    return base_connect_ex == NULL ? -1 : 0;
+    base_shutdown = PyObject_GetAttrString((PyObject *)Wire_Type, "shutdown");
+    base_fileno = PyObject_GetAttrString((PyObject *)Wire_Type, "fileno");
+    return base_connect_ex == NULL || base_shutdown == NULL || base_fileno == NULL ? -1 : 0;
 }

@@ -278,6 +278,8 @@ int poll_wait(int fd, int direction, int64_t deadline) {
 /* Wait for a descriptor that need not be a Connection's. */
 int wait_fd(Hub *hub, int fd, int direction, int64_t deadline) {
     struct pollfd ready = {.fd = fd, .events = direction == WRITE ? POLLOUT : POLLIN | POLLPRI};
+    if (flush_pending(hub) < 0)
+        return -1;
     int count = poll(&ready, 1, 0);
     if (count > 0 && ready.revents & POLLNVAL) {
         errno = EBADF;

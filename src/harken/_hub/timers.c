@@ -175,6 +175,8 @@ static PyObject *timer_cancel(PyObject *self, PyObject *none) {
 
 /* Park the running green thread until `deadline`. */
 int sleep_until(Hub *hub, int64_t deadline) {
+    if (flush_pending(hub) < 0)
+        return -1;
     PyGreenlet *me = PyGreenlet_GetCurrent();
     if (me == NULL)
         return -1;
