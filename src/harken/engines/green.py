@@ -228,17 +228,17 @@ class Engine(Contract):
         if self._hub is None:
             started = Bell()
             self._leaving = False
-            self._thread = threading.Thread(
+            threading.Thread(
                 target=self._run_hub,
                 args=(started,),
                 name=f"harken-green-{next(_numbers)} (process_request_thread)",  # as in stdlib: monitors look
                 daemon=self._are_daemons() or threading.current_thread().daemon,
-            )
-            self._thread.start()
+            ).start()
             started.wait()
         return self._hub
 
     def _run_hub(self, started: Bell) -> None:
+        self._thread = threading.current_thread()
         hub = _hub.Hub()
         for door, _ in list(self._doors.values()):
             self._watch(hub, door)
