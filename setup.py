@@ -31,7 +31,16 @@ def extensions() -> list[Extension]:
             sorted(str(path) for path in HUB.glob("*.c")),
             depends=[str(HUB / "hub.h")],
             include_dirs=[str(Path(greenlet.__file__).parent)],
-            extra_compile_args=["-std=c11", "-D_GNU_SOURCE", "-O2", "-ftls-model=initial-exec", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+            extra_compile_args=[
+                "-std=c11",
+                "-D_GNU_SOURCE",
+                "-O2",
+                "-g0",
+                "-ftls-model=initial-exec",
+                "-Wall",
+                "-Wextra",
+                "-Wno-unused-parameter",
+            ],
             optional=True,
         )
     ]

@@ -151,7 +151,9 @@ def test_answers_to_a_pipeline_are_joined(hub: Any, pair: tuple[Any, socket.sock
     assert run(hub, serve)[0] == [b"", b"one\ntwo\nthree\n"]
 
 
-@pytest.mark.parametrize("way", ["recv", "sleep", "park", "wait", "end", "close", "shutdown", "sendall", "flush", "fileno"])
+@pytest.mark.parametrize(
+    "way", ["recv", "sleep", "park", "wait", "end", "close", "shutdown", "sendall", "flush", "fileno"]
+)
 def test_no_answer_waits_for_the_peer(hub: Any, pair: tuple[Any, socket.socket], way: str) -> None:
     """Whatever the green thread does next, what it wrote is sent first."""
     near, far = pair

@@ -187,9 +187,9 @@ def test_closing_the_hub_ends_what_is_left() -> None:
     """`close` runs the `finally` blocks of parked green threads; a hub that is dropped gives its descriptors back."""
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    hub = compiled.Hub()
+    hub: Any = compiled.Hub()
     near, far = socket.socketpair()
-    connection = hub.adopt(near)
+    connection: Any = hub.adopt(near)
     ended: list[str] = []
 
     def wait(way: str, function: Callable[[], object]) -> None:
@@ -212,7 +212,7 @@ def test_closing_the_hub_ends_what_is_left() -> None:
     connection.close()
     far.close()
     gone = weakref.ref(hub)
-    del hub, connection
+    hub = connection = None
     gc.collect()
     assert gone() is None
     assert len(os.listdir("/proc/self/fd")) == before
@@ -323,7 +323,7 @@ def test_addresses_are_those_of_the_socket_module(hub: Any, tmp_path: Any) -> No
             listener.listen()
             with socket.socket(family) as client, socket.socket(family) as named:
                 if family == socket.AF_UNIX:
-                    named.bind("\0harken-test-%d" % os.getpid())
+                    named.bind(f"\0harken-test-{os.getpid()}")
                 for each in (client, named):
                     each.connect(listener.getsockname())
                     connection, peer = compiled.accept(listener)
