@@ -13,9 +13,10 @@ import os
 # No typing, no socket: each would cost more than the rest of this file.
 _HOMES: dict[str, str] = {
     **dict.fromkeys(("BaseServer", "TCPServer", "UDPServer"), "harken.server"),
-    **dict.fromkeys(("ThreadingMixIn", "PoolMixIn"), "harken.mixins"),
+    **dict.fromkeys(("ThreadingMixIn", "PoolMixIn", "GreenMixIn"), "harken.mixins"),
     **dict.fromkeys(("BaseRequestHandler", "StreamRequestHandler", "DatagramRequestHandler"), "harken.handlers"),
     **dict.fromkeys(("ThreadingTCPServer", "ThreadingUDPServer", "PoolTCPServer", "PoolUDPServer"), "harken.servers"),
+    **dict.fromkeys(("GreenTCPServer", "GreenUDPServer"), "harken.servers"),
     **dict.fromkeys(
         ("ConfigError", "ConnectionClosed", "DeadlineExceeded", "FrameError", "HandoffError", "HarkenError"),
         "harken.errors",
@@ -32,12 +33,13 @@ if hasattr(os, "fork"):
 if hasattr(_socket, "AF_UNIX"):
     _HOMES |= dict.fromkeys(("UnixStreamServer", "UnixDatagramServer"), "harken.server")
     _HOMES |= dict.fromkeys(
-        ("ThreadingUnixStreamServer", "ThreadingUnixDatagramServer", "PoolUnixStreamServer"), "harken.servers"
+        ("ThreadingUnixStreamServer", "ThreadingUnixDatagramServer", "PoolUnixStreamServer", "GreenUnixStreamServer"),
+        "harken.servers",
     )
     if hasattr(os, "fork"):
         _HOMES |= dict.fromkeys(("ForkingUnixStreamServer", "ForkingUnixDatagramServer"), "harken.servers")
 
-_SUBMODULES = ("events", "explain", "testing")
+_SUBMODULES = ("events", "explain", "green", "testing")
 # Names that programs read or patch in the module they call socketserver.
 _PRIVATE = {"_SocketWriter": "harken.handlers", "_NoThreads": "harken.mixins"}
 _BORROWED = ("socket", "selectors", "os", "sys", "threading")

@@ -97,8 +97,8 @@ _type = _socket.socket.type.__get__
 _proto = _socket.socket.proto.__get__
 
 
-def accept(listener: socket.socket) -> tuple[socket.socket, Any]:
-    """Take one connection from ``listener``, as ``socket.accept`` does, but as a :class:`Connection`.
+def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tuple[socket.socket, Any]:
+    """Take one connection from ``listener``, as ``socket.accept`` does, but as the engine's kind of connection.
 
     A listener with an ``accept`` of its own (a TLS socket, a test's double) answers for itself. Peers of a dual-stack
     listener that harken opened are shown by the IPv4 address that they have.
@@ -109,7 +109,7 @@ def accept(listener: socket.socket) -> tuple[socket.socket, Any]:
     if getattr(type(listener), "accept", None) is not socket.socket.accept:
         return listener.accept()
     fd, address = listener._accept()  # type: ignore[attr-defined]
-    connection = Connection(_family(listener), _type(listener), _proto(listener), fd)
+    connection = kind(_family(listener), _type(listener), _proto(listener), fd)
     if not _LINUX or (listener.gettimeout() and socket.getdefaulttimeout() is None):
         connection.setblocking(True)  # BSD's accept() hands O_NONBLOCK on
     if len(address) == 4 and address[0].startswith("::ffff:") and hasattr(listener, "url"):
@@ -230,6 +230,16 @@ class Record:
             self.reason = "handler_failed" if self.failed and far_end != "peer_reset" else far_end or "handler_returned"
         return self.reason
 
+    def move(self, request: object) -> None:
+        """The same connection goes on as another object, which an engine made of the one accepted."""
+        accepted = self.request
+        if isinstance(accepted, Connection):
+            accepted.record = None
+        self._registry.rename(self, id(request))
+        self._request = weakref.ref(request, self._collected)
+        if isinstance(request, Connection):
+            request.record = self
+
     def ended(self) -> None:
         """The connection is closed: strike it off. Only the first call counts."""
         self._registry.strike(self)
@@ -339,14 +349,14 @@ class Registry:
             record = Record(request, client_address, self)
         except TypeError:
             return None
-        if type(request) is Connection:
+        if isinstance(request, Connection):
             request.record = record
         self._records[record.key] = record
         return record
 
     def find(self, request: object) -> Record | None:
         """Return the record of ``request``, if it is open."""
-        if type(request) is Connection:
+        if isinstance(request, Connection):
             return getattr(request, "record", None)
         record = self._records.get(id(request))
         return record if record is not None and record.request is request else None
@@ -354,6 +364,13 @@ class Registry:
     def by_id(self, connection_id: str) -> Record | None:
         """Return the open record of this id."""
         return next((record for record in self if record.id == connection_id), None)
+
+    def rename(self, record: Record, key: int) -> None:
+        """File an open record under another key."""
+        if self._records.get(record.key) is record:
+            self._records[key] = record
+            del self._records[record.key]
+            record.key = key
 
     def strike(self, record: Record) -> None:
         """Forget an ended record and tell ``on_close``, once."""
@@ -370,7 +387,7 @@ class Registry:
         if record is None or self._records.pop(record.key, None) is not record:
             return
         request = record.request
-        if type(request) is Connection:
+        if isinstance(request, Connection):
             request.record = None
         record.process = pid
         record.key = -pid  # the request object goes, and another may get its id()

@@ -14,7 +14,7 @@ from harken.engines.thread import Threads
 from harken.server import BaseServer, TCPServer, UDPServer
 from harken.serving import RunningSide
 
-__all__ = ["ForkingMixIn", "PoolMixIn", "ThreadingMixIn"]
+__all__ = ["ForkingMixIn", "GreenMixIn", "PoolMixIn", "ThreadingMixIn"]
 
 _GRAFTS = {
     "BaseServer": (
@@ -103,6 +103,13 @@ class PoolMixIn(ThreadingMixIn):
     """
 
     engine: str | None = "pool"
+    _engine_from_environment = False
+
+
+class GreenMixIn(ThreadingMixIn):
+    """Serve each request in a green thread; see ``harken.green``."""
+
+    engine: str | None = "green"
     _engine_from_environment = False
 
 

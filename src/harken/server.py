@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
@@ -99,7 +98,7 @@ class BaseServer:
         serving = self._harken
         serving.wake()
         done: Any = self.__is_shut_down  # an Event of stdlib's on a grafted class, a test's double …
-        if threading.get_ident() in serving.loops:
+        if serving.in_loop:
             return
         if isinstance(done, Latch) and not done.begun:
             return
@@ -193,7 +192,10 @@ class BaseServer:
             serving.hand_to_child(self.process_request_thread, request, client_address)
             self.close_request(request)
         else:
-            engine.spawn(self.process_request_thread, engine.adopt(request), client_address)
+            adopted = engine.adopt(request)
+            if adopted is not request:
+                serving.moved(request, adopted)
+            engine.spawn(self.process_request_thread, adopted, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one request where the engine runs handlers: its thread, its child. May be overridden."""
@@ -211,7 +213,7 @@ class BaseServer:
     def server_close(self) -> None:
         """Let go of what the server holds. May be overridden."""
         serving = self._harken
-        if not serving.last_loop and threading.get_ident() not in serving.loops:
+        if not serving.last_loop and not serving.in_loop:
             BaseServer.shutdown(self)  # while the loop's poll() holds the listener, its port would not be free
         serving.lifecycle.move("close")
 
@@ -394,16 +396,19 @@ class TCPServer(BaseServer):
 
         An OSError is looked up in the acceptor's table and never leaves the loop, unless the socket is no listener.
         """
-        if self._harken.shared:
-            return self._harken.take_turns(partial(accept, self.socket))
-        return accept(self.socket)
+        serving = self._harken
+        if serving.shared:
+            return serving.take_turns(partial(accept, self.socket, serving.engine.connection))
+        return accept(self.socket, serving.engine.connection)
 
     get_request.bursts = True  # type: ignore[attr-defined]  # may be called again while the listener is readable
 
     def shutdown_request(self, request: Any) -> None:
         """Tell the peer that nothing more comes (SHUT_WR), then ``close_request``. May be overridden."""
         record = (
-            getattr(request, "record", None) if type(request) is Connection else self._harken.connections.find(request)
+            getattr(request, "record", None)
+            if isinstance(request, Connection)
+            else self._harken.connections.find(request)
         )
         if record is not None and record.reason is None:
             record.judge(request)
@@ -416,7 +421,7 @@ class TCPServer(BaseServer):
     def close_request(self, request: Any) -> None:
         """Close a connection. May be overridden."""
         request.close()
-        if type(request) is not Connection:
+        if not isinstance(request, Connection):
             self._harken.ended(request)
 
 

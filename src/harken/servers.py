@@ -1,11 +1,14 @@
-"""Stdlib's product of mix-ins and servers, by name, and the pool's. Everything newer is a keyword of ``TCPServer``."""
+"""Stdlib's product of mix-ins and servers, by name, and the pool's and the green ones.
+
+Everything newer is a keyword of ``TCPServer``.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
 
-from harken.mixins import PoolMixIn, ThreadingMixIn
+from harken.mixins import GreenMixIn, PoolMixIn, ThreadingMixIn
 from harken.server import TCPServer, UDPServer
 
 
@@ -23,6 +26,14 @@ class PoolTCPServer(PoolMixIn, TCPServer):
 
 class PoolUDPServer(PoolMixIn, UDPServer):
     """A bounded pool of threads for datagrams."""
+
+
+class GreenTCPServer(GreenMixIn, TCPServer):
+    """A green thread for each connection."""
+
+
+class GreenUDPServer(GreenMixIn, UDPServer):
+    """A green thread for each datagram."""
 
 
 if hasattr(os, "fork"):
@@ -46,6 +57,9 @@ if hasattr(socket, "AF_UNIX"):
 
     class PoolUnixStreamServer(PoolMixIn, UnixStreamServer):
         """A bounded pool of threads for connections on a Unix path."""
+
+    class GreenUnixStreamServer(GreenMixIn, UnixStreamServer):
+        """A green thread for each connection on a Unix path."""
 
     if hasattr(os, "fork"):
 

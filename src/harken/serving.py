@@ -230,6 +230,11 @@ class Serving:
             self.engine.run(stopped, self.tick, lambda: self.acceptor.patience(interval))
 
     @property
+    def in_loop(self) -> bool:
+        """Whether the calling thread runs a loop of this server, and so must not wait for its end."""
+        return threading.get_ident() in self.loops or (self.started and self.engine.in_loop_thread)
+
+    @property
     def last_loop(self) -> bool:
         """Whether no other thread runs a loop of this server."""
         return self._loop_count == 0
@@ -339,6 +344,12 @@ class Serving:
             record.opened = True
         if events.subscribers["opened"]:
             self._tell("opened", record, client_address)
+
+    def moved(self, request: Any, adopted: Any) -> None:
+        """The engine made another object of a connection, for its handlers."""
+        record = self.connections.find(request)
+        if record is not None:
+            record.move(adopted)
 
     def rejected(self, record: Record | None, client_address: Any, reason: str) -> None:
         """A connection is refused before its handler."""
@@ -464,6 +475,9 @@ class Serving:
             stop: asks the loop to end, without waiting for it.
         """
         timeout = self.settings["drain_timeout"] if timeout is None else timeout
+        return self.engine.aside(self._drain, timeout, stop)  # type: ignore[no-any-return]
+
+    def _drain(self, timeout: float, stop: Callable[[], None]) -> DrainReport:
         began = self.begin_drain(timeout, stop)
         return self.end_drain(began, began.since + timeout)
 
@@ -499,7 +513,7 @@ class Serving:
         self.connections.wait_empty(max(0.0, deadline - time.monotonic()), besides=len(own))
         cut = [record.info() for record in self.cut("drain_deadline", besides=own)]
         left = self.engine.join(time.monotonic() + CUT_GRACE) if self.started else 0
-        left += not self.left.wait(CUT_GRACE) and threading.get_ident() not in self.loops
+        left += not self.left.wait(CUT_GRACE) and not self.in_loop
         self.abandoned = left > 0
         cut += self.hurried
         report = DrainReport(

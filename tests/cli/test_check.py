@@ -151,3 +151,14 @@ def test_a_wrong_value_is_status_2(check, clean, monkeypatch, where):
     assert (status, out) == (2, "")
     assert f"backlog = 'x' ({where} " in err
     assert err.count("\n") == 1
+
+
+def test_the_hub_in_use_is_named(check, clean, monkeypatch):
+    """On the green engine alone; its variable is known."""
+    from harken import _hub
+
+    monkeypatch.setenv("HARKEN_HUB", "fallback")
+    status, out, err = check("chk_app:Echo", "--engine", "green")
+    assert (status, err) == (0, "")
+    assert f"hub: {_hub.kind}" in out
+    assert "hub:" not in check("chk_app:Echo", "--engine", "thread")[1]

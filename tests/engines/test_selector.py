@@ -10,7 +10,8 @@ import time
 import pytest
 
 from harken.engines import _selector
-from harken.engines._selector import SelectorEngine, Waker
+from harken.engines._selector import SelectorEngine
+from harken.waker import Waker
 
 PATIENCE = 5.0  # seconds
 FOREVER = 3600.0  # seconds that a loop may sleep: only a wake-up ends it within the test

@@ -23,9 +23,11 @@ def _check(target: str, urls: tuple[str, ...]) -> None:
     for line in options.unknown_variables():
         click.echo(f"harken check: warning: {line}", err=True)
     values = _settings_of(load_target(target), target)
-    plugins.find("engines", values["engine"] or "inline", "Engine")
+    remark = plugins.find("engines", values["engine"] or "inline", "Engine").remark()
     bound = [url for place in places for url in _try(place, values)]
     _print_table(values)
+    if remark:
+        click.echo(remark)
     click.echo(f"ok: {target} on {', '.join(bound)}")
 
 

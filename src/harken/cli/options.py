@@ -36,8 +36,8 @@ BIND_DEFAULT = "tcp://127.0.0.1:8800"
 """Where ``serve`` listens when nobody says: loopback, so that nothing is exposed unasked; the port of the examples."""
 
 BIND_VARIABLE = "HARKEN_BIND"
-OTHER_VARIABLES = (BIND_VARIABLE, "HARKEN_RUN")
-"""Variables of harken's that are no settings: addresses, and what ``run`` tells its child processes."""
+OTHER_VARIABLES = (BIND_VARIABLE, "HARKEN_RUN", "HARKEN_HUB")
+"""Variables of harken's that are no settings: addresses, what ``run`` tells its child processes, the kind of hub."""
 
 DECLARING = ("harken.acceptor", "harken.server", "harken.serving", "harken.process.worker", "harken.observe.log")
 ROOMS = ("harken.transports", "harken.engines", "harken.limits", "harken.preambles")

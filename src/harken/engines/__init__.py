@@ -11,17 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
+from harken.connection import Connection
 from harken.settings import choice, setting
 
 __all__ = ["ENGINE", "Door", "Engine", "Options"]
 
 ENGINE = setting(
     "engine",
-    choice("inline", "thread", "pool", "fork", optional=True),
+    choice("inline", "thread", "pool", "fork", "green", optional=True),
     None,
     serve="thread",
     meaning="where handlers run: `inline` one at a time, `thread` one thread a connection, `pool` bounded threads "
-    "and queue, `fork` one child process a connection, or `package.module:Engine`; none: as the class says",
+    "and queue, `fork` one child process a connection, `green` one green thread a connection, or "
+    "`package.module:Engine`; none: as the class says",
     origin="socketserver: plain servers are inline, ThreadingMixIn's thread, ForkingMixIn's fork",
 )
 
@@ -46,10 +48,12 @@ class Engine(ABC):
     Attributes:
         in_child: whether ``spawn`` hands the connection to another process, so that the caller closes its own copy.
         in_loop: whether ``spawn`` runs the handler at once, in the loop.
+        connection: what accepted connections are made of, unless a program accepts by itself; see ``adopt``.
     """
 
     in_child: ClassVar[bool] = False
     in_loop: ClassVar[bool] = False
+    connection: type[Connection] = Connection
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -96,8 +100,25 @@ class Engine(ABC):
         """
 
     def adopt(self, request: Any) -> Any:
-        """Make a connection fit for this engine's handlers, and return it."""
+        """Make a connection fit for this engine's handlers, and return it.
+
+        When that takes another object, the old one must be detached; the caller moves its record.
+        """
         return request
+
+    def aside(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return ``function(*args)``, which waits for other handlers, so that it does not keep them from running."""
+        return function(*args)
+
+    @property
+    def in_loop_thread(self) -> bool:
+        """Whether the calling thread is one of the engine's own in which doors are watched (*any thread*)."""
+        return False
+
+    @classmethod
+    def remark(cls) -> str:
+        """One line that ``harken check`` tells of the engine on this machine, or an empty string."""
+        return ""
 
     @property
     def full(self) -> bool:

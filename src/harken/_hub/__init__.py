@@ -1,0 +1,172 @@
+"""The hub runs green threads and waits for sockets on their behalf. This is its contract; two modules keep it.
+
+``harken._hub.compiled`` (C, made at installation where there is a compiler and epoll) and ``harken._hub.fallback``
+(Python on greenlet) each offer :class:`Hub`, :class:`Connection`, ``current()`` and ``KIND``. ``HARKEN_HUB=fallback``
+switches the compiled one off; ``HARKEN_HUB=compiled`` makes its absence an error. Names here load when first used.
+
+Who may call what
+-----------------
+A hub belongs to the OS thread that made it. *The hub's own greenlet* is the one that called ``run`` or ``step``; doors,
+timers and ``call_soon`` run there and must not wait. *Any thread* means signal handlers too. All else is for the hub's
+thread. Seconds are floats; deadlines are by ``time.monotonic()``.
+
+``Hub()``
+    ``run(until, patience, tick)``
+        Run green threads here until ``until()``, asked each turn before it may sleep. ``tick()`` is called once a
+        turn, and at least every ``patience()`` seconds. What ``tick`` or a door raises leaves ``run``; the hub can be
+        run again. In the main thread signal handlers run within milliseconds; what one raises leaves ``run``, or ends
+        the green thread that it interrupted.
+    ``step(timeout)``
+        One turn, sleeping at most ``timeout`` seconds: what is due, then what is ready. Not from a green thread.
+    ``fileno() -> int``
+        A descriptor that is readable when ``step(0)`` has something to do, for a host's loop; -1 where there is none.
+        Timers do not show there: a host asks ``next_deadline() -> float | None`` (0.0: something is due already).
+    ``wake()``
+        End the sleep. *Any thread*; harmless on a closed hub.
+    ``close()``
+        Raise ``GreenletExit`` in the green threads that are left, once, and give the descriptors back. Outside ``run``.
+    ``spawn(function, *args) -> greenlet``
+        A new green thread; it starts at the next turn, in a copy of the caller's context variables. What leaves it is
+        given to ``threading.excepthook`` (which says nothing of SystemExit), GreenletExit to nobody. ``.dead`` tells
+        that it has ended.
+    ``call_soon(function, *args)``, ``call_soon_threadsafe(function, *args)`` (*any thread*)
+        Call at the next turn, in order. What it raises is given to ``threading.excepthook``.
+    ``call_at(deadline, function, *args) -> Timer``
+        Call once, at the first turn after the deadline. ``timer.cancel()`` is cheap, and harmless when it has fired.
+    ``park() -> Any``
+        Give up the calling green thread until ``unpark`` or ``throw``; return the value. RuntimeError in the hub's own
+        greenlet and where no hub runs.
+    ``unpark(green, value=None) -> bool``
+        Let a parked green thread go on at the next turn. The first one counts: False when it is not parked or is about
+        to go on already.
+    ``throw(green, error) -> bool``
+        Raise ``error`` out of a ``park()`` or a wait; takes the place of an ``unpark`` that is under way. False when
+        the green thread is running or dead.
+    ``sleep(seconds)``
+        Park for so long; 0 lets the others have their turn. Outside a green thread: ``time.sleep``.
+    ``wait(fd, write=False, timeout=None)``
+        Park until the descriptor, or socket, is readable (writable). TimeoutError("timed out") after ``timeout``
+        seconds; OSError(EBADF) when a Connection is closed meanwhile; RuntimeError(:data:`BUSY`) when another green
+        thread waits for the same direction. May return early. Outside a green thread: ``poll()``.
+    ``watch(door, on_readable)``, ``unwatch(door)`` (*any thread*; both hold when they return)
+        As in :class:`harken.engines.Engine`: level-triggered, by the door's identity, at most :data:`DOOR_BURST` calls
+        a turn while ``on_readable`` returns true. A second ``watch`` of a door replaces the first.
+    ``adopt(sock) -> Connection``
+        Take over a ``socket.socket``, which is detached; timeout and record travel. A Connection comes back as it is.
+
+``Connection(family, type, proto, fileno)``
+    A :class:`harken.connection.Connection`; its descriptor is always O_NONBLOCK. Where a blocking socket would wait,
+    it parks in the hub of the calling green thread, and elsewhere blocks by ``poll()``: ``recv``, ``recv_into``,
+    ``recvfrom``, ``recvfrom_into``, ``recvmsg``, ``recvmsg_into``, ``send``, ``sendall``, ``sendto``, ``sendmsg``,
+    ``sendfile``, ``connect``, ``connect_ex``, ``accept`` (which gives Connections). MSG_DONTWAIT does not wait.
+    ``settimeout``, ``gettimeout``, ``setblocking``, ``getblocking``, ``timeout`` are kept beside the descriptor; a wait
+    ends by ``TimeoutError("timed out")``, and with 0 EAGAIN is BlockingIOError. ``makefile``, ``shutdown``, ``dup``,
+    ``with`` behave as on a blocking socket; ``detach()`` gives back a descriptor that blocks if the socket did.
+    Two green threads may use one Connection, one reading and one writing; a second waiter in one direction gets
+    RuntimeError(:data:`BUSY`). ``close()`` raises OSError(EBADF) in whoever waits on it. Never hangs nor spins on data
+    with FIN, RST, urgent data, HUP by ``shutdown(SHUT_RDWR)`` from any thread, or a Unix socket's short reads.
+    Fair: after :data:`TURN_OPERATIONS` operations that did not wait, or :data:`TURN_BYTES`, the others get their turn.
+
+Fork
+----
+A child gets descriptors of its own, without what the parent watched. Green threads stay the parent's: the one that
+forked goes on in the child, where waiting is by ``poll()``, and the child's process ends with it, as with a thread.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+from typing import Any
+
+from harken.errors import ConfigError
+
+__all__ = [
+    "BUSY",
+    "DOOR_BURST",
+    "TURN_BYTES",
+    "TURN_OPERATIONS",
+    "Connection",
+    "Hub",
+    "adopt",
+    "current",
+    "kind",
+    "kinds",
+]
+
+BUSY = "this socket is already used by another green thread"  # gevent's words, which people search for
+# Connections taken from one door in one turn: as on the blocking engines.
+DOOR_BURST = 64
+# What one green thread may do on one connection without waiting before the others get their turn: at some 10 µs an
+# operation below a millisecond, and a burst of one full receive buffer.
+TURN_OPERATIONS = 64
+TURN_BYTES = 256 << 10
+
+Hub: Any
+"""The hub of the kind in use."""
+Connection: Any
+"""The connection of the kind in use."""
+current: Any
+"""``current() -> Hub | None``: the hub whose green thread calls; None in its own greenlet and in plain threads."""
+kind: str
+"""``compiled`` or ``fallback``: which is in use."""
+
+VARIABLE = "HARKEN_HUB"
+_NAMES = ("compiled", "fallback")  # the preferred one first
+
+
+def kinds() -> dict[str, ModuleType]:
+    """Return the modules that can run here, the preferred one first, whatever the variable says."""
+    found = ((name, _load(name)) for name in _NAMES)
+    return {name: module for name, module in found if module is not None}
+
+
+def _load(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(f"harken._hub.{name}")
+    except ModuleNotFoundError as error:
+        if error.name == f"harken._hub.{name}":
+            return None
+        raise
+    except ImportError:  # built for another Python, or another greenlet
+        return None
+
+
+def _chosen() -> ModuleType:
+    asked = os.environ.get(VARIABLE)
+    if asked and asked not in _NAMES:
+        raise ConfigError(f"{VARIABLE}={asked!r} is no kind of hub; take {' or '.join(_NAMES)}")
+    for name in (asked,) if asked else _NAMES:
+        module = _load(name)
+        if module is not None:
+            return module
+    raise ConfigError(f"{VARIABLE}={asked} cannot be had: the extension is not built; unset it, or install a compiler")
+
+
+def adopt(sock: Any, make: Any = None) -> Any:
+    """Take over a plain socket, whatever thread this is; see ``Hub.adopt``.
+
+    Args:
+        sock: a socket; it is detached.
+        make: the Connection type; by default that of the kind in use.
+    """
+    make = make or __getattr__("Connection")
+    if isinstance(sock, make):
+        return sock
+    timeout, record = sock.gettimeout(), getattr(sock, "record", None)
+    family, kind_of, proto = int(sock.family), int(sock.type), sock.proto
+    adopted = make(family, kind_of, proto, sock.detach())
+    adopted.settimeout(timeout)
+    if record is not None:
+        record.move(adopted)
+    return adopted
+
+
+def __getattr__(name: str) -> Any:
+    """Load the kind in use when one of its names is first used."""
+    if name not in ("Hub", "Connection", "current", "kind"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _chosen()
+    globals().update(Hub=module.Hub, Connection=module.Connection, current=module.current, kind=module.KIND)
+    return globals()[name]

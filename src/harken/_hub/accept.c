@@ -1,0 +1,280 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * accept(2) straight into a Connection.
+ *
+ * socket.socket.__init__ asks the kernel four things that we know, and runs in Python. So the C part of a connection is
+ * copied from a socket that went through it, and the numbers are put in their places: these are CPython's own, and are
+ * looked up and tried out at import. Where they are not as expected, connections are made the plain way. */
+#include "hub.h"
+#include <arpa/inet.h>
+#include <errno.h>
+#include <limits.h>
+#include <stddef.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+HIDDEN PyTypeObject *Wire_Type, *Socket_Type;
+
+/* The head of CPython's PySocketSockObject (Modules/socketmodule.h), the same in 3.11 to 3.13. */
+typedef struct {
+    PyObject_HEAD
+    int fd, family, kind, proto;
+} Head;
+
+static bool quick;              /* Head is right, and `pattern` may be copied */
+static PyObject *pattern;       /* a closed _socket.socket that does not block */
+static Py_ssize_t io_refs, closed; /* offsets of socket.socket's __slots__ */
+static PyObject *part_names[3];
+
+int socket_fd(PyObject *sock) {
+    if (quick)
+        return ((Head *)sock)->fd;
+    PyObject *number = PyObject_CallMethod(sock, "fileno", NULL); /* which sends what was written: once */
+    int fd = number == NULL ? -1 : (int)PyLong_AsLong(number);
+    Py_XDECREF(number);
+    return fd;
+}
+
+int socket_parts(PyObject *sock, int *fd, int *family, int *kind, int *proto) {
+    if (quick) {
+        Head *head = (Head *)sock;
+        *fd = head->fd, *family = head->family, *kind = head->kind, *proto = head->proto;
+        return 0;
+    }
+    int *parts[] = {family, kind, proto};
+    for (int i = 0; i < 3; i++) {
+        PyObject *number = PyObject_GetAttr(sock, part_names[i]);
+        *parts[i] = number == NULL ? -1 : (int)PyLong_AsLong(number);
+        Py_XDECREF(number);
+        if (number == NULL || (*parts[i] == -1 && PyErr_Occurred()))
+            return -1;
+    }
+    *fd = socket_fd(sock);
+    return *fd < 0 && PyErr_Occurred() ? -1 : 0;
+}
+
+static void set_slot(PyObject *object, Py_ssize_t offset, PyObject *value) {
+    Py_XSETREF(*(PyObject **)((char *)object + offset), value);
+}
+
+/* Do for a new connection what socket.socket.__init__ does for a descriptor that is known to be right and does not
+ * block. False: it must be called. */
+static bool fill_in(PyObject *made, int fd, int family, int kind, int proto) {
+    if (!quick)
+        return false;
+    memcpy((char *)made + sizeof(PyObject), (char *)pattern + sizeof(PyObject),
+           (size_t)Wire_Type->tp_basicsize - sizeof(PyObject));
+    Head *head = (Head *)made;
+    head->fd = fd;
+    head->family = family;
+    head->kind = kind;
+    head->proto = proto;
+    set_slot(made, io_refs, PyLong_FromLong(0));
+    set_slot(made, closed, Py_NewRef(Py_False));
+    make_stream_known(state_of(made), family, kind, proto);
+    return true;
+}
+
+PyObject *make_connection(PyTypeObject *type, int fd, int family, int kind, int proto) {
+    if (!quick || type->tp_init != Connection_Type->tp_init || type->tp_new != Connection_Type->tp_new)
+        return PyObject_CallFunction((PyObject *)type, "iiii", family, kind, proto, fd);
+    PyObject *made = type->tp_alloc(type, 0);
+    if (made != NULL)
+        fill_in(made, fd, family, kind, proto);
+    return made;
+}
+
+/* Connection(family, type, proto, fileno) with plain numbers, as an acceptor calls it. 1: done; 0: not that; -1. */
+int quick_init(PyObject *self, PyObject *args, PyObject *words) {
+    int numbers[4];
+    if (!quick || words != NULL || PyTuple_GET_SIZE(args) != 4 || ((Head *)self)->fd != -1)
+        return 0;
+    for (int i = 0; i < 4; i++) {
+        PyObject *number = PyTuple_GET_ITEM(args, i);
+        long value = PyLong_CheckExact(number) ? PyLong_AsLong(number) : -1;
+        if (value < 0 || value > INT_MAX) {
+            PyErr_Clear();
+            return 0;
+        }
+        numbers[i] = (int)value;
+    }
+    if (numbers[1] & (SOCK_NONBLOCK | SOCK_CLOEXEC)) /* to be stripped */
+        return 0;
+    struct sockaddr_storage own;
+    socklen_t length = sizeof own;
+    int yes = 1, fd = numbers[3];
+    if (getsockname(fd, (struct sockaddr *)&own, &length) < 0 || ioctl(fd, FIONBIO, &yes) < 0)
+        return fail(errno);
+    return fill_in(self, fd, numbers[0], numbers[1], numbers[2]);
+}
+
+/* -- addresses ---------------------------------------------------------------------------------------------------- */
+
+#define HOSTS 256 /* clients come back; a collision costs what it cost before */
+static struct {
+    in_addr_t address;
+    PyObject *text;
+} hosts[HOSTS];
+
+static PyObject *host_of(struct in_addr address) {
+    uint32_t mixed = ntohl(address.s_addr) * 2654435761u;
+    size_t place = mixed >> 24;
+    if (hosts[place].text != NULL && hosts[place].address == address.s_addr)
+        return Py_NewRef(hosts[place].text);
+    char text[INET_ADDRSTRLEN];
+    inet_ntop(AF_INET, &address, text, sizeof text);
+    PyObject *made = PyUnicode_FromString(text);
+    if (made != NULL) {
+        hosts[place].address = address.s_addr;
+        Py_XSETREF(hosts[place].text, Py_NewRef(made));
+    }
+    return made;
+}
+
+typedef union {
+    struct sockaddr any;
+    struct sockaddr_in v4;
+    struct sockaddr_in6 v6;
+    struct sockaddr_un local;
+    struct sockaddr_storage room;
+} Address;
+
+static PyObject *local_name(struct sockaddr_un *address, socklen_t length) {
+    size_t size = length > offsetof(struct sockaddr_un, sun_path) ? length - offsetof(struct sockaddr_un, sun_path) : 0;
+    if (size > 0 && address->sun_path[0] == 0) /* abstract: bytes, as the socket module has it */
+        return PyBytes_FromStringAndSize(address->sun_path, (Py_ssize_t)size);
+    return PyUnicode_DecodeFSDefaultAndSize(address->sun_path, (Py_ssize_t)strnlen(address->sun_path, size));
+}
+
+/* The address in the form in which the socket module gives it. */
+static PyObject *describe(PyObject *connection, Address *address, socklen_t length) {
+    char text[INET6_ADDRSTRLEN];
+    PyObject *host, *port, *pair;
+    switch (address->any.sa_family) {
+    case AF_INET:
+        host = host_of(address->v4.sin_addr);
+        port = PyLong_FromLong(ntohs(address->v4.sin_port));
+        pair = host == NULL || port == NULL ? NULL : PyTuple_Pack(2, host, port);
+        Py_XDECREF(host);
+        Py_XDECREF(port);
+        return pair;
+    case AF_INET6:
+        inet_ntop(AF_INET6, &address->v6.sin6_addr, text, sizeof text);
+        return Py_BuildValue("siII", text, ntohs(address->v6.sin6_port), (unsigned)ntohl(address->v6.sin6_flowinfo),
+                             (unsigned)address->v6.sin6_scope_id);
+    case AF_UNIX:
+        return local_name(&address->local, length);
+    default:
+        return PyObject_CallMethod(connection, "getpeername", NULL);
+    }
+}
+
+/* -- accepting ---------------------------------------------------------------------------------------------------- */
+
+/* (connection, address); BlockingIOError when nobody is there. */
+PyObject *accept_from(PyTypeObject *type, int fd, int family, int kind, int proto) {
+    Address address;
+    socklen_t length = sizeof address;
+    int accepted;
+    while ((accepted = accept4(fd, &address.any, &length, SOCK_NONBLOCK | SOCK_CLOEXEC)) < 0) {
+        if (errno != EINTR)
+            return PyErr_SetFromErrno(PyExc_OSError);
+        if (PyErr_CheckSignals() < 0)
+            return NULL;
+    }
+    if (length < sizeof(sa_family_t))
+        address.any.sa_family = (sa_family_t)family;
+    PyObject *connection = make_connection(type, accepted, family, kind, proto);
+    if (connection == NULL) {
+        close(accepted);
+        return NULL;
+    }
+    PyObject *peer = describe(connection, &address, length);
+    PyObject *pair = peer == NULL ? NULL : PyTuple_Pack(2, connection, peer);
+    Py_DECREF(connection);
+    Py_XDECREF(peer);
+    return pair;
+}
+
+PyObject *accept_one(PyObject *module, PyObject *listener) {
+    int fd, family, kind, proto;
+    if (!PyObject_TypeCheck(listener, Wire_Type)) {
+        PyErr_Format(PyExc_TypeError, "a listening socket is needed, not %.100s", Py_TYPE(listener)->tp_name);
+        return NULL;
+    }
+    if (socket_parts(listener, &fd, &family, &kind, &proto) < 0)
+        return NULL;
+    return accept_from(Connection_Type, fd, family, kind, proto);
+}
+
+/* -- looking CPython up ------------------------------------------------------------------------------------------- */
+
+static Py_ssize_t slot_offset(const char *name) {
+    PyObject *descriptor = PyObject_GetAttrString((PyObject *)Socket_Type, name);
+    Py_ssize_t offset = -1;
+    if (descriptor != NULL && Py_IS_TYPE(descriptor, &PyMemberDescr_Type))
+        offset = ((PyMemberDescrObject *)descriptor)->d_member->offset;
+    Py_XDECREF(descriptor);
+    PyErr_Clear();
+    return offset;
+}
+
+static bool head_is(PyObject *sock, int fd, int family, int kind, int proto) {
+    Head *head = (Head *)sock;
+    return head->fd == fd && head->family == family && head->kind == kind && head->proto == proto;
+}
+
+/* Whether what a real socket holds lies where Head has it: tried with two that differ in every number. */
+static bool look_up(void) {
+    bool right = false;
+    int fds[2] = {-1, -1}, other[2] = {-1, -1};
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) == 0 &&
+        socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, other) == 0) {
+        PyObject *first = PyObject_CallFunction((PyObject *)Wire_Type, "iiii", AF_UNIX, SOCK_STREAM, 0, fds[0]);
+        PyObject *second = PyObject_CallFunction((PyObject *)Wire_Type, "iiii", AF_INET6, SOCK_SEQPACKET, 7, other[0]);
+        PyObject *done = first == NULL ? NULL : PyObject_CallMethod(first, "setblocking", "O", Py_False);
+        if (done != NULL && second != NULL && Wire_Type->tp_basicsize >= (Py_ssize_t)sizeof(Head))
+            right = head_is(first, fds[0], AF_UNIX, SOCK_STREAM, 0) &&
+                    head_is(second, other[0], AF_INET6, SOCK_SEQPACKET, 7);
+        Py_XDECREF(done);
+        for (PyObject *sock = first; sock != NULL; sock = sock == first ? second : NULL) {
+            done = PyObject_CallMethod(sock, "close", NULL);
+            Py_XDECREF(done);
+        }
+        right = right && head_is(first, -1, AF_UNIX, SOCK_STREAM, 0);
+        pattern = first; /* kept for ever */
+        Py_XDECREF(second);
+        if (first == NULL)
+            close(fds[0]);
+        if (second == NULL)
+            close(other[0]);
+        close(fds[1]);
+        close(other[1]);
+    }
+    PyErr_Clear();
+    io_refs = slot_offset("_io_refs");
+    closed = slot_offset("_closed");
+    return right && io_refs > 0 && closed > 0;
+}
+
+int accept_ready(void) {
+    static const char *names[] = {"family", "type", "proto"};
+    PyObject *wire = PyImport_ImportModule("_socket"), *module = PyImport_ImportModule("socket");
+    if (wire != NULL)
+        Wire_Type = (PyTypeObject *)PyObject_GetAttrString(wire, "socket");
+    if (module != NULL)
+        Socket_Type = (PyTypeObject *)PyObject_GetAttrString(module, "socket");
+    Py_XDECREF(wire);
+    Py_XDECREF(module);
+    for (int i = 0; i < 3; i++)
+        if ((part_names[i] = PyUnicode_InternFromString(names[i])) == NULL)
+            return -1;
+    if (Wire_Type == NULL || Socket_Type == NULL)
+        return -1;
+#if PY_VERSION_HEX >= 0x030B0000 && PY_VERSION_HEX < 0x030E0000
+    quick = look_up();
+#endif
+    return 0;
+}

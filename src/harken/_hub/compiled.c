@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The module harken._hub.compiled. */
+#include "hub.h"
+
+HIDDEN void **greenlet_api;
+
+static PyObject *after_fork(PyObject *module, PyObject *none) {
+    hubs_after_fork();
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"current", hub_current, METH_NOARGS, "The hub whose green thread calls; None elsewhere."},
+    {"accept", accept_one, METH_O, "accept(listener): take a connection, (Connection, address), without waiting."},
+    {"rebuild", rebuild, METH_VARARGS, "Make a Connection that has travelled from another process."},
+    {"_after_fork", after_fork, METH_NOARGS, "What os.register_at_fork calls in the child."},
+    {NULL},
+};
+
+static int watch_forks(PyObject *module) {
+    PyObject *function = PyObject_GetAttrString(module, "_after_fork"), *done = NULL;
+    PyObject *os = PyImport_ImportModule("os");
+    PyObject *method = os == NULL ? NULL : PyObject_GetAttrString(os, "register_at_fork");
+    PyObject *args = PyTuple_New(0);
+    PyObject *words = function == NULL ? NULL : Py_BuildValue("{s:O}", "after_in_child", function);
+    if (method != NULL && args != NULL && words != NULL)
+        done = PyObject_Call(method, args, words);
+    Py_XDECREF(words);
+    Py_XDECREF(args);
+    Py_XDECREF(method);
+    Py_XDECREF(os);
+    Py_XDECREF(function);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+static int fill(PyObject *module) {
+    if (timers_ready(module) < 0 || queue_ready(module) < 0 || hub_ready(module) < 0 || connection_ready(module) < 0 ||
+        files_ready(module) < 0)
+        return -1;
+    if (PyModule_AddStringConstant(module, "KIND", "compiled") < 0 || watch_forks(module) < 0)
+        return -1;
+    /* Not said by the contract, but by `python -c`: which of the quick ways are in use here. */
+    return PyModule_AddObjectRef(module, "STACKS_CACHED", chunks_install() ? Py_True : Py_False);
+}
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "harken._hub.compiled",
+    .m_doc = "The hub in C, on greenlet and epoll. The contract is the room's: see harken._hub.",
+    .m_size = -1,
+    .m_methods = functions,
+};
+
+PyMODINIT_FUNC PyInit_compiled(void) {
+    PyGreenlet_Import();
+    if (_PyGreenlet_API == NULL)
+        return NULL;
+    PyObject *module = PyModule_Create(&definition);
+    if (module != NULL && fill(module) < 0)
+        Py_CLEAR(module);
+    return module;
+}

@@ -1,0 +1,485 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Connection: a socket.socket whose calls wait in the hub. Here are its type and what every request uses; rare.c has
+ * the rest.
+ *
+ * It is a heap type with its state behind the base's, and without traverse, clear and dealloc of its own: the base's
+ * are written for subclasses made by `class`, and visit and clear what is declared as a member. (A type with its own
+ * would recurse for ever in the first collection.) */
+#include "hub.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+
+#define LARGE 8192    /* beyond, a copy costs more than giving memory back */
+
+HIDDEN PyTypeObject *Connection_Type;
+static PyTypeObject *Base_Type; /* harken.connection.Connection */
+static Py_ssize_t state_offset;
+static PyObject *base_init, *base_real_close, *base_detach, *base_setblocking;
+HIDDEN char scratch[SCRATCH];
+
+State *state_of(PyObject *self) { return (State *)((char *)self + state_offset); }
+
+int fail(int error) {
+    errno = error;
+    PyErr_SetFromErrno(PyExc_OSError);
+    return -1;
+}
+
+static int as_int(PyObject *number) {
+    long value = PyLong_AsLong(number);
+    if (value != (int)value) {
+        PyErr_SetString(PyExc_OverflowError, "flags do not fit in an int");
+        return -1;
+    }
+    return (int)value;
+}
+
+/* Only TCP: Unix sockets stop a read between writers and at passed descriptors, other protocols at messages. */
+void make_stream_known(State *state, int family, int kind, int proto) {
+    state->stream = (family == AF_INET || family == AF_INET6) && kind == SOCK_STREAM &&
+                    (proto == 0 || proto == IPPROTO_TCP);
+    state->prepared = true;
+}
+
+static int prepare(PyObject *self, State *state) {
+    int fd, family, kind, proto;
+    PyObject *done = PyObject_CallFunctionObjArgs(base_setblocking, self, Py_False, NULL);
+    if (done == NULL)
+        return -1;
+    Py_DECREF(done);
+    if (socket_parts(self, &fd, &family, &kind, &proto) < 0)
+        return -1;
+    make_stream_known(state, family, kind, proto);
+    return 0;
+}
+
+/* The descriptor, ready for use; -1 with an exception. */
+int begin(PyObject *self, State *state) {
+    int fd = socket_fd(self);
+    if (fd < 0)
+        return PyErr_Occurred() ? -1 : fail(EBADF);
+    if (!state->prepared && prepare(self, state) < 0)
+        return -1;
+    return fd;
+}
+
+static bool attached(State *state) {
+    return state->slot != NULL && state->hub != NULL && state->slot->generation == state->generation;
+}
+
+/* Find the connection's slot in the hub of this thread. */
+static int attach(State *state, Hub *hub, int fd) {
+    if (attached(state)) {
+        if (state->hub == (PyObject *)hub)
+            return 0;
+        if (state->slot->waiter[READ] != NULL || state->slot->waiter[WRITE] != NULL) {
+            PyErr_SetString(PyExc_RuntimeError, BUSY); /* in another hub */
+            return -1;
+        }
+        slot_leave((Hub *)state->hub, state->slot, fd);
+    }
+    Slot *slot = slot_of(hub, fd);
+    if (slot == NULL)
+        return -1;
+    if (slot->owned || (slot->waiter[READ] == NULL && slot->waiter[WRITE] == NULL))
+        slot_renew(hub, slot);
+    slot->owned = true;
+    slot->registered = slot->dry = false;
+    Py_XSETREF(state->hub, Py_NewRef(hub));
+    state->slot = slot;
+    state->generation = slot->generation;
+    return 0;
+}
+
+/* The connection leaves the hub, before its descriptor is closed or given away. */
+void let_go(PyObject *self, State *state) {
+    if (flush_of(self) < 0)
+        PyErr_Clear(); /* the peer has gone: nobody is left to be told */
+    if (attached(state))
+        slot_leave((Hub *)state->hub, state->slot, socket_fd(self));
+    state->slot = NULL;
+}
+
+/* Wait until the connection may be ready. `deadline` is 0 at first, and kept over the waits of one operation. */
+int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline) {
+    if (state->nonblocking)
+        return fail(EAGAIN);
+    if (*deadline == 0 && state->timeout > 0)
+        *deadline = now_ns() + (state->timeout > 4e9 ? (int64_t)4e18 : (int64_t)(state->timeout * 1e9));
+    int fd = socket_fd(self);
+    if (fd < 0)
+        return fail(EBADF);
+    Hub *hub = current_hub;
+    PyGreenlet *me = hub == NULL ? NULL : PyGreenlet_GetCurrent();
+    if (hub == NULL || me == hub->greenlet) {
+        Py_XDECREF(me);
+        int result = poll_wait(fd, direction, *deadline);
+        if (attached(state))
+            state->slot->dry = false;
+        return result;
+    }
+    int result = flush_pending(hub) < 0 ? -1 : attach(state, hub, fd);
+    if (result == 0)
+        result = slot_wait(hub, me, state->slot, fd, direction, *deadline);
+    Py_DECREF(me);
+    return result;
+}
+
+/* Take `amount` from the running green thread's turn; give way when it is over. Before an operation, since whoever
+ * waits may be thrown at. */
+static inline int spend(int amount) {
+    Hub *hub = current_hub;
+    return hub != NULL && (hub->budget -= amount) < 0 ? give_way(hub) : 0;
+}
+
+/* -- receiving ---------------------------------------------------------------------------------------------------- */
+
+static void mark_dry(State *state, int fd) {
+    Hub *hub = current_hub;
+    if (hub == NULL || !state->stream)
+        return;
+    if (!attached(state) || state->hub != (PyObject *)hub) {
+        if (attached(state) || attach(state, hub, fd) < 0) {
+            PyErr_Clear();
+            return;
+        }
+    }
+    state->slot->dry = !state->slot->sticky;
+}
+
+/* recv(2) that waits. A connection that was read empty is not asked again before an event says that there is more. */
+ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags) {
+    int64_t deadline = 0;
+    size_t have = 0;
+    if (spend(1) < 0)
+        return -1;
+    for (;;) {
+        int fd = begin(self, state);
+        if (fd < 0)
+            return -1;
+        if (flags != 0 || state->nonblocking || !attached(state) || !state->slot->dry) {
+            ssize_t got = recv(fd, into + have, size - have, flags);
+            if (got >= 0) {
+                have += (size_t)got;
+                if (flags & MSG_WAITALL && got > 0 && have < size)
+                    continue;
+                if (flags == 0 && got > 0 && have < size)
+                    mark_dry(state, fd);
+                if (current_hub != NULL)
+                    current_hub->budget -= (int)(got >> 12);
+                return (ssize_t)have;
+            }
+            if (errno == EINTR) {
+                if (PyErr_CheckSignals() < 0)
+                    return -1;
+                continue;
+            }
+            if (errno != EAGAIN && errno != EWOULDBLOCK)
+                return have > 0 ? (ssize_t)have : fail(errno);
+            if (flags & MSG_DONTWAIT)
+                return fail(EAGAIN);
+        }
+        if (wait_ready(self, state, READ, &deadline) < 0)
+            return -1;
+    }
+}
+
+static PyObject *connection_recv(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    if (count < 1 || count > 2) {
+        PyErr_SetString(PyExc_TypeError, "recv() takes the most bytes to receive, and flags");
+        return NULL;
+    }
+    Py_ssize_t size = PyNumber_AsSsize_t(args[0], PyExc_OverflowError);
+    if (size == -1 && PyErr_Occurred())
+        return NULL;
+    int flags = count > 1 ? as_int(args[1]) : 0;
+    if (flags == -1 && PyErr_Occurred())
+        return NULL;
+    if (size < 0) {
+        PyErr_SetString(PyExc_ValueError, "negative buffersize in recv");
+        return NULL;
+    }
+    if (size == 0)
+        return PyBytes_FromStringAndSize(NULL, 0);
+    State *state = state_of(self);
+    if (size <= SCRATCH && !state->large && !(flags & MSG_WAITALL)) {
+        ssize_t got = receive(self, state, scratch, (size_t)size, flags);
+        state->large = got > LARGE;
+        return got < 0 ? NULL : PyBytes_FromStringAndSize(scratch, got);
+    }
+    PyObject *result = PyBytes_FromStringAndSize(NULL, size);
+    if (result == NULL)
+        return NULL;
+    ssize_t got = receive(self, state, PyBytes_AS_STRING(result), (size_t)size, flags);
+    state->large = got > LARGE;
+    if (got < 0)
+        Py_CLEAR(result);
+    else if (got < size)
+        _PyBytes_Resize(&result, got);
+    return result;
+}
+
+static PyObject *connection_recv_into(PyObject *self, PyObject *args, PyObject *words) {
+    static char *names[] = {"buffer", "nbytes", "flags", NULL};
+    Py_buffer buffer;
+    Py_ssize_t size = 0;
+    int flags = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, words, "w*|ni:recv_into", names, &buffer, &size, &flags))
+        return NULL;
+    ssize_t got = -1;
+    if (size < 0)
+        PyErr_SetString(PyExc_ValueError, "negative buffersize in recv_into");
+    else if (size > buffer.len)
+        PyErr_SetString(PyExc_ValueError, "buffer too small for requested bytes");
+    else if ((size = size ? size : buffer.len) == 0)
+        got = 0;
+    else
+        got = receive(self, state_of(self), buffer.buf, (size_t)size, flags);
+    PyBuffer_Release(&buffer);
+    return got < 0 ? NULL : PyLong_FromSsize_t(got);
+}
+
+/* -- sending ------------------------------------------------------------------------------------------------------ */
+
+/* send(2) that waits: once something was sent (`all` false), or until all of it was. */
+ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, int flags, bool all) {
+    int64_t deadline = 0;
+    size_t done = 0;
+    if (spend(1) < 0)
+        return -1;
+    for (;;) {
+        int fd = begin(self, state);
+        if (fd < 0)
+            return -1;
+        ssize_t sent = send(fd, data + done, size - done, flags | MSG_NOSIGNAL);
+        if (sent >= 0) {
+            done += (size_t)sent;
+            if (!all || done == size) {
+                if (current_hub != NULL)
+                    current_hub->budget -= (int)(done >> 12);
+                return (ssize_t)done;
+            }
+            continue;
+        }
+        if (errno == EINTR) {
+            if (PyErr_CheckSignals() < 0)
+                return -1;
+            continue;
+        }
+        if (errno != EAGAIN && errno != EWOULDBLOCK)
+            return fail(errno);
+        if (flags & MSG_DONTWAIT)
+            return fail(EAGAIN);
+        if (wait_ready(self, state, WRITE, &deadline) < 0)
+            return -1;
+    }
+}
+
+static ssize_t give(PyObject *self, PyObject *const *args, Py_ssize_t count, bool all) {
+    if (flush_of(self) < 0)
+        return -1;
+    if (count < 1 || count > 2) {
+        PyErr_SetString(PyExc_TypeError, "bytes to send are needed, and flags");
+        return -1;
+    }
+    int flags = count > 1 ? as_int(args[1]) : 0;
+    if (flags == -1 && PyErr_Occurred())
+        return -1;
+    if (PyBytes_CheckExact(args[0]))
+        return transmit(self, state_of(self), PyBytes_AS_STRING(args[0]), (size_t)PyBytes_GET_SIZE(args[0]), flags, all);
+    Py_buffer data;
+    if (PyObject_GetBuffer(args[0], &data, PyBUF_SIMPLE) < 0)
+        return -1;
+    ssize_t sent = transmit(self, state_of(self), data.buf, (size_t)data.len, flags, all);
+    PyBuffer_Release(&data);
+    return sent;
+}
+
+static PyObject *connection_send(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    ssize_t sent = give(self, args, count, false);
+    return sent < 0 ? NULL : PyLong_FromSsize_t(sent);
+}
+
+static PyObject *connection_sendall(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    if (give(self, args, count, true) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+/* -- timeouts, kept beside the descriptor ------------------------------------------------------------------------- */
+
+static PyObject *connection_settimeout(PyObject *self, PyObject *seconds) {
+    State *state = state_of(self);
+    double value = seconds == Py_None ? 0 : PyFloat_AsDouble(seconds);
+    if (value == -1.0 && PyErr_Occurred())
+        return NULL;
+    if (!(value >= 0)) {
+        PyErr_SetString(PyExc_ValueError, "Timeout value out of range");
+        return NULL;
+    }
+    state->timeout = value;
+    state->nonblocking = seconds != Py_None && value == 0;
+    Py_RETURN_NONE;
+}
+
+static PyObject *connection_gettimeout(PyObject *self, PyObject *none) {
+    State *state = state_of(self);
+    return state->nonblocking || state->timeout > 0 ? PyFloat_FromDouble(state->timeout) : Py_NewRef(Py_None);
+}
+
+static PyObject *get_timeout(PyObject *self, void *closure) { return connection_gettimeout(self, NULL); }
+
+static PyObject *connection_setblocking(PyObject *self, PyObject *flag) {
+    State *state = state_of(self);
+    int blocking = PyObject_IsTrue(flag);
+    if (blocking < 0)
+        return NULL;
+    state->timeout = 0;
+    state->nonblocking = !blocking;
+    Py_RETURN_NONE;
+}
+
+static PyObject *connection_getblocking(PyObject *self, PyObject *none) {
+    return PyBool_FromLong(!state_of(self)->nonblocking);
+}
+
+/* -- life --------------------------------------------------------------------------------------------------------- */
+
+/* socket.socket.__init__, and then never blocking. */
+static int connection_init(PyObject *self, PyObject *args, PyObject *words) {
+    int done_quickly = quick_init(self, args, words);
+    if (done_quickly != 0)
+        return done_quickly > 0 ? 0 : -1;
+    PyObject *bound = PyObject_CallMethod(base_init, "__get__", "OO", self, Py_TYPE(self));
+    PyObject *done = bound == NULL ? NULL : PyObject_Call(bound, args, words);
+    Py_XDECREF(bound);
+    if (done == NULL)
+        return -1;
+    Py_DECREF(done);
+    return prepare(self, state_of(self));
+}
+
+static PyObject *connection_real_close(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    State *state = state_of(self);
+    let_go(self, state);
+    return PyObject_CallOneArg(base_real_close, self);
+}
+
+static PyObject *connection_detach(PyObject *self, PyObject *none) {
+    State *state = state_of(self);
+    let_go(self, state);
+    PyObject *number = PyObject_CallOneArg(base_detach, self);
+    int fd = number == NULL ? -1 : (int)PyLong_AsLong(number);
+    if (fd >= 0 && !state->nonblocking && state->timeout == 0)
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+    return number;
+}
+
+PyObject *connection_adopt(PyObject *sock) {
+    if (PyObject_TypeCheck(sock, Connection_Type))
+        return Py_NewRef(sock);
+    int fd, family, kind, proto;
+    if (!PyObject_TypeCheck(sock, Socket_Type)) {
+        PyErr_Format(PyExc_TypeError, "a socket.socket is needed, not %.100s", Py_TYPE(sock)->tp_name);
+        return NULL;
+    }
+    if (socket_parts(sock, &fd, &family, &kind, &proto) < 0)
+        return NULL;
+    PyObject *record = PyObject_GetAttrString(sock, "record"), *adopted = NULL, *done = NULL;
+    PyErr_Clear(); /* not every socket has one */
+    PyObject *timeout = PyObject_CallMethod(sock, "gettimeout", NULL);
+    PyObject *number = timeout == NULL ? NULL : PyObject_CallMethod(sock, "detach", NULL);
+    if (number != NULL)
+        adopted = PyObject_CallFunction((PyObject *)Connection_Type, "iiiO", family, kind, proto, number);
+    if (adopted != NULL)
+        done = connection_settimeout(adopted, timeout);
+    if (done != NULL && record != NULL && record != Py_None)
+        Py_SETREF(done, PyObject_CallMethod(record, "move", "O", adopted));
+    if (done == NULL)
+        Py_CLEAR(adopted);
+    Py_XDECREF(done);
+    Py_XDECREF(number);
+    Py_XDECREF(timeout);
+    Py_XDECREF(record);
+    return adopted;
+}
+
+static PyMethodDef connection_methods[] = {
+    {"recv", FAST(connection_recv), METH_FASTCALL, "As socket.recv, waiting in the hub."},
+    {"recv_into", FAST(connection_recv_into), METH_VARARGS | METH_KEYWORDS, "As socket.recv_into, likewise."},
+    {"send", FAST(connection_send), METH_FASTCALL, "As socket.send, likewise."},
+    {"sendall", FAST(connection_sendall), METH_FASTCALL, "As socket.sendall, likewise."},
+    {"settimeout", connection_settimeout, METH_O, "Set the seconds that one operation may take."},
+    {"gettimeout", connection_gettimeout, METH_NOARGS, "Return what settimeout() was given."},
+    {"setblocking", connection_setblocking, METH_O, "As settimeout(None) or settimeout(0)."},
+    {"getblocking", connection_getblocking, METH_NOARGS, "Tell whether operations wait."},
+    {"detach", connection_detach, METH_NOARGS, "Give the descriptor away, blocking if this socket did."},
+    {"_real_close", FAST(connection_real_close), METH_FASTCALL, "Close the descriptor."},
+};
+
+static PyGetSetDef connection_attributes[] = {
+    {"timeout", get_timeout, NULL, "The timeout in seconds.", NULL},
+    {NULL},
+};
+
+/* Not READONLY, or subtype_dealloc would not clear it; no name that a program could write by accident. */
+static PyMemberDef connection_members[] = {
+    {"<hub>", T_OBJECT_EX, 0, 0, NULL},
+    {NULL},
+};
+
+static PyType_Slot connection_slots[] = {
+    {Py_tp_doc, "A socket.socket that waits in the hub where a blocking one would block its thread."},
+    {Py_tp_init, connection_init},
+    {Py_tp_methods, NULL},
+    {Py_tp_getset, connection_attributes},
+    {Py_tp_members, connection_members},
+    {0, NULL},
+};
+
+static PyType_Spec connection_spec = {
+    .name = "harken._hub.compiled.Connection",
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = connection_slots,
+};
+
+/* One table of both files' methods. It lives as long as the type: for ever. */
+static PyMethodDef *all_methods(void) {
+    size_t own = sizeof connection_methods / sizeof *connection_methods, rare = 0;
+    while (rare_methods[rare].ml_name != NULL)
+        rare++;
+    PyMethodDef *methods = PyMem_Calloc(own + rare + 1, sizeof *methods);
+    if (methods != NULL) {
+        memcpy(methods, connection_methods, sizeof connection_methods);
+        memcpy(methods + own, rare_methods, rare * sizeof *methods);
+    }
+    return methods;
+}
+
+int connection_ready(PyObject *module) {
+    PyObject *parent = PyImport_ImportModule("harken.connection");
+    Base_Type = parent == NULL ? NULL : (PyTypeObject *)PyObject_GetAttrString(parent, "Connection");
+    Py_XDECREF(parent);
+    if (Base_Type == NULL || accept_ready() < 0 || rare_ready() < 0)
+        return -1;
+    base_init = PyObject_GetAttrString((PyObject *)Base_Type, "__init__");
+    base_real_close = PyObject_GetAttrString((PyObject *)Base_Type, "_real_close");
+    base_detach = PyObject_GetAttrString((PyObject *)Base_Type, "detach");
+    base_setblocking = PyObject_GetAttrString((PyObject *)Wire_Type, "setblocking");
+    if (base_init == NULL || base_real_close == NULL || base_detach == NULL || base_setblocking == NULL)
+        return -1;
+    state_offset = (Base_Type->tp_basicsize + 15) & ~(Py_ssize_t)15;
+    connection_members[0].offset = state_offset + (Py_ssize_t)offsetof(State, hub);
+    connection_spec.basicsize = (int)(state_offset + (Py_ssize_t)sizeof(State));
+    if ((connection_slots[2].pfunc = all_methods()) == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    PyObject *bases = PyTuple_Pack(1, Base_Type);
+    Connection_Type = bases == NULL ? NULL : (PyTypeObject *)PyType_FromSpecWithBases(&connection_spec, bases);
+    Py_XDECREF(bases);
+    return Connection_Type == NULL ? -1 : PyModule_AddObjectRef(module, "Connection", (PyObject *)Connection_Type);
+}

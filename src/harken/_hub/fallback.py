@@ -1,0 +1,412 @@
+"""The hub in Python, on greenlet: for systems without epoll or without a compiler. The contract is the room's."""
+
+from __future__ import annotations
+
+import contextvars
+import os
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from harken._hub import BUSY, DOOR_BURST, adopt
+from harken._hub.pollers import HUNG, READABLE, WRITABLE, poller
+from harken._hub.sockets import Connection
+from harken._hub.timers import Timer, Timers
+from harken._hub.wire import Wire, closed, here, wait
+from harken.waker import Waker
+
+if TYPE_CHECKING:
+    from harken.engines import Door
+
+__all__ = ["KIND", "Connection", "Hub", "current"]
+
+KIND: Final = "fallback"
+_EXPIRED = object()
+# Seconds that a host without patience may let step() sleep at most: some kernels' poll() takes no more (2^31 ms).
+LONGEST = 86400.0
+
+
+def current() -> Hub | None:
+    """The hub whose green thread calls; None in its own greenlet and in plain threads."""
+    hub = here.hub
+    return hub if hub is not None and getcurrent() is not hub.own else None
+
+
+class _Failure:
+    """What ``throw`` leaves for ``park`` to raise."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+class _Door:
+    """A watched door."""
+
+    def __init__(self, fd: int, on_readable: Callable[[], bool]) -> None:
+        self.fd = fd
+        self.on_readable = on_readable
+
+
+class Hub:
+    """See :mod:`harken._hub`.
+
+    Attributes:
+        own: the greenlet in which the hub itself runs.
+    """
+
+    def __init__(self) -> None:
+        self.own: greenlet = getcurrent()
+        self._thread = threading.get_ident()
+        self._ready: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._timers = Timers()
+        self._greens: set[greenlet] = set()
+        self._parked: set[greenlet] = set()
+        self._waking: dict[greenlet, Any] = {}
+        self._wires: dict[int, Wire] = {}
+        self._doors: dict[int, _Door] = {}  # by the identity of the door
+        self._lent = False  # whether a fork carried this hub's green thread into a child
+        self._open()
+        _hubs.add(self)
+
+    def _open(self) -> None:
+        self._waker = Waker()
+        self._poller = poller()
+        self._poller.watch(self._waker.fileno())
+        self._fds: dict[int, _Door] = {self._waker.fileno(): _Door(self._waker.fileno(), self._drain)}
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def run(self, until: Callable[[], bool], patience: Callable[[], float], tick: Callable[[], None]) -> None:
+        """Run green threads until ``until()``; see the contract."""
+        with self._on_stage():
+            while not until():
+                self._turn(patience())
+                tick()
+
+    def step(self, timeout: float) -> None:
+        """Take one turn; see the contract."""
+        with self._on_stage():
+            self._turn(timeout)
+
+    def fileno(self) -> int:
+        """The poller's descriptor, or -1."""
+        return self._poller.fileno()
+
+    def next_deadline(self) -> float | None:
+        """When the hub wants a turn without a descriptor's being ready."""
+        return 0.0 if self._ready else self._timers.next()
+
+    def wake(self) -> None:
+        """End the sleep. Any thread."""
+        self._waker.wake()
+
+    def close(self) -> None:
+        """End the green threads that are left, and give the descriptors back."""
+        with self._on_stage():
+            for green in list(self._greens):
+                self._parked.discard(green)
+                self._waking.pop(green, None)
+                if green:  # it was started
+                    green.parent = self.own
+                    green.throw(GreenletExit)
+            self._greens.clear()
+        self._ready.clear()
+        self._timers.clear()
+        self._poller.close()
+        self._waker.close()
+        _hubs.discard(self)
+
+    @contextmanager
+    def _on_stage(self) -> Iterator[None]:
+        before, here.hub = here.hub, self
+        self.own = getcurrent()
+        try:
+            yield
+        finally:
+            here.hub = before
+
+    def _turn(self, timeout: float) -> None:
+        ready = self._ready
+        if ready:
+            timeout = 0.0
+        else:
+            deadline = self._timers.next()
+            if deadline is not None:
+                timeout = min(timeout, deadline - time.monotonic())
+        self._dispatch(self._poller.poll(min(max(0.0, timeout), LONGEST)))
+        if self._timers.next() is not None:
+            ready.extend(self._timers.pop_due(time.monotonic()))
+        for _ in range(len(ready)):
+            function, args = ready.popleft()
+            try:
+                function(*args)
+            except Exception:  # noqa: BLE001 - a callback's fault must not end everybody
+                _show()
+
+    def _dispatch(self, events: list[tuple[int, int]]) -> None:
+        wires, parked = self._wires, self._parked
+        for fd, mask in events:
+            wire = wires.get(fd)
+            if wire is None:
+                self._open_door(fd)
+                continue
+            if mask & HUNG:
+                wire.wet = True
+            if mask & READABLE:
+                wire.dry = False
+                green = wire.reader
+                if green is not None and green in parked:
+                    parked.discard(green)
+                    green.switch()
+            if mask & WRITABLE:
+                green = wire.writer
+                if green is not None and green in parked:
+                    parked.discard(green)
+                    green.switch()
+
+    # -- green threads -------------------------------------------------------------------------------------------------
+
+    def spawn(self, function: Callable[..., object], *args: Any) -> greenlet:
+        """Make a green thread; it starts at the next turn."""
+        green = greenlet(self._live)
+        green.gr_context = contextvars.copy_context()
+        self._greens.add(green)
+        self._ready.append((self._start, (green, function, args)))
+        return green
+
+    def _start(self, green: greenlet, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+        green.parent = self.own
+        green.switch(function, args)
+
+    def _live(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+        try:
+            function(*args)
+        except GreenletExit:
+            pass
+        except BaseException:  # noqa: BLE001 - shown as a thread's would be
+            _show()
+        finally:
+            self._greens.discard(getcurrent())
+            if self._lent:
+                _end_process()
+
+    def park(self) -> Any:
+        """Give up the calling green thread; see the contract."""
+        green = getcurrent()
+        if here.hub is not self or green is self.own:
+            raise RuntimeError("nothing can wait here: this is no green thread of a running hub")
+        self._parked.add(green)
+        got = self.own.switch()
+        if type(got) is _Failure:
+            raise got.error
+        return got
+
+    def unpark(self, green: greenlet, value: Any = None) -> bool:
+        """Let a parked green thread go on; see the contract."""
+        if green not in self._parked:
+            return False
+        self._parked.discard(green)
+        self._waking[green] = value
+        self._ready.append((self._resume, (green,)))
+        return True
+
+    def throw(self, green: greenlet, error: BaseException) -> bool:
+        """Raise ``error`` in a parked green thread; see the contract."""
+        failure = _Failure(error)
+        if green in self._waking:
+            self._waking[green] = failure
+            return True
+        return self.unpark(green, failure)
+
+    def _resume(self, green: greenlet) -> None:
+        if green in self._waking:
+            green.switch(self._waking.pop(green))
+
+    def sleep(self, seconds: float) -> None:
+        """Park for ``seconds``; outside a green thread ``time.sleep``."""
+        if current() is not self:
+            time.sleep(seconds)
+            return
+        green = getcurrent()
+        if seconds <= 0:
+            self._waking[green] = None
+            self._ready.append((self._resume, (green,)))
+            got = self.own.switch()
+            if type(got) is _Failure:
+                raise got.error
+            return
+        timer = self.call_at(time.monotonic() + seconds, self.unpark, green)
+        try:
+            self.park()
+        finally:
+            timer.cancel()
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def call_soon(self, function: Callable[..., object], *args: Any) -> None:
+        """Call at the next turn."""
+        self._ready.append((function, args))
+
+    def call_soon_threadsafe(self, function: Callable[..., object], *args: Any) -> None:
+        """Call at the next turn. Any thread."""
+        self._ready.append((function, args))
+        self._waker.wake()
+
+    def call_at(self, deadline: float, function: Callable[..., object], *args: Any) -> Timer:
+        """Call once after ``deadline``."""
+        return self._timers.add(deadline, function, args)
+
+    # -- descriptors ---------------------------------------------------------------------------------------------------
+
+    def watch(self, door: Door, on_readable: Callable[[], bool]) -> None:
+        """Call ``on_readable`` while ``door`` is readable; see :class:`harken.engines.Engine`."""
+        self.unwatch(door)
+        entry = _Door(door.fileno(), on_readable)
+        self._poller.watch(entry.fd)
+        self._doors[id(door)] = self._fds[entry.fd] = entry
+
+    def unwatch(self, door: Door) -> None:
+        """Stop watching ``door``."""
+        entry = self._doors.pop(id(door), None)
+        if entry is not None and self._fds.get(entry.fd) is entry:
+            del self._fds[entry.fd]
+            if entry.fd not in self._wires:  # or its number is a connection's by now
+                self._poller.unwatch(entry.fd)
+
+    def _open_door(self, fd: int) -> None:
+        entry = self._fds.get(fd)
+        for _ in range(DOOR_BURST):
+            if entry is None or self._fds.get(fd) is not entry or not entry.on_readable():
+                return
+
+    def _drain(self) -> bool:
+        self._waker.drain()
+        return False
+
+    def adopt(self, sock: Any) -> Connection:
+        """Take over a socket; see the contract."""
+        return adopt(sock, Connection)  # type: ignore[no-any-return]
+
+    def wait(self, fd: Any, write: bool = False, timeout: float | None = None) -> None:
+        """Park until a descriptor or socket is ready; see the contract."""
+        number = fd if isinstance(fd, int) else fd.fileno()
+        known = fd._wire if isinstance(fd, Connection) else self._wires.get(number)
+        if known is not None:
+            if known.hub is self:
+                self._poller.add(number)  # anew: tells its state of now, also when somebody has closed and reopened it
+            wait(known, write, timeout)
+            return
+        wire = Wire(number)
+        try:
+            wait(wire, write, timeout)
+        except PermissionError:
+            pass  # epoll(7) takes no regular files, which are always ready
+        finally:
+            wire.release()
+
+    def wait_wire(self, wire: Wire, write: bool, timeout: float | None) -> None:
+        """Park the calling green thread until ``wire`` may be ready; see :func:`harken._hub.wire.wait`."""
+        if (wire.writer if write else wire.reader) is not None:
+            raise RuntimeError(BUSY)
+        if wire.hub is not self:
+            self._take(wire)
+        green = getcurrent()
+        if write:
+            wire.writer = green
+        else:
+            wire.reader = green
+        timer = None
+        try:
+            self._poller.want(wire.fd, wire.reader is not None, wire.writer is not None)
+            if timeout is not None:
+                timer = self.call_at(time.monotonic() + timeout, self.unpark, green, _EXPIRED)
+            if self.park() is _EXPIRED:
+                raise TimeoutError("timed out")
+        finally:
+            if write:
+                wire.writer = None
+            else:
+                wire.reader = None
+            if timer is not None:
+                timer.cancel()
+            if wire.hub is self:
+                self._poller.want(wire.fd, wire.reader is not None, wire.writer is not None)
+
+    def _take(self, wire: Wire) -> None:
+        if wire.fd < 0:
+            raise closed()
+        if wire.hub is not None:
+            if wire.reader or wire.writer:  # of another hub
+                raise RuntimeError(BUSY)
+            wire.hub.forget(wire)
+        self._poller.add(wire.fd)
+        self._wires[wire.fd] = wire
+        wire.hub = self
+
+    def forget(self, wire: Wire) -> None:
+        """``wire`` is about to be closed or to leave; whoever waits for it gets EBADF. Any thread."""
+        wire.hub = None
+        if self._wires.get(wire.fd) is wire:
+            del self._wires[wire.fd]
+            self._poller.unwatch(wire.fd)
+        if wire.reader is None and wire.writer is None:
+            return
+        if self._thread == threading.get_ident():
+            self._abandon(wire)
+        else:
+            self.call_soon_threadsafe(self._abandon, wire)
+
+    def _abandon(self, wire: Wire) -> None:
+        for green in (wire.reader, wire.writer):
+            if green is not None:
+                self.throw(green, closed())
+
+    # -- fork ----------------------------------------------------------------------------------------------------------
+
+    def after_fork(self) -> None:
+        """In a child: nothing of the parent's is watched or runs here."""
+        for wire in self._wires.values():
+            wire.hub = wire.reader = wire.writer = None
+        for books in (self._wires, self._doors, self._fds, self._parked, self._waking, self._greens, self._ready):
+            books.clear()
+        self._timers.clear()
+        self._poller.close()
+        self._waker.close()
+        if self._thread == threading.get_ident():
+            self._open()
+            if current() is self:
+                self._lent = True
+                here.hub = None
+
+
+_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for hub in list(_hubs):
+        hub.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _end_process() -> None:
+    """The green thread that forked has ended in the child; the loop below it is the parent's."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass  # closed, or none
+    os._exit(0)
+
+
+def _show() -> None:
+    threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))

@@ -1,0 +1,545 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Reader and Writer: rfile and wfile of a Connection.
+ *
+ * The reader holds bytes only while some are unread. The writer joins what is written while the reader still holds
+ * requests: a pipelining client gets one packet for many answers. What was joined is sent before the green thread gives
+ * up its turn in any way, so no answer ever waits for the peer; at most one green thread, the running one, has such
+ * output, and one buffer a hub is enough. */
+#include "hub.h"
+#include <errno.h>
+#include <sys/socket.h>
+
+#define PENDING 65536 /* joined at the most */
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *weak;
+    PyObject *sock;   /* a Connection; NULL once closed */
+    PyObject *unread; /* bytes of which those before `at` are read, or NULL */
+    Py_ssize_t at;
+} Reader;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *weak;
+    PyObject *sock; /* NULL once closed */
+    Reader *reader; /* of the same connection, or NULL */
+} Writer;
+
+static PyTypeObject *Reader_Type, *Writer_Type;
+
+/* -- pending output ----------------------------------------------------------------------------------------------- */
+
+/* Send what the running green thread has joined. It may wait. */
+int flush_pending(Hub *hub) {
+    PyObject *owner = hub->pending_owner;
+    size_t size = hub->pending_size;
+    if (owner == NULL)
+        return 0;
+    hub->pending_owner = NULL;
+    hub->pending_size = 0;
+    int result = 0, fd = socket_fd(owner);
+    ssize_t sent = send(fd, hub->pending, size, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (sent < 0 && errno != EAGAIN && errno != EINTR)
+        result = fail(errno);
+    else if (sent < (ssize_t)size) { /* others will use the buffer while we wait */
+        size_t done = sent > 0 ? (size_t)sent : 0;
+        PyObject *rest = PyBytes_FromStringAndSize(hub->pending + done, (Py_ssize_t)(size - done));
+        result = rest == NULL || transmit(owner, state_of(owner), PyBytes_AS_STRING(rest), size - done, 0, true) < 0
+                     ? -1
+                     : 0;
+        Py_XDECREF(rest);
+    }
+    Py_DECREF(owner);
+    return result;
+}
+
+/* Before `sock` is used in another way: what was written goes first. */
+int flush_of(PyObject *sock) {
+    Hub *hub = current_hub;
+    return hub != NULL && hub->pending_owner == sock ? flush_pending(hub) : 0;
+}
+
+static int join(Hub *hub, PyObject *sock, const char *data, size_t size) {
+    if (hub->pending_owner != NULL && (hub->pending_owner != sock || hub->pending_size + size > PENDING) &&
+        flush_pending(hub) < 0)
+        return -1;
+    if (hub->pending == NULL && (hub->pending = PyMem_Malloc(PENDING)) == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (hub->pending_owner == NULL)
+        hub->pending_owner = Py_NewRef(sock);
+    memcpy(hub->pending + hub->pending_size, data, size);
+    hub->pending_size += size;
+    return 0;
+}
+
+/* -- reading ------------------------------------------------------------------------------------------------------ */
+
+static PyObject *open_sock(PyObject *sock) {
+    if (sock == NULL)
+        PyErr_SetString(PyExc_ValueError, "I/O operation on closed file.");
+    return sock;
+}
+
+static Py_ssize_t held(Reader *reader) {
+    return reader->unread == NULL ? 0 : PyBytes_GET_SIZE(reader->unread) - reader->at;
+}
+
+static const char *start(Reader *reader) { return PyBytes_AS_STRING(reader->unread) + reader->at; }
+
+/* Take `size` of the unread bytes. */
+static PyObject *slice(Reader *reader, Py_ssize_t size) {
+    PyObject *piece;
+    if (size == 0)
+        return PyBytes_FromStringAndSize(NULL, 0);
+    if (reader->at == 0 && size == PyBytes_GET_SIZE(reader->unread)) {
+        piece = reader->unread;
+        reader->unread = NULL;
+        return piece;
+    }
+    piece = PyBytes_FromStringAndSize(start(reader), size);
+    if (piece != NULL && (reader->at += size) == PyBytes_GET_SIZE(reader->unread)) {
+        Py_CLEAR(reader->unread);
+        reader->at = 0;
+    }
+    return piece;
+}
+
+/* Keep `size` more bytes behind those that are unread. */
+static int keep(Reader *reader, const char *data, Py_ssize_t size) {
+    Py_ssize_t before = held(reader);
+    PyObject *joined = PyBytes_FromStringAndSize(NULL, before + size);
+    if (joined == NULL)
+        return -1;
+    if (before > 0)
+        memcpy(PyBytes_AS_STRING(joined), start(reader), (size_t)before);
+    memcpy(PyBytes_AS_STRING(joined) + before, data, (size_t)size);
+    Py_XSETREF(reader->unread, joined);
+    reader->at = 0;
+    return 0;
+}
+
+/* Receive once into the scratch buffer, which is good until anybody waits again. */
+static ssize_t get(Reader *reader, Py_ssize_t most) {
+    PyObject *sock = open_sock(reader->sock);
+    if (sock == NULL)
+        return -1;
+    Py_INCREF(sock); /* somebody may close us meanwhile */
+    ssize_t got = receive(sock, state_of(sock), scratch, most < SCRATCH ? (size_t)most : SCRATCH, 0);
+    Py_DECREF(sock);
+    return got;
+}
+
+/* One more piece to the unread bytes; 0 at the end. */
+static ssize_t fill(Reader *reader) {
+    ssize_t got = get(reader, SCRATCH);
+    return got > 0 && keep(reader, scratch, got) < 0 ? -1 : got;
+}
+
+static PyObject *read_line(Reader *reader, Py_ssize_t limit) {
+    Py_ssize_t searched = 0;
+    if (limit < 0)
+        limit = PY_SSIZE_T_MAX;
+    for (;;) {
+        Py_ssize_t size = held(reader), within = size < limit ? size : limit;
+        if (searched > within)
+            searched = 0; /* another reader was here while we waited */
+        const char *end = within > searched ? memchr(start(reader) + searched, '\n', (size_t)(within - searched)) : NULL;
+        if (end != NULL || size >= limit)
+            return slice(reader, end != NULL ? end - start(reader) + 1 : limit);
+        searched = size;
+        ssize_t got = get(reader, SCRATCH);
+        if (got <= 0)
+            return got < 0 ? NULL : slice(reader, held(reader));
+        if (held(reader) == 0 && got <= limit && (end = memchr(scratch, '\n', (size_t)got)) == scratch + got - 1)
+            return PyBytes_FromStringAndSize(scratch, got); /* the common case: one line and no more */
+        if (keep(reader, scratch, got) < 0)
+            return NULL;
+    }
+}
+
+static PyObject *read_exactly(Reader *reader, Py_ssize_t size) {
+    while (size < 0 || held(reader) < size) {
+        ssize_t got = fill(reader);
+        if (got < 0)
+            return NULL;
+        if (got == 0)
+            break;
+    }
+    Py_ssize_t there = held(reader);
+    return slice(reader, size < 0 || there < size ? there : size);
+}
+
+static int size_of(PyObject *const *args, Py_ssize_t count, Py_ssize_t *size) {
+    *size = -1;
+    if (count > 1) {
+        PyErr_SetString(PyExc_TypeError, "at most one argument is expected");
+        return -1;
+    }
+    if (count == 0 || args[0] == Py_None)
+        return 0;
+    *size = PyNumber_AsSsize_t(args[0], PyExc_OverflowError);
+    return *size == -1 && PyErr_Occurred() ? -1 : 0;
+}
+
+static PyObject *reader_readline(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Py_ssize_t limit;
+    if (size_of(args, count, &limit) < 0 || open_sock(((Reader *)self)->sock) == NULL)
+        return NULL;
+    return read_line((Reader *)self, limit);
+}
+
+static PyObject *reader_next(PyObject *self) {
+    PyObject *line = open_sock(((Reader *)self)->sock) == NULL ? NULL : read_line((Reader *)self, -1);
+    if (line != NULL && PyBytes_GET_SIZE(line) == 0)
+        Py_CLEAR(line);
+    return line;
+}
+
+static PyObject *reader_readlines(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Py_ssize_t hint, total = 0;
+    PyObject *lines = size_of(args, count, &hint) < 0 ? NULL : PyList_New(0), *line;
+    while (lines != NULL && (hint <= 0 || total < hint) && (line = reader_next(self)) != NULL) {
+        total += PyBytes_GET_SIZE(line);
+        int result = PyList_Append(lines, line);
+        Py_DECREF(line);
+        if (result < 0)
+            break;
+    }
+    if (PyErr_Occurred())
+        Py_CLEAR(lines);
+    return lines;
+}
+
+static PyObject *reader_read(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Py_ssize_t size;
+    if (size_of(args, count, &size) < 0 || open_sock(((Reader *)self)->sock) == NULL)
+        return NULL;
+    return read_exactly((Reader *)self, size);
+}
+
+static PyObject *reader_read1(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Reader *reader = (Reader *)self;
+    Py_ssize_t size;
+    if (size_of(args, count, &size) < 0 || open_sock(reader->sock) == NULL)
+        return NULL;
+    if (size < 0)
+        size = SCRATCH;
+    if (size == 0)
+        return PyBytes_FromStringAndSize(NULL, 0);
+    if (held(reader) > 0)
+        return slice(reader, held(reader) < size ? held(reader) : size);
+    ssize_t got = get(reader, size);
+    return got < 0 ? NULL : PyBytes_FromStringAndSize(scratch, got);
+}
+
+static PyObject *reader_peek(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Reader *reader = (Reader *)self;
+    if (open_sock(reader->sock) == NULL || (held(reader) == 0 && fill(reader) < 0))
+        return NULL;
+    return PyBytes_FromStringAndSize(held(reader) > 0 ? start(reader) : NULL, held(reader));
+}
+
+static PyObject *read_into(PyObject *self, PyObject *target, bool once) {
+    Reader *reader = (Reader *)self;
+    Py_buffer buffer;
+    if (open_sock(reader->sock) == NULL || PyObject_GetBuffer(target, &buffer, PyBUF_WRITABLE) < 0)
+        return NULL;
+    Py_ssize_t done = 0;
+    ssize_t got = 1;
+    while (done < buffer.len && (done == 0 || !once)) {
+        Py_ssize_t there = held(reader), take = there < buffer.len - done ? there : buffer.len - done;
+        if (there == 0) {
+            if ((got = fill(reader)) <= 0)
+                break;
+            continue;
+        }
+        memcpy((char *)buffer.buf + done, start(reader), (size_t)take);
+        PyObject *gone = slice(reader, take);
+        Py_XDECREF(gone);
+        done += take;
+    }
+    PyBuffer_Release(&buffer);
+    return got < 0 ? NULL : PyLong_FromSsize_t(done);
+}
+
+static PyObject *reader_readinto(PyObject *self, PyObject *target) { return read_into(self, target, false); }
+static PyObject *reader_readinto1(PyObject *self, PyObject *target) { return read_into(self, target, true); }
+
+/* -- writing ------------------------------------------------------------------------------------------------------ */
+
+static int put(Writer *writer, const char *data, size_t size) {
+    PyObject *sock = open_sock(writer->sock);
+    if (sock == NULL)
+        return -1;
+    Hub *hub = current_hub;
+    State *state = state_of(sock);
+    bool more = writer->reader != NULL && held(writer->reader) > 0;
+    bool joins = hub != NULL && (more || hub->pending_owner == sock) && size <= PENDING && !state->nonblocking &&
+                 !in_hub(hub);
+    Py_INCREF(sock);
+    int result;
+    if (joins)
+        result = join(hub, sock, data, size) < 0 || (!more && flush_pending(hub) < 0) ? -1 : 0;
+    else
+        result = flush_of(sock) < 0 || transmit(sock, state, data, size, 0, true) < 0 ? -1 : 0;
+    Py_DECREF(sock);
+    return result;
+}
+
+static PyObject *writer_write(PyObject *self, PyObject *data) {
+    if (PyBytes_CheckExact(data))
+        return put((Writer *)self, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data)) < 0
+                   ? NULL
+                   : PyLong_FromSsize_t(PyBytes_GET_SIZE(data));
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
+        return NULL;
+    Py_ssize_t size = buffer.len;
+    int result = put((Writer *)self, buffer.buf, (size_t)size);
+    PyBuffer_Release(&buffer);
+    return result < 0 ? NULL : PyLong_FromSsize_t(size);
+}
+
+static PyObject *writer_writelines(PyObject *self, PyObject *lines) {
+    PyObject *iterator = PyObject_GetIter(lines), *line;
+    while (iterator != NULL && (line = PyIter_Next(iterator)) != NULL) {
+        PyObject *done = writer_write(self, line);
+        Py_DECREF(line);
+        if (done == NULL)
+            break;
+        Py_DECREF(done);
+    }
+    Py_XDECREF(iterator);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *writer_flush(PyObject *self, PyObject *none) {
+    PyObject *sock = open_sock(((Writer *)self)->sock);
+    return sock == NULL || flush_of(sock) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* -- what both have ----------------------------------------------------------------------------------------------- */
+
+#define SOCK(self) (*(PyObject **)((char *)(self) + offsetof(Reader, sock)))
+_Static_assert(offsetof(Reader, sock) == offsetof(Writer, sock), "Reader and Writer begin alike");
+
+static PyObject *file_fileno(PyObject *self, PyObject *none) {
+    PyObject *sock = open_sock(SOCK(self));
+    return sock == NULL ? NULL : PyObject_CallMethod(sock, "fileno", NULL);
+}
+
+static PyObject *file_no(PyObject *self, PyObject *none) {
+    return open_sock(SOCK(self)) == NULL ? NULL : Py_NewRef(Py_False);
+}
+
+static PyObject *file_yes(PyObject *self, PyObject *none) {
+    return open_sock(SOCK(self)) == NULL ? NULL : Py_NewRef(Py_True);
+}
+
+static PyObject *file_nothing(PyObject *self, PyObject *none) { Py_RETURN_NONE; }
+
+static PyObject *file_enter(PyObject *self, PyObject *none) {
+    return open_sock(SOCK(self)) == NULL ? NULL : Py_NewRef(self);
+}
+
+static PyObject *file_closed(PyObject *self, void *closure) { return PyBool_FromLong(SOCK(self) == NULL); }
+
+/* As makefile()'s files do: the socket stays open until its last file is closed. */
+static PyObject *file_close(PyObject *self, PyObject *none) {
+    PyObject *sock = SOCK(self);
+    if (sock == NULL)
+        Py_RETURN_NONE;
+    int flushed = Py_IS_TYPE(self, Writer_Type) ? flush_of(sock) : 0;
+    if (SOCK(self) != sock) /* another green thread closed it while we sent */
+        return flushed < 0 ? NULL : Py_NewRef(Py_None);
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    SOCK(self) = NULL;
+    if (Py_IS_TYPE(self, Reader_Type))
+        Py_CLEAR(((Reader *)self)->unread);
+    PyObject *done = PyObject_CallMethod(sock, "_decref_socketios", NULL);
+    Py_DECREF(sock);
+    if (flushed < 0) {
+        PyErr_Restore(type, error, trace);
+        Py_CLEAR(done);
+    }
+    return done;
+}
+
+static PyObject *file_exit(PyObject *self, PyObject *args) { return file_close(self, NULL); }
+
+static PyObject *attach_to(PyObject *file, PyObject *sock) {
+    if (file == NULL)
+        return NULL;
+    PyObject *count = PyObject_GetAttrString(sock, "_io_refs");
+    PyObject *one = count == NULL ? NULL : PyLong_FromLong(PyLong_AsLong(count) + 1);
+    if (one == NULL || PyObject_SetAttrString(sock, "_io_refs", one) < 0)
+        Py_CLEAR(file);
+    else
+        SOCK(file) = Py_NewRef(sock);
+    Py_XDECREF(count);
+    Py_XDECREF(one);
+    return file;
+}
+
+static PyObject *reader_new(PyTypeObject *type, PyObject *args, PyObject *words) {
+    PyObject *sock;
+    if (!PyArg_ParseTuple(args, "O!:Reader", Connection_Type, &sock))
+        return NULL;
+    return attach_to(type->tp_alloc(type, 0), sock);
+}
+
+static PyObject *writer_new(PyTypeObject *type, PyObject *args, PyObject *words) {
+    PyObject *sock, *reader = Py_None;
+    if (!PyArg_ParseTuple(args, "O!|O:Writer", Connection_Type, &sock, &reader))
+        return NULL;
+    PyObject *writer = attach_to(type->tp_alloc(type, 0), sock);
+    if (writer != NULL && Py_IS_TYPE(reader, Reader_Type))
+        ((Writer *)writer)->reader = (Reader *)Py_NewRef(reader);
+    return writer;
+}
+
+static int file_traverse(PyObject *self, visitproc visit, void *arg) {
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(SOCK(self));
+    if (Py_IS_TYPE(self, Writer_Type))
+        Py_VISIT(((Writer *)self)->reader);
+    return 0;
+}
+
+static int file_clear(PyObject *self) {
+    if (Py_IS_TYPE(self, Writer_Type))
+        Py_CLEAR(((Writer *)self)->reader);
+    return 0;
+}
+
+/* Dropped without close(): like SocketIO, it lets the socket go. */
+static void file_finalize(PyObject *self) {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyObject *done = file_close(self, NULL);
+    if (done == NULL)
+        PyErr_Clear();
+    Py_XDECREF(done);
+    PyErr_Restore(type, error, trace);
+}
+
+static void file_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    if (PyObject_CallFinalizerFromDealloc(self) < 0)
+        return;
+    PyObject_GC_UnTrack(self);
+    if (((Reader *)self)->weak != NULL)
+        PyObject_ClearWeakRefs(self);
+    file_clear(self);
+    if (Py_IS_TYPE(self, Reader_Type))
+        Py_CLEAR(((Reader *)self)->unread);
+    Py_CLEAR(SOCK(self));
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+#define SHARED                                                                        \
+    {"fileno", file_fileno, METH_NOARGS, "The connection's descriptor."},             \
+        {"isatty", file_no, METH_NOARGS, "False."},                                   \
+        {"seekable", file_no, METH_NOARGS, "False."},                                 \
+        {"close", file_close, METH_NOARGS, "Let the connection go."},                 \
+        {"__enter__", file_enter, METH_NOARGS, NULL}, {"__exit__", file_exit, METH_VARARGS, NULL},
+
+static PyMethodDef reader_methods[] = {
+    SHARED{"readable", file_yes, METH_NOARGS, "True."},
+    {"writable", file_no, METH_NOARGS, "False."},
+    {"flush", file_nothing, METH_NOARGS, "Nothing."},
+    {"readline", FAST(reader_readline), METH_FASTCALL, "readline(size=-1): one line, or what there is of it."},
+    {"readlines", FAST(reader_readlines), METH_FASTCALL, "readlines(hint=-1): lines until the end."},
+    {"read", FAST(reader_read), METH_FASTCALL, "read(size=-1): so many bytes, or all until the end."},
+    {"read1", FAST(reader_read1), METH_FASTCALL, "read1(size=-1): what is there, or comes first."},
+    {"readinto", reader_readinto, METH_O, "readinto(buffer): fill it."},
+    {"readinto1", reader_readinto1, METH_O, "readinto1(buffer): what is there, or comes first."},
+    {"peek", FAST(reader_peek), METH_FASTCALL, "peek(size=0): what is there, without taking it."},
+    {NULL},
+};
+
+static PyMethodDef writer_methods[] = {
+    SHARED{"readable", file_no, METH_NOARGS, "False."},
+    {"writable", file_yes, METH_NOARGS, "True."},
+    {"write", writer_write, METH_O, "write(data): send it, at once or before this green thread waits."},
+    {"writelines", writer_writelines, METH_O, "writelines(lines): write each."},
+    {"flush", writer_flush, METH_NOARGS, "Send what was written."},
+    {NULL},
+};
+
+static PyGetSetDef file_attributes[] = {
+    {"closed", file_closed, NULL, "Whether it was closed.", NULL},
+    {NULL},
+};
+
+static PyMemberDef file_members[] = {
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(Reader, weak), READONLY, NULL},
+    {NULL},
+};
+
+static PyType_Slot reader_slots[] = {
+    {Py_tp_doc, "Reader(connection): reads it as a buffered file."},
+    {Py_tp_new, reader_new},
+    {Py_tp_iter, PyObject_SelfIter},
+    {Py_tp_iternext, reader_next},
+    {Py_tp_finalize, file_finalize},
+    {Py_tp_dealloc, file_dealloc},
+    {Py_tp_traverse, file_traverse},
+    {Py_tp_clear, file_clear},
+    {Py_tp_methods, reader_methods},
+    {Py_tp_getset, file_attributes},
+    {Py_tp_members, file_members},
+    {0, NULL},
+};
+
+static PyType_Slot writer_slots[] = {
+    {Py_tp_doc, "Writer(connection, reader=None): writes to it, joining answers while the reader holds requests."},
+    {Py_tp_new, writer_new},
+    {Py_tp_finalize, file_finalize},
+    {Py_tp_dealloc, file_dealloc},
+    {Py_tp_traverse, file_traverse},
+    {Py_tp_clear, file_clear},
+    {Py_tp_methods, writer_methods},
+    {Py_tp_getset, file_attributes},
+    {Py_tp_members, file_members},
+    {0, NULL},
+};
+
+static PyType_Spec reader_spec = {
+    .name = "harken._hub.compiled.Reader",
+    .basicsize = sizeof(Reader),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = reader_slots,
+};
+
+static PyType_Spec writer_spec = {
+    .name = "harken._hub.compiled.Writer",
+    .basicsize = sizeof(Writer),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = writer_slots,
+};
+
+/* A C type cannot derive from io.BufferedIOBase (its layout is another), but it can be registered as one. */
+static int add_type(PyObject *module, const char *name, PyTypeObject *type) {
+    if (type == NULL || PyModule_AddObjectRef(module, name, (PyObject *)type) < 0)
+        return -1;
+    PyObject *io = PyImport_ImportModule("io");
+    PyObject *kind = io == NULL ? NULL : PyObject_GetAttrString(io, "BufferedIOBase");
+    PyObject *done = kind == NULL ? NULL : PyObject_CallMethod(kind, "register", "O", type);
+    Py_XDECREF(io);
+    Py_XDECREF(kind);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+int files_ready(PyObject *module) {
+    Reader_Type = (PyTypeObject *)PyType_FromSpec(&reader_spec);
+    Writer_Type = (PyTypeObject *)PyType_FromSpec(&writer_spec);
+    return add_type(module, "Reader", Reader_Type) < 0 || add_type(module, "Writer", Writer_Type) < 0 ? -1 : 0;
+}

@@ -1,0 +1,227 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The compiled hub: what its files share. The contract stands in __init__.py.
+ *
+ *   compiled.c    the module
+ *   hub.c         Hub: the loop, and what Python sees of it
+ *   queue.c       green threads that are due, and the function that each of them runs
+ *   timers.c      deadlines: a binary heap
+ *   slots.c       who waits for which descriptor: the epoll set, and waiting itself
+ *   connection.c  Connection: a socket.socket whose calls wait in the hub
+ *   rare.c        what a Connection does less often
+ *   accept.c      accept(2) straight into a Connection
+ *   files.c       rfile and wfile
+ *   chunks.c      a cache for the memory of Python stacks
+ *
+ * Everything here is guarded by the GIL, which is given up in epoll_wait, poll and sendfile alone. */
+#ifndef HARKEN_HUB_H
+#define HARKEN_HUB_H
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-variable"
+#include <greenlet.h>
+#pragma GCC diagnostic pop
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/epoll.h>
+
+#define HIDDEN __attribute__((visibility("hidden")))
+
+/* greenlet.h gives each file a table of its own, to be imported there; we have one. */
+extern HIDDEN void **greenlet_api;
+#define _PyGreenlet_API greenlet_api
+
+enum { READ, WRITE };
+
+typedef struct Hub Hub;
+typedef struct Node Node;
+
+/* A deadline in a hub's heap. `fire` is called once it has passed and the node has left the heap. */
+struct Node {
+    int64_t deadline; /* nanoseconds of CLOCK_MONOTONIC */
+    Py_ssize_t index; /* in the heap; -1: not in it */
+    int (*fire)(Hub *, Node *);
+};
+
+/* The timeout of whoever waits on a slot. It stays in the heap when the wait ends: the next wait merely moves `wanted`,
+ * and a node that fires too early goes back. So a timeout on every recv() costs no heap operation. */
+typedef struct {
+    Node node;
+    int64_t wanted; /* 0: nobody has a timeout now */
+    struct Slot *slot;
+    int direction;
+} SlotTimer;
+
+/* What a hub knows of one descriptor. Slots live as long as their hub: a pointer to one stays good. */
+typedef struct Slot {
+    PyGreenlet *waiter[2]; /* owned */
+    SlotTimer *timer[2];   /* made at the first timeout */
+    uint32_t generation;   /* tells events of this registration from late ones of a closed descriptor */
+    bool registered;       /* in the epoll set */
+    bool owned;            /* by a Connection: stays registered when nobody waits */
+    bool dry;              /* a short read took all there was: an event will come before there is more */
+    bool sticky;           /* an end, an error or urgent data was seen: reads may be short without being the last */
+    bool timed_out[2];     /* why the waiter was resumed */
+} Slot;
+
+/* One thing to do at the next turn. */
+typedef struct {
+    enum { CALL, SWITCH, THROW } kind;
+    PyObject *target; /* CALL: a function; else a greenlet */
+    PyObject *value;  /* CALL: its arguments; SWITCH: what park() returns, or NULL; THROW: the exception */
+} Entry;
+
+typedef struct {
+    PyObject *door, *on_readable; /* NULL: free */
+    int fd;
+    uint32_t generation;
+} Door;
+
+#define MAX_EVENTS 256 /* taken from the epoll set at once; what is left comes next turn */
+
+struct Hub {
+    PyObject_HEAD
+    Hub *next, *previous; /* all hubs of the process, for fork */
+    PyObject *weak;
+    PyGreenlet *greenlet; /* the one that runs the loop; NULL outside a turn */
+    int epoll, wakeup;
+    bool woken;  /* the eventfd has been written and not read */
+    bool lent;   /* in a forked child, whose green thread ran here: it ends with that one */
+    bool closed;
+    int signals[2]; /* a socketpair for signal.set_wakeup_fd, or -1 */
+    struct epoll_event *events; /* of this turn: `next_event` up to `event_count` are not handed out yet */
+    int next_event, event_count;
+    int budget;     /* operations that the running green thread may still do without waiting */
+    Entry *queue;   /* a ring; capacity is a power of two */
+    size_t head, count, capacity;
+    PyObject *due;    /* dict: green threads that are in the queue */
+    PyObject *greens; /* set: green threads that have not ended */
+    Node **heap;
+    Py_ssize_t heap_size, heap_capacity;
+    Slot **pages;
+    int page_count;
+    Door *doors;
+    int door_count;
+    char *pending; /* what the running green thread has written and not sent, to pending_owner; see files.c */
+    size_t pending_size;
+    PyObject *pending_owner;
+};
+
+/* The hub whose turn runs in this thread. Green threads of a hub share its thread, so it is theirs too. */
+extern HIDDEN __thread Hub *current_hub;
+extern HIDDEN Hub *all_hubs;
+/* As the contract has them, in __init__.py. */
+#define BUSY "this socket is already used by another green thread"
+#define DOOR_BURST 64
+#define TURN_BUDGET 64 /* TURN_OPERATIONS, and TURN_BYTES in pages of 4 KiB */
+
+extern HIDDEN PyTypeObject *Hub_Type, *Timer_Type, *Task_Type, *Connection_Type;
+
+HIDDEN int64_t now_ns(void);
+HIDDEN int seconds_to_ns(PyObject *seconds, int64_t *ns);
+HIDDEN bool in_hub(Hub *hub); /* whether the loop itself is running, rather than a green thread */
+
+/* What epoll hands back for descriptors that are not in a slot: doors have this bit and their place. */
+#define DOOR_BIT 0x80000000u
+#define WAKEUP_TAG 0xffffffffu
+#define SIGNAL_TAG 0xfffffffeu
+
+/* hub.c */
+HIDDEN int hub_ready(PyObject *module);
+HIDDEN PyObject *hub_current(PyObject *module, PyObject *none);
+HIDDEN int hub_wake(Hub *hub);
+HIDDEN void hubs_after_fork(void);
+HIDDEN void resume(Hub *hub, PyGreenlet *green, PyObject *value);
+
+/* queue.c */
+HIDDEN int queue_ready(PyObject *module);
+HIDDEN int enqueue(Hub *hub, int kind, PyObject *target, PyObject *value);
+HIDDEN int run_queue(Hub *hub);
+HIDDEN int is_due(Hub *hub, PyGreenlet *green);
+HIDDEN int make_due(Hub *hub, PyGreenlet *green, PyObject *value);
+HIDDEN int throw_into(Hub *hub, PyGreenlet *green, PyObject *error);
+HIDDEN void end_process(void);
+HIDDEN void queue_clear(Hub *hub, bool abandon);
+HIDDEN int give_way(Hub *hub);
+HIDDEN PyObject *spawn(Hub *hub, PyObject *function, PyObject *const *args, Py_ssize_t count);
+HIDDEN int report(PyObject *function);
+
+/* timers.c */
+HIDDEN int timers_ready(PyObject *module);
+HIDDEN int heap_insert(Hub *hub, Node *node);
+HIDDEN void heap_remove(Hub *hub, Node *node);
+HIDDEN int heap_run(Hub *hub);
+HIDDEN void heap_clear(Hub *hub, bool abandon);
+HIDDEN PyObject *timer_new(Hub *hub, int64_t deadline, PyObject *function, PyObject *args);
+HIDDEN int sleep_until(Hub *hub, int64_t deadline);
+HIDDEN PyObject *node_owner(Node *node);
+
+/* slots.c */
+HIDDEN Slot *slot_of(Hub *hub, int fd);
+HIDDEN void slot_renew(Hub *hub, Slot *slot);
+HIDDEN void slot_leave(Hub *hub, Slot *slot, int fd);
+HIDDEN int slot_wait(Hub *hub, PyGreenlet *me, Slot *slot, int fd, int direction, int64_t deadline);
+HIDDEN void slot_event(Hub *hub, struct epoll_event *event);
+HIDDEN int poll_wait(int fd, int direction, int64_t deadline);
+HIDDEN int wait_fd(Hub *hub, int fd, int direction, int64_t deadline);
+HIDDEN int timed_out(void);
+HIDDEN void slots_abandon(Hub *hub);
+HIDDEN void slots_forget_waiters(Hub *hub);
+HIDDEN void slots_free(Hub *hub);
+#define SLOTS_A_PAGE 256
+
+/* connection.c */
+
+/* What a Connection keeps behind its socket.socket. */
+typedef struct {
+    PyObject *hub;  /* in which it last waited; a T_OBJECT_EX member, so that the type machinery visits it */
+    Slot *slot;     /* there */
+    uint32_t generation;
+    bool prepared;    /* O_NONBLOCK is set, and `stream` is known */
+    bool stream;      /* TCP: a short read tells that nothing is left */
+    bool large;       /* the last read was large: receive into the result itself */
+    bool nonblocking; /* a timeout of 0 */
+    double timeout;   /* seconds; 0: none */
+} State;
+
+HIDDEN int connection_ready(PyObject *module);
+HIDDEN PyObject *connection_adopt(PyObject *sock);
+HIDDEN PyObject *rebuild(PyObject *module, PyObject *args);
+HIDDEN State *state_of(PyObject *self);
+HIDDEN int begin(PyObject *self, State *state);
+HIDDEN int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline);
+HIDDEN int fail(int error);
+HIDDEN void let_go(PyObject *self, State *state);
+HIDDEN void make_stream_known(State *state, int family, int kind, int proto);
+
+HIDDEN ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags);
+HIDDEN ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, int flags, bool all);
+#define SCRATCH 65536 /* what handlers ask for at once; a small message is copied from here */
+extern HIDDEN char scratch[SCRATCH]; /* good from recv() until anybody waits */
+
+/* files.c */
+HIDDEN int files_ready(PyObject *module);
+HIDDEN int flush_pending(Hub *hub);
+HIDDEN int flush_of(PyObject *sock);
+
+/* rare.c */
+HIDDEN int rare_ready(void);
+extern HIDDEN PyMethodDef rare_methods[];
+#define FAST(function) ((PyCFunction)(void (*)(void))(function))
+
+/* accept.c */
+HIDDEN int accept_ready(void);
+HIDDEN PyObject *accept_one(PyObject *module, PyObject *listener);
+HIDDEN PyObject *make_connection(PyTypeObject *type, int fd, int family, int kind, int proto);
+HIDDEN PyObject *accept_from(PyTypeObject *type, int fd, int family, int kind, int proto);
+HIDDEN int quick_init(PyObject *self, PyObject *args, PyObject *words);
+HIDDEN int socket_parts(PyObject *sock, int *fd, int *family, int *kind, int *proto);
+HIDDEN int socket_fd(PyObject *sock);
+extern HIDDEN PyTypeObject *Wire_Type;   /* _socket.socket */
+extern HIDDEN PyTypeObject *Socket_Type; /* socket.socket */
+
+/* chunks.c */
+HIDDEN bool chunks_install(void);
+#endif

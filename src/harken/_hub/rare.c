@@ -1,0 +1,292 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * What a Connection does less often: the socket module's own method is called, and called again after waiting. */
+#include "hub.h"
+#include <errno.h>
+#include <poll.h>
+#include <sys/sendfile.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#define FIRST_PAUSE 1000000   /* nanoseconds: a Unix listener with a full backlog cannot be waited for */
+#define LONGEST_PAUSE 50000000
+#define FILE_PIECE 262144 /* TURN_BYTES: what is sent of a file before the others get their turn */
+
+static PyObject *base_method[7], *base_connect_ex, *base_shutdown, *base_fileno;
+enum { RECVFROM, RECVFROM_INTO, RECVMSG, RECVMSG_INTO, SENDTO, SENDMSG, KINDS };
+static const char *const names[KINDS] = {"recvfrom", "recvfrom_into", "recvmsg", "recvmsg_into", "sendto", "sendmsg"};
+
+static bool has_dontwait(PyObject *args, PyObject *words, Py_ssize_t place) {
+    PyObject *flags = PyTuple_GET_SIZE(args) > place ? PyTuple_GET_ITEM(args, place) : NULL;
+    if (flags == NULL && words != NULL)
+        flags = PyDict_GetItemString(words, "flags"); /* borrowed */
+    return flags != NULL && PyLong_Check(flags) && PyLong_AsLong(flags) & MSG_DONTWAIT;
+}
+
+static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int which, Py_ssize_t flags_at) {
+    State *state = state_of(self);
+    int64_t deadline = 0;
+    int direction = which >= SENDTO ? WRITE : READ;
+    PyObject *method = PyObject_CallMethod(base_method[which], "__get__", "O", self), *done = NULL;
+    if (flush_of(self) < 0)
+        Py_CLEAR(method);
+    if (current_hub != NULL && --current_hub->budget < 0 && give_way(current_hub) < 0)
+        Py_CLEAR(method);
+    while (method != NULL && begin(self, state) >= 0) {
+        done = PyObject_Call(method, args, words);
+        if (done != NULL || !PyErr_ExceptionMatches(PyExc_BlockingIOError) || state->nonblocking ||
+            has_dontwait(args, words, flags_at))
+            break;
+        PyErr_Clear();
+        if (wait_ready(self, state, direction, &deadline) < 0)
+            break;
+    }
+    Py_XDECREF(method);
+    return done;
+}
+
+static PyObject *rare_recvfrom(PyObject *self, PyObject *args, PyObject *words) {
+    return again(self, args, words, RECVFROM, 1);
+}
+static PyObject *rare_recvfrom_into(PyObject *self, PyObject *args, PyObject *words) {
+    return again(self, args, words, RECVFROM_INTO, 2);
+}
+static PyObject *rare_recvmsg(PyObject *self, PyObject *args, PyObject *words) {
+    return again(self, args, words, RECVMSG, 2);
+}
+static PyObject *rare_recvmsg_into(PyObject *self, PyObject *args, PyObject *words) {
+    return again(self, args, words, RECVMSG_INTO, 2);
+}
+static PyObject *rare_sendto(PyObject *self, PyObject *args, PyObject *words) {
+    return again(self, args, words, SENDTO, PyTuple_GET_SIZE(args) > 2 ? 1 : PY_SSIZE_T_MAX);
+}
+static PyObject *rare_sendmsg(PyObject *self, PyObject *args, PyObject *words) {
+    return again(self, args, words, SENDMSG, 2);
+}
+
+static PyObject *rare_accept(PyObject *self, PyObject *none) {
+    State *state = state_of(self);
+    int64_t deadline = 0;
+    for (;;) {
+        int fd = begin(self, state), family, kind, proto;
+        if (fd < 0 || socket_parts(self, &fd, &family, &kind, &proto) < 0)
+            return NULL;
+        PyObject *pair = accept_from(Connection_Type, fd, family, kind, proto);
+        if (pair != NULL || !PyErr_ExceptionMatches(PyExc_BlockingIOError) || state->nonblocking)
+            return pair;
+        PyErr_Clear();
+        if (wait_ready(self, state, READ, &deadline) < 0)
+            return NULL;
+    }
+}
+
+/* -- connecting --------------------------------------------------------------------------------------------------- */
+
+static int pause_for(int64_t ns) {
+    if (current_hub != NULL && !in_hub(current_hub))
+        return sleep_until(current_hub, now_ns() + ns);
+    Py_BEGIN_ALLOW_THREADS;
+    poll(NULL, 0, (int)(ns / 1000000));
+    Py_END_ALLOW_THREADS;
+    return PyErr_CheckSignals();
+}
+
+/* Once the handshake has ended: its error, EINPROGRESS if it has not, -1 with an exception. */
+static int handshake(PyObject *self) {
+    int error = 0, fd = socket_fd(self);
+    socklen_t length = sizeof error;
+    struct sockaddr_storage peer;
+    if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &length) < 0)
+        return errno;
+    length = sizeof peer;
+    if (error == 0 && getpeername(fd, (struct sockaddr *)&peer, &length) < 0)
+        return errno == ENOTCONN ? EINPROGRESS : errno;
+    return error;
+}
+
+static int connecting(PyObject *self, PyObject *address) {
+    State *state = state_of(self);
+    int64_t deadline = 0, pause = FIRST_PAUSE;
+    int error;
+    if (begin(self, state) < 0)
+        return -1;
+    for (;;) {
+        PyObject *number = PyObject_CallFunctionObjArgs(base_connect_ex, self, address, NULL);
+        error = number == NULL ? -1 : (int)PyLong_AsLong(number);
+        Py_XDECREF(number);
+        if (error != EAGAIN || state->nonblocking)
+            break;
+        if (deadline == 0 && state->timeout > 0)
+            deadline = now_ns() + (int64_t)(state->timeout > 4e9 ? 4e18 : state->timeout * 1e9);
+        if (deadline && now_ns() >= deadline)
+            return timed_out();
+        if (pause_for(pause) < 0)
+            return -1;
+        pause = 2 * pause < LONGEST_PAUSE ? 2 * pause : LONGEST_PAUSE;
+    }
+    while ((error == EINPROGRESS || error == EALREADY) && !state->nonblocking) {
+        if (wait_ready(self, state, WRITE, &deadline) < 0)
+            return -1;
+        error = handshake(self);
+    }
+    return error;
+}
+
+static PyObject *rare_connect(PyObject *self, PyObject *address) {
+    int error = connecting(self, address);
+    if (error > 0)
+        fail(error);
+    return error == 0 ? Py_NewRef(Py_None) : NULL;
+}
+
+static PyObject *rare_connect_ex(PyObject *self, PyObject *address) {
+    int error = connecting(self, address);
+    if (error >= 0)
+        return PyLong_FromLong(error);
+    if (!PyErr_ExceptionMatches(PyExc_TimeoutError))
+        return NULL;
+    PyErr_Clear();
+    return PyLong_FromLong(EAGAIN); /* as the socket module says of a timeout here */
+}
+
+/* -- files -------------------------------------------------------------------------------------------------------- */
+
+/* Bytes sent; -1 with an exception; -2: this file must be read and sent. */
+static int64_t send_pieces(PyObject *self, int file, int64_t offset, int64_t most) {
+    State *state = state_of(self);
+    int64_t deadline = 0, sent = 0;
+    while (sent < most) {
+        int fd = begin(self, state), error;
+        if (fd < 0)
+            return -1;
+        off_t at = (off_t)(offset + sent);
+        ssize_t done;
+        Py_BEGIN_ALLOW_THREADS; /* the file may have to be read */
+        done = sendfile(fd, file, &at, (size_t)(most - sent < FILE_PIECE ? most - sent : FILE_PIECE));
+        error = errno;
+        Py_END_ALLOW_THREADS;
+        if (done == 0)
+            break;
+        if (done > 0) {
+            sent += done;
+            if (current_hub != NULL && (current_hub->budget -= (int)(done >> 12) + 1) < 0 && give_way(current_hub) < 0)
+                return -1;
+        } else if (error == EAGAIN) {
+            if (wait_ready(self, state, WRITE, &deadline) < 0)
+                return -1;
+        } else if (error == EINTR) {
+            if (PyErr_CheckSignals() < 0)
+                return -1;
+        } else if (sent == 0 && (error == EINVAL || error == ENOSYS || error == EOVERFLOW))
+            return -2;
+        else
+            return fail(error);
+    }
+    return sent;
+}
+
+static PyObject *rare_sendfile(PyObject *self, PyObject *args, PyObject *words) {
+    static char *keywords[] = {"file", "offset", "count", NULL};
+    PyObject *file, *count = Py_None;
+    long long offset = 0;
+    if (!PyArg_ParseTupleAndKeywords(args, words, "O|LO:sendfile", keywords, &file, &offset, &count))
+        return NULL;
+    PyObject *right = PyObject_CallMethod(self, "_check_sendfile_params", "OLO", file, offset, count);
+    if (right == NULL)
+        return NULL;
+    Py_DECREF(right);
+    if (flush_of(self) < 0)
+        return NULL;
+    if (state_of(self)->nonblocking) {
+        PyErr_SetString(PyExc_ValueError, "non-blocking sockets are not supported");
+        return NULL;
+    }
+    struct stat about;
+    int fd = PyObject_AsFileDescriptor(file);
+    PyErr_Clear(); /* whatever cannot tell is read */
+    int64_t sent = -2;
+    if (fd >= 0 && fstat(fd, &about) == 0 && S_ISREG(about.st_mode)) {
+        int64_t most = about.st_size;
+        if (count != Py_None && (most = PyLong_AsLongLong(count)) == -1 && PyErr_Occurred())
+            return NULL;
+        sent = send_pieces(self, fd, offset, most);
+    }
+    if (sent == -2)
+        return PyObject_CallMethod(self, "_sendfile_use_send", "OLO", file, offset, count);
+    if (sent < 0)
+        return NULL;
+    PyObject *moved = sent > 0 ? PyObject_CallMethod(file, "seek", "L", (long long)(offset + sent)) : NULL;
+    if (sent > 0 && moved == NULL && !PyErr_ExceptionMatches(PyExc_AttributeError))
+        return NULL;
+    PyErr_Clear();
+    Py_XDECREF(moved);
+    return PyLong_FromLongLong(sent);
+}
+
+/* -- before others use the descriptor, what was written goes ------------------------------------------------------ */
+
+static PyObject *rare_shutdown(PyObject *self, PyObject *how) {
+    return flush_of(self) < 0 ? NULL : PyObject_CallFunctionObjArgs(base_shutdown, self, how, NULL);
+}
+
+static PyObject *rare_fileno(PyObject *self, PyObject *none) {
+    return flush_of(self) < 0 ? NULL : PyObject_CallOneArg(base_fileno, self);
+}
+
+/* -- travel to another process ------------------------------------------------------------------------------------ */
+
+PyObject *rebuild(PyObject *module, PyObject *args) {
+    PyObject *duplicate;
+    int family, kind, proto;
+    if (!PyArg_ParseTuple(args, "Oiii:rebuild", &duplicate, &family, &kind, &proto))
+        return NULL;
+    PyObject *number = PyObject_CallMethod(duplicate, "detach", NULL);
+    if (number == NULL)
+        return NULL;
+    return PyObject_CallFunction((PyObject *)Connection_Type, "iiiN", family, kind, proto, number);
+}
+
+static PyObject *rare_reduce(PyObject *self, PyObject *protocol) {
+    int fd, family, kind, proto;
+    if (socket_parts(self, &fd, &family, &kind, &proto) < 0)
+        return NULL;
+    PyObject *reduction = PyImport_ImportModule("multiprocessing.reduction"), *made = NULL;
+    PyObject *own = PyImport_ImportModule("harken._hub.compiled");
+    PyObject *function = own == NULL ? NULL : PyObject_GetAttrString(own, "rebuild");
+    PyObject *duplicate = reduction == NULL ? NULL : PyObject_CallMethod(reduction, "DupFd", "i", fd);
+    if (function != NULL && duplicate != NULL)
+        made = Py_BuildValue("O(Oiii)", function, duplicate, family, kind, proto);
+    Py_XDECREF(duplicate);
+    Py_XDECREF(function);
+    Py_XDECREF(own);
+    Py_XDECREF(reduction);
+    return made;
+}
+
+#define WORDS METH_VARARGS | METH_KEYWORDS
+HIDDEN PyMethodDef rare_methods[] = {
+    {"recvfrom", FAST(rare_recvfrom), WORDS, "As socket.recvfrom, waiting in the hub."},
+    {"recvfrom_into", FAST(rare_recvfrom_into), WORDS, "As socket.recvfrom_into, likewise."},
+    {"recvmsg", FAST(rare_recvmsg), WORDS, "As socket.recvmsg, likewise."},
+    {"recvmsg_into", FAST(rare_recvmsg_into), WORDS, "As socket.recvmsg_into, likewise."},
+    {"sendto", FAST(rare_sendto), WORDS, "As socket.sendto, likewise."},
+    {"sendmsg", FAST(rare_sendmsg), WORDS, "As socket.sendmsg, likewise; it may send a part."},
+    {"accept", rare_accept, METH_NOARGS, "As socket.accept, likewise; gives a Connection."},
+    {"connect", rare_connect, METH_O, "As socket.connect, likewise."},
+    {"connect_ex", rare_connect_ex, METH_O, "As socket.connect_ex, likewise."},
+    {"sendfile", FAST(rare_sendfile), WORDS, "As socket.sendfile, likewise."},
+    {"shutdown", rare_shutdown, METH_O, "As socket.shutdown."},
+    {"fileno", rare_fileno, METH_NOARGS, "As socket.fileno."},
+    {"__reduce_ex__", rare_reduce, METH_O, "Travel to another process by multiprocessing."},
+    {NULL},
+};
+
+int rare_ready(void) {
+    for (int i = 0; i < KINDS; i++)
+        if ((base_method[i] = PyObject_GetAttrString((PyObject *)Wire_Type, names[i])) == NULL)
+            return -1;
+    base_connect_ex = PyObject_GetAttrString((PyObject *)Wire_Type, "connect_ex");
+    base_shutdown = PyObject_GetAttrString((PyObject *)Wire_Type, "shutdown");
+    base_fileno = PyObject_GetAttrString((PyObject *)Wire_Type, "fileno");
+    return base_connect_ex == NULL || base_shutdown == NULL || base_fileno == NULL ? -1 : 0;
+}

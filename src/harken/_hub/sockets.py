@@ -1,0 +1,317 @@
+"""The fallback's connection: a ``socket.socket`` that never blocks its thread and looks as if it did."""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import socket
+import stat
+import time
+from collections.abc import Callable
+from typing import Any
+
+from harken import connection
+from harken._hub import TURN_OPERATIONS
+from harken._hub.wire import Wire, give_way, wait
+
+__all__ = ["Connection"]
+
+_recv = _socket.socket.recv
+_recv_into = _socket.socket.recv_into
+_send = _socket.socket.send
+_family = _socket.socket.family.__get__  # plain ints; socket.socket's properties make enums
+_type = _socket.socket.type.__get__
+_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+_INET = (socket.AF_INET, socket.AF_INET6)
+# TURN_BYTES in TURN_OPERATIONS: an operation costs one, and one more for each of these.
+_PAGE_SHIFT = 12
+# Bytes that one sendfile(2) may send, so that a quick peer cannot keep the hub; as much as a turn allows.
+_SENDFILE_BYTES = 256 << 10
+# Seconds between attempts to connect to a Unix listener whose queue is full: there is nothing to wait for.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
+
+
+def _wait_and_retry(wire: Wire, write: bool, call: Callable[[], Any]) -> Any:
+    """Wait, then ``call()``, until that does not raise BlockingIOError; the timeout holds for all of it."""
+    deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
+    while True:
+        wait(wire, write, None if deadline is None else max(0.0, deadline - time.monotonic()))
+        try:
+            return call()
+        except BlockingIOError:
+            pass
+
+
+def _waiting(name: str, write: bool, flags_at: int) -> Callable[..., Any]:
+    """Make the waiting form of a method of ``_socket.socket`` whose flags are its argument number ``flags_at``."""
+    raw: Callable[..., Any] = getattr(_socket.socket, name)
+
+    def method(self: Connection, *args: Any) -> Any:
+        wire = self._wire
+        if wire.spent > TURN_OPERATIONS:
+            give_way(wire)
+        wire.spent += 1
+        try:
+            return raw(self, *args)
+        except BlockingIOError:
+            if wire.timeout == 0.0 or (len(args) > flags_at and args[flags_at] & _DONTWAIT):
+                raise
+        return _wait_and_retry(wire, write, lambda: raw(self, *args))
+
+    method.__name__ = name
+    method.__qualname__ = f"Connection.{name}"
+    method.__doc__ = f"As ``socket.{name}``, waiting in the hub."
+    return method
+
+
+class Connection(connection.Connection):
+    """See :mod:`harken._hub`."""
+
+    __slots__ = ("_wire",)
+    _wire: Wire
+
+    def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
+        super().__init__(family, type, proto, fileno)
+        _socket.socket.settimeout(self, 0.0)
+        stream = _family(self) in _INET and _type(self) == socket.SOCK_STREAM
+        self._wire = Wire(self.fileno(), socket.getdefaulttimeout(), wet=not stream)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        """Read at most ``bufsize`` bytes, waiting in the hub for the first."""
+        wire = self._wire
+        if wire.spent > TURN_OPERATIONS:
+            give_way(wire)
+        data = None
+        if not wire.dry or flags or wire.timeout == 0.0:
+            try:
+                data = _recv(self, bufsize, flags)
+            except BlockingIOError:
+                if wire.timeout == 0.0 or flags & _DONTWAIT:
+                    raise
+        if data is None:
+            data = _wait_and_retry(wire, False, lambda: _recv(self, bufsize, flags))
+        size = len(data)
+        wire.spent += 1 + (size >> _PAGE_SHIFT)
+        if 0 < size < bufsize and not flags and not wire.wet:
+            wire.dry = True
+        return data
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """Read into ``buffer``, waiting in the hub for the first byte."""
+        wire = self._wire
+        if wire.spent > TURN_OPERATIONS:
+            give_way(wire)
+        size = None
+        if not wire.dry or flags or wire.timeout == 0.0:
+            try:
+                size = _recv_into(self, buffer, nbytes, flags)
+            except BlockingIOError:
+                if wire.timeout == 0.0 or flags & _DONTWAIT:
+                    raise
+        if size is None:
+            size = _wait_and_retry(wire, False, lambda: _recv_into(self, buffer, nbytes, flags))
+        wire.spent += 1 + (size >> _PAGE_SHIFT)
+        if 0 < size < (nbytes or memoryview(buffer).nbytes) and not flags and not wire.wet:
+            wire.dry = True
+        return size
+
+    recvfrom = _waiting("recvfrom", write=False, flags_at=1)
+    recvfrom_into = _waiting("recvfrom_into", write=False, flags_at=2)
+    recvmsg = _waiting("recvmsg", write=False, flags_at=2)
+    recvmsg_into = _waiting("recvmsg_into", write=False, flags_at=2)
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def send(self, data: Any, flags: int = 0, /) -> int:
+        """Send some of ``data``, waiting in the hub for room; return how many bytes."""
+        wire = self._wire
+        if wire.spent > TURN_OPERATIONS:
+            give_way(wire)
+        sent = None
+        try:
+            sent = _send(self, data, flags)
+        except BlockingIOError:
+            if wire.timeout == 0.0 or flags & _DONTWAIT:
+                raise
+        if sent is None:
+            sent = _wait_and_retry(wire, True, lambda: _send(self, data, flags))
+        wire.spent += 1 + (sent >> _PAGE_SHIFT)
+        return sent
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        """Send all of ``data``, waiting in the hub for room; ``timeout`` bounds the whole."""
+        wire = self._wire
+        if wire.spent > TURN_OPERATIONS:
+            give_way(wire)
+        deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
+        sent = 0
+        try:
+            sent = _send(self, data, flags)
+        except BlockingIOError:
+            if wire.timeout == 0.0:
+                raise
+        wire.spent += 1 + (sent >> _PAGE_SHIFT)
+        if type(data) is bytes and sent == len(data):
+            return
+        with memoryview(data) as view, view.cast("B") as rest:
+            self._send_rest(rest, sent, flags, deadline)
+
+    def _send_rest(self, data: memoryview, sent: int, flags: int, deadline: float | None) -> None:
+        wire = self._wire
+        while sent < len(data):
+            if wire.timeout != 0.0:
+                wait(wire, True, None if deadline is None else max(0.0, deadline - time.monotonic()))
+            try:
+                sent += _send(self, data[sent:], flags)
+            except BlockingIOError:
+                if wire.timeout == 0.0:
+                    raise
+
+    sendto = _waiting("sendto", write=True, flags_at=2)
+    sendmsg = _waiting("sendmsg", write=True, flags_at=2)
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """Send a file or a part of it, by the kernel where that can be; return how many bytes."""
+        self._check_sendfile_params(file, offset, count)  # type: ignore[attr-defined]
+        size = _regular_size(file)
+        if size is None or self._wire.timeout == 0.0:
+            return self._sendfile_use_send(file, offset, count)  # type: ignore[attr-defined, no-any-return]
+        end = size if count is None else min(size, offset + count)
+        sent = 0
+        try:
+            while offset + sent < end:
+                part = self._send_part(file.fileno(), offset + sent, min(end - offset - sent, _SENDFILE_BYTES))
+                if not part:
+                    break  # the file has got shorter
+                sent += part
+        finally:
+            if sent:
+                file.seek(offset + sent)
+        return sent
+
+    def _send_part(self, file: int, offset: int, size: int) -> int:
+        wire = self._wire
+        if wire.spent > TURN_OPERATIONS:
+            give_way(wire)
+
+        def attempt() -> int:
+            return os.sendfile(self.fileno(), file, offset, size)
+
+        try:
+            sent = attempt()
+        except BlockingIOError:
+            sent = _wait_and_retry(wire, True, attempt)
+        wire.spent += 1 + (sent >> _PAGE_SHIFT)
+        return sent
+
+    # -- connecting ----------------------------------------------------------------------------------------------------
+
+    def connect(self, address: Any, /) -> None:
+        """Connect, waiting in the hub. A host name is looked up by blocking the thread; ``harken.green`` does not."""
+        error = self.connect_ex(address)
+        if error:
+            raise OSError(error, os.strerror(error))
+
+    def connect_ex(self, address: Any, /) -> int:
+        """As ``connect``, but return the error's number."""
+        wire = self._wire
+        deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
+        pause = _FIRST_PAUSE
+        error = _socket.socket.connect_ex(self, address)
+        while error in (errno.EINPROGRESS, errno.EALREADY, errno.EAGAIN) and wire.timeout != 0.0:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if error == errno.EAGAIN:
+                if left == 0.0:
+                    raise TimeoutError("timed out")
+                pause = _rest(pause, left)
+            else:
+                wait(wire, True, left)
+            error = _socket.socket.connect_ex(self, address)
+            if error == errno.EISCONN:
+                error = 0
+        return error
+
+    def accept(self) -> tuple[Connection, Any]:
+        """Take a connection from a listener, waiting in the hub."""
+        fd, address = self._accept()
+        return Connection(_family(self), _type(self), self.proto, fd), address
+
+    _accept = _waiting("_accept", write=False, flags_at=0)
+
+    # -- time-outs -----------------------------------------------------------------------------------------------------
+
+    def settimeout(self, value: float | None, /) -> None:
+        """Set the seconds that one operation may take; None waits without end, 0 does not wait."""
+        if value is not None:
+            value = value + 0.0  # what is no number is a TypeError
+            if not value >= 0.0:
+                raise ValueError("Timeout value out of range")
+        self._wire.timeout = value
+
+    def gettimeout(self) -> float | None:
+        """Return what ``settimeout`` was given."""
+        return self._wire.timeout
+
+    def setblocking(self, flag: bool, /) -> None:
+        """As ``settimeout(None)`` or ``settimeout(0.0)``."""
+        self._wire.timeout = None if flag else 0.0
+
+    def getblocking(self) -> bool:
+        """Tell whether operations wait."""
+        return self._wire.timeout != 0.0
+
+    @property
+    def timeout(self) -> float | None:
+        """The timeout in seconds."""
+        return self._wire.timeout
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def detach(self) -> int:
+        """Give the descriptor away, blocking if this socket did."""
+        wire = self._wire
+        wire.release()
+        fd = super().detach()
+        wire.fd = -1
+        if fd >= 0 and wire.timeout is None:
+            os.set_blocking(fd, True)
+        return fd
+
+    def _real_close(self, *_: Any) -> None:
+        wire = getattr(self, "_wire", None)  # None: its constructor failed
+        if wire is not None:
+            wire.release()
+        super()._real_close()
+        if wire is not None:
+            wire.fd = -1
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Travel to another process, where it blocks by ``poll()``: the flags of the descriptor are shared."""
+        from multiprocessing import reduction
+
+        return _rebuild, (reduction.DupFd(self.fileno()), int(self.family), int(self.type), self.proto)
+
+
+def _rebuild(duplicate: Any, family: int, kind: int, proto: int) -> Connection:
+    return Connection(family, kind, proto, duplicate.detach())
+
+
+def _rest(pause: float, left: float | None) -> float:
+    """Wait for ``pause`` seconds, at most ``left``; return the next pause."""
+    from harken._hub.wire import here
+
+    sleep = here.hub.sleep if here.hub is not None else time.sleep
+    sleep(pause if left is None else min(pause, left))
+    return min(2 * pause, _LONGEST_PAUSE)
+
+
+def _regular_size(file: Any) -> int | None:
+    """The size of a regular file, or None for anything else."""
+    try:
+        about = os.fstat(file.fileno())
+    except (AttributeError, OSError, ValueError):  # io.UnsupportedOperation is both of the latter
+        return None
+    return about.st_size if stat.S_ISREG(about.st_mode) and hasattr(os, "sendfile") else None

@@ -1,0 +1,104 @@
+"""What the fallback keeps of one descriptor, and how anybody waits for it: in the hub, or by ``poll()``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import threading
+import time
+from typing import TYPE_CHECKING
+
+from greenlet import getcurrent, greenlet
+
+if TYPE_CHECKING:
+    from harken._hub.fallback import Hub
+
+__all__ = ["Wire", "closed", "give_way", "here", "wait"]
+
+
+class _Here(threading.local):
+    """The hub that runs in this thread at the moment."""
+
+    hub: Hub | None = None
+
+
+here = _Here()
+
+
+class Wire:
+    """A descriptor's state in a hub. It holds no socket, so that one that is dropped unclosed is collected.
+
+    Attributes:
+        fd: the descriptor.
+        hub: the hub in which it is registered, or None.
+        reader: the green thread that waits to read, or None.
+        writer: the green thread that waits to write, or None.
+        dry: whether the last read took all there was: the next one waits without asking.
+        wet: whether a short read proves nothing: not a TCP stream, or FIN, RST or urgent data have been seen.
+        spent: operations and pages of 4 KiB since it last waited.
+        timeout: seconds, None to wait without end, 0.0 not to wait.
+    """
+
+    __slots__ = ("dry", "fd", "hub", "reader", "spent", "timeout", "wet", "writer")
+
+    def __init__(self, fd: int, timeout: float | None = None, wet: bool = True) -> None:
+        self.fd = fd
+        self.hub: Hub | None = None
+        self.reader: greenlet | None = None
+        self.writer: greenlet | None = None
+        self.dry = False
+        self.wet = wet
+        self.spent = 0
+        self.timeout = timeout
+
+    def release(self) -> None:
+        """Before the descriptor is closed or given away: whoever waits for it gets EBADF."""
+        if self.hub is not None:
+            self.hub.forget(self)
+
+
+def wait(wire: Wire, write: bool, timeout: float | None) -> None:
+    """Wait until ``wire`` may be ready.
+
+    Raises:
+        TimeoutError: after ``timeout`` seconds.
+        RuntimeError: another green thread waits for the same.
+        OSError: EBADF, it was closed meanwhile.
+    """
+    hub = here.hub
+    if hub is not None and getcurrent() is not hub.own:
+        hub.wait_wire(wire, write, timeout)
+    else:
+        _block(wire.fd, write, timeout)
+    wire.spent = 0
+    if not write:
+        wire.dry = False
+
+
+def give_way(wire: Wire) -> None:
+    """Let the other green threads have their turn."""
+    wire.spent = 0
+    hub = here.hub
+    if hub is not None and getcurrent() is not hub.own:
+        hub.sleep(0)
+
+
+def closed() -> OSError:
+    """What somebody gets who waits for a descriptor that is closed meanwhile."""
+    return OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def _block(fd: int, write: bool, timeout: float | None) -> None:
+    """Wait as a plain thread does."""
+    if fd < 0:
+        raise closed()
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT if write else select.POLLIN | select.POLLPRI)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if poller.poll(None if left is None else left * 1000 + 1):  # whole milliseconds, rounded down by poll()
+            return
+        if left is not None and left <= 0:
+            raise TimeoutError("timed out")

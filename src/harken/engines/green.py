@@ -1,0 +1,383 @@
+"""One green thread a connection: tens of thousands of blocking handlers in one thread.
+
+The hub runs in a thread of the engine's own. Handlers may outlive ``serve_forever()``, and green threads cannot leave
+the thread that they were started in; so the loop's caller only waits, acts on signals, and leaves within milliseconds
+whatever the handlers do. Doors, hooks and handlers all run in the hub's thread: a connection costs no thread switch.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextvars
+import itertools
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from harken import _hub
+from harken._hub.bell import Bell
+from harken.connection import Connection
+from harken.engines import Door, Engine as Contract, Options
+from harken.engines._crew import Crew
+from harken.green import offload, release_threads
+from harken.lifecycle import at_exit
+
+__all__ = ["Engine"]
+
+# Seconds between turns when no loop asks for any.
+LONG = 3600.0
+# Seconds between looks of a loop's caller. It is nudged when there is news; but a signal that arrives in the moment
+# between Python's last look and its falling asleep wakes nobody. stdlib's loop wakes as often.
+SIGNAL_SECONDS = 0.5
+# Seconds that a spawn from another thread waits for the start, as Thread.start() does, unless handlers keep the hub.
+START_SECONDS = 0.1
+# Seconds that the hub's thread gets to end once nothing keeps it: it takes a turn.
+LEAVE_SECONDS = 1.0
+
+_numbers = itertools.count(1)
+_job: contextvars.ContextVar[_Job | None] = contextvars.ContextVar("harken_green_job", default=None)
+
+
+class _Job:
+    """A handler under way."""
+
+    __slots__ = ("args", "begun", "engine", "function")
+
+    def __init__(self, engine: Engine, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self.begun: Bell | None = None
+        self.engine = engine
+        self.function = function
+        self.args = args
+
+    def __call__(self) -> None:
+        _job.set(self)
+        if self.begun is not None:
+            self.begun.ring()
+        try:
+            self.function(*self.args)
+        finally:
+            self.engine._ended(self)
+
+
+class _Loop:
+    """A thread that is in ``run``."""
+
+    def __init__(self, stopped: Callable[[], bool], tick: Callable[[], None], patience: Callable[[], float]) -> None:
+        self.stopped = stopped
+        self.tick = tick
+        self.patience = patience
+        self.error: BaseException | None = None
+        self.over = False
+        self.daemon = threading.current_thread().daemon
+        self._nudge = _thread.allocate_lock()
+        self._nudge.acquire()
+
+    def nudge(self) -> None:
+        """Let it ask whether it is stopped. Any thread, any signal handler."""
+        try:
+            self._nudge.release()
+        except RuntimeError:
+            pass  # nudged already
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """It is over."""
+        self.error = error
+        self.over = True
+        self.nudge()
+
+    def wait(self) -> None:
+        """Wait for the end, by whoever sees it first: a handler that keeps the hub cannot delay it."""
+        while not self.over and not self.stopped():
+            self._nudge.acquire(timeout=SIGNAL_SECONDS)
+
+
+class Engine(Contract):
+    """A green thread for each connection, without bound.
+
+    A request that the hub cannot wait for (a TLS socket of the program's own, any object with ``recv``) is served in a
+    plain thread instead, since it would keep everybody waiting.
+    """
+
+    connection = _hub.Connection
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._doors: dict[int, tuple[Door, Callable[[], bool]]] = {}
+        self._loops: list[_Loop] = []
+        self._jobs: set[_Job] = set()
+        self._bells: list[Bell] = []
+        self._crew = Crew(self._are_daemons)
+        self._hub: Any = None
+        self._thread: threading.Thread | None = None
+        self._leaving = False
+        # Held while a door's or a loop's callable runs. Taken before the guard, never after it.
+        self._turns = threading.RLock()
+        # Held while the hub comes and goes.
+        self._guard = threading.RLock()
+        _engines.add(self)
+
+    @classmethod
+    def remark(cls) -> str:
+        """Which hub runs."""
+        slower = "; the compiled one, which is quicker, was not built" if "compiled" not in _hub.kinds() else ""
+        return f"hub: {_hub.kind}{slower if _hub.kind == 'fallback' else ''}"
+
+    # -- doors ---------------------------------------------------------------------------------------------------------
+
+    def watch(self, door: Door, on_readable: Callable[[], bool]) -> None:
+        """Watch ``door``; see :class:`harken.engines.Engine`."""
+        with self._guard:
+            self._doors[id(door)] = (door, on_readable)
+            if self._hub is not None:
+                self._watch(self._hub, door)
+                self._hub.wake()
+
+    def unwatch(self, door: Door) -> None:
+        """Stop watching ``door``; when this returns nothing of its is under way, unless the caller is that itself."""
+        with self._turns, self._guard:
+            self._doors.pop(id(door), None)
+            if self._hub is not None:
+                self._hub.unwatch(door)
+
+    def _watch(self, hub: Any, door: Door) -> None:
+        hub.watch(door, partial(self._serve, id(door)))
+
+    def _serve(self, number: int) -> bool:
+        """Take one connection from a door, while somebody wants that."""
+        with self._turns:
+            self._drop_stopped()
+            _, on_readable = self._doors.get(number, (None, None))
+            if on_readable is None or not self._loops:
+                return False
+            try:
+                more = on_readable()
+            except BaseException as error:  # noqa: BLE001 - raised again by the loop's caller
+                self._finish(self._loops[0], error)
+                return False
+            self._tick()
+            return more
+
+    # -- loops ---------------------------------------------------------------------------------------------------------
+
+    def run(self, stopped: Callable[[], bool], tick: Callable[[], None], patience: Callable[[], float]) -> None:
+        """Let the hub serve the doors until ``stopped``; see :class:`harken.engines.Engine`."""
+        loop = _Loop(stopped, tick, patience)
+        with self._turns, self._guard:
+            self._loops.append(loop)
+            self._need_hub().wake()
+        try:
+            loop.wait()
+        finally:
+            self._leave(loop)
+        if loop.error is not None:
+            raise loop.error
+
+    def wake(self) -> None:
+        """Make the hub and every thread in ``run`` take a turn."""
+        for loop in list(self._loops):
+            loop.nudge()
+        hub = self._hub
+        if hub is not None:
+            hub.wake()
+
+    def _leave(self, loop: _Loop) -> None:
+        with self._turns:
+            if loop in self._loops:
+                self._loops.remove(loop)
+        self.wake()
+        if not self._loops and not self._jobs:
+            self._await_thread(LEAVE_SECONDS)
+
+    def _finish(self, loop: _Loop, error: BaseException | None = None) -> None:
+        if loop in self._loops:
+            self._loops.remove(loop)
+        loop.finish(error)
+
+    def _drop_stopped(self) -> None:
+        for loop in tuple(self._loops):
+            if loop.stopped():
+                self._finish(loop)
+
+    def _tick(self) -> None:
+        """A turn of the loops; called by the hub once a turn, and after each connection."""
+        if not self._loops:
+            return
+        with self._turns:
+            for loop in tuple(self._loops):
+                if loop.stopped():
+                    self._finish(loop)
+                    continue
+                try:
+                    loop.tick()
+                except BaseException as error:  # noqa: BLE001 - raised again by the loop's caller
+                    self._finish(loop, error)
+
+    def _patience(self) -> float:
+        loops = tuple(self._loops)
+        return loops[0].patience() if len(loops) == 1 else min((loop.patience() for loop in loops), default=LONG)
+
+    # -- the hub's thread ----------------------------------------------------------------------------------------------
+
+    def _need_hub(self) -> Any:
+        """Return the hub, starting its thread when there is none. Under the guard."""
+        if self._hub is None:
+            started = Bell()
+            self._leaving = False
+            threading.Thread(
+                target=self._run_hub,
+                args=(started,),
+                name=f"harken-green-{next(_numbers)} (process_request_thread)",  # as in stdlib: monitors look
+                daemon=self._are_daemons() or threading.current_thread().daemon,
+            ).start()
+            started.wait()
+        return self._hub
+
+    def _run_hub(self, started: Bell) -> None:
+        self._thread = threading.current_thread()
+        hub = _hub.Hub()
+        for door, _ in list(self._doors.values()):
+            self._watch(hub, door)
+        self._hub = hub
+        started.ring()
+        try:
+            hub.run(self._is_over, self._patience, self._tick)
+        except BaseException as error:  # noqa: BLE001 - raised again by the loops' callers
+            with self._guard:
+                self._hub = None
+            for loop in list(self._loops):
+                self._finish(loop, error)
+        finally:
+            hub.close()
+
+    def _is_over(self) -> bool:
+        """Whether the hub's thread may end; asked by the hub."""
+        if not self._leaving and (self._loops or self._jobs):
+            return False
+        with self._guard:
+            if self._leaving or not (self._loops or self._jobs):
+                self._hub = None
+        return self._hub is None
+
+    def _await_thread(self, seconds: float | None) -> None:
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(seconds)
+
+    @property
+    def in_loop_thread(self) -> bool:
+        """Whether the calling thread is the hub's."""
+        return self._thread is threading.current_thread() and self._hub is not None
+
+    # -- handlers ------------------------------------------------------------------------------------------------------
+
+    def spawn(self, function: Callable[..., object], *args: Any, done: Callable[[int], None] | None = None) -> int:
+        """Run ``function`` in a green thread of its own."""
+        if args and not isinstance(args[0], (_hub.Connection, tuple)) and hasattr(args[0], "recv"):
+            self._crew.submit(function, *args)
+            return 0
+        job = _Job(self, function, args)
+        if self.in_loop_thread:
+            self._jobs.add(job)
+            self._hub.spawn(job)
+            return 0
+        begun = job.begun = Bell()
+        with self._guard:
+            self._jobs.add(job)
+            self._need_hub().call_soon_threadsafe(contextvars.copy_context().run, self._hub.spawn, job)
+        begun.wait(START_SECONDS)
+        return 0
+
+    def adopt(self, request: Any) -> Any:
+        """Make a plain socket a connection of the hub's; anything else stays as it is."""
+        return _hub.adopt(request) if type(request) in (socket.socket, Connection) else request
+
+    def aside(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return ``function(*args)``; in a green thread it runs in a plain one meanwhile."""
+        return offload(function, *args)
+
+    def _ended(self, job: _Job) -> None:
+        self._jobs.discard(job)
+        for bell in list(self._bells) if self._bells else ():
+            bell.ring()
+
+    def _others(self) -> int:
+        """Handlers under way, not counting the caller."""
+        own = _job.get()
+        return len(self._jobs) - (own in self._jobs)
+
+    def join(self, deadline: float | None) -> int:
+        """Wait for the handlers; see :class:`harken.engines.Engine`. The hub's own greenlet cannot wait."""
+        if not self.in_loop_thread or _hub.current() is not None:
+            while self._others():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    break
+                self._await_end(left)
+        threads = self._crew.join(deadline)
+        release_threads()
+        others = self._others()
+        if not others and not self._loops and not self.in_loop_thread:
+            self._await_thread(LEAVE_SECONDS)
+        return others + threads
+
+    def _await_end(self, seconds: float | None) -> None:
+        """Wait until some handler has ended."""
+        bell = Bell()
+        self._bells.append(bell)
+        try:
+            if self._others():
+                bell.wait(seconds)
+        finally:
+            self._bells.remove(bell)
+
+    def _are_daemons(self) -> bool:
+        return bool(self.options("daemon_threads"))
+
+    # -- the end of the process, and forked children -------------------------------------------------------------------
+
+    def at_exit(self) -> None:
+        """Before the interpreter waits for threads: do for a daemon's loop what would have become of it."""
+        with self._turns:
+            for loop in [loop for loop in self._loops if loop.daemon]:
+                self._finish(loop)
+        if self._thread is None or not self._thread.daemon:
+            return  # the interpreter waits for it, and it ends with its last loop and handler
+        if not self._are_daemons():
+            while self._jobs:
+                self._await_end(None)
+        self._leaving = True
+        self.wake()
+        self._await_thread(LEAVE_SECONDS)
+
+    def after_fork(self) -> None:
+        """In a child: the loops, the handlers and the hub are the parent's."""
+        self._doors.clear()
+        self._loops.clear()
+        self._jobs.clear()
+        self._bells.clear()
+        self._hub = self._thread = None
+        self._turns = threading.RLock()
+        self._guard = threading.RLock()
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@at_exit
+def _end_all() -> None:
+    for engine in list(_engines):
+        engine.at_exit()
+
+
+def _after_fork() -> None:
+    for engine in list(_engines):
+        engine.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

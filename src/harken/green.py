@@ -1,0 +1,240 @@
+"""Green threads, for handlers on the green engine: any number of them take turns in one thread.
+
+All of it may also be used in a plain thread, which it simply blocks, but for ``spawn`` and ``timeout``. ``Event``,
+``Lock``, ``Semaphore`` and ``Queue`` work between green threads, between plain ones, and from one kind to the other.
+Context variables are each green thread's own; ``threading.local`` is shared by all of a thread.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import Empty, Full
+from typing import Any
+
+from greenlet import getcurrent, greenlet
+
+from harken import _hub
+from harken._hub.bell import Bell
+from harken._hub.locks import Event, Lock, Queue, Semaphore
+from harken.engines._crew import Crew
+from harken.errors import ConfigError, DeadlineExceeded
+
+__all__ = [
+    "Empty",
+    "Event",
+    "Full",
+    "GreenThread",
+    "Lock",
+    "Queue",
+    "Semaphore",
+    "connect",
+    "current",
+    "getaddrinfo",
+    "offload",
+    "sleep",
+    "spawn",
+    "timeout",
+]
+
+# Plain threads for offload() at once, as concurrent.futures has by default; further calls wait for one.
+OFFLOAD_THREADS = 32
+# Seconds until the next try where a timeout could not be raised, since the code was inside a greenlet of its own.
+_RETRY_SECONDS = 0.01
+
+_crew = Crew(lambda: True, limit=OFFLOAD_THREADS)
+
+
+class GreenThread:
+    """What ``spawn`` returns.
+
+    Attributes:
+        greenlet: what ``current()`` returns inside.
+    """
+
+    def __init__(self, hub: Any, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self._over = Event()
+        self.greenlet: greenlet = hub.spawn(self._run, function, args)
+
+    def _run(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+        try:
+            function(*args)
+        finally:
+            self._over.set()
+
+    def is_alive(self) -> bool:
+        """Tell whether it has not ended."""
+        return not self._over.is_set()
+
+    def join(self, timeout: float | None = None) -> bool:
+        """Wait until it has ended, at most ``timeout`` seconds; tell whether it has."""
+        return self._over.wait(timeout)
+
+
+def spawn(function: Callable[..., object], *args: Any) -> GreenThread:
+    """Run ``function(*args)`` in a green thread beside this one, in a copy of its context variables.
+
+    It starts when this one waits next. What it raises is shown by ``threading.excepthook``. When the server has stopped
+    and its last handler has ended, it is ended by ``GreenletExit``.
+
+    Raises:
+        RuntimeError: this is no green thread.
+    """
+    return GreenThread(_need("spawn"), function, args)
+
+
+def current() -> greenlet | None:
+    """Return the green thread that calls, to compare or to use as a key; None in a plain thread."""
+    return getcurrent() if _hub.current() is not None else None
+
+
+def sleep(seconds: float = 0.0) -> None:
+    """Wait for ``seconds``; with 0 the others have their turn."""
+    hub = _hub.current()
+    if hub is not None:
+        hub.sleep(seconds)
+    else:
+        time.sleep(seconds)
+
+
+@contextmanager
+def timeout(seconds: float) -> Iterator[None]:
+    """Bound the time of the block, whatever it waits for. Code that computes is not interrupted.
+
+    Raises:
+        DeadlineExceeded: in the block, after ``seconds``; it is a TimeoutError.
+        RuntimeError: this is no green thread.
+    """
+    timer = _Timeout(_need("timeout"), seconds)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class _Timeout:
+    """The clock of one ``timeout`` block."""
+
+    def __init__(self, hub: Any, seconds: float) -> None:
+        self._hub = hub
+        self._green = getcurrent()
+        self._error = DeadlineExceeded(f"not done within {seconds:g} s")
+        self._timer = hub.call_at(time.monotonic() + seconds, self._fire)
+
+    def _fire(self) -> None:
+        if not self._hub.throw(self._green, self._error):
+            self._timer = self._hub.call_at(time.monotonic() + _RETRY_SECONDS, self._fire)
+
+    def cancel(self) -> None:
+        """Stop the clock."""
+        self._timer.cancel()
+
+
+def offload(function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)``, which may block or compute: a plain thread runs it while others have their turn.
+
+    It sees this green thread's context variables, in a copy. When this green thread is interrupted, it runs on and what
+    it returns is dropped. In a plain thread it is simply called.
+
+    Raises:
+        BaseException: what the function raised.
+    """
+    if _hub.current() is None:
+        return function(*args)
+    bell = Bell()
+    returned: list[Any] = []
+    raised: list[BaseException] = []
+    context = contextvars.copy_context()
+
+    def work() -> None:
+        try:
+            returned.append(context.run(function, *args))
+        except BaseException as error:  # noqa: BLE001 - raised again where it was asked for
+            raised.append(error)
+        finally:
+            bell.ring()
+
+    _crew.submit(work)
+    bell.wait()
+    if raised:
+        try:
+            raise raised[0]
+        finally:
+            raised.clear()  # or the error's traceback would hold itself
+    return returned[0]
+
+
+def release_threads() -> None:
+    """Send the idle threads of ``offload`` home; the next call starts new ones. Called when a server closes."""
+    _crew.release()
+
+
+def getaddrinfo(
+    host: str | bytes | None, port: str | int | None, family: int = 0, type: int = 0, proto: int = 0, flags: int = 0
+) -> list[Any]:
+    """As ``socket.getaddrinfo``, without keeping the others waiting for the resolver.
+
+    Raises:
+        socket.gaierror: there is no such host or service.
+    """
+    try:
+        return socket.getaddrinfo(host, port, family, type, proto, flags | socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return offload(socket.getaddrinfo, host, port, family, type, proto, flags)  # type: ignore[no-any-return]
+
+
+def connect(address: str | tuple[str, int], timeout: float | None = None) -> socket.socket:
+    """Return a connection that waits as the handler's own does.
+
+    Args:
+        address: ``tcp://HOST:PORT``, ``unix:/path``, or ``(host, port)``.
+        timeout: seconds for all of the connecting, and then for each operation on the connection; None waits without
+            end.
+
+    Raises:
+        OSError: nobody answers there; TimeoutError when not in time.
+        ConfigError: the address is none.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    failure: OSError | None = None
+    for family, place in _places(address):
+        made: socket.socket = _hub.Connection(family, socket.SOCK_STREAM, 0)
+        try:
+            made.settimeout(None if deadline is None else max(1e-6, deadline - time.monotonic()))  # 0 would not wait
+            made.connect(place)
+        except OSError as error:
+            made.close()
+            failure = error
+        except BaseException:
+            made.close()
+            raise
+        else:
+            made.settimeout(timeout)
+            return made
+    raise failure or OSError(f"{address!r} has no address")
+
+
+def _places(address: str | tuple[str, int]) -> list[tuple[int, Any]]:
+    """Return families and addresses to try, in order."""
+    if not isinstance(address, str):
+        host, port = address[:2]
+    else:
+        from harken import transports
+
+        place = transports.for_url(address).parse(address)
+        if place.scheme == "unix":
+            return [(socket.AF_UNIX, place.path)]
+        if place.scheme != "tcp":
+            raise ConfigError(f"{address!r}: only tcp:// and unix: can be connected to")
+        host, port = place.host or "localhost", place.port
+    return [(found[0], found[4]) for found in getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+def _need(what: str) -> Any:
+    hub = _hub.current()
+    if hub is None:
+        raise RuntimeError(f"green.{what}() needs a green thread around it: call it in a handler on the green engine")
+    return hub

@@ -1,0 +1,691 @@
+"""The hub's connection: a blocking socket to its handler, whatever the peer does."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import errno
+import fcntl
+import functools
+import gc
+import hashlib
+import io
+import os
+import random
+import socket
+import struct
+import tempfile
+import threading
+import time
+import weakref
+
+import pytest
+
+from harken import _hub, connection as plain
+
+PATIENCE = 5.0  # seconds
+FAMILIES = pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
+BIG = 12_000_000  # bytes: more than the buffers of both ends can take (tcp_wmem and tcp_rmem: some 10 MB)
+
+
+def drain(far, size):
+    """Read ``size`` bytes in a thread; return the thread and where they will be."""
+    got = bytearray()
+
+    def read():
+        while len(got) < size and (part := far.recv(65536)):
+            got.extend(part)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    return thread, got
+
+
+def later(function, *args):
+    """Call soon, from another thread, which the test must join."""
+    timer = threading.Timer(0.03, function, args)
+    timer.start()
+    return timer
+
+
+# -- what it is ------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_socket_and_harkens_connection(stage):
+    """isinstance holds; the descriptor never blocks, the socket seems to."""
+    connection, far = stage.pair()
+    assert isinstance(connection, socket.socket)
+    assert isinstance(connection, plain.Connection)
+    assert type(connection) is stage.kind.Connection
+    assert connection.gettimeout() is None
+    assert connection.timeout is None
+    assert connection.getblocking()
+    assert fcntl.fcntl(connection, fcntl.F_GETFL) & os.O_NONBLOCK
+    assert connection.getpeername() == far.getsockname()
+    assert "raddr" in repr(connection)
+
+
+def test_adopt_moves_timeout_and_record(stage):
+    """The old object is detached; the record, and the registry, follow the new one."""
+    ended = []
+    registry = plain.Registry(lambda *_: None, ended.append, lambda _: None)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()):
+            accepted, address = plain.accept(listener)
+            accepted.settimeout(7)
+            record = registry.add(accepted, address)
+            fd = accepted.fileno()
+            adopted = stage.hub.adopt(accepted)
+            assert stage.hub.adopt(adopted) is adopted
+            assert (accepted.fileno(), adopted.fileno(), adopted.gettimeout()) == (-1, fd, 7)
+            assert registry.find(adopted) is record is adopted.record
+            assert record.request is adopted
+            accepted.close()
+            del accepted
+            gc.collect()
+            assert not ended
+            adopted.close()
+            assert ended == [record]
+            assert len(registry) == 0
+
+
+# -- reading and writing ---------------------------------------------------------------------------------------------
+
+READS = {
+    "recv": lambda c: c.recv(100),
+    "recv_into": lambda c: bytes((buffer := bytearray(100))[: c.recv_into(buffer)]),
+    "recv_into n": lambda c: bytes((buffer := bytearray(100))[: c.recv_into(buffer, 50)]),
+    "recvfrom": lambda c: c.recvfrom(100)[0],
+    "recvfrom_into": lambda c: bytes((buffer := bytearray(100))[: c.recvfrom_into(buffer)[0]]),
+    "recvmsg": lambda c: c.recvmsg(100)[0],
+    "recvmsg_into": lambda c: bytes((buffer := bytearray(100))[: c.recvmsg_into([buffer])[0]]),
+    "makefile": lambda c: c.makefile("rb").readline(),
+    "makefile text": lambda c: c.makefile("r").readline().encode(),
+    "makefile raw": lambda c: c.makefile("rb", 0).read(100),
+}
+
+
+@FAMILIES
+@pytest.mark.parametrize("how", READS)
+def test_reads_wait_in_the_hub(stage, family, how):
+    """While one waits another runs; what is there already is read at once; the end is the end."""
+    connection, far = stage.pair(family)
+
+    def reader():
+        with connection:
+            return [READS[how](connection) for _ in range(3)]
+
+    def other():
+        stage.hub.sleep(0.01)
+        far.sendall(b"one\n")
+        stage.hub.sleep(0.01)
+        far.sendall(b"two\n")
+        stage.hub.sleep(0.01)
+        far.close()
+        return "others run"
+
+    assert stage.run(reader, other) == [[b"one\n", b"two\n", b""], "others run"]
+
+
+WRITES = {
+    "sendall": lambda c, data: c.sendall(data),
+    "sendall view": lambda c, data: c.sendall(memoryview(array.array("I", data))),
+    "send": lambda c, data: pieces(c.send, data),
+    "sendmsg": lambda c, data: pieces(lambda rest: c.sendmsg([rest[:1000], rest[1000:]]), data),
+    "sendto": lambda c, data: pieces(lambda rest: c.sendto(rest, c.getpeername()), data),
+    "makefile": lambda c, data: write(c, data),
+}
+
+
+def pieces(send, data):
+    """Send all by a function that sends some."""
+    while data:
+        data = data[send(data) :]
+
+
+def write(connection, data):
+    """Write by a buffered file."""
+    with connection.makefile("wb") as file:
+        file.write(data)
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_writes_wait_in_the_hub(stage, how):
+    """More than the buffers take: others run meanwhile, and every byte arrives."""
+    connection, far = stage.pair()
+    data = random.Random(1).randbytes(BIG)
+    seen = []
+
+    def writer():
+        WRITES[how](connection, data)
+        seen.append("written")
+
+    def other():
+        stage.hub.sleep(0.02)
+        seen.append("other")
+        reading.extend(drain(far, len(data)))
+
+    reading: list = []
+    stage.run(writer, other)
+    reading[0].join(PATIENCE)
+    assert hashlib.md5(reading[1]).digest() == hashlib.md5(data).digest()
+    assert seen == ["other", "written"]
+
+
+@pytest.mark.parametrize("offset, count", [(0, None), (1000, None), (1000, 5000), (0, 2 * BIG)])
+def test_sendfile(stage, offset, count):
+    """A regular file by the kernel; position and result as stdlib has them."""
+    connection, far = stage.pair()
+    data = random.Random(2).randbytes(BIG)
+    expected = data[offset:] if count is None else data[offset : offset + count]
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        thread, got = drain(far, len(expected))
+        assert stage.run(lambda: connection.sendfile(file, offset, count)) == [len(expected)]
+        assert file.tell() == offset + len(expected)
+    thread.join(PATIENCE)
+    assert got == expected
+
+
+def test_sendfile_of_what_is_no_file(stage):
+    """By send."""
+    connection, far = stage.pair()
+    assert stage.run(lambda: connection.sendfile(io.BytesIO(b"hello"), 1)) == [4]
+    assert far.recv(10) == b"ello"
+
+
+def test_one_reads_and_one_writes(stage):
+    """Two green threads may share a connection so."""
+    connection, far = stage.pair()
+    data = bytes(BIG)
+
+    def reader():
+        return connection.recv(10)
+
+    def writer():
+        connection.sendall(data)
+
+    timer = later(lambda: (drain(far, BIG)[0].join(), far.sendall(b"done")))
+    assert stage.run(reader, writer) == [b"done", None]
+    timer.join()
+
+
+@pytest.mark.parametrize("direction", ["read", "write"])
+def test_a_second_waiter_gets_a_clear_error(stage, direction):
+    """And the first goes on unharmed."""
+    connection, far = stage.pair()
+    data = bytes(BIG)
+    threads = []
+
+    def act():
+        return connection.recv(10) if direction == "read" else connection.sendall(data)
+
+    def second():
+        stage.hub.sleep(0.02)
+        try:
+            act()
+        finally:
+            if direction == "read":
+                far.sendall(b"x")
+            else:
+                threads.append(drain(far, BIG)[0])
+
+    first, failed = stage.run(act, second)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert first == (b"x" if direction == "read" else None)
+    assert isinstance(failed, RuntimeError)
+    assert str(failed) == _hub.BUSY
+
+
+def test_a_random_conversation_arrives_whole(stage):
+    """50 connections echo random pieces of random sizes, each its own."""
+    dice = random.Random(3)
+    pairs = [stage.pair(dice.choice([socket.AF_INET, socket.AF_UNIX])) for _ in range(50)]
+
+    def echo(connection):
+        with connection:
+            while data := connection.recv(dice.choice([1, 100, 65536])):
+                connection.sendall(data)
+
+    def client(far):
+        with stage.hub.adopt(far) as end:
+            for _ in range(10):
+                data = dice.randbytes(dice.choice([1, 10, 1000, 20000]))
+                for start in range(0, len(data), 7000):
+                    end.sendall(data[start : start + 7000])
+                got = b""
+                while len(got) < len(data):
+                    got += end.recv(65536)
+                assert got == data
+            return "whole"
+
+    outcomes = stage.run(
+        *[lambda c=c: echo(c) for c, _ in pairs], *[lambda f=f: client(f) for _, f in pairs], patience=20
+    )
+    assert outcomes == [None] * 50 + ["whole"] * 50
+
+
+# -- what peers do ---------------------------------------------------------------------------------------------------
+
+
+def to_the_end(connection):
+    """Read until the end; return all of it."""
+    data = b""
+    while part := connection.recv(65536):
+        data += part
+    return data
+
+
+@FAMILIES
+@pytest.mark.parametrize("parked", [False, True])
+def test_data_and_end_in_one_wake_up(stage, family, parked):
+    """The short read is not the last: the end must be found without another event."""
+    connection, far = stage.pair(family)
+
+    def end():
+        far.sendall(b"last words")
+        far.close()
+
+    timer = later(end) if parked else end()
+    assert stage.run(lambda: to_the_end(connection)) == [b"last words"]
+    if timer:
+        timer.join()
+
+
+@pytest.mark.parametrize("parked", [False, True])
+def test_data_and_reset_in_one_wake_up(stage, parked):
+    """The reader gets the error, or the end, and does not hang."""
+    connection, far = stage.pair()
+
+    def reset():
+        far.sendall(b"data")
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()
+
+    timer = later(reset) if parked else reset()
+    (outcome,) = stage.run(lambda: to_the_end(connection))
+    if timer:
+        timer.join()
+    assert outcome == b"data" or isinstance(outcome, ConnectionResetError)
+
+
+def test_urgent_data_does_not_hide_what_follows(stage):
+    """recv() stops at the mark; the rest is read without another event."""
+    connection, far = stage.pair()
+    far.sendall(b"before")
+    far.send(b"!", socket.MSG_OOB)
+    far.sendall(b"after")
+
+    def read():
+        data = b""
+        while len(data) < 11:
+            data += connection.recv(100)
+        return data
+
+    assert stage.run(read) == [b"beforeafter"]
+
+
+def test_urgent_data_alone_ends_no_wait(stage):
+    """It wakes the hub, and the reader waits on."""
+    connection, far = stage.pair()
+    timer = later(lambda: (far.send(b"!", socket.MSG_OOB), time.sleep(0.05), far.sendall(b"data")))
+    assert stage.run(lambda: connection.recv(10)) == [b"data"]
+    timer.join()
+
+
+def test_short_reads_of_a_unix_socket_prove_nothing(stage):
+    """Between writers whose credentials differ recv() stops early, though more is queued."""
+    connection, far = stage.pair(socket.AF_UNIX)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    far.sendall(b"1")
+    pid = os.fork()
+    if pid == 0:
+        far.sendall(b"2")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    far.sendall(b"3")
+
+    def read():
+        data = b""
+        while len(data) < 3:
+            data += connection.recv(100)
+        return data
+
+    assert stage.run(read) == [b"123"]
+
+
+@FAMILIES
+@pytest.mark.parametrize("how", ["read", "write"])
+def test_shutdown_from_another_thread_wakes(stage, family, how):
+    """SHUT_RDWR: a reader finds the end, a writer a broken pipe."""
+    connection, _far = stage.pair(family)
+    timer = later(plain.shut, connection)
+    (outcome,) = stage.run(
+        lambda: connection.recv(10) if how == "read" else [connection.sendall(bytes(BIG)) for _ in range(3)]
+    )
+    timer.join()
+    assert outcome == b"" if how == "read" else isinstance(outcome, BrokenPipeError)
+
+
+def test_half_close(stage):
+    """After the peer's end it still gets what is written."""
+    connection, far = stage.pair()
+    far.shutdown(socket.SHUT_WR)
+    thread, got = drain(far, BIG)
+
+    def serve():
+        assert connection.recv(10) == b""
+        assert connection.recv(10) == b""
+        connection.sendall(bytes(BIG))
+
+    assert stage.run(serve) == [None]
+    thread.join(PATIENCE)
+    assert len(got) == BIG
+
+
+def test_peek_takes_nothing(stage):
+    """And a short peek proves nothing."""
+    connection, far = stage.pair()
+    far.sendall(b"hello")
+    assert stage.run(lambda: [connection.recv(100, socket.MSG_PEEK), connection.recv(100)]) == [[b"hello"] * 2]
+
+
+def test_a_flood_does_not_starve_the_others(stage):
+    """A connection that always has data gives way: others have their turn thousands of times meanwhile."""
+    connection, far = stage.pair()
+    turns = []
+    over = False
+
+    def flood():
+        with contextlib.suppress(ConnectionError):
+            while not over:
+                far.sendall(bytes(65536))
+
+    thread = threading.Thread(target=flood, daemon=True)
+    thread.start()
+
+    def greedy():
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            connection.recv(100)
+        return "done"
+
+    def other():
+        while len(turns) < 20:
+            turns.append(time.monotonic())
+            stage.hub.sleep(0)
+
+    stage.run(other, greedy)
+    assert turns[-1] - turns[0] < 0.25
+    over = True
+    connection.close()
+    thread.join(PATIENCE)
+
+
+# -- time-outs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["green", "plain"])
+@pytest.mark.parametrize("how", ["recv", "sendall", "readline", "accept"])
+def test_timeouts(stage, how, inside):
+    """TimeoutError("timed out") after the time, in a green thread and in a plain one."""
+    connection, _far = stage.pair()
+    connection.settimeout(0.05)
+    if how == "accept":
+        connection.close()
+        connection = stage.kind.Connection(socket.AF_INET, socket.SOCK_STREAM)
+        connection.bind(("127.0.0.1", 0))
+        connection.listen()
+        connection.settimeout(0.05)
+
+    def act():
+        with pytest.raises(TimeoutError, match="timed out"):
+            if how == "recv":
+                connection.recv(10)
+            elif how == "sendall":
+                connection.sendall(bytes(BIG))
+            elif how == "accept":
+                connection.accept()
+            else:
+                connection.makefile("rb").readline()
+
+    began = time.monotonic()
+    if inside:
+        assert stage.run(act) == [None]
+    else:
+        act()
+    assert 0.05 <= time.monotonic() - began < 2
+    connection.close()
+
+
+def test_a_timeout_leaves_the_connection_usable(stage):
+    """What comes later is read."""
+    connection, far = stage.pair()
+    connection.settimeout(0.02)
+
+    def act():
+        with pytest.raises(TimeoutError):
+            connection.recv(10)
+        far.sendall(b"late")
+        return connection.recv(10)
+
+    assert stage.run(act) == [b"late"]
+
+
+def test_nonblocking(stage):
+    """settimeout(0), setblocking(False) and MSG_DONTWAIT do not wait."""
+    connection, far = stage.pair()
+
+    def act():
+        with pytest.raises(BlockingIOError):
+            connection.recv(10, socket.MSG_DONTWAIT)
+        connection.setblocking(False)
+        assert connection.gettimeout() == 0.0
+        assert not connection.getblocking()
+        with pytest.raises(BlockingIOError):
+            connection.recv(10)
+        with pytest.raises(BlockingIOError):
+            connection.sendall(bytes(BIG))
+        connection.setblocking(True)
+        assert connection.gettimeout() is None
+
+    assert stage.run(act) == [None]
+    far.close()
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), "1"])
+def test_wrong_timeouts_are_refused(stage, value):
+    """As on any socket, and nothing has changed."""
+    connection, _ = stage.pair()
+    with pytest.raises((ValueError, TypeError)):
+        connection.settimeout(value)
+    assert connection.gettimeout() is None
+
+
+# -- connecting and accepting ----------------------------------------------------------------------------------------
+
+
+@FAMILIES
+def test_connect_and_accept(stage, family, tmp_path):
+    """Both wait in the hub; what is accepted is a Connection too."""
+    listener = stage.kind.Connection(family, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "s") if family == socket.AF_UNIX else ("127.0.0.1", 0))
+    listener.listen()
+
+    def server():
+        connection, _ = listener.accept()
+        with connection:
+            assert type(connection) is stage.kind.Connection
+            connection.sendall(connection.recv(10).upper())
+
+    def client():
+        with stage.kind.Connection(family, socket.SOCK_STREAM) as connection:
+            connection.connect(listener.getsockname())
+            connection.sendall(b"hello")
+            return connection.recv(10)
+
+    assert stage.run(server, client) == [None, b"HELLO"]
+    listener.close()
+
+
+def test_connect_to_nobody(stage):
+    """The kernel's error, by connect and by connect_ex."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+    with stage.kind.Connection(socket.AF_INET, socket.SOCK_STREAM) as connection:
+        (refused,) = stage.run(lambda: connection.connect(address))
+        assert isinstance(refused, ConnectionRefusedError)
+    with stage.kind.Connection(socket.AF_INET, socket.SOCK_STREAM) as connection:
+        assert stage.run(lambda: connection.connect_ex(address)) == [errno.ECONNREFUSED]
+
+
+def test_connect_in_time(stage):
+    """A Unix listener whose queue is full never answers."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{folder}/s")
+        listener.listen(0)
+        waiting = socket.socket(socket.AF_UNIX)
+        waiting.connect(f"{folder}/s")
+        with waiting, stage.kind.Connection(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(0.05)
+            (late,) = stage.run(lambda: connection.connect(f"{folder}/s"))
+            assert isinstance(late, TimeoutError)
+
+
+# -- outside the hub -------------------------------------------------------------------------------------------------
+
+
+def test_in_a_plain_thread_it_blocks(stage):
+    """Also after it was registered in a hub; two threads at once do not meet."""
+    connection, far = stage.pair()
+    far.sendall(b"1")
+    assert stage.run(lambda: connection.recv(10)) == [b"1"]
+    timer = later(far.sendall, b"2")
+    assert connection.recv(10) == b"2"
+    timer.join()
+    thread, got = drain(far, BIG)
+    connection.sendall(bytes(BIG))
+    thread.join(PATIENCE)
+    assert len(got) == BIG
+
+
+def test_it_moves_to_another_hub(stage):
+    """When nobody waits for it in the first."""
+    connection, far = stage.pair()
+    far.sendall(b"1")
+    assert stage.run(lambda: [connection.recv(1), connection.settimeout(0.01)])[0][0] == b"1"
+    seen = []
+
+    def other():
+        hub = stage.kind.Hub()
+        green = hub.spawn(lambda: seen.append(connection.recv(10)))
+        connection.settimeout(PATIENCE)
+        hub.step(0)
+        far.sendall(b"2")
+        hub.run(lambda: green.dead, lambda: 1.0, lambda: None)
+        hub.close()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join(PATIENCE)
+    assert seen == [b"2"]
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["green", "plain"])
+def test_close_wakes_whoever_waits(stage, where):
+    """With EBADF, from a green thread and from another thread."""
+    connection, _ = stage.pair()
+
+    def close():
+        stage.hub.sleep(0.02)
+        connection.close()
+
+    if where == "green":
+        (outcome, _) = stage.run(lambda: connection.recv(10), close)
+    else:
+        timer = later(connection.close)
+        (outcome,) = stage.run(lambda: connection.recv(10))
+        timer.join()
+    assert isinstance(outcome, OSError)
+    assert outcome.errno == errno.EBADF
+
+
+def test_a_closed_one_says_so(stage):
+    """EBADF, as on any socket; closing twice is harmless."""
+    connection, _ = stage.pair()
+    connection.close()
+    connection.close()
+    assert connection.fileno() == -1
+    for act in (lambda: connection.recv(1), lambda: connection.sendall(b"x")):
+        (outcome,) = stage.run(act)
+        assert isinstance(outcome, OSError)
+        assert outcome.errno == errno.EBADF
+
+
+def test_a_descriptors_number_that_comes_again_is_another_connection(stage):
+    """The kernel gives numbers anew at once: nothing of the old one may reach the new one."""
+    for turn in range(20):
+        connection, far = stage.pair()
+        timer = later(far.sendall, b"%d" % turn) if turn % 5 == 0 else far.sendall(b"%d" % turn)
+        assert stage.run(lambda c=connection: c.recv(10)) == [b"%d" % turn]
+        if timer:
+            timer.join()
+        if turn % 2:
+            far.close()
+        connection.close()
+        far.close()
+
+
+def test_a_makefile_outlives_close(stage):
+    """The descriptor goes with the last file."""
+    connection, far = stage.pair()
+    file = connection.makefile("rb")
+    connection.close()
+    far.sendall(b"line\n")
+    assert stage.run(file.readline) == [b"line\n"]
+    file.close()
+    assert connection.fileno() == -1
+
+
+def test_detach_gives_a_blocking_descriptor(stage):
+    """As the socket was; and the hub has forgotten it."""
+    connection, far = stage.pair()
+    far.sendall(b"1")
+    stage.run(lambda: connection.recv(1))
+    fd = connection.detach()
+    assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+    with socket.socket(fileno=fd) as mine:
+        far.sendall(b"2")
+        assert mine.recv(10) == b"2"
+
+
+def test_dup(stage):
+    """Another Connection on the same wire, with the same timeout."""
+    connection, far = stage.pair()
+    connection.settimeout(3)
+    with connection.dup() as double:
+        assert type(double) is type(connection)
+        assert double.gettimeout() == 3
+        far.sendall(b"1")
+        assert stage.run(lambda: double.recv(10)) == [b"1"]
+        connection.close()
+        far.sendall(b"2")
+        assert stage.run(lambda: double.recv(10)) == [b"2"]
+
+
+def test_one_that_is_dropped_gives_its_descriptor_back(stage):
+    """No table of the hub's keeps it open."""
+    connection, far = stage.pair()
+    far.sendall(b"x")
+    stage.run(functools.partial(connection.recv, 10))
+    stage._sockets.remove(connection)
+    gone = weakref.ref(connection)
+    with pytest.warns(ResourceWarning):
+        del connection
+        gc.collect()
+    assert gone() is None
+    assert far.recv(10) == b""

@@ -1,0 +1,362 @@
+"""harken.green: what handlers on the green engine may use."""
+
+from __future__ import annotations
+
+import contextvars
+import socket
+import threading
+import time
+
+import pytest
+
+from harken import green
+from harken.engines.green import Engine
+from harken.errors import ConfigError, DeadlineExceeded
+
+PATIENCE = 5.0  # seconds
+
+
+@pytest.fixture
+def run():
+    """Return a function that runs others in green threads beside one another, and returns what they returned."""
+    engine = Engine(lambda _: False)
+
+    def act(*functions):
+        outcomes = [None] * len(functions)
+
+        def note(number, function):
+            try:
+                outcomes[number] = function()
+            except BaseException as error:
+                outcomes[number] = error
+
+        def start():
+            for number, function in enumerate(functions):
+                green.spawn(note, number, function)
+            for thread in [green.spawn(lambda: None)]:
+                thread.join()
+            while any(outcome is None for outcome in outcomes):
+                green.sleep(0.001)
+
+        engine.spawn(start)
+        assert engine.join(time.monotonic() + PATIENCE) == 0, outcomes
+        return outcomes
+
+    yield act
+    engine.join(time.monotonic())
+
+
+# -- threads ---------------------------------------------------------------------------------------------------------
+
+
+def test_spawn_join_current(run):
+    """A handle to wait for; current() names who runs."""
+
+    def act():
+        seen = []
+
+        def child(number):
+            green.sleep(0.02)
+            seen.append((number, green.current()))
+
+        thread = green.spawn(child, 1)
+        assert thread.is_alive()
+        assert not thread.join(0.001)
+        assert thread.join()
+        assert not thread.is_alive()
+        return seen == [(1, thread.greenlet)] and green.current() is not thread.greenlet
+
+    assert run(act) == [True]
+
+
+def test_a_spawned_thread_that_raises_is_joined_too(run, monkeypatch):
+    """The error is shown as a thread's."""
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: shown.append(args.exc_value))
+    assert run(lambda: green.spawn([].pop).join(PATIENCE)) == [True]
+    assert [type(error) for error in shown] == [IndexError]
+
+
+@pytest.mark.parametrize("use", [lambda: green.spawn(print), lambda: green.timeout(1).__enter__()])
+def test_outside_a_green_thread_it_says_so(use):
+    """One clear line with the remedy."""
+    with pytest.raises(RuntimeError, match="needs a green thread around it"):
+        use()
+    assert green.current() is None
+
+
+def test_in_a_plain_thread_the_rest_blocks():
+    """So that code may be shared."""
+    began = time.monotonic()
+    green.sleep(0.01)
+    assert time.monotonic() - began >= 0.01
+    assert green.offload(threading.current_thread) is threading.current_thread()
+    assert green.getaddrinfo("127.0.0.1", 80)
+    with green.Lock():
+        assert not green.Event().wait(0.01)
+
+
+# -- locks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("setter", ["green", "plain"])
+def test_event(run, setter):
+    """Set by a green thread or a plain one; waiting has an end."""
+    event = green.Event()
+
+    def wait():
+        assert not event.wait(0.001)
+        return event.wait(PATIENCE)
+
+    def set_it():
+        green.sleep(0.02)
+        if setter == "green":
+            event.set()
+        else:
+            threading.Thread(target=event.set).start()
+        return True
+
+    assert run(wait, wait, set_it) == [True] * 3
+    assert event.wait(0)
+    event.clear()
+    assert not event.is_set()
+
+
+def test_a_plain_thread_waits_for_a_green_one(run):
+    """The other way round."""
+    event, seen = green.Event(), []
+    thread = threading.Thread(target=lambda: seen.append(event.wait(PATIENCE)))
+    thread.start()
+    run(lambda: event.set() or True)
+    thread.join(PATIENCE)
+    assert seen == [True]
+
+
+def test_lock_is_held_by_one_and_goes_in_order(run):
+    """Who waits longest is next."""
+    lock, seen = green.Lock(), []
+
+    def act(name):
+        def inner():
+            with lock:
+                seen.append(name)
+                green.sleep(0.005)
+                seen.append(name)
+            return True
+
+        return inner
+
+    run(act("a"), act("b"), act("c"))
+    assert "".join(seen) == "aabbcc"
+    assert not lock.locked()
+    with pytest.raises(RuntimeError):
+        lock.release()
+
+
+def test_lock_in_time(run):
+    """acquire() with a timeout, or without waiting."""
+    lock = green.Lock()
+
+    def act():
+        assert lock.acquire()
+        assert not lock.acquire(timeout=0.01)
+        assert not lock.acquire(blocking=False)
+        lock.release()
+        return lock.acquire(blocking=False)
+
+    assert run(act) == [True]
+
+
+def test_an_interrupted_waiter_loses_nothing(run):
+    """A waiter that gives up does not take the lock with it."""
+    lock = green.Lock()
+
+    def holder():
+        with lock:
+            green.sleep(0.03)
+        return True
+
+    def impatient():
+        with green.timeout(0.01):
+            lock.acquire()
+
+    def patient():
+        return lock.acquire(timeout=PATIENCE)
+
+    _, outcome, got = run(holder, impatient, patient)
+    assert isinstance(outcome, DeadlineExceeded)
+    assert got is True
+
+
+def test_semaphore_between_plain_threads_and_green_ones(run):
+    """Never more than its value at once."""
+    semaphore, inside, most = green.Semaphore(2), [], []
+
+    def act():
+        for _ in range(20):
+            with semaphore:
+                inside.append(1)
+                most.append(len(inside))
+                green.sleep(0.0005)
+                inside.pop()
+        return True
+
+    threads = [threading.Thread(target=act) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    run(act, act, act)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert max(most) == 2
+    with pytest.raises(ValueError, match="-1"):
+        green.Semaphore(-1)
+
+
+def test_queue(run):
+    """First in, first out; bounded; Empty and Full in time."""
+    queue = green.Queue(2)
+
+    def producer():
+        for number in range(10):
+            queue.put(number)
+        return True
+
+    def consumer():
+        return [queue.get() for _ in range(10)]
+
+    assert run(producer, consumer) == [True, list(range(10))]
+    assert queue.empty()
+    with pytest.raises(green.Empty):
+        queue.get(timeout=0.01)
+    with pytest.raises(green.Empty):
+        queue.get_nowait()
+    queue.put_nowait(1)
+    queue.put_nowait(2)
+    assert queue.full()
+    assert queue.qsize() == 2
+    with pytest.raises(green.Full):
+        queue.put(3, timeout=0.01)
+
+
+def test_queue_from_a_plain_thread(run):
+    """A producer elsewhere feeds a green consumer."""
+    queue = green.Queue()
+    thread = threading.Thread(target=lambda: [queue.put(number) for number in range(100)])
+    thread.start()
+    assert run(lambda: [queue.get() for _ in range(100)]) == [list(range(100))]
+    thread.join(PATIENCE)
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+
+
+def test_timeout_ends_any_wait(run):
+    """A TimeoutError that says how long; within the time it is not noticed."""
+
+    def late():
+        with green.timeout(0.02):
+            green.Event().wait()
+
+    def early():
+        with green.timeout(0.02):
+            pass
+        green.sleep(0.04)
+        return True
+
+    outcome, unharmed = run(late, early)
+    assert isinstance(outcome, DeadlineExceeded)
+    assert isinstance(outcome, TimeoutError)
+    assert str(outcome) == "not done within 0.02 s"
+    assert unharmed is True
+
+
+def test_timeouts_nest(run):
+    """The inner one may end, the outer one still counts."""
+
+    def act():
+        with green.timeout(0.05):
+            with pytest.raises(DeadlineExceeded, match="0.01"), green.timeout(0.01):
+                green.sleep(1)
+            green.sleep(1)
+
+    assert str(run(act)[0]) == "not done within 0.05 s"
+
+
+# -- the outside -----------------------------------------------------------------------------------------------------
+
+
+def test_offload_returns_raises_and_lets_others_run(run):
+    """In a plain thread, with this green thread's context variables."""
+    variable = contextvars.ContextVar("variable", default=0)
+
+    def act():
+        variable.set(5)
+        assert green.offload(lambda: (green.current(), variable.get())) == (None, 5)
+        with pytest.raises(ZeroDivisionError):
+            green.offload(divmod, 1, 0)
+        green.offload(time.sleep, 0.05)
+        return time.monotonic()
+
+    def other():
+        green.sleep(0.01)
+        return time.monotonic()
+
+    offloaded, slept = run(act, other)
+    assert offloaded > slept
+
+
+def test_an_interrupted_offload_is_dropped(run):
+    """Its thread goes on; nobody is disturbed."""
+    gate = threading.Event()
+
+    def act():
+        with green.timeout(0.01):
+            green.offload(gate.wait, PATIENCE)
+
+    outcomes = run(act)
+    gate.set()
+    assert isinstance(outcomes[0], DeadlineExceeded)
+
+
+def test_getaddrinfo(run):
+    """Numbers at once, names by a thread, errors as socket has them."""
+    assert run(lambda: green.getaddrinfo("localhost", 80)) == [socket.getaddrinfo("localhost", 80)]
+    assert run(lambda: green.getaddrinfo("::1", 80)) == [socket.getaddrinfo("::1", 80)]
+    assert isinstance(run(lambda: green.getaddrinfo("no.such.host.invalid", 80))[0], socket.gaierror)
+
+
+@pytest.mark.parametrize("form", ["tcp", "pair", "unix", "name"])
+def test_connect(run, form, tmp_path):
+    """By URL or by pair; it waits as the handler's own connection does."""
+    if form == "unix":
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        address = f"unix:{tmp_path}/s"
+    else:
+        listener = socket.create_server(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        address = {"tcp": f"tcp://127.0.0.1:{port}", "pair": ("127.0.0.1", port), "name": ("localhost", port)}[form]
+
+    def server():
+        connection, _ = green.offload(listener.accept)
+        with connection:
+            connection.sendall(connection.recv(10).upper())
+        return True
+
+    def client():
+        with green.connect(address, 3) as connection:
+            assert connection.gettimeout() == 3
+            connection.sendall(b"hello")
+            return connection.recv(10)
+
+    with listener:
+        assert run(server, client) == [True, b"HELLO"]
+
+
+def test_connect_to_nobody(run):
+    """The kernel's error; and what is no address is the program's fault."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+    assert isinstance(run(lambda: green.connect(address, 1))[0], ConnectionRefusedError)
+    assert isinstance(run(lambda: green.connect("udp://127.0.0.1:1"))[0], ConfigError)
