@@ -202,10 +202,9 @@ def test_a_peer_that_has_gone(hub: Any, pair: tuple[Any, socket.socket]) -> None
     far.close()
 
     def serve() -> None:
-        reader = compiled.Reader(near)
-        writer = compiled.Writer(near, reader)
-        while line := reader.readline():
-            writer.write(line)
+        with compiled.Reader(near) as reader, compiled.Writer(near, reader) as writer:
+            while line := reader.readline():
+                writer.write(line)
 
     assert isinstance(run(hub, serve)[0], ConnectionError)
 
