@@ -72,7 +72,7 @@ def test_dir_lists_what_is_not_loaded_yet(run_program):
     assert dir(harken) == sorted(dir(harken))
 
 
-@pytest.mark.parametrize("name", ["no_such_name", "_no_such_private", "Threading", "GreenMixIn"])
+@pytest.mark.parametrize("name", ["no_such_name", "_no_such_private", "Threading", "PurpleMixIn"])
 def test_an_unknown_name_is_an_attribute_error(name):
     """``hasattr`` works, and the message says which name of which module."""
     assert not hasattr(harken, name)

@@ -13,7 +13,9 @@ THEIRS = sorted(name for name in socketserver.__all__ if name.endswith("Server")
 # On Python 3.11 stdlib has none of these; 3.12 has.
 ALWAYS = ("ForkingUnixStreamServer", "ForkingUnixDatagramServer")
 POOL = ("PoolTCPServer", "PoolUDPServer", "PoolUnixStreamServer")
-COMBINED = sorted({name for name in (*THEIRS, *ALWAYS, *POOL) if name.startswith(("Threading", "Forking", "Pool"))})
+GREEN = ("GreenTCPServer", "GreenUDPServer", "GreenUnixStreamServer")
+PREFIXES = ("Threading", "Forking", "Pool", "Green")
+COMBINED = sorted({name for name in (*THEIRS, *ALWAYS, *POOL, *GREEN) if name.startswith(PREFIXES)})
 
 
 def graph(cls):

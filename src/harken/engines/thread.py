@@ -87,27 +87,6 @@ class Threads(list[threading.Thread]):
         return alive
 
 
-def _at_once(timeout: float | None = None) -> bool:
-    """Stands for ``Event.wait``."""
-    return True
-
-
-def start(thread: threading.Thread) -> None:
-    """Start ``thread`` without waiting until it runs.
-
-    ``Thread.start`` waits for the new thread to say that it has begun: two switches of context before the next
-    connection is accepted, a tenth of what a short connection costs. Nothing here needs that word. The wait is on the
-    private Event ``_started`` (the same in 3.11 to 3.13); a thread that has another is started in the plain way.
-
-    Raises:
-        RuntimeError: the system starts no more threads.
-    """
-    begun = getattr(thread, "_started", None)
-    if type(begun) is threading.Event:
-        begun.wait = _at_once  # type: ignore[method-assign]
-    thread.start()
-
-
 def _has_begun(thread: threading.Thread) -> bool:
     begun = getattr(thread, "_started", None)
     return bool(begun.is_set()) if isinstance(begun, threading.Event) else thread.ident is not None
@@ -155,7 +134,7 @@ class Engine(SelectorEngine):
         if waited_for:
             self.threads.append(thread)  # before it runs: its handler may look
         try:
-            start(thread)
+            thread.start()
         except RuntimeError:
             if waited_for and thread in self.threads:
                 self.threads.remove(thread)
