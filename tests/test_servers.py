@@ -67,7 +67,7 @@ def test_each_named_server_is_its_mixin_before_its_server(name):
     mixin, server = cls.__bases__
     prefix = mixin.__name__.removesuffix("MixIn")
     assert name == prefix + server.__name__
-    assert cls.engine == {"Threading": "thread", "Forking": "fork", "Pool": "pool"}[prefix]
+    assert cls.engine == {"Threading": "thread", "Forking": "fork", "Pool": "pool", "Green": "green"}[prefix]
 
 
 @pytest.mark.parametrize("name", ALWAYS)
