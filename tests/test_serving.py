@@ -7,14 +7,15 @@ import threading
 import pytest
 
 import harken
-from harken import events, serving
+from harken import drain, events
 from harken.connection import ConnectionInfo
+from harken.drain import DrainReport
 from harken.engines import Engine
 from harken.engines.inline import Engine as Inline
 from harken.errors import ConfigError, LifecycleError
 from harken.lifecycle import State
 from harken.peer import Peer
-from harken.serving import DrainReport, Serving, serving_of
+from harken.serving import Serving, serving_of
 
 LOCAL = ("127.0.0.1", 0)
 PATIENCE = 10.0  # seconds
@@ -214,7 +215,7 @@ def test_ready_ends_with_the_loop():
 def test_a_peer_is_described_without_a_connection():
     """Of a datagram, by the server's own socket."""
     with harken.UDPServer(LOCAL, Greet) as server:
-        assert serving_of(server).describe(None, ("1.2.3.4", 5)) == Peer("1.2.3.4", 5, socket.AF_INET)
+        assert serving_of(server).books.describe(None, ("1.2.3.4", 5)) == Peer("1.2.3.4", 5, socket.AF_INET)
 
 
 def test_a_datagrams_peer_reads_like_a_connections():
@@ -302,4 +303,4 @@ def test_a_server_and_its_running_side_are_collected():
 
 def test_cut_grace_is_short():
     """A stop at once takes no longer than people wait."""
-    assert 0 < serving.CUT_GRACE <= 2.0
+    assert 0 < drain.CUT_GRACE <= 2.0

@@ -48,7 +48,7 @@ def _peer(handler: Any) -> Peer:
     if record is not None:
         return record.peer
     if serving is not None:
-        return serving.describe(handler.request, handler.client_address)  # type: ignore[no-any-return]
+        return serving.books.describe(handler.request, handler.client_address)  # type: ignore[no-any-return]
     carrier = handler.request[-1] if isinstance(handler.request, tuple) else handler.request
     return for_socket(carrier).describe(carrier, handler.client_address)
 

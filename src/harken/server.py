@@ -15,9 +15,11 @@ from time import monotonic
 from typing import Any
 
 from harken.connection import Connection, ConnectionInfo, accept, shut
+from harken.drain import DrainReport
+from harken.foreign import foreign_loop
 from harken.lifecycle import Latch
 from harken.listener import note_inode, unlink_if_own
-from harken.serving import DrainReport, RunningSide, serving_of
+from harken.serving import RunningSide, serving_of
 from harken.transports import bind_options, for_socket
 
 __all__ = ["BaseServer", "TCPServer", "UDPServer", "UnixDatagramServer", "UnixStreamServer"]
@@ -103,7 +105,7 @@ class BaseServer:
             return
         if isinstance(done, Latch) and not done.begun:
             return
-        if not isinstance(done, Latch) and serving.last_loop and not serving.foreign_loop():
+        if not isinstance(done, Latch) and serving.last_loop and not foreign_loop(self):
             return
         done.wait()
 
@@ -147,22 +149,22 @@ class BaseServer:
             request, client_address = self.get_request()  # type: ignore[attr-defined]
         except OSError as error:
             return serving.acceptor.failed(error)
-        record = serving.accepted(request, client_address)
+        record = serving.books.accepted(request, client_address)
         try:
             if not self.verify_request(request, client_address):
-                serving.rejected(record, client_address, "verify_request")
+                serving.books.rejected(record, client_address, "verify_request")
                 self.shutdown_request(request)
                 return True
-            serving.opened(record, client_address)
+            serving.books.opened(record, client_address)
             self.process_request(request, client_address)
         except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
-            serving.failed(request, client_address, error)
+            serving.books.failed(request, client_address, error)
             self.handle_error(request, client_address)
             self.shutdown_request(request)
         except:
             if not serving.engine.in_loop:
                 # Ctrl-C came while its thread was started: that may be in recv(), which close() does not wake.
-                serving.interrupted = True
+                serving.books.interrupted = True
                 shut(request)
             self.shutdown_request(request)
             raise
@@ -195,7 +197,7 @@ class BaseServer:
         else:
             adopted = engine.adopt(request)
             if adopted is not request:
-                serving.moved(request, adopted)
+                serving.books.moved(request, adopted)
             engine.spawn(self.process_request_thread, adopted, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
@@ -206,7 +208,7 @@ class BaseServer:
         try:
             self.finish_request(request, client_address)
         except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
-            self._harken.failed(request, client_address, error)
+            self._harken.books.failed(request, client_address, error)
             self.handle_error(request, client_address)
         finally:
             self.shutdown_request(request)
@@ -237,7 +239,7 @@ class BaseServer:
         if self._harken.logged:
             return
         error = sys.exc_info()[1]
-        if self._harken.excused(request, error):
+        if self._harken.books.excused(request, error):
             sys.stderr.write(f"harken: {client_address} went away: {error}\n")
             return
         import traceback
@@ -399,7 +401,7 @@ class TCPServer(BaseServer):
         """
         serving = self._harken
         if serving.shared:
-            return serving.take_turns(partial(accept, self.socket, serving.engine.connection))
+            return serving.intake.take_turns(partial(accept, self.socket, serving.engine.connection))
         return accept(self.socket, serving.engine.connection)
 
     get_request.bursts = True  # type: ignore[attr-defined]  # may be called again while the listener is readable
@@ -423,7 +425,7 @@ class TCPServer(BaseServer):
         """Close a connection. May be overridden."""
         request.close()
         if not isinstance(request, Connection):
-            self._harken.ended(request)
+            self._harken.books.ended(request)
 
 
 class UDPServer(TCPServer):
@@ -444,7 +446,7 @@ class UDPServer(TCPServer):
     def get_request(self) -> tuple[Any, Any]:
         """Take a datagram: ``((data, socket), client_address)``. May be overridden. Serving thread."""
         if self._harken.shared:
-            return self._harken.take_turns(partial(_receive, self))
+            return self._harken.intake.take_turns(partial(_receive, self))
         return _receive(self)
 
     get_request.bursts = True  # type: ignore[attr-defined]
@@ -466,7 +468,7 @@ def _receive(server: UDPServer) -> tuple[Any, Any]:
         return (data, listener), address
     data, _, flags, address = listener.recvmsg(size)
     if flags & socket.MSG_TRUNC:
-        serving.truncated(address, size)
+        serving.books.truncated(address, size)
     return (data, listener), address
 
 

@@ -11,73 +11,27 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
-from types import FrameType
 from typing import Any, overload
 
 from harken import events, plugins
-from harken.acceptor import Acceptor, Readable, refuse
-from harken.connection import CHILD_STATUS, REASONS, ConnectionInfo, Record, Registry, backlog_length, peer_fault
+from harken.acceptor import Acceptor
+from harken.books import Books
+from harken.connection import CHILD_STATUS, REASONS, ConnectionInfo, Record
+from harken.drain import DrainReport, drain
 from harken.engines import ENGINE, Engine
 from harken.errors import LifecycleError
+from harken.intake import Intake
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
-from harken.settings import Profile, Settings, seconds, setting
+from harken.settings import Profile, Settings
 from harken.transports import for_socket
 
 __all__ = ["DrainReport", "RunningSide", "Serving", "background", "serving_of"]
 
-DRAIN_TIMEOUT = setting(
-    "drain_timeout",
-    seconds(),
-    0.0,
-    serve=30.0,
-    unit="seconds",
-    live=True,
-    meaning="how long a drain waits for connections before it cuts what is left",
-    origin="gunicorn's graceful_timeout; the drop-in classes have no drain of their own",
-)
-
-# Seconds that a cut handler gets to notice that its socket is shut: it wakes within milliseconds.
-CUT_GRACE = 1.0
-# Seconds that a drain gives the loop to leave its poll(): it takes one turn.
-LEAVE_SECONDS = 0.2
-
 # A name that programs do not have, found by ordinary attribute access on the hot path.
 _KEY = "_harken"
-
-
-@dataclass(frozen=True, slots=True)
-class DrainReport:
-    """How a drain went.
-
-    Attributes:
-        finished: connections that ended by themselves in time.
-        left: handlers that still run although their connection was cut.
-        cut: connections that were closed at the deadline.
-        seconds: how long it took.
-        connections: those that were cut.
-    """
-
-    finished: int
-    left: int
-    cut: int
-    seconds: float
-    connections: list[ConnectionInfo]
-
-    def __str__(self) -> str:
-        return f"{self.finished} finished, {self.cut} cut, {self.left} handlers left, {self.seconds:.2f} s"
-
-
-@dataclass(frozen=True, slots=True)
-class _Drain:
-    """A drain under way: since when (``time.monotonic()``), and how many connections were open then."""
-
-    since: float
-    open: int
 
 
 class Serving:
@@ -99,16 +53,15 @@ class Serving:
         self.ready = Latch()
         self.left = Latch(owned=True)
         self.left.set()
-        self.connections = Registry(self.describe, self._closed, self._end_child)
-        self.counts: Counter[str] = Counter()
-        self.reasons: Counter[str] = Counter()
+        self.books = Books(server, self._end_child)
+        self.connections = self.books.connections
+        self.intake = Intake(self)
         self.acceptor = Acceptor(
             listener=lambda: getattr(server, "socket", None),
             pause=lambda: self.engine.unwatch(server),
-            resume=self._watch,
+            resume=self.intake.watch,
             address=self.address,
         )
-        self.interrupted = False
         self.abandoned = False
         self.hurried: list[ConnectionInfo] = []
         self.on_child: Callable[[], None] = lambda: None
@@ -118,10 +71,8 @@ class Serving:
         """Whether several threads run loops of this server."""
         if engine is not None:
             self.engine = engine
-        self._readable = Readable()
         self._packet_size = (-1, 0)
         self._guard = threading.RLock()
-        self._accept_lock = threading.Lock()
         self._loop_count = 0
 
     # -- what engines and handlers ask ---------------------------------------------------------------------------------
@@ -201,15 +152,15 @@ class Serving:
             self.loops.add(threading.get_ident())
             self.left.clear()
             if self._loop_count == 1:
-                self.interrupted = False
+                self.books.interrupted = False
                 self.acceptor.open()
-                self._watch()
+                self.intake.watch()
                 events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
         self.ready.set()
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
-            self.interrupted = True
+            self.books.interrupted = True
             _interrupted.add(self)
             raise
         finally:
@@ -239,19 +190,6 @@ class Serving:
         """Whether no other thread runs a loop of this server."""
         return self._loop_count == 0
 
-    def foreign_loop(self) -> bool:
-        """Tell whether a loop that is not harken's serves: on a grafted class, stdlib's, called by way of ``super()``.
-
-        Its Event cannot tell, being unset before the first loop as well; so the threads' stacks are asked.
-        """
-        for frame in sys._current_frames().values():
-            caller: FrameType | None = frame
-            while caller is not None:
-                if caller.f_code.co_name == "serve_forever" and caller.f_locals.get("self") is self.server:
-                    return not _on_stack(caller)
-                caller = caller.f_back
-        return False
-
     def tick(self) -> None:
         """One turn: stdlib's hook, children and threads that have ended, pauses that are over."""
         self.server.service_actions()
@@ -265,133 +203,7 @@ class Serving:
         if self.started:
             self.engine.wake()
 
-    def _watch(self) -> None:
-        """Watch the door, unless the server is suspended: room in the pool does not end a suspension."""
-        if self.lifecycle.state is State.SERVING:
-            self.engine.watch(self.server, self._accept_ready)
-
-    def _accept_ready(self) -> bool:
-        """Take one connection of the readable door through the hooks; tell whether there is another.
-
-        Only our own ``get_request`` is called twice in a turn: an overridden one may do anything in between. The
-        listener is asked by poll() and not made non-blocking, since its flags belong to all processes that share it.
-
-        Raises:
-            OSError: the door is no listener any more.
-        """
-        engine, server = self.engine, self.server
-        if engine.full and not self._make_room():
-            return False
-        taken = server._handle_request_noblock()
-        if self.acceptor.troubled:
-            self.acceptor.settle(taken=bool(taken))
-        if taken is not True or not getattr(server.get_request, "bursts", False):
-            return False
-        return not engine.full and not self.shared and self._readable(server.fileno())
-
-    def _make_room(self) -> bool:
-        """The engine is full: do as ``overload`` says. True when a connection may be accepted all the same."""
-        policy = self.settings["overload"]
-        if policy in ("reset", "reply"):
-            self._turn_away(policy)
-        else:
-            if policy == "shed":
-                self._shed()
-            self.acceptor.hold("no handler is free: pool or max_children in use")
-        return False
-
-    def _turn_away(self, policy: str) -> None:
-        try:
-            request, client_address = self.server.get_request()
-        except OSError as error:
-            self.acceptor.failed(error)
-            return
-        reply = self.settings["overload_reply"] if policy == "reply" else b""
-        refuse(request, reply.encode() if isinstance(reply, str) else reply)
-        self.rejected(None, client_address, "overload")
-
-    def _shed(self) -> None:
-        idle = [
-            (record.idle_seconds() or 0.0, -record.started, record) for record in self.connections if not record.reason
-        ]
-        if idle:
-            max(idle, key=lambda entry: entry[:2])[2].cut("shed")
-
     # -- one connection ------------------------------------------------------------------------------------------------
-
-    def take_turns(self, get: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-        """Call ``get`` as the only one of several loops, and only while a connection is there.
-
-        Raises:
-            BlockingIOError: another loop was quicker.
-        """
-        with self._accept_lock:
-            if not self._readable(self.server.fileno()):
-                raise BlockingIOError("another thread took the connection")
-            return get()
-
-    def accepted(self, request: Any, client_address: Any) -> Record | None:
-        """A connection was taken from the kernel: begin its record."""
-        self.counts["accepted"] += 1
-        record = self.connections.add(request, client_address)
-        if events.subscribers["accepted"]:
-            self._tell("accepted", record, client_address)
-        return record
-
-    def opened(self, record: Record | None, client_address: Any) -> None:
-        """A connection goes to its handler."""
-        if record is not None:
-            record.opened = True
-        if events.subscribers["opened"]:
-            self._tell("opened", record, client_address)
-
-    def moved(self, request: Any, adopted: Any) -> None:
-        """The engine made another object of a connection, for its handlers."""
-        record = self.connections.find(request)
-        if record is not None:
-            record.move(adopted)
-
-    def rejected(self, record: Record | None, client_address: Any, reason: str) -> None:
-        """A connection is refused before its handler."""
-        self.counts["rejected"] += 1
-        if record is not None and record.reason is None:
-            record.reason = "rejected"
-        if events.subscribers["rejected"]:
-            self._tell("rejected", record, client_address, reason=reason)
-
-    def failed(self, request: Any, client_address: Any, error: BaseException) -> None:
-        """A handler raised; called before ``handle_error``."""
-        record = self.connections.find(request)
-        if record is not None:
-            record.failed = True
-        if self.excused(request, error):
-            if record is not None and record.reason is None:
-                record.reason = "peer_reset"  # the kernel tells it once, and the handler was told
-            return
-        self.counts["handler_failed"] += 1
-        if events.subscribers["handler_failed"]:
-            self._tell("handler_failed", record, client_address, error=error)
-
-    def truncated(self, client_address: Any, size: int) -> None:
-        """A datagram was longer than ``size`` bytes, and its end is lost."""
-        self.counts["truncated"] += 1
-        if events.subscribers["truncated"]:
-            self._tell("truncated", None, client_address, bytes=size)
-
-    def excused(self, request: Any, error: BaseException | None) -> bool:
-        """Tell whether a handler raised only because its connection has gone: its peer left, or harken cut it."""
-        if self.interrupted and isinstance(error, OSError):
-            return True  # Ctrl-C shut it, and may have closed it under the handler
-        if not isinstance(error, ConnectionError):
-            return False
-        record = self.connections.find(request)
-        return (record is not None and record.reason is not None) or peer_fault(request) is not None
-
-    def ended(self, request: Any) -> None:
-        """A request object that cannot tell by itself (it is no :class:`Connection`) was closed."""
-        record = self.connections.find(request)
-        if record is not None:
-            record.ended()
 
     def hand_to_child(self, function: Callable[..., object], request: Any, client_address: Any) -> None:
         """Run ``function(request, client_address)`` in a child; its record lasts until the child exits."""
@@ -414,31 +226,6 @@ class Serving:
         function(request, client_address)
         return CHILD_STATUS.get((record and record.reason) or "handler_returned", 0)
 
-    def describe(self, request: Any, client_address: Any) -> Any:
-        """Return the :class:`harken.Peer` of a connection, or of a datagram."""
-        return for_socket(request if hasattr(request, "family") else self.server.socket).describe(
-            request, client_address
-        )
-
-    def _tell(self, name: str, record: Record | None, client_address: Any, **fields: Any) -> None:
-        peer = record.peer if record is not None else self.describe(None, client_address)
-        events.emit(name, server=self.server, connection=record.id if record else None, peer=peer, **fields)
-
-    def _closed(self, record: Record) -> None:
-        if not record.opened or record.silent:
-            return
-        reason = record.reason or "handler_returned"
-        self.reasons[reason] += 1
-        if events.subscribers["closed"]:
-            self._tell(
-                "closed",
-                record,
-                record.client_address,
-                reason=reason,
-                detail=record.detail,
-                seconds=time.monotonic() - record.started,
-            )
-
     def _end_child(self, pid: int) -> None:
         end = getattr(self.engine, "end_child", None)
         if end is not None:
@@ -453,7 +240,7 @@ class Serving:
         """
         if not self.started:
             return
-        if self.interrupted:
+        if self.books.interrupted:
             self.cut("shutdown")
         block = self.option("block_on_close") and not self.option("daemon_threads") and not self.abandoned
         self.engine.join(None if block else time.monotonic())
@@ -475,63 +262,7 @@ class Serving:
             stop: asks the loop to end, without waiting for it.
         """
         timeout = self.settings["drain_timeout"] if timeout is None else timeout
-        return self.engine.aside(self._drain, timeout, stop)  # type: ignore[no-any-return]
-
-    def _drain(self, timeout: float, stop: Callable[[], None]) -> DrainReport:
-        began = self.begin_drain(timeout, stop)
-        return self.end_drain(began, began.since + timeout)
-
-    def begin_drain(self, timeout: float, stop: Callable[[], None]) -> _Drain:
-        """Stop accepting and close the listener."""
-        began = _Drain(time.monotonic(), len(self.connections))
-        self.lifecycle.move("drain")
-        events.emit("draining", server=self.server, open=began.open, timeout=timeout)
-        stop()
-        self.wake()
-        # Its poll() would hold the listener's port; a loop that is inside a handler holds nothing, and may stay there.
-        self.left.wait(LEAVE_SECONDS)
-        self._serve_backlog(began.since + timeout)
-        listener = getattr(self.server, "socket", None)
-        if listener is not None:
-            listener.close()
-        return began
-
-    def _serve_backlog(self, deadline: float) -> None:
-        """Take what has reached the backlog, which closing would reset; inline there is no place to serve it."""
-        if not self.started or self.engine.in_loop or not getattr(self.server.get_request, "bursts", False):
-            return
-        for _ in range(backlog_length(getattr(self.server, "socket", None))):
-            if self.engine.full or time.monotonic() >= deadline or not self._readable(self.server.fileno()):
-                return
-            self.server._handle_request_noblock()
-
-    def end_drain(self, began: _Drain, deadline: float) -> DrainReport:
-        """Wait for connections until ``deadline`` (``time.monotonic()``), then cut what is left."""
-        if self.started and self.engine.in_child:
-            self.engine.join(deadline)  # nobody else reaps now, and a connection lasts until its child is reaped
-        own = self._own()
-        self.connections.wait_empty(max(0.0, deadline - time.monotonic()), besides=len(own))
-        cut = [record.info() for record in self.cut("drain_deadline", besides=own)]
-        left = self.engine.join(time.monotonic() + CUT_GRACE) if self.started else 0
-        left += not self.left.wait(CUT_GRACE) and not self.in_loop
-        self.abandoned = left > 0
-        cut += self.hurried
-        report = DrainReport(
-            max(0, began.open - len(cut) - len(own)), left, len(cut), time.monotonic() - began.since, cut
-        )
-        events.emit("drained", server=self.server, report=report)
-        return report
-
-    def _own(self) -> list[Record]:
-        """The connections whose handler is the caller: a verb that a handler calls does not wait for that handler."""
-        here = threading.get_ident()
-        return [record for record in self.connections if record.thread == here]
-
-    def hurry(self, reason: str) -> None:
-        """Cut what is open now, before a drain's time is over; its report will count them. Any thread."""
-        # Noted before their handlers wake, and with them whoever reports the drain.
-        self.hurried += [record.info() for record in self.connections if record.reason is None]
-        self.cut(reason)
+        return self.engine.aside(drain, self, timeout, stop)  # type: ignore[no-any-return]
 
     def suspend(self) -> None:
         """Leave new connections in the backlog; open ones go on.
@@ -551,7 +282,7 @@ class Serving:
         """
         with self._guard:
             self.lifecycle.move("resume")
-            self._watch()
+            self.intake.watch()
 
     def configure(self, changes: Mapping[str, Any]) -> None:
         """Change live settings.
@@ -579,21 +310,13 @@ class Serving:
             "address": self.address(),
             "engine": self.engine_name,
             "open": len(self.connections),
-            "accepted_total": self.counts["accepted"],
-            "rejected_total": self.counts["rejected"],
-            "handler_failed_total": self.counts["handler_failed"],
-            "closed_total": dict(self.reasons),
+            "accepted_total": self.books.counts["accepted"],
+            "rejected_total": self.books.counts["rejected"],
+            "handler_failed_total": self.books.counts["handler_failed"],
+            "closed_total": dict(self.books.reasons),
             "paused": self.acceptor.paused,
             "process": os.getpid(),
         }
-
-
-def _on_stack(wanted: FrameType) -> bool:
-    """Whether ``wanted`` is a caller of ours: a thread cannot wait for its own loop."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame is not wanted:
-        frame = frame.f_back
-    return frame is wanted
 
 
 def serving_of(

@@ -249,7 +249,7 @@ DECLARED_IN = (
     "harken.transports.udp",
     "harken.acceptor",
     "harken.engines",
-    "harken.serving",
+    "harken.drain",
     "harken.engines.thread",
     "harken.engines.pool",
     "harken.engines.fork",

@@ -13,12 +13,13 @@ from functools import partial
 from typing import Any
 
 from harken import plugins
+from harken.drain import CUT_GRACE, Drain, hurry
 from harken.engines import Engine
 from harken.errors import ConfigError
 from harken.handlers import BaseRequestHandler
 from harken.listener import Listener
 from harken.server import BaseServer, TCPServer, UDPServer
-from harken.serving import CUT_GRACE, Serving, serving_of
+from harken.serving import Serving, serving_of
 from harken.settings import Settings
 from harken.transports import bind_options, listen
 
@@ -213,7 +214,7 @@ class Worker:
 
     def _hurry(self, reason: str) -> None:
         for server in self.servers:
-            server.serving.hurry(reason)
+            hurry(server.serving, reason)
 
     def _be_a_child(self, own: _Stream | _Datagram) -> None:
         """In a forked child: signals mean what they mean to any process, and the other listeners are the parent's."""
@@ -227,11 +228,10 @@ class Worker:
 
     def _drain(self) -> int:
         """Close the doors, wait for connections, cut what is left."""
-        drains = [
-            (server, server.serving.begin_drain(self._deadline - time.monotonic(), lambda: None))
-            for server in self.servers
-        ]
-        reports = [server.serving.end_drain(began, self._deadline) for server, began in drains]
+        drains = [Drain(server.serving) for server in self.servers]
+        for drain in drains:
+            drain.begin(self._deadline - time.monotonic(), lambda: None)
+        reports = [drain.end(self._deadline) for drain in drains]
         return CUT if any(report.cut for report in reports) else DRAINED
 
     def _stop(self) -> int:

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 
-from harken.serving import DrainReport
+from harken.drain import DrainReport
 from harken.testing._census import wait_until
 from harken.testing._check import STREAMS, EngineCheck, Make, expect, on
 from harken.testing._rig import PATIENCE, TURN_SECONDS, Rig, bounded, receive, rig

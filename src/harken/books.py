@@ -1,0 +1,129 @@
+"""The books of a server: the connections that are open, what became of the others, and the events that tell of it.
+
+The running side (``serving.py``) and the hooks (``server.py``) say here what happens to a connection, step by step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from harken import events
+from harken.connection import Record, Registry, peer_fault
+from harken.transports import for_socket
+
+__all__ = ["Books"]
+
+
+class Books:
+    """What one server has on record.
+
+    Attributes:
+        connections: those that are open.
+        counts: what happened how often, by the event's name.
+        reasons: closed connections by reason.
+        interrupted: whether Ctrl-C shut the connections, and may have closed them under their handlers.
+    """
+
+    def __init__(self, server: Any, end_child: Callable[[int], None]) -> None:
+        """Begin with nothing on record.
+
+        Args:
+            server: named in events.
+            end_child: ends the child process that serves a connection.
+        """
+        self.connections = Registry(self.describe, self._closed, end_child)
+        self.counts: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.interrupted = False
+        self._server = server
+
+    def accepted(self, request: Any, client_address: Any) -> Record | None:
+        """A connection was taken from the kernel: begin its record."""
+        self.counts["accepted"] += 1
+        record = self.connections.add(request, client_address)
+        if events.subscribers["accepted"]:
+            self._tell("accepted", record, client_address)
+        return record
+
+    def opened(self, record: Record | None, client_address: Any) -> None:
+        """A connection goes to its handler."""
+        if record is not None:
+            record.opened = True
+        if events.subscribers["opened"]:
+            self._tell("opened", record, client_address)
+
+    def moved(self, request: Any, adopted: Any) -> None:
+        """The engine made another object of a connection, for its handlers."""
+        record = self.connections.find(request)
+        if record is not None:
+            record.move(adopted)
+
+    def rejected(self, record: Record | None, client_address: Any, reason: str) -> None:
+        """A connection is refused before its handler."""
+        self.counts["rejected"] += 1
+        if record is not None and record.reason is None:
+            record.reason = "rejected"
+        if events.subscribers["rejected"]:
+            self._tell("rejected", record, client_address, reason=reason)
+
+    def failed(self, request: Any, client_address: Any, error: BaseException) -> None:
+        """A handler raised; called before ``handle_error``."""
+        record = self.connections.find(request)
+        if record is not None:
+            record.failed = True
+        if self.excused(request, error):
+            if record is not None and record.reason is None:
+                record.reason = "peer_reset"  # the kernel tells it once, and the handler was told
+            return
+        self.counts["handler_failed"] += 1
+        if events.subscribers["handler_failed"]:
+            self._tell("handler_failed", record, client_address, error=error)
+
+    def truncated(self, client_address: Any, size: int) -> None:
+        """A datagram was longer than ``size`` bytes, and its end is lost."""
+        self.counts["truncated"] += 1
+        if events.subscribers["truncated"]:
+            self._tell("truncated", None, client_address, bytes=size)
+
+    def excused(self, request: Any, error: BaseException | None) -> bool:
+        """Tell whether a handler raised only because its connection has gone: its peer left, or harken cut it."""
+        if self.interrupted and isinstance(error, OSError):
+            return True  # Ctrl-C shut it, and may have closed it under the handler
+        if not isinstance(error, ConnectionError):
+            return False
+        record = self.connections.find(request)
+        return (record is not None and record.reason is not None) or peer_fault(request) is not None
+
+    def ended(self, request: Any) -> None:
+        """A request object that cannot tell by itself (it is no :class:`Connection`) was closed."""
+        record = self.connections.find(request)
+        if record is not None:
+            record.ended()
+
+    def describe(self, request: Any, client_address: Any) -> Any:
+        """Return the :class:`harken.Peer` of a connection, or of a datagram."""
+        return for_socket(request if hasattr(request, "family") else self._server.socket).describe(
+            request, client_address
+        )
+
+    def _tell(self, name: str, record: Record | None, client_address: Any, **fields: Any) -> None:
+        peer = record.peer if record is not None else self.describe(None, client_address)
+        events.emit(name, server=self._server, connection=record.id if record else None, peer=peer, **fields)
+
+    def _closed(self, record: Record) -> None:
+        if not record.opened or record.silent:
+            return
+        reason = record.reason or "handler_returned"
+        self.reasons[reason] += 1
+        if events.subscribers["closed"]:
+            self._tell(
+                "closed",
+                record,
+                record.client_address,
+                reason=reason,
+                detail=record.detail,
+                seconds=time.monotonic() - record.started,
+            )

@@ -1,0 +1,32 @@
+"""Loops that are not harken's: found on the threads' stacks."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any
+
+__all__ = ["foreign_loop"]
+
+
+def foreign_loop(server: Any) -> bool:
+    """Tell whether a loop that is not harken's serves: on a grafted class, stdlib's, called by way of ``super()``.
+
+    Its Event cannot tell, being unset before the first loop as well; so the threads' stacks are asked. A loop that the
+    caller itself is in does not count: a thread cannot wait for its own.
+    """
+    for frame in sys._current_frames().values():
+        caller: FrameType | None = frame
+        while caller is not None:
+            if caller.f_code.co_name == "serve_forever" and caller.f_locals.get("self") is server:
+                return not _on_stack(caller)
+            caller = caller.f_back
+    return False
+
+
+def _on_stack(wanted: FrameType) -> bool:
+    """Whether ``wanted`` is a caller of ours."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is wanted
