@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,7 +54,14 @@ REASONS: dict[str, str] = {
 }
 
 # How a forked child tells its parent, by exit status, why the connection ended. 0 and 1 are stdlib's.
-CHILD_STATUS = {"handler_returned": 0, "handler_failed": 1, "peer_closed": 10, "peer_reset": 11}
+CHILD_STATUS = {
+    "handler_returned": 0,
+    "handler_failed": 1,
+    "peer_closed": 10,
+    "peer_reset": 11,
+    "preamble_failed": 12,
+    "rejected": 13,
+}
 
 _LINUX = sys.platform == "linux"
 
@@ -187,6 +194,11 @@ class Record:
         process: pid of the child that serves it, or 0 for this process.
         key: its place in the registry.
         silent: in a forked child, where the parent keeps the books.
+        entered: whether its preambles have run, on a server that has any.
+        spoken_for: the client's address as a preamble learned it, to be given to hooks and handler, or None.
+        proxy: the header by which the peer spoke for that client, or None.
+        certificate: the peer's TLS certificate, or None.
+        report: in a forked child, where to write why a preamble failed; else None.
     """
 
     # Defaults of the class: a record that nothing has happened to yet costs five stores.
@@ -197,6 +209,11 @@ class Record:
     process = 0
     thread = 0
     silent = False
+    entered = False
+    spoken_for: Any = None
+    proxy: Any = None
+    certificate: dict[str, Any] | None = None
+    report: int | None = None
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
         self._number = (_prefix, next(_count))
@@ -221,7 +238,10 @@ class Record:
     @property
     def peer(self) -> Peer:
         """The far end."""
-        return self._registry.describe(self.request, self.client_address)
+        peer = self._registry.describe(self.request, self.client_address)
+        if self.proxy is not None or self.certificate is not None:
+            return replace(peer, proxy=self.proxy, certificate=self.certificate)
+        return peer
 
     def judge(self, request: object) -> str:
         """Settle the reason, while the socket is still open, from what the kernel says; the first judgement holds."""
@@ -230,15 +250,17 @@ class Record:
             self.reason = "handler_failed" if self.failed and far_end != "peer_reset" else far_end or "handler_returned"
         return self.reason
 
-    def move(self, request: object) -> None:
-        """The same connection goes on as another object, which an engine made of the one accepted."""
-        accepted = self.request
-        if isinstance(accepted, Connection):
+    def move(self, request: Any) -> None:
+        """The same connection goes on as another object, which an engine or a preamble made of the one accepted."""
+        accepted: Any = self.request
+        if hasattr(accepted, "record"):
             accepted.record = None
         self._registry.rename(self, id(request))
         self._request = weakref.ref(request, self._collected)
-        if isinstance(request, Connection):
+        if hasattr(type(request), "record"):
             request.record = self
+        if self.reason is not None:
+            shut(request)  # who cut it meanwhile found the old object, which has nothing to shut any more
 
     def ended(self) -> None:
         """The connection is closed: strike it off. Only the first call counts."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "ConfigError",
@@ -48,7 +49,13 @@ class FrameError(PeerError):
 
 
 class PreambleError(PeerError):
-    """The peer failed at the door: no valid PROXY header, or no TLS handshake."""
+    """The peer failed at the door: no valid PROXY header, or no TLS handshake.
+
+    Attributes:
+        connection: what its connection had become by then, for the caller to close; None if it was still the same.
+    """
+
+    connection: Any = None
 
 
 class DeadlineExceeded(HarkenError, TimeoutError):

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from io import BufferedIOBase, BytesIO
 from typing import Any, Generic, TypeVar, overload
 
+from harken import preambles
 from harken.connection import Record
+from harken.entry import refuse_unentered
 from harken.peer import Peer
 from harken.serving import Serving
 from harken.transports import for_socket
@@ -67,6 +69,8 @@ class BaseRequestHandler:
         self.request = request
         self.client_address = client_address
         self.server = server
+        if preambles.armed:
+            refuse_unentered(server, request)
         self.setup()
         try:
             self.handle()

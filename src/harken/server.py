@@ -14,8 +14,10 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+from harken import preambles
 from harken.connection import Connection, ConnectionInfo, accept, shut
 from harken.drain import DrainReport
+from harken.entry import refuse_unentered
 from harken.foreign import foreign_loop
 from harken.lifecycle import Latch
 from harken.listener import note_inode, unlink_if_own
@@ -151,7 +153,8 @@ class BaseServer:
             return serving.acceptor.failed(error)
         record = serving.books.accepted(request, client_address)
         try:
-            if not self.verify_request(request, client_address):
+            entry = serving.entry
+            if (entry is None or not entry.tells_client) and not self.verify_request(request, client_address):
                 serving.books.rejected(record, client_address, "verify_request")
                 self.shutdown_request(request)
                 return True
@@ -182,26 +185,36 @@ class BaseServer:
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hand the request to where handlers run. May be overridden. Serving thread; after ``verify_request``."""
-        if self._harken.engine.in_loop:
+        serving = self._harken
+        if not serving.engine.in_loop:
+            self._process_elsewhere(request, client_address)
+        elif serving.entry is None:
             self.finish_request(request, client_address)
             self.shutdown_request(request)
         else:
-            self._process_elsewhere(request, client_address)
+            _enter(self, BaseServer.process_request_thread.__get__(self), request, client_address)
 
     def _process_elsewhere(self, request: Any, client_address: Any) -> None:
         serving = self._harken
         engine = serving.engine
+        serve = self.process_request_thread
+        if serving.entry is not None:
+            serve = partial(_enter, self, serve)
         if engine.in_child:
-            serving.hand_to_child(self.process_request_thread, request, client_address)
+            serving.hand_to_child(serve, request, client_address)
             self.close_request(request)
         else:
             adopted = engine.adopt(request)
             if adopted is not request:
                 serving.books.moved(request, adopted)
-            engine.spawn(self.process_request_thread, adopted, client_address)
+            engine.spawn(serve, adopted, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one request where the engine runs handlers: its thread, its child. May be overridden."""
+        entry = self._harken.entry
+        if entry is not None and not entry.passed(request):  # a program's own process_request() called this
+            _enter(self, self.process_request_thread, request, client_address)
+            return
         record = getattr(request, "record", None)
         if record is not None:
             record.thread = threading.get_ident()
@@ -222,6 +235,8 @@ class BaseServer:
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Call ``RequestHandlerClass(request, client_address, self)``. May be overridden. The handler's thread."""
+        if preambles.armed:
+            refuse_unentered(self, request)
         self.RequestHandlerClass(request, client_address, self)
 
     def shutdown_request(self, request: Any) -> None:
@@ -318,6 +333,14 @@ class BaseServer:
         return self._harken.stats()
 
 
+def _enter(server: BaseServer, serve: Callable[[Any, Any], object], request: Any, client_address: Any) -> None:
+    """Take a connection through its preambles, there where its handler runs, and then ``serve`` it."""
+    entry = server._harken.entry
+    passed = entry.enter(request, client_address) if entry is not None else (request, client_address)
+    if passed is not None:
+        serve(*passed)
+
+
 class TCPServer(BaseServer):
     """A server of stream connections.
 
@@ -361,6 +384,7 @@ class TCPServer(BaseServer):
             try:
                 self.server_bind()
                 self.server_activate()
+                _ = self._harken.entry  # a certificate that cannot be read is told here, and not to the first client
             except:
                 self.server_close()
                 raise

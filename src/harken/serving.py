@@ -22,6 +22,7 @@ from harken.books import Books
 from harken.connection import CHILD_STATUS, REASONS, ConnectionInfo, Record
 from harken.drain import DrainReport, drain
 from harken.engines import ENGINE, Engine
+from harken.entry import Entry, Report, entry_of
 from harken.errors import LifecycleError
 from harken.intake import Intake
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
@@ -84,6 +85,11 @@ class Serving:
             made = vars(self).get("engine")
             return made or plugins.find("engines", self.engine_name, "Engine")(self.option)  # type: ignore[no-any-return]
 
+    @cached_property
+    def entry(self) -> Entry | None:
+        """What stands between acceptance and handler, made when first needed; None without preambles."""
+        return entry_of(self)
+
     @property
     def started(self) -> bool:
         """Whether an engine was needed yet."""
@@ -144,7 +150,7 @@ class Serving:
             raise LifecycleError(
                 "cannot serve: the server's socket is closed; make a new server or give it another socket"
             )
-        engine = self.engine  # may raise: before anything has changed
+        engine, _ = self.engine, self.entry  # may raise: before anything has changed
         with self._guard:
             self.lifecycle.move("serve")
             self._loop_count += 1
@@ -208,11 +214,24 @@ class Serving:
     def hand_to_child(self, function: Callable[..., object], request: Any, client_address: Any) -> None:
         """Run ``function(request, client_address)`` in a child; its record lasts until the child exits."""
         record = self.connections.find(request)
+        report = Report() if self.entry is not None and record is not None else None
 
         def done(status: int) -> None:
+            if report is not None and record is not None:
+                record.detail = record.detail or report.read()
             self.connections.child_ended(record, status)
 
-        pid = self.engine.spawn(self._in_child, function, request, client_address, done=done)
+        try:
+            if report is not None and record is not None:
+                record.report = report.writer
+            pid = self.engine.spawn(self._in_child, function, request, client_address, done=done)
+        except BaseException:
+            if report is not None:
+                report.read()
+            raise
+        finally:
+            if report is not None:
+                report.hand_on()
         self.connections.hand_over(record, pid)
 
     def _in_child(self, function: Callable[..., object], request: Any, client_address: Any) -> int:

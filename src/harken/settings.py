@@ -247,6 +247,7 @@ def setting(
 DECLARED_IN = (
     "harken.transports",
     "harken.transports.udp",
+    "harken.preambles",
     "harken.acceptor",
     "harken.engines",
     "harken.drain",

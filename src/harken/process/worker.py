@@ -116,6 +116,7 @@ class Worker:
                     server = kind(listener, handler, settings, self._engine)
                     server.serving.on_child = partial(self._be_a_child, server)
                     self.servers.append(server)
+                    _ = server.serving.entry  # a certificate that cannot be read is told now
             undo.pop_all()
 
     def _option(self, name: str) -> Any:

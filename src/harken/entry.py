@@ -1,0 +1,178 @@
+"""What a connection passes between its acceptance and its handler, there where the handler will run.
+
+Only servers with preambles have an entry; the others keep stdlib's order, at stdlib's cost.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from harken import preambles
+from harken.connection import Record, shut
+from harken.errors import ConfigError, LifecycleError, PreambleError
+from harken.preambles import Preamble
+
+if TYPE_CHECKING:
+    from harken.serving import Serving
+
+__all__ = ["Entry", "entry_of", "refuse_unentered"]
+
+# What a child of the fork engine tells of a failed preamble: one line, which a pipe takes at once.
+MAX_DETAIL_BYTES = 1024
+
+
+def entry_of(serving: Serving) -> Entry | None:
+    """Return the entry of a server, or None when it wants no preambles.
+
+    Raises:
+        ConfigError: a setting of a preamble is wrong.
+    """
+    listener = getattr(serving.server, "socket", None)
+    if getattr(listener, "type", socket.SOCK_STREAM) == socket.SOCK_DGRAM:
+        return None  # datagrams have nothing that comes first
+    wanted = preambles.resolve(serving.settings, listener)
+    if not wanted:
+        return None
+    preambles.arm()
+    return Entry(serving, wanted, serving.settings["preamble_timeout"])
+
+
+class Entry:
+    """The preambles of one server, and what had to wait for them.
+
+    Attributes:
+        preambles: in the order in which they run.
+        timeout: seconds that they may take together.
+        tells_client: whether one of them learns the client's address; ``verify_request`` and limits by address wait.
+    """
+
+    def __init__(self, serving: Serving, wanted: tuple[Preamble, ...], timeout: float) -> None:
+        self.preambles = wanted
+        self.timeout = timeout
+        self.tells_client = any(preamble.tells_client for preamble in wanted)
+        self._serving = serving
+
+    def passed(self, request: Any) -> bool:
+        """Tell whether the preambles of ``request`` have run, so that it may have a handler."""
+        record = self._serving.connections.find(request)
+        return record is not None and record.entered
+
+    def enter(self, request: Any, client_address: Any) -> tuple[Any, Any] | None:
+        """Take a connection through the preambles. In the thread, child or green thread of its handler.
+
+        Returns:
+            The request and the client's address for the handler; None when the connection was refused, and is closed.
+        """
+        server, books = self._serving.server, self._serving.books
+        record = self._serving.connections.find(request)
+        try:
+            passed = self._run(record, request)
+        except OSError as error:
+            passed = getattr(error, "connection", None) or request
+            self._note(record, error)
+        except Exception as error:  # noqa: BLE001 - a fault of ours or of the program's, as in a handler
+            books.failed(request, client_address, error)
+            server.handle_error(request, client_address)
+            passed = request
+        except BaseException:
+            shut(request)
+            server.shutdown_request(request)
+            raise
+        else:
+            address = client_address if record is None or record.spoken_for is None else record.spoken_for
+            if self._welcome(record, passed, address):
+                return passed, address
+        server.shutdown_request(passed)
+        return None
+
+    def _run(self, record: Record | None, request: Any) -> Any:
+        if record is None or not hasattr(request, "recv"):
+            raise ConfigError(
+                f"a preamble (TLS, PROXY) needs a socket, and get_request() returned {type(request).__name__}; "
+                "return the accepted socket, or serve without preambles"
+            )
+        deadline = monotonic() + self.timeout
+        for preamble in self.preambles:
+            request = preamble(request, deadline)
+        record.entered = True
+        return request
+
+    def _welcome(self, record: Record | None, request: Any, address: Any) -> bool:
+        """Ask now whoever had to know the client's address."""
+        server, books = self._serving.server, self._serving.books
+        if not self.tells_client:
+            return True
+        try:
+            welcome = server.verify_request(request, address)
+        except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
+            books.failed(request, address, error)
+            server.handle_error(request, address)
+            return False
+        if not welcome:
+            books.rejected(record, address, "verify_request")
+        return bool(welcome)
+
+    def _note(self, record: Record | None, error: OSError) -> None:
+        """The peer failed: one reason, one line, and no traceback."""
+        if record is None or record.reason is not None:
+            return  # harken cut it: that is why
+        record.reason = "preamble_failed"
+        record.detail = reason_of(error, self.timeout)
+        if record.report is not None and record.report >= 0:
+            os.write(record.report, record.detail.encode("utf-8", "backslashreplace")[:MAX_DETAIL_BYTES])
+
+
+def reason_of(error: OSError, timeout: float) -> str:
+    """Say in one line why a preamble failed."""
+    if isinstance(error, PreambleError):
+        return str(error)
+    if isinstance(error, TimeoutError):
+        return f"the peer was not ready within {timeout:g} s (preamble_timeout)"
+    if isinstance(error, ConnectionError):
+        return "the peer went away before it was ready"
+    return str(error)
+
+
+class Report:
+    """One line that a child of the fork engine may leave for its parent, who reads it when the child has ended."""
+
+    def __init__(self) -> None:
+        try:
+            self._reader, self.writer = os.pipe()
+        except OSError:  # no descriptor is left: the exit status alone must do
+            self._reader = self.writer = -1
+
+    def hand_on(self) -> None:
+        """The child has its copy of the writing end: close ours."""
+        if self.writer >= 0:
+            os.close(self.writer)
+
+    def read(self) -> str | None:
+        """Return the line, or None; call it once, when the child has ended or was not started."""
+        if self._reader < 0:
+            return None
+        os.set_blocking(self._reader, False)
+        try:
+            return os.read(self._reader, MAX_DETAIL_BYTES).decode("utf-8", "replace") or None
+        except BlockingIOError:  # the child's own child may still hold the other end
+            return None
+        finally:
+            os.close(self._reader)
+
+
+def refuse_unentered(server: Any, request: Any) -> None:
+    """Refuse a connection that came to its handler by a way around the preambles.
+
+    Raises:
+        LifecycleError: it did.
+    """
+    serving = getattr(server, "_harken", None)
+    entry = getattr(serving, "entry", None)
+    if isinstance(entry, Entry) and not entry.passed(request):
+        raise LifecycleError(
+            f"{type(server).__name__} hands its handler a connection whose preambles (TLS, PROXY) have not run; "
+            "an overridden hook must end in harken's process_request() or process_request_thread()"
+        )

@@ -1,0 +1,103 @@
+"""The room of preambles: what must be read from a connection before its handler may have it.
+
+A preamble is a callable from connection to connection. It runs where the handler will run, in the connection's thread,
+child or green thread, so that it may block; all preambles of a connection share one deadline. One file a preamble; a
+module of the room is imported only by servers that want it, and has ``make`` (see :class:`Module`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from harken.settings import seconds, setting
+
+if TYPE_CHECKING:
+    from harken.settings import Settings
+
+__all__ = ["PREAMBLES", "Module", "Preamble", "resolve"]
+
+setting(
+    "preamble_timeout",
+    seconds(),
+    5.0,
+    unit="seconds",
+    meaning="how long a PROXY header and a TLS handshake may take together, from when the connection's handler could "
+    "start",
+    origin="a handshake takes two round trips and some milliseconds; nginx allows 60 s, users of Go set 5 to 10",
+)
+
+
+class Preamble(Protocol):
+    """One preamble of one server; called for each connection."""
+
+    tells_client: bool
+    """Whether it learns the client's address, so that whoever judges that must wait for it."""
+
+    def __call__(self, connection: Any, deadline: float) -> Any:
+        """Read what comes first.
+
+        What it learns it notes on the connection's record: ``certificate``, ``proxy``, ``spoken_for``.
+
+        Args:
+            connection: a socket that blocks, or looks as if it did.
+            deadline: by ``time.monotonic()``.
+
+        Returns:
+            The connection, or what goes on in its place: then the old one is detached, and the record was moved
+            (``Record.move``) before anything was waited for, so that whoever cuts the connection finds it.
+
+        Raises:
+            OSError: the peer failed. The caller closes the connection: the one that it gave, or the error's own
+                (``PreambleError.connection``).
+        """
+
+
+class Module(Protocol):
+    """What a module of the room has."""
+
+    def make(self, values: Settings, listener: Any) -> Preamble:
+        """Make the preamble of a server.
+
+        Args:
+            values: its settings.
+            listener: its listening socket.
+
+        Raises:
+            ConfigError: a setting is wrong.
+        """
+
+
+PREAMBLES: dict[str, tuple[str, ...]] = {}
+"""The modules of the room in the order in which they run; with each, the settings that ask for it, any of which do.
+
+These are declared above, so that looking whether a server wants a preamble imports none.
+"""
+
+armed = False
+"""Whether any server of this process has preambles, so that handlers must look whether they have run."""
+
+
+def resolve(values: Settings, listener: Any) -> tuple[Preamble, ...]:
+    """Make the preambles that a server wants, in their order.
+
+    A listener may ask for one too, by an attribute of the preamble's name (``listener.tls``).
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    return tuple(
+        cast("Module", importlib.import_module(_home(name))).make(values, listener)
+        for name, asking in PREAMBLES.items()
+        if getattr(listener, name, None) is not None or any(values[each] not in (None, "off") for each in asking)
+    )
+
+
+def _home(name: str) -> str:
+    return name if "." in name else f"harken.preambles.{name}"
+
+
+def arm() -> None:
+    """From now on handlers look whether their connection's preambles have run."""
+    global armed
+    armed = True
