@@ -7,6 +7,7 @@ from collections.abc import Callable
 from io import BufferedIOBase, BytesIO
 from typing import Any, Generic, TypeVar, overload
 
+import harken
 from harken import preambles
 from harken.connection import Record
 from harken.entry import refuse_unentered
@@ -135,9 +136,9 @@ class StreamRequestHandler(BaseRequestHandler):
             self.connection.settimeout(self.timeout)
         if self.disable_nagle_algorithm:
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.rfile = self.connection.makefile("rb", self.rbufsize)
+        self.rfile = _reader(self.connection, self.rbufsize)
         if self.wbufsize == 0:
-            self.wfile: Any = _socket_writer()(self.connection)
+            self.wfile: Any = _writer(self.connection, self.rfile)
         else:
             self.wfile = self.connection.makefile("wb", self.wbufsize)
 
@@ -173,12 +174,28 @@ class _SocketWriter(BufferedIOBase):
         return self._sock.fileno()
 
 
-def _socket_writer() -> type[_SocketWriter]:
-    """The writer class of the moment: programs replace it in the module they call ``socketserver``."""
-    import harken
+_plain_write = _SocketWriter.write
 
-    writer: Any = harken._SocketWriter
-    return writer  # type: ignore[no-any-return]
+
+def _reader(connection: Any, size: int) -> Any:
+    """``rfile``: of the connection's own kind where it has one, unless nothing may be read ahead."""
+    open_reader = getattr(type(connection), "open_reader", None)  # of the type: a test's double has every attribute
+    if open_reader is None or size == 0:
+        return connection.makefile("rb", size)
+    return open_reader(connection, size)
+
+
+def _writer(connection: Any, reader: Any) -> Any:
+    """``wfile`` without a buffer: of the connection's own kind where it has one.
+
+    Programs replace ``_SocketWriter`` in the module they call ``socketserver``, and its ``write``: then it is theirs.
+    """
+    kind: Any = harken._SocketWriter
+    if kind is _SocketWriter and kind.write is _plain_write:
+        open_writer = getattr(type(connection), "open_writer", None)
+        if open_writer is not None:
+            return open_writer(connection, reader)
+    return kind(connection)
 
 
 class DatagramRequestHandler(BaseRequestHandler):

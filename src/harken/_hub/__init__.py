@@ -23,6 +23,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
         Timers do not show there: a host asks ``next_deadline() -> float | None`` (0.0: something is due already).
     ``wake()``
         End the sleep. *Any thread*; harmless on a closed hub.
+    ``flush_pending_nowait() -> int``
+        Send what the running green thread has written to ``open_writer()``'s file and not sent, as far as that does not
+        wait; return how many bytes. What a handler wrote before it went on computing gets out so. *Any thread.*
     ``close()``
         Raise ``GreenletExit`` in the green threads that are left, once, and give the descriptors back. Outside ``run``.
     ``spawn(function, *args) -> greenlet``
@@ -65,6 +68,11 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     Two green threads may use one Connection, one reading and one writing; a second waiter in one direction gets
     RuntimeError(:data:`BUSY`). ``close()`` raises OSError(EBADF) in whoever waits on it. Never hangs nor spins on data
     with FIN, RST, urgent data, HUP by ``shutdown(SHUT_RDWR)`` from any thread, or a Unix socket's short reads.
+    ``open_reader(size=-1)`` and ``open_writer(reader=None)`` give ``rfile`` and ``wfile``, which are
+    ``io.BufferedIOBase``. The reader receives at most ``size`` bytes ahead, and holds memory only while bytes are
+    unread. What is written while ``reader`` holds unread bytes is joined, and sent before the green thread gives up its
+    turn in any way, before the connection is used otherwise, at 64 KiB, and at the end: so an error in sending may be
+    raised by a later call.
     Fair: after :data:`TURN_OPERATIONS` operations that did not wait, or :data:`TURN_BYTES`, the others get their turn.
 
 Fork

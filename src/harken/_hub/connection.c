@@ -412,6 +412,8 @@ static PyMethodDef connection_methods[] = {
     {"recv_into", FAST(connection_recv_into), METH_VARARGS | METH_KEYWORDS, "As socket.recv_into, likewise."},
     {"send", FAST(connection_send), METH_FASTCALL, "As socket.send, likewise."},
     {"sendall", FAST(connection_sendall), METH_FASTCALL, "As socket.sendall, likewise."},
+    {"open_reader", FAST(connection_open_reader), METH_FASTCALL, "open_reader(size=-1): a buffered file to read."},
+    {"open_writer", FAST(connection_open_writer), METH_FASTCALL, "open_writer(reader=None): a file to write."},
     {"settimeout", connection_settimeout, METH_O, "Set the seconds that one operation may take."},
     {"gettimeout", connection_gettimeout, METH_NOARGS, "Return what settimeout() was given."},
     {"setblocking", connection_setblocking, METH_O, "As settimeout(None) or settimeout(0)."},

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from harken._hub import BUSY, DOOR_BURST, adopt
+from harken._hub.pending import Pending
 from harken._hub.pollers import HUNG, READABLE, WRITABLE, poller
 from harken._hub.sockets import Connection
 from harken._hub.timers import Timer, Timers
@@ -59,10 +60,12 @@ class Hub:
 
     Attributes:
         own: the greenlet in which the hub itself runs.
+        pending: what the running green thread has written and not sent.
     """
 
     def __init__(self) -> None:
         self.own: greenlet = getcurrent()
+        self.pending = Pending()
         self._thread = threading.get_ident()
         self._ready: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._timers = Timers()
@@ -106,6 +109,10 @@ class Hub:
     def wake(self) -> None:
         """End the sleep. Any thread."""
         self._waker.wake()
+
+    def flush_pending_nowait(self) -> int:
+        """Send what the running green thread has written; see the contract. Any thread."""
+        return self.pending.flush_nowait()
 
     def close(self) -> None:
         """End the green threads that are left, and give the descriptors back."""
@@ -193,6 +200,10 @@ class Hub:
         except BaseException:  # noqa: BLE001 - shown as a thread's would be
             _show()
         finally:
+            try:
+                self.pending.flush()
+            except OSError:
+                pass  # a handler that did not close its file does not learn that the peer has gone
             self._greens.discard(getcurrent())
             if self._lent:
                 _end_process()
@@ -202,6 +213,8 @@ class Hub:
         green = getcurrent()
         if here.hub is not self or green is self.own:
             raise RuntimeError("nothing can wait here: this is no green thread of a running hub")
+        if self.pending.sock is not None:
+            self.pending.flush()
         self._parked.add(green)
         got = self.own.switch()
         if type(got) is _Failure:
@@ -234,6 +247,7 @@ class Hub:
         if current() is not self:
             time.sleep(seconds)
             return
+        self.pending.flush()
         green = getcurrent()
         if seconds <= 0:
             self._waking[green] = None
@@ -315,6 +329,8 @@ class Hub:
         """Park the calling green thread until ``wire`` may be ready; see :func:`harken._hub.wire.wait`."""
         if (wire.writer if write else wire.reader) is not None:
             raise RuntimeError(BUSY)
+        if self.pending.sock is not None:
+            self.pending.flush()  # it may wait as well
         if wire.hub is not self:
             self._take(wire)
         green = getcurrent()
@@ -377,6 +393,7 @@ class Hub:
         for books in (self._wires, self._doors, self._fds, self._parked, self._waking, self._greens, self._ready):
             books.clear()
         self._timers.clear()
+        self.pending = Pending()  # the parent sends it
         self._poller.close()
         self._waker.close()
         if self._thread == threading.get_ident():

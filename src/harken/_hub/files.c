@@ -15,9 +15,10 @@
 typedef struct {
     PyObject_HEAD
     PyObject *weak;
-    PyObject *sock;   /* a Connection; NULL once closed */
-    PyObject *unread; /* bytes of which those before `at` are read, or NULL */
-    Py_ssize_t at;
+    PyObject *sock;    /* a Connection; NULL once closed */
+    char *data;        /* received, and unread from `at` to `end`; NULL when nothing is */
+    Py_ssize_t at, end, room;
+    Py_ssize_t most;   /* bytes to ask the kernel for at once */
 } Reader;
 
 typedef struct {
@@ -55,6 +56,24 @@ int flush_pending(Hub *hub) {
     return result;
 }
 
+/* Send what can be sent without waiting, whatever thread this is; its number of bytes. What a handler wrote before it
+ * went on computing gets out so. An error is left for the green thread to meet. */
+size_t flush_pending_nowait(Hub *hub) {
+    int fd = hub->pending_owner == NULL ? -1 : socket_fd(hub->pending_owner);
+    if (fd < 0 || hub->pending_owner == NULL) {
+        PyErr_Clear();
+        return 0;
+    }
+    ssize_t sent = send(fd, hub->pending, hub->pending_size, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (sent <= 0)
+        return 0;
+    hub->pending_size -= (size_t)sent;
+    memmove(hub->pending, hub->pending + sent, hub->pending_size);
+    if (hub->pending_size == 0)
+        Py_CLEAR(hub->pending_owner);
+    return (size_t)sent;
+}
+
 /* Before `sock` is used in another way: what was written goes first. */
 int flush_of(PyObject *sock) {
     Hub *hub = current_hub;
@@ -84,58 +103,63 @@ static PyObject *open_sock(PyObject *sock) {
     return sock;
 }
 
-static Py_ssize_t held(Reader *reader) {
-    return reader->unread == NULL ? 0 : PyBytes_GET_SIZE(reader->unread) - reader->at;
+static Py_ssize_t held(Reader *reader) { return reader->end - reader->at; }
+
+static const char *start(Reader *reader) { return reader->data + reader->at; }
+
+/* `size` of the unread bytes are read. */
+static void taken(Reader *reader, Py_ssize_t size) {
+    if ((reader->at += size) == reader->end) { /* an idle reader holds no memory */
+        PyMem_Free(reader->data);
+        reader->data = NULL;
+        reader->at = reader->end = reader->room = 0;
+    }
 }
 
-static const char *start(Reader *reader) { return PyBytes_AS_STRING(reader->unread) + reader->at; }
-
-/* Take `size` of the unread bytes. */
 static PyObject *slice(Reader *reader, Py_ssize_t size) {
-    PyObject *piece;
-    if (size == 0)
-        return PyBytes_FromStringAndSize(NULL, 0);
-    if (reader->at == 0 && size == PyBytes_GET_SIZE(reader->unread)) {
-        piece = reader->unread;
-        reader->unread = NULL;
-        return piece;
-    }
-    piece = PyBytes_FromStringAndSize(start(reader), size);
-    if (piece != NULL && (reader->at += size) == PyBytes_GET_SIZE(reader->unread)) {
-        Py_CLEAR(reader->unread);
-        reader->at = 0;
-    }
+    PyObject *piece = PyBytes_FromStringAndSize(size > 0 ? start(reader) : NULL, size);
+    if (piece != NULL && size > 0)
+        taken(reader, size);
     return piece;
 }
 
-/* Keep `size` more bytes behind those that are unread. */
+/* Keep `size` more bytes behind those that are unread. The room doubles: a long line costs no more a byte than a short. */
 static int keep(Reader *reader, const char *data, Py_ssize_t size) {
     Py_ssize_t before = held(reader);
-    PyObject *joined = PyBytes_FromStringAndSize(NULL, before + size);
-    if (joined == NULL)
-        return -1;
-    if (before > 0)
-        memcpy(PyBytes_AS_STRING(joined), start(reader), (size_t)before);
-    memcpy(PyBytes_AS_STRING(joined) + before, data, (size_t)size);
-    Py_XSETREF(reader->unread, joined);
-    reader->at = 0;
+    if (reader->room - reader->end < size) {
+        Py_ssize_t room = before + size > 2 * before ? before + size : 2 * before;
+        char *larger = PyMem_Malloc((size_t)room);
+        if (larger == NULL) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        if (before > 0)
+            memcpy(larger, start(reader), (size_t)before);
+        PyMem_Free(reader->data);
+        reader->data = larger;
+        reader->at = 0;
+        reader->end = before;
+        reader->room = room;
+    }
+    memcpy(reader->data + reader->end, data, (size_t)size);
+    reader->end += size;
     return 0;
 }
 
-/* Receive once into the scratch buffer, which is good until anybody waits again. */
-static ssize_t get(Reader *reader, Py_ssize_t most) {
+/* Receive once; the target may be the scratch buffer, which is good until anybody waits again. */
+static ssize_t get(Reader *reader, char *into, Py_ssize_t size) {
     PyObject *sock = open_sock(reader->sock);
     if (sock == NULL)
         return -1;
     Py_INCREF(sock); /* somebody may close us meanwhile */
-    ssize_t got = receive(sock, state_of(sock), scratch, most < SCRATCH ? (size_t)most : SCRATCH, 0);
+    ssize_t got = receive(sock, state_of(sock), into, (size_t)size, 0);
     Py_DECREF(sock);
     return got;
 }
 
 /* One more piece to the unread bytes; 0 at the end. */
 static ssize_t fill(Reader *reader) {
-    ssize_t got = get(reader, SCRATCH);
+    ssize_t got = get(reader, scratch, reader->most);
     return got > 0 && keep(reader, scratch, got) < 0 ? -1 : got;
 }
 
@@ -151,26 +175,69 @@ static PyObject *read_line(Reader *reader, Py_ssize_t limit) {
         if (end != NULL || size >= limit)
             return slice(reader, end != NULL ? end - start(reader) + 1 : limit);
         searched = size;
-        ssize_t got = get(reader, SCRATCH);
+        ssize_t got = get(reader, scratch, reader->most);
         if (got <= 0)
             return got < 0 ? NULL : slice(reader, held(reader));
-        if (held(reader) == 0 && got <= limit && (end = memchr(scratch, '\n', (size_t)got)) == scratch + got - 1)
+        if (held(reader) == 0 && got <= limit && memchr(scratch, '\n', (size_t)got) == scratch + got - 1)
             return PyBytes_FromStringAndSize(scratch, got); /* the common case: one line and no more */
         if (keep(reader, scratch, got) < 0)
             return NULL;
     }
 }
 
+/* A read ends by a timeout: the next one finds what had come. */
+static void put_back(Reader *reader, const char *data, Py_ssize_t size) {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    if (reader->sock != NULL && size > 0 && keep(reader, data, size) < 0)
+        PyErr_Clear();
+    PyErr_Restore(type, error, trace);
+}
+
+/* Read into the result itself, which grows with what comes: a peer that promises much and sends little costs little. */
+static PyObject *read_straight(Reader *reader, Py_ssize_t size) {
+    Py_ssize_t have = held(reader), room = have + SCRATCH;
+    if (size >= 0 && size < room)
+        room = size;
+    PyObject *result = PyBytes_FromStringAndSize(NULL, room);
+    if (result == NULL)
+        return NULL;
+    if (have > 0) {
+        memcpy(PyBytes_AS_STRING(result), start(reader), (size_t)have);
+        taken(reader, have);
+    }
+    while (have != size) {
+        if (have == room) {
+            room = size >= 0 && size < 2 * room ? size : 2 * room;
+            if (_PyBytes_Resize(&result, room) < 0)
+                return NULL;
+        }
+        ssize_t got = get(reader, PyBytes_AS_STRING(result) + have, room - have);
+        if (got == 0)
+            break;
+        if (got < 0) {
+            put_back(reader, PyBytes_AS_STRING(result), have);
+            Py_DECREF(result);
+            return NULL;
+        }
+        have += got;
+    }
+    if (have < room)
+        _PyBytes_Resize(&result, have);
+    return result;
+}
+
 static PyObject *read_exactly(Reader *reader, Py_ssize_t size) {
-    while (size < 0 || held(reader) < size) {
+    if (size < 0 || size - held(reader) > reader->most)
+        return read_straight(reader, size);
+    while (held(reader) < size) {
         ssize_t got = fill(reader);
         if (got < 0)
             return NULL;
         if (got == 0)
             break;
     }
-    Py_ssize_t there = held(reader);
-    return slice(reader, size < 0 || there < size ? there : size);
+    return slice(reader, held(reader) < size ? held(reader) : size);
 }
 
 static int size_of(PyObject *const *args, Py_ssize_t count, Py_ssize_t *size) {
@@ -227,12 +294,12 @@ static PyObject *reader_read1(PyObject *self, PyObject *const *args, Py_ssize_t 
     if (size_of(args, count, &size) < 0 || open_sock(reader->sock) == NULL)
         return NULL;
     if (size < 0)
-        size = SCRATCH;
+        size = reader->most;
     if (size == 0)
         return PyBytes_FromStringAndSize(NULL, 0);
     if (held(reader) > 0)
         return slice(reader, held(reader) < size ? held(reader) : size);
-    ssize_t got = get(reader, size);
+    ssize_t got = get(reader, scratch, size < SCRATCH ? size : SCRATCH);
     return got < 0 ? NULL : PyBytes_FromStringAndSize(scratch, got);
 }
 
@@ -251,17 +318,20 @@ static PyObject *read_into(PyObject *self, PyObject *target, bool once) {
     Py_ssize_t done = 0;
     ssize_t got = 1;
     while (done < buffer.len && (done == 0 || !once)) {
-        Py_ssize_t there = held(reader), take = there < buffer.len - done ? there : buffer.len - done;
-        if (there == 0) {
-            if ((got = fill(reader)) <= 0)
-                break;
-            continue;
-        }
-        memcpy((char *)buffer.buf + done, start(reader), (size_t)take);
-        PyObject *gone = slice(reader, take);
-        Py_XDECREF(gone);
+        Py_ssize_t there = held(reader), left = buffer.len - done, take = there < left ? there : left;
+        if (take > 0) {
+            memcpy((char *)buffer.buf + done, start(reader), (size_t)take);
+            taken(reader, take);
+        } else if (left >= reader->most)
+            take = got = get(reader, (char *)buffer.buf + done, left);
+        else
+            got = fill(reader);
+        if (got <= 0)
+            break;
         done += take;
     }
+    if (got < 0)
+        put_back(reader, buffer.buf, done);
     PyBuffer_Release(&buffer);
     return got < 0 ? NULL : PyLong_FromSsize_t(done);
 }
@@ -359,8 +429,8 @@ static PyObject *file_close(PyObject *self, PyObject *none) {
     PyObject *type, *error, *trace;
     PyErr_Fetch(&type, &error, &trace);
     SOCK(self) = NULL;
-    if (Py_IS_TYPE(self, Reader_Type))
-        Py_CLEAR(((Reader *)self)->unread);
+    if (Py_IS_TYPE(self, Reader_Type) && held((Reader *)self) > 0)
+        taken((Reader *)self, held((Reader *)self));
     PyObject *done = PyObject_CallMethod(sock, "_decref_socketios", NULL);
     Py_DECREF(sock);
     if (flushed < 0) {
@@ -386,21 +456,46 @@ static PyObject *attach_to(PyObject *file, PyObject *sock) {
     return file;
 }
 
+static PyObject *set_most(PyObject *reader, Py_ssize_t most) {
+    if (reader != NULL)
+        ((Reader *)reader)->most = most > 0 && most < SCRATCH ? most : SCRATCH;
+    return reader;
+}
+
+static PyObject *set_reader(PyObject *writer, PyObject *reader) {
+    if (writer != NULL && Py_IS_TYPE(reader, Reader_Type))
+        ((Writer *)writer)->reader = (Reader *)Py_NewRef(reader);
+    return writer;
+}
+
 static PyObject *reader_new(PyTypeObject *type, PyObject *args, PyObject *words) {
     PyObject *sock;
-    if (!PyArg_ParseTuple(args, "O!:Reader", Connection_Type, &sock))
+    Py_ssize_t most = -1;
+    if (!PyArg_ParseTuple(args, "O!|n:Reader", Connection_Type, &sock, &most))
         return NULL;
-    return attach_to(type->tp_alloc(type, 0), sock);
+    return set_most(attach_to(type->tp_alloc(type, 0), sock), most);
 }
 
 static PyObject *writer_new(PyTypeObject *type, PyObject *args, PyObject *words) {
     PyObject *sock, *reader = Py_None;
     if (!PyArg_ParseTuple(args, "O!|O:Writer", Connection_Type, &sock, &reader))
         return NULL;
-    PyObject *writer = attach_to(type->tp_alloc(type, 0), sock);
-    if (writer != NULL && Py_IS_TYPE(reader, Reader_Type))
-        ((Writer *)writer)->reader = (Reader *)Py_NewRef(reader);
-    return writer;
+    return set_reader(attach_to(type->tp_alloc(type, 0), sock), reader);
+}
+
+/* Connection.open_reader(size=-1) and open_writer(reader=None). */
+PyObject *connection_open_reader(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Py_ssize_t most;
+    PyObject *reader = size_of(args, count, &most) < 0 ? NULL : Reader_Type->tp_alloc(Reader_Type, 0);
+    return set_most(attach_to(reader, self), most);
+}
+
+PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    if (count > 1) {
+        PyErr_SetString(PyExc_TypeError, "open_writer() takes the reader of the connection");
+        return NULL;
+    }
+    return set_reader(attach_to(Writer_Type->tp_alloc(Writer_Type, 0), self), count > 0 ? args[0] : Py_None);
 }
 
 static int file_traverse(PyObject *self, visitproc visit, void *arg) {
@@ -437,7 +532,7 @@ static void file_dealloc(PyObject *self) {
         PyObject_ClearWeakRefs(self);
     file_clear(self);
     if (Py_IS_TYPE(self, Reader_Type))
-        Py_CLEAR(((Reader *)self)->unread);
+        PyMem_Free(((Reader *)self)->data);
     Py_CLEAR(SOCK(self));
     type->tp_free(self);
     Py_DECREF(type);
@@ -484,7 +579,7 @@ static PyMemberDef file_members[] = {
 };
 
 static PyType_Slot reader_slots[] = {
-    {Py_tp_doc, "Reader(connection): reads it as a buffered file."},
+    {Py_tp_doc, "Reader(connection, size=-1): reads it as a buffered file, at most `size` bytes ahead."},
     {Py_tp_new, reader_new},
     {Py_tp_iter, PyObject_SelfIter},
     {Py_tp_iternext, reader_next},

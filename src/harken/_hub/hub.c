@@ -303,6 +303,10 @@ static PyObject *hub_wake_method(PyObject *self, PyObject *none) {
     Py_RETURN_NONE;
 }
 
+static PyObject *hub_flush_pending_nowait(PyObject *self, PyObject *none) {
+    return PyLong_FromSize_t(flush_pending_nowait((Hub *)self));
+}
+
 static PyObject *hub_next_deadline(PyObject *self, PyObject *none) {
     Hub *hub = (Hub *)self;
     if (hub->count > 0)
@@ -691,6 +695,7 @@ static PyMethodDef hub_methods[] = {
     {"fileno", hub_fileno, METH_NOARGS, "The epoll descriptor."},
     {"next_deadline", hub_next_deadline, METH_NOARGS, "When a turn is wanted without a descriptor's being ready."},
     {"wake", hub_wake_method, METH_NOARGS, "End the sleep. Any thread."},
+    {"flush_pending_nowait", hub_flush_pending_nowait, METH_NOARGS, "Send what was written and not sent. Any thread."},
     {"close", hub_close, METH_NOARGS, "End the green threads that are left, and give the descriptors back."},
     {"spawn", FAST(hub_spawn), METH_FASTCALL, "spawn(function, *args): a green thread; it starts at the next turn."},
     {"call_soon", FAST(hub_call_soon), METH_FASTCALL, "call_soon(function, *args): call at the next turn."},

@@ -205,6 +205,9 @@ extern HIDDEN char scratch[SCRATCH]; /* good from recv() until anybody waits */
 HIDDEN int files_ready(PyObject *module);
 HIDDEN int flush_pending(Hub *hub);
 HIDDEN int flush_of(PyObject *sock);
+HIDDEN size_t flush_pending_nowait(Hub *hub);
+HIDDEN PyObject *connection_open_reader(PyObject *self, PyObject *const *args, Py_ssize_t count);
+HIDDEN PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize_t count);
 
 /* rare.c */
 HIDDEN int rare_ready(void);

@@ -13,7 +13,9 @@ from typing import Any
 
 from harken import connection
 from harken._hub import TURN_OPERATIONS
-from harken._hub.wire import Wire, give_way, wait
+from harken._hub.files import Reader, Writer
+from harken._hub.pending import flush_of
+from harken._hub.wire import Wire, give_way, here, wait
 
 __all__ = ["Connection"]
 
@@ -49,6 +51,7 @@ def _waiting(name: str, write: bool, flags_at: int) -> Callable[..., Any]:
 
     def method(self: Connection, *args: Any) -> Any:
         wire = self._wire
+        flush_of(here.hub, self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
         wire.spent += 1
@@ -128,6 +131,7 @@ class Connection(connection.Connection):
     def send(self, data: Any, flags: int = 0, /) -> int:
         """Send some of ``data``, waiting in the hub for room; return how many bytes."""
         wire = self._wire
+        flush_of(here.hub, self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
         sent = None
@@ -144,6 +148,7 @@ class Connection(connection.Connection):
     def sendall(self, data: Any, flags: int = 0, /) -> None:
         """Send all of ``data``, waiting in the hub for room; ``timeout`` bounds the whole."""
         wire = self._wire
+        flush_of(here.hub, self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
         deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
@@ -176,6 +181,7 @@ class Connection(connection.Connection):
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """Send a file or a part of it, by the kernel where that can be; return how many bytes."""
         self._check_sendfile_params(file, offset, count)  # type: ignore[attr-defined]
+        flush_of(here.hub, self)
         size = _regular_size(file)
         if size is None or self._wire.timeout == 0.0:
             return self._sendfile_use_send(file, offset, count)  # type: ignore[attr-defined, no-any-return]
@@ -206,6 +212,21 @@ class Connection(connection.Connection):
             sent = _wait_and_retry(wire, True, attempt)
         wire.spent += 1 + (sent >> _PAGE_SHIFT)
         return sent
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def open_reader(self, size: int = -1, /) -> Reader:
+        """Return a buffered file to read; see the contract."""
+        return Reader(self, size)
+
+    def open_writer(self, reader: Any = None, /) -> Writer:
+        """Return a file to write; see the contract."""
+        return Writer(self, reader)
+
+    def fileno(self) -> int:
+        """Return the descriptor; whoever uses that finds sent what was written."""
+        flush_of(here.hub, self)
+        return super().fileno()
 
     # -- connecting ----------------------------------------------------------------------------------------------------
 
@@ -270,9 +291,15 @@ class Connection(connection.Connection):
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
+    def shutdown(self, how: int, /) -> None:
+        """As ``socket.shutdown``, once what was written is sent."""
+        flush_of(here.hub, self)
+        super().shutdown(how)
+
     def detach(self) -> int:
         """Give the descriptor away, blocking if this socket did."""
         wire = self._wire
+        self._send_last()
         wire.release()
         fd = super().detach()
         wire.fd = -1
@@ -283,10 +310,17 @@ class Connection(connection.Connection):
     def _real_close(self, *_: Any) -> None:
         wire = getattr(self, "_wire", None)  # None: its constructor failed
         if wire is not None:
+            self._send_last()
             wire.release()
         super()._real_close()
         if wire is not None:
             wire.fd = -1
+
+    def _send_last(self) -> None:
+        try:
+            flush_of(here.hub, self)
+        except OSError:
+            pass  # the peer has gone: nobody is left to be told
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Travel to another process, where it blocks by ``poll()``: the flags of the descriptor are shared."""
@@ -301,8 +335,6 @@ def _rebuild(duplicate: Any, family: int, kind: int, proto: int) -> Connection:
 
 def _rest(pause: float, left: float | None) -> float:
     """Wait for ``pause`` seconds, at most ``left``; return the next pause."""
-    from harken._hub.wire import here
-
     sleep = here.hub.sleep if here.hub is not None else time.sleep
     sleep(pause if left is None else min(pause, left))
     return min(2 * pause, _LONGEST_PAUSE)

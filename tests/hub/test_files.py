@@ -1,4 +1,4 @@
-"""Reader and Writer of the compiled hub: buffered reading, and answers that are joined but never late."""
+"""The files of a connection: buffered reading, and answers that are joined but never late."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import io
 import os
 import random
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
-
-compiled = pytest.importorskip("harken._hub.compiled")
 
 PATIENCE = 10.0  # seconds that anything here may take at most
 
 
 @pytest.fixture
-def hub() -> Iterator[Any]:
+def hub(kind: ModuleType) -> Iterator[Any]:
     """Return a hub, and close it."""
-    hub = compiled.Hub()
+    hub = kind.Hub()
     yield hub
     hub.close()
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Any, socket.socket]]:
+def pair(hub: Any) -> Iterator[tuple[Any, socket.socket]]:
     """Return a Connection and a plain socket, the two ends of a TCP connection."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         far = socket.create_connection(listener.getsockname())
-        near, _ = compiled.accept(listener)
+        near = hub.adopt(listener.accept()[0])
     far.settimeout(PATIENCE)
     with far, near:
         yield near, far
@@ -72,7 +72,7 @@ def test_reads_as_io_does(hub: Any, pair: tuple[Any, socket.socket]) -> None:
         other.close()
 
     def compare() -> int:
-        reader, model = compiled.Reader(near), io.BytesIO(data)
+        reader, model = near.open_reader(), io.BytesIO(data)
         calls = 0
         while model.tell() < len(data):
             calls += 1
@@ -119,7 +119,7 @@ def test_lines_longer_than_any_buffer(hub: Any, pair: tuple[Any, socket.socket])
         other.sendall(line + b"rest" * 100_000)
         other.close()
 
-    reader = compiled.Reader(near)
+    reader = near.open_reader()
     assert run(hub, lambda: (reader.readline() == line, len(reader.read())), feed)[0] == (True, 400_000)
     assert reader.readlines() == []
     reader.close()
@@ -131,8 +131,8 @@ def test_answers_to_a_pipeline_are_joined(hub: Any, pair: tuple[Any, socket.sock
     far.sendall(b"one\ntwo\nthree\n")
 
     def serve() -> list[bytes]:
-        reader = compiled.Reader(near)
-        writer = compiled.Writer(near, reader)
+        reader = near.open_reader()
+        writer = near.open_writer(reader)
         seen = []
         for _ in range(2):
             writer.write(reader.readline())
@@ -161,8 +161,8 @@ def test_no_answer_waits_for_the_peer(hub: Any, pair: tuple[Any, socket.socket],
     parked: list[Any] = []
 
     def serve() -> None:
-        reader = compiled.Reader(near)
-        writer = compiled.Writer(near, reader)
+        reader = near.open_reader()
+        writer = near.open_writer(reader)
         writer.write(reader.readline())
         match way:
             case "recv":
@@ -202,7 +202,7 @@ def test_a_peer_that_has_gone(hub: Any, pair: tuple[Any, socket.socket]) -> None
     far.close()
 
     def serve() -> None:
-        with compiled.Reader(near) as reader, compiled.Writer(near, reader) as writer:
+        with near.open_reader() as reader, near.open_writer(reader) as writer:
             while line := reader.readline():
                 writer.write(line)
 
@@ -217,7 +217,7 @@ def test_more_than_the_buffer(hub: Any, pair: tuple[Any, socket.socket]) -> None
     answers = [bytes([number % 251]) * (number * 50) + b"\n" for number in range(count)]
 
     def serve() -> None:
-        with compiled.Reader(near) as reader, compiled.Writer(near, reader) as writer:
+        with near.open_reader() as reader, near.open_writer(reader) as writer:
             for number, _ in enumerate(reader):
                 writer.write(answers[number])
                 if number % 50 == 0:
@@ -242,8 +242,8 @@ def test_more_than_the_buffer(hub: Any, pair: tuple[Any, socket.socket]) -> None
 def test_they_are_files(pair: tuple[Any, socket.socket]) -> None:
     """io takes them for buffered files, a text file can be laid over them, and the socket outlives its close()."""
     near, far = pair
-    reader = compiled.Reader(near)
-    writer = compiled.Writer(near, reader)
+    reader = near.open_reader()
+    writer = near.open_writer(reader)
     assert isinstance(reader, io.BufferedIOBase)
     assert isinstance(writer, io.BufferedIOBase)
     assert (reader.readable(), reader.writable(), reader.seekable()) == (True, False, False)
@@ -264,4 +264,128 @@ def test_they_are_files(pair: tuple[Any, socket.socket]) -> None:
     for call in (reader.readline, reader.read, lambda: writer.write(b""), writer.flush, lambda: next(reader)):
         with pytest.raises(ValueError, match="closed file"):
             call()
+    reader.close()
+
+
+def test_a_bounded_reader_reads_no_further_ahead(hub: Any, pair: tuple[Any, socket.socket]) -> None:
+    """`size` bytes at once, so what is left is the connection's own."""
+    near, far = pair
+    far.sendall(b"one\ntwo\nthree\n")
+
+    def serve() -> tuple[bytes, bytes]:
+        with near.open_reader(4) as reader:
+            return reader.readline(), near.recv(100)
+
+    assert run(hub, serve)[0] == (b"one\n", b"two\nthree\n")
+
+
+@pytest.mark.parametrize("call", ["read", "readline", "read(5)", "read(500_000)", "readinto"])
+def test_a_timeout_loses_nothing(hub: Any, pair: tuple[Any, socket.socket], call: str) -> None:
+    """What had come before the timeout is there for the next read."""
+    near, far = pair
+    far.sendall(b"half")
+
+    def serve() -> bytes:
+        near.settimeout(0.05)
+        with near.open_reader() as reader:
+            with pytest.raises(TimeoutError):
+                match call:
+                    case "read":
+                        reader.read()
+                    case "readline":
+                        reader.readline()
+                    case "readinto":
+                        reader.readinto(bytearray(5))
+                    case "read(5)":
+                        reader.read(5)
+                    case _:
+                        reader.read(500_000)
+            near.settimeout(PATIENCE)
+            far.sendall(b" and half")
+            far.shutdown(socket.SHUT_WR)
+            return bytes(reader.read())
+
+    assert run(hub, serve)[0] == b"half and half"
+
+
+def test_a_promise_of_much_costs_little(hub: Any, pair: tuple[Any, socket.socket]) -> None:
+    """Memory grows with what comes, not with what is asked for."""
+    near, far = pair
+    far.sendall(b"little")
+    far.shutdown(socket.SHUT_WR)
+    with near.open_reader() as reader:
+        assert run(hub, lambda: reader.read(1 << 60))[0] == b"little"
+
+
+def test_another_thread_sends_what_a_computing_handler_wrote(hub: Any, pair: tuple[Any, socket.socket]) -> None:
+    """`flush_pending_nowait()` sends from outside, and what the handler writes then comes after it, once."""
+    near, far = pair
+    far.sendall(b"a\nb\nc")
+    sent: list[int] = []
+
+    def watch() -> None:
+        sent.append(hub.flush_pending_nowait())
+
+    def serve() -> tuple[bytes, bytes]:
+        with near.open_reader() as reader, near.open_writer(reader) as writer:
+            writer.write(reader.readline())
+            watchdog = threading.Thread(target=watch)
+            watchdog.start()
+            watchdog.join()
+            first = far.recv(100)
+            writer.write(reader.readline())
+            writer.flush()
+            return first, far.recv(100)
+
+    assert run(hub, serve)[0] == (b"a\n", b"b\n")
+    assert sent == [2]
+    assert hub.flush_pending_nowait() == 0
+
+
+def test_what_does_not_fit_is_sent_later_in_order(hub: Any, pair: tuple[Any, socket.socket]) -> None:
+    """A peer that does not read lets the watchdog send a part; the rest follows."""
+    near, far = pair
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    requests = 100
+    far.sendall(b"x\n" * requests)
+    answer = bytes(range(256)) * 230  # within what is joined
+    other = hub.adopt(far)
+    watched: list[int] = []
+
+    def serve() -> None:
+        with near.open_reader() as reader, near.open_writer(reader) as writer:
+            for _ in range(requests):
+                reader.readline()
+                writer.write(answer)
+                watched.append(hub.flush_pending_nowait())
+        near.close()
+
+    def drain() -> bytes:
+        pieces = []
+        while piece := other.recv(50_000):
+            pieces.append(piece)
+        other.close()
+        return b"".join(pieces)
+
+    assert run(hub, serve, drain)[1] == answer * requests
+    assert len(answer) in watched
+    assert any(0 <= sent < len(answer) for sent in watched[:-1])
+
+
+def test_files_outside_a_hub(hub: Any, pair: tuple[Any, socket.socket]) -> None:
+    """In a plain thread they read and write at once, a long line and a long read too."""
+    near, far = pair
+    reader = near.open_reader()
+    writer = near.open_writer(reader)
+    far.sendall(b"a\nb\n")
+    assert reader.readline() == b"a\n"
+    assert writer.write(b"answer") == 6
+    assert far.recv(100) == b"answer"
+    feeder = threading.Thread(target=far.sendall, args=(b"y" * 300_000 + b"\n" + b"z" * 300_000,))
+    feeder.start()
+    assert reader.readline() == b"b\n"
+    assert len(reader.readline()) == 300_001
+    assert reader.read(300_000) == b"z" * 300_000
+    feeder.join()
+    writer.close()
     reader.close()

@@ -1,0 +1,204 @@
+"""``rfile`` and ``wfile`` of the fallback's connections; the contract is the room's."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from greenlet import getcurrent
+
+from harken._hub.pending import MOST, flush_of
+from harken._hub.wire import here
+
+if TYPE_CHECKING:
+    from harken._hub.sockets import Connection
+
+__all__ = ["Reader", "Writer"]
+
+# Bytes to ask the kernel for at once, as the compiled hub does.
+_AHEAD = 65536
+
+
+class _File(io.BufferedIOBase):
+    """What both have: the connection, which stays open until its last file is closed."""
+
+    def __init__(self, sock: Connection) -> None:
+        self._sock = sock
+        sock._io_refs += 1  # type: ignore[attr-defined]
+
+    def fileno(self) -> int:
+        """Return the connection's descriptor."""
+        self._checkClosed()
+        return self._sock.fileno()
+
+    def close(self) -> None:
+        """Let the connection go."""
+        if self.closed:
+            return
+        try:
+            super().close()  # which flushes
+        finally:
+            self._sock._decref_socketios()  # type: ignore[attr-defined]
+
+
+class Reader(_File):
+    """Reads a connection, at most ``size`` bytes ahead."""
+
+    def __init__(self, sock: Connection, size: int = -1) -> None:
+        super().__init__(sock)
+        self._most = size if 0 < size < _AHEAD else _AHEAD
+        self._unread = b""
+        self._at = 0
+
+    def __len__(self) -> int:
+        """The bytes that are held and unread."""
+        return len(self._unread) - self._at
+
+    def __bool__(self) -> bool:
+        """True: a reader that holds nothing is one all the same."""
+        return True
+
+    def readable(self) -> bool:
+        """True."""
+        self._checkClosed()
+        return True
+
+    def _take(self, size: int) -> bytes:
+        at = self._at
+        piece = self._unread[at : at + size]
+        if at + size >= len(self._unread):
+            self._unread, self._at = b"", 0
+        else:
+            self._at = at + size
+        return piece
+
+    def _fill(self) -> bool:
+        """Receive one more piece; False at the end."""
+        piece = self._sock.recv(self._most)
+        if piece:
+            self._unread = self._take(len(self)) + piece
+        return bool(piece)
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        """Read one line, or what there is of it."""
+        self._checkClosed()
+        if size is None or size < 0:
+            end = self._unread.find(b"\n", self._at) + 1
+            if end > 0:
+                return self._take(end - self._at)
+        return self._read_line(-1 if size is None else size)
+
+    def _read_line(self, limit: int) -> bytes:
+        pieces: list[bytes] = []
+        have = 0
+        while have != limit:
+            if not len(self) and not self._fill_or_keep(pieces):
+                break
+            end = self._unread.find(b"\n", self._at)
+            there = len(self) if end < 0 else end + 1 - self._at
+            piece = self._take(there if limit < 0 else min(there, limit - have))
+            pieces.append(piece)
+            have += len(piece)
+            if piece.endswith(b"\n"):
+                break
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _fill_or_keep(self, pieces: list[bytes]) -> bool:
+        """As ``_fill``; after a timeout the next read finds what has come."""
+        try:
+            return self._fill()
+        except BaseException:
+            self._unread, self._at = b"".join(pieces) + self._take(len(self)), 0
+            raise
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read so many bytes, or all until the end."""
+        self._checkClosed()
+        if size is None or size < 0:
+            size = -1
+        pieces: list[bytes] = []
+        have = 0
+        while have != size:
+            if not len(self) and not self._fill_or_keep(pieces):
+                break
+            piece = self._take(len(self) if size < 0 else min(len(self), size - have))
+            pieces.append(piece)
+            have += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def read1(self, size: int = -1, /) -> bytes:
+        """Read what is there, or comes first."""
+        self._checkClosed()
+        if size and not len(self):
+            self._fill()
+        return self._take(len(self) if size < 0 else min(size, len(self)))
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill ``buffer``."""
+        with memoryview(buffer) as view, view.cast("B") as target:
+            piece = self.read(len(target))
+            target[: len(piece)] = piece
+            return len(piece)
+
+    def readinto1(self, buffer: Any, /) -> int:
+        """Read what is there, or comes first, into ``buffer``."""
+        with memoryview(buffer) as view, view.cast("B") as target:
+            piece = self.read1(len(target))
+            target[: len(piece)] = piece
+            return len(piece)
+
+    def peek(self, size: int = 0, /) -> bytes:
+        """Return what is there, without taking it."""
+        self._checkClosed()
+        if not len(self):
+            self._fill()
+        return self._unread[self._at :]
+
+    def close(self) -> None:
+        """Let the connection go, and what was received of it."""
+        self._unread, self._at = b"", 0
+        super().close()
+
+
+class Writer(_File):
+    """Writes to a connection, joining answers while ``reader`` holds requests."""
+
+    def __init__(self, sock: Connection, reader: Any = None) -> None:
+        super().__init__(sock)
+        self._reader = reader if isinstance(reader, Reader) else None
+
+    def writable(self) -> bool:
+        """True."""
+        self._checkClosed()
+        return True
+
+    def write(self, data: Any, /) -> int:
+        """Send ``data``: at once, or before this green thread waits."""
+        self._checkClosed()
+        size = len(data) if type(data) is bytes else memoryview(data).nbytes
+        sock, hub = self._sock, here.hub
+        more = self._reader is not None and len(self._reader) > 0
+        if (
+            hub is None
+            or size > MOST
+            or not (more or hub.pending.sock is sock)
+            or sock.gettimeout() == 0.0
+            or getcurrent() is hub.own
+        ):
+            sock.sendall(data)
+        else:
+            hub.pending.join(sock, data, size)
+            if not more:
+                hub.pending.flush()
+        return size
+
+    def writelines(self, lines: Iterable[Any], /) -> None:
+        """Write each."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Send what was written."""
+        self._checkClosed()
+        flush_of(here.hub, self._sock)
