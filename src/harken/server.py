@@ -302,7 +302,7 @@ class BaseServer:
 
     def connections(self) -> list[ConnectionInfo]:
         """Describe the open connections, oldest first."""
-        return sorted((record.info() for record in self._harken.connections), key=lambda info: info.opened_at)
+        return [record.info() for record in sorted(self._harken.connections, key=lambda record: record.started)]
 
     def close_connection(self, id: str, reason: str = "killed") -> bool:
         """Cut the connection of this id; its handler reads the end.

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from harken.testing._census import wait_until
 from harken.testing._check import STREAMS, EngineCheck, Make, expect, on
 from harken.testing._rig import PATIENCE, Rig, receive, reset, rig
 
@@ -212,7 +213,8 @@ def close_connection(make: Make, transport: str) -> None:
             client.sendall(b"still here")  # the others' handlers read on
             client.close()
         tested.expect_serves()
-        found = [event.reason for event in tested.of("closed") if event.connection == oldest]
+        found: list[str] = []
+        wait_until(lambda: found.extend(e.reason for e in tested.of("closed") if e.connection == oldest) or found)
         expect(found == ["killed"], f"the connection that was killed was closed for {found}")
 
 
