@@ -213,8 +213,8 @@ def close_connection(make: Make, transport: str) -> None:
             client.sendall(b"still here")  # the others' handlers read on
             client.close()
         tested.expect_serves()
-        found: list[str] = []
-        wait_until(lambda: found.extend(e.reason for e in tested.of("closed") if e.connection == oldest) or found)
+        wait_until(lambda: any(event.connection == oldest for event in tested.of("closed")))
+        found = [event.reason for event in tested.of("closed") if event.connection == oldest]
         expect(found == ["killed"], f"the connection that was killed was closed for {found}")
 
 
