@@ -37,7 +37,7 @@ docs: $(VENV)/.have-run ## write docs/reference anew from the code
 changelog: $(VENV)/.have-docs ## show what the next release's changelog will say
 	$(BIN)/towncrier build --draft
 
-bench: $(VENV)/.have-test ## measure against stdlib's socketserver on this machine
+bench: $(VENV)/.have-bench ## measure side by side with other servers (ARGS="--scenario echo-100 --rounds 3")
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 wheel: $(VENV)/.have-run ## build a wheel into dist/

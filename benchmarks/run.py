@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime as dt
-import json
 import os
 import signal
 import sys
@@ -14,12 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchkit import build, machine, measure, table
-from benchkit.plan import HOME, PlanError, Rival, Scenario, choose, load_rivals, load_scenarios
+from benchkit import build, machine, measure, results, table, targets
+from benchkit.plan import PlanError, Rival, Scenario, choose, load_rivals, load_scenarios
 
-QUICK_SECONDS = 0.3
-WARMUP_SHARE = 0.25  # of the window
-MOST_WARMUP = 0.5  # seconds: threads are started and caches warm well before
+QUICK_SECONDS = 0.1
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -28,109 +25,125 @@ def main(words: Sequence[str] | None = None) -> int:
     options = _parse(words)
     try:
         scenarios = _choose_scenarios(options)
-        rivals = choose(load_rivals(), options.only or load_rivals(), "rival")
+        known = load_rivals()
+        asked = {scenario.name: _choose_rivals(scenario, known, options) for scenario in scenarios}
+        if options.list:
+            return _print_list(scenarios, asked)
         load = build.build_load()
     except (PlanError, build.CannotBuildError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
-    if options.list:
-        _print_list(scenarios, rivals)
-        return 0
-    left_out: dict[str, str] = {}
-    commands = _prepare(rivals, options.python, left_out)
-    modules = [module for rival in rivals if rival.name in commands for module in rival.modules]
-    head = machine.describe_run(["python", "benchmarks/run.py", *(words or sys.argv[1:])], modules, options.python)
-    runner = _Runner(load, commands, _cores(options), left_out)
-    measured = [runner.run(scenario, [rival for rival in rivals if rival.takes(scenario)]) for scenario in scenarios]
-    result = {**head, "left_out": left_out, "scenarios": measured}
-    text = table.render(result, options.baseline or _default_baseline(commands))
-    _write(result, text, options)
+    runner = _Runner(measure.Bench(load, _cores(options)), options.python)
+    runner.prepare({rival.name: rival for rivals in asked.values() for rival in rivals}.values())
+    measured = {scenario.name: runner.run(scenario, asked[scenario.name]) for scenario in scenarios}
+    head = machine.describe_machine(runner.modules, options.python)
+    result = {**head, "left_out": runner.left_out, "scenarios": measured}
+    text = table.render(result, options.baseline)
+    _write(result, options)
     print(text)
-    return 0 if any(scenario["rounds"] for scenario in measured) else 1
+    return 0 if any(scenario["rivals"] for scenario in measured.values()) else 1
 
 
 class _Runner:
     """Runs a scenario's rounds in turn over the rivals, so that what else the machine does meets all alike."""
 
-    def __init__(
-        self,
-        load: Path,
-        commands: dict[str, list[str]],
-        cores: tuple[int | None, int | None],
-        left_out: dict[str, str],
-    ) -> None:
-        self._load, self._commands, self._cores, self._left_out = load, commands, cores, left_out
-        self._environment = build.environment()
+    def __init__(self, bench: measure.Bench, python: str) -> None:
+        self._bench, self._python = bench, python
+        self._commands: dict[str, list[str]] = {}
+        self._environments: dict[str, dict[str, str]] = {}
+        self.left_out: dict[str, str] = {}
+        self.modules: list[str] = []
+
+    def prepare(self, rivals: Sequence[Rival]) -> None:
+        """Build what the rivals need; those that cannot run here are left out with a word."""
+        for rival in rivals:
+            try:
+                self._commands[rival.name] = build.prepare(rival, self._python)
+            except build.CannotBuildError as error:
+                self._leave_out(rival.name, str(error))
+            else:
+                self._environments[rival.name] = build.environment(rival.environment)
+                self.modules += rival.modules
 
     def run(self, scenario: Scenario, rivals: Sequence[Rival]) -> dict[str, Any]:
-        rounds = []
-        for number in range(scenario.rounds):
-            for rival in rivals:
-                if rival.name in self._commands:
-                    rounds += self._round(scenario, rival.name, number)
-        return {**dataclasses.asdict(scenario), "rounds": rounds}
-
-    def _round(self, scenario: Scenario, rival: str, number: int) -> list[dict[str, Any]]:
+        """Return what a result file says of a scenario."""
+        about: dict[str, Any] = {name: getattr(scenario, name) for name in ("asked", "held", "seconds", "targets")}
+        about |= machine.describe_moment()
+        names = [rival.name for rival in rivals if rival.name in self._commands]
+        taken: dict[str, list[dict[str, Any] | None]] = {name: [] for name in names}
         try:
-            figures = measure.measure(
-                scenario,
-                self._commands[rival],
-                self._load,
-                seconds=scenario.seconds,
-                warmup=min(scenario.seconds * WARMUP_SHARE, MOST_WARMUP),
-                cores=self._cores,
-                environment=self._environment,
-            )
+            words = ["--work", scenario.work, *(build.certificate_words() if scenario.work == "tls" else [])]
+        except build.CannotBuildError as error:
+            self._leave_out(scenario.name, str(error))
+            return {**about, "rivals": {}}
+        for number in range(scenario.rounds):
+            for name, rounds in taken.items():
+                rounds.append(self._round(scenario, name, number, words))
+        figures = {name: results.gather(rounds) for name, rounds in taken.items()}
+        return {**about, "rivals": {name: each for name, each in figures.items() if each}}
+
+    def _round(self, scenario: Scenario, rival: str, number: int, words: Sequence[str]) -> dict[str, Any] | None:
+        command = [*self._commands[rival], *words]
+        where = f"{scenario.name} {number + 1}/{scenario.rounds} {rival}"
+        try:
+            figures = self._bench.measure(scenario, command, self._environments[rival])
         except measure.RoundError as error:
-            self._left_out[f"{rival} in {scenario.name}, round {number + 1}"] = str(error)
-            print(f"run.py: {error}", file=sys.stderr)
-            return []
-        per_cpu = figures["rate_per_cpu"] or 0
-        print(
-            f"{scenario.name} {number + 1}/{scenario.rounds} {rival}: {figures['rate']:,.0f}/s, "
-            f"{per_cpu:,.0f} per CPU second, {figures['errors']} errors",
-            file=sys.stderr,
-        )
-        return [{"rival": rival, "round": number, **figures}]
+            self._leave_out(where, str(error))
+            return None
+        per_cpu, complaints = figures["rate_per_cpu"] or 0, figures["complaints"].splitlines()
+        said = f", says {complaints[-1]}" if complaints else ""
+        wrong = f"{figures['errors']} errors, {figures['unserved']} unserved"
+        print(f"{where}: {figures['rate']:,}/s, {per_cpu:,} per CPU second, {wrong}{said}", file=sys.stderr)
+        return figures
+
+    def _leave_out(self, what: str, why: str) -> None:
+        self.left_out[what] = why
+        print(f"run.py: {what} left out: {why}", file=sys.stderr)
 
 
 def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", metavar="RIVAL", help="measure only these (see rivals.toml)")
-    parser.add_argument("--scenario", nargs="+", metavar="NAME", help="only these (see scenarios.toml)")
+    parser.add_argument("--scenario", type=_names, metavar="NAME,…", help="only these (see scenarios.toml)")
+    parser.add_argument("--rivals", type=_names, metavar="NAME,…", help="these, not the scenario's (see rivals.toml)")
     parser.add_argument("--rounds", type=int, help="rounds of each, in turn, instead of the scenario's")
     parser.add_argument("--seconds", type=float, help="length of the timed window, instead of the scenario's")
-    parser.add_argument("--baseline", metavar="RIVAL", help="whose rate is 1.00 (default: the floor, if it is built)")
-    parser.add_argument("--quick", action="store_true", help=f"one round of {QUICK_SECONDS} s: does it run?")
+    parser.add_argument("--baseline", metavar="RIVAL", default="floor", help="whose rate is 1.00 (default: the floor)")
+    parser.add_argument("--quick", action="store_true", help="a round of a moment and few connections: does it run?")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the Python servers")
     parser.add_argument("--cores", type=int, nargs=2, metavar=("SERVER", "LOAD"), help="cores to pin to")
-    parser.add_argument("--output", type=Path, help="JSON file (default: results/DATE.json); the table goes beside it")
+    parser.add_argument("--output", type=Path, help="JSON file (default: build/bench/DATE.json), tables beside it")
+    parser.add_argument("--update", action="store_true", help="keep what --output says of scenarios not measured now")
     parser.add_argument("--list", action="store_true", help="print the scenarios and rivals, and stop")
     options = parser.parse_args(words)
     if options.seconds is not None and not 0.01 <= options.seconds <= 600:
         parser.error(f"--seconds {options.seconds}: not from 0.01 to 600")
     if options.rounds is not None and options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: not 1 or more")
+    if options.update and not options.output:
+        parser.error("--update needs --output")
     return options
+
+
+def _names(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
 
 
 def _choose_scenarios(options: argparse.Namespace) -> list[Scenario]:
     known = load_scenarios()
+    for scenario in known.values():
+        for text in scenario.targets:
+            targets.parse(text)
     names = options.scenario or [name for name, scenario in known.items() if scenario.default]
-    changes: dict[str, Any] = {"rounds": 1, "seconds": QUICK_SECONDS} if options.quick else {}
-    changes |= {name: getattr(options, name) for name in ("rounds", "seconds") if getattr(options, name) is not None}
-    return [dataclasses.replace(scenario, **changes) for scenario in choose(known, names, "scenario")]
+    chosen = choose(known, names, "scenario")
+    if options.quick:
+        chosen = [scenario.smallest(QUICK_SECONDS) for scenario in chosen]
+    changes = {name: getattr(options, name) for name in ("rounds", "seconds") if getattr(options, name) is not None}
+    return [dataclasses.replace(scenario, **changes) for scenario in chosen]
 
 
-def _prepare(rivals: Sequence[Rival], python: str, left_out: dict[str, str]) -> dict[str, list[str]]:
-    commands = {}
-    for rival in rivals:
-        try:
-            commands[rival.name] = build.prepare(rival, python)
-        except build.CannotBuildError as error:
-            left_out[rival.name] = str(error)
-            print(f"run.py: {rival.name} left out: {error}", file=sys.stderr)
-    return commands
+def _choose_rivals(scenario: Scenario, known: dict[str, Rival], options: argparse.Namespace) -> list[Rival]:
+    chosen = choose(known, options.rivals or scenario.rivals, "rival")
+    return [rival for rival in chosen if rival.takes(scenario)]
 
 
 def _cores(options: argparse.Namespace) -> tuple[int | None, int | None]:
@@ -143,24 +156,21 @@ def _cores(options: argparse.Namespace) -> tuple[int | None, int | None]:
     return usable[0], usable[1]
 
 
-def _default_baseline(commands: dict[str, list[str]]) -> str:
-    return "floor" if "floor" in commands else next(iter(commands), "floor")
-
-
-def _write(result: dict[str, Any], text: str, options: argparse.Namespace) -> None:
+def _write(result: dict[str, Any], options: argparse.Namespace) -> None:
     date = dt.datetime.now(dt.UTC).strftime("%Y-%m-%d-%H%M%S")
-    place = build.BUILD if options.quick else HOME / "results"
-    path: Path = options.output or place / f"{date}.json"
+    path: Path = options.output or build.BUILD / f"{date}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    path.with_suffix(".md").write_text(text, "utf-8")
+    if options.update and path.exists():
+        result = results.merge(results.load(path), result)
+    path.write_text(results.dump(result), "utf-8")
+    path.with_suffix(".md").write_text(table.render(result, options.baseline), "utf-8")
     print(f"run.py: wrote {path} and {path.with_suffix('.md').name}", file=sys.stderr)
 
 
-def _print_list(scenarios: Sequence[Scenario], rivals: Sequence[Rival]) -> None:
+def _print_list(scenarios: Sequence[Scenario], asked: dict[str, list[Rival]]) -> int:
     for scenario in scenarios:
-        takers = ", ".join(rival.name for rival in rivals if rival.takes(scenario))
-        print(f"{scenario.name}: {scenario.mode}, {scenario.connections} connections, {scenario.size} bytes: {takers}")
+        print(f"{scenario.name}: {scenario.asked}: {', '.join(rival.name for rival in asked[scenario.name])}")
+    return 0
 
 
 def _leave(number: int, _frame: object) -> NoReturn:

@@ -8,17 +8,15 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from benchkit.plan import HOME, Rival
 
 ROOT = HOME.parent
 BUILD = ROOT / "build" / "bench"
-LOAD_SOURCES = ("load/load.c", "load/wires.c")
-LOAD_HEADERS = ("load/load.h", "load/histogram.h")
-LOAD_BUILD = ("cc", "-O2", "-Wall", "-o", "{target}", "{sources}")
-COMPILE_SECONDS = 300  # a Go rival fetches and compiles its standard library the first time
+COMPILE_SECONDS = 300  # Go compiles its standard library the first time
+PACKAGES = {"cc": "gcc", "go": "golang"}  # Debian's, where its name is not the tool's
 
 
 class CannotBuildError(RuntimeError):
@@ -27,10 +25,33 @@ class CannotBuildError(RuntimeError):
 
 def build_load() -> Path:
     """Build the load generator if it is missing or older than its source, and return its path."""
-    target = BUILD / "load"
-    _require_tools(("cc",), "the load generator")
-    _make(target, LOAD_BUILD, LOAD_SOURCES, LOAD_HEADERS)
-    return target
+    _require_tools(("cc", "make"), "the load generator")
+    return make("load")
+
+
+def make(target: str) -> Path:
+    """Let benchmarks/Makefile build a target, and return its file.
+
+    Raises:
+        CannotBuildError: it failed; the message has what the compiler said.
+    """
+    words = ["make", "--silent", "--no-print-directory", "-C", str(HOME), f"BUILD={BUILD}", target]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+    if result.returncode:
+        lines = (result.stdout + result.stderr).strip().splitlines()
+        raise CannotBuildError(f"make {target} failed: {' | '.join(lines[:3])}")
+    return BUILD / target
+
+
+def certificate_words() -> list[str]:
+    """Return what a server under TLS is told, after making a certificate for it.
+
+    Raises:
+        CannotBuildError: there is no openssl command.
+    """
+    _require_tools(("openssl",), "TLS")
+    make("certificate")
+    return ["--certificate", str(BUILD / "certificate.pem"), "--key", str(BUILD / "key.pem")]
 
 
 def prepare(rival: Rival, python: str = sys.executable) -> list[str]:
@@ -43,16 +64,16 @@ def prepare(rival: Rival, python: str = sys.executable) -> list[str]:
         if not _is_importable(module, python):
             raise CannotBuildError(f"Python module {module} is not importable")
     _require_tools(rival.tools, rival.name)
-    if rival.build:
-        _make(BUILD / rival.target, rival.build, rival.sources)
+    if rival.target:
+        make(rival.target)
     places = {"python": python, "rivals": str(HOME / "rivals"), "build": str(BUILD)}
     return [word.format_map(places) for word in rival.command]
 
 
-def environment() -> dict[str, str]:
-    """Return the environment of servers: the checkout's own harken comes first."""
+def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of servers, with changes to it: the checkout's own harken comes first."""
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(changes or {})}
 
 
 def _is_importable(module: str, python: str) -> bool:
@@ -65,19 +86,4 @@ def _is_importable(module: str, python: str) -> bool:
 def _require_tools(tools: Iterable[str], purpose: str) -> None:
     for tool in tools:
         if shutil.which(tool) is None:
-            package = {"cc": "gcc", "go": "golang"}.get(tool, tool)
-            raise CannotBuildError(f"{purpose} needs {tool} (Debian package {package})")
-
-
-def _make(target: Path, command: Sequence[str], sources: Sequence[str], headers: Sequence[str] = ()) -> None:
-    paths = [HOME / name for name in sources]
-    newest = max(path.stat().st_mtime for path in [*paths, *(HOME / name for name in headers)])
-    if target.exists() and target.stat().st_mtime >= newest:
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    words: list[str] = []
-    for word in command:
-        words += map(str, paths) if word == "{sources}" else [word.replace("{target}", str(target))]
-    result = subprocess.run(words, cwd=HOME, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
-    if result.returncode:
-        raise CannotBuildError(f"{' '.join(words)} failed:\n{result.stderr.strip()}")
+            raise CannotBuildError(f"{purpose} needs {tool} (Debian package {PACKAGES.get(tool, tool)})")

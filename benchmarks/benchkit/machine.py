@@ -16,37 +16,42 @@ from typing import Any
 from benchkit.build import ROOT
 
 
-def describe_run(command: Sequence[str], modules: Iterable[str], python: str) -> dict[str, Any]:
-    """Return the head of a result file: machine, kernel, versions, date and command."""
+def describe_machine(modules: Iterable[str], python: str) -> dict[str, Any]:
+    """Return the head of a result file: machine, kernel, and the versions of what was measured."""
     versions = {name: _module_version(name) for name in sorted(set(modules))}
     return {
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(command),
         "machine": {
             "processor": _processor(),
             "architecture": platform.machine(),
             "cores": os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "kernel": platform.release(),
-            "load_average": [round(load, 2) for load in os.getloadavg()],
         },
         "versions": {
             "python": _said([python, "-V"]) if python != sys.executable else f"Python {platform.python_version()}",
             "cc": _said(["cc", "--version"]),
-            "commit": _commit(),
+            "go": _said(["go", "version"]),
             **versions,
         },
     }
 
 
+def describe_moment() -> dict[str, Any]:
+    """Return when and on what commit something is measured, and what else the machine does."""
+    return {
+        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
 def headline(head: Mapping[str, Any]) -> str:
-    """Return the same in a sentence, for above a table."""
+    """Return the head in a sentence, for above a table."""
     machine, versions = head["machine"], head["versions"]
-    return (
-        f"{head['date']}, {machine['processor']}, {machine['cores']} cores, Linux {machine['kernel']}, "
-        f"{versions['python']}, commit {versions['commit']}, load average before {machine['load_average'][0]}. "
-        f"`{head['command']}`"
-    )
+    tools = [versions[name] for name in ("python", "go", "cc") if versions[name]]
+    others = versions.keys() - {"python", "cc", "go", "harken"}
+    modules = [f"{name} {versions[name]}" for name in sorted(others)]
+    return f"{machine['processor']}, {machine['cores']} cores, Linux {machine['kernel']}; {', '.join(tools + modules)}."
 
 
 def _processor() -> str:

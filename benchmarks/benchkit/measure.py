@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""One round: a fresh server, the load on it, and what both used in the timed window."""
+"""One round: fresh servers, the load on them, and what both used in the timed window."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,83 +16,133 @@ from benchkit.plan import Scenario
 from benchkit.server import Server, ServerError, Usage, pinned
 
 GRACE_SECONDS = 90.0  # beyond warm-up and window: idle may need a minute to open its connections
+WARMUP_SHARE = 0.25  # of the window
+MOST_WARMUP = 0.5  # seconds: threads are started and caches warm well before
 
 
 class RoundError(RuntimeError):
     """A round gave no result; the message says why."""
 
 
-def measure(
-    scenario: Scenario,
-    command: Sequence[str],
-    load: Path,
-    *,
-    seconds: float,
-    warmup: float,
-    cores: tuple[int | None, int | None],
-    environment: Mapping[str, str],
-) -> dict[str, Any]:
-    """Run one round and return its figures.
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What every round uses: the load generator, and the cores of server and load; None is no pinning."""
 
-    Args:
-        scenario: what the load does.
-        command: the server's command, without `--work`.
-        load: the load generator.
-        seconds: length of the timed window.
-        warmup: seconds of load before it.
-        cores: the server's core and the load's; None is no pinning.
-        environment: the server's environment.
+    load: Path
+    cores: tuple[int | None, int | None]
 
-    Raises:
-        RoundError: the server did not start or the load failed.
-    """
-    try:
-        server = Server([*command, "--work", scenario.work], cores[0], environment)
-    except ServerError as error:
-        raise RoundError(str(error)) from None
-    try:
-        fresh = server.usage()
-        words = _load_words(scenario, load, server.port, seconds, warmup)
-        report, begin, end = _run_load(words, server, cores[1])
-    finally:
-        server.end()
-    return {**report, **_figures(report, fresh, begin, end), "complaints": server.complaints[-2000:]}
+    def measure(self, scenario: Scenario, command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+        """Run one round and return its figures.
 
+        Args:
+            scenario: what the load does.
+            command: the server's whole command.
+            environment: the server's environment.
 
-def _load_words(scenario: Scenario, load: Path, port: int, seconds: float, warmup: float) -> list[str]:
-    scheme = "udp" if scenario.mode == "udp" else "tcp"
-    words = [str(load), scenario.mode, f"{scheme}://127.0.0.1:{port}"]
-    words += ["--connections", str(scenario.connections), "--size", str(scenario.size)]
-    return [*words, "--depth", str(scenario.depth), "--seconds", str(seconds), "--warmup", str(warmup)]
-
-
-def _run_load(words: Sequence[str], server: Server, core: int | None) -> tuple[dict[str, Any], Usage, Usage]:
-    marks: dict[str, Usage] = {}
-    said = []
-    with pinned(core), subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
+        Raises:
+            RoundError: a server did not start or the load failed.
+        """
+        servers: list[Server] = []
         try:
-            for line in process.stderr:  # ends with the load, which bounds its own time
-                if line.strip() in {"begin", "end"}:
-                    marks[line.strip()] = server.usage()
-                else:
-                    said.append(line.strip())
-            output, _ = process.communicate(timeout=GRACE_SECONDS)
+            for _ in range(scenario.processes):
+                servers.append(Server(command, self.cores[0], environment))  # noqa: PERF401 - all that started are ended
+            fresh = _usage(servers)
+            reports, begin, end = self._run_loads(scenario, servers)
+        except ServerError as error:
+            raise RoundError(str(error)) from None
+        finally:
+            for server in servers:
+                server.end()
+        complaints = "\n".join(filter(None, (server.complaints for server in servers)))[-2000:]
+        return {**_figures(scenario, reports, fresh, begin, end), "complaints": complaints}
+
+    def _run_loads(self, scenario: Scenario, servers: Sequence[Server]) -> tuple[list[dict[str, Any]], Usage, Usage]:
+        with contextlib.ExitStack() as stack:
+            with pinned(self.cores[1]):
+                commands = [self._words(scenario, server.port) for server in servers]
+                loads = [stack.enter_context(_load(words)) for words in commands]
+            for load in loads:
+                _await_word(load, "ready")
+            for load in loads:
+                assert load.stdin is not None
+                load.stdin.write("go\n")
+                load.stdin.flush()
+            begin, end = (_usage_at(loads, servers, word) for word in ("begin", "end"))
+            reports = []
+            for load in loads:
+                output, said = load.communicate(timeout=GRACE_SECONDS)
+                if load.returncode:
+                    raise RoundError(f"the load failed ({load.returncode}): {said.strip()}")
+                reports.append(json.loads(output))
+        return reports, begin, end
+
+    def _words(self, scenario: Scenario, port: int) -> list[str]:
+        scheme = {"udp": "udp", "tls": "tls"}.get(scenario.work, "tcp")
+        warmup = min(scenario.seconds * WARMUP_SHARE, MOST_WARMUP)
+        share = scenario.processes
+        options = {
+            "connections": scenario.connections // share,
+            "size": scenario.size,
+            "depth": scenario.depth,
+            "seconds": scenario.seconds,
+            "warmup": warmup,
+            "start": "stdin",
+        }
+        if scenario.idle:
+            options["idle"] = scenario.idle // share
+        words = [str(self.load), scenario.mode, f"{scheme}://127.0.0.1:{port}"]
+        return words + [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@contextlib.contextmanager
+def _load(words: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            yield process
         finally:
             process.kill()
-    if process.returncode or len(marks) < 2:
-        raise RoundError(f"{' '.join(words)} failed ({process.returncode}): {' '.join(said)}")
-    report: dict[str, Any] = json.loads(output)
-    return report, marks["begin"], marks["end"]
 
 
-def _figures(report: Mapping[str, Any], fresh: Usage, begin: Usage, end: Usage) -> dict[str, Any]:
-    """Relate the load's count to the server's CPU; the two windows differ by the milliseconds of a wake-up."""
+def _await_word(load: subprocess.Popen[str], word: str) -> None:
+    """Read what the load says up to a word; it bounds its own time."""
+    assert load.stderr is not None
+    said = []
+    for line in load.stderr:
+        if line.strip() == word:
+            return
+        said.append(line.strip())
+    raise RoundError(f"the load ended before its {word}: {' '.join(said)}")
+
+
+def _usage_at(loads: Sequence[subprocess.Popen[str]], servers: Sequence[Server], word: str) -> Usage:
+    for load in loads:
+        _await_word(load, word)
+    return _usage(servers)
+
+
+def _usage(servers: Sequence[Server]) -> Usage:
+    each = [server.usage() for server in servers]
+    return Usage(each[-1].at, sum(usage.cpu for usage in each), sum(usage.rss for usage in each))
+
+
+def _figures(
+    scenario: Scenario, reports: Sequence[Mapping[str, Any]], fresh: Usage, begin: Usage, end: Usage
+) -> dict[str, Any]:
+    """Relate the loads' count to the servers' CPU; the two windows differ by the milliseconds of a wake-up."""
     share = (end.cpu - begin.cpu) / (end.at - begin.at)
+    rate = sum(report["rate"] for report in reports)
+    held = scenario.connections + scenario.idle
+    answered = sum(report["open"] for report in reports)
     return {
-        "cpu_seconds": round(end.cpu - begin.cpu, 3),
+        "rate": round(rate),
+        "rate_per_cpu": round(rate / share) if share else None,
         "cpu_share": round(share, 4),
-        "rate_per_cpu": round(report["rate"] / share, 1) if share else None,
+        "p50_us": round(statistics.median(report["p50_us"] for report in reports), 1),
+        "p99_us": round(max(report["p99_us"] for report in reports), 1),
         "rss": end.rss,
-        "rss_per_connection": round((end.rss - fresh.rss) / report["connections"]),
+        "rss_per_connection": round((end.rss - fresh.rss) / held),
+        "opening": round(max(report["opening"] for report in reports), 2),
+        "errors": sum(report["errors"] for report in reports),
+        "unserved": 0 if scenario.mode == "churn" else held - answered,
     }

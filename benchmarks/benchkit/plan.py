@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 HOME = Path(__file__).resolve().parent.parent
-WORKS = ("echo", "lines", "churn", "udp")
-MODES = ("echo", "lines", "pipeline", "churn", "idle", "udp")
+WORKS = ("echo", "lines", "churn", "udp", "tls")
+MODES = ("echo", "lines", "pipeline", "churn", "idle", "silent", "udp")
 
 
 class PlanError(ValueError):
@@ -21,22 +21,49 @@ class PlanError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A question: how the load talks to the server, for how long and how often."""
+    """A question: how the load talks to the server, for how long and how often, and what answer is hoped for."""
 
     name: str
     work: str
     mode: str
     connections: int
     size: int
-    seconds: float
-    rounds: int
+    rivals: Sequence[str]
+    seconds: float = 1.0
+    rounds: int = 5
     depth: int = 1
+    idle: int = 0
+    processes: int = 1
     default: bool = True
+    targets: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Refuse kinds that neither the servers nor the load know."""
         _check_one_of(self.name, "work", self.work, WORKS)
         _check_one_of(self.name, "mode", self.mode, MODES)
+        if self.connections % self.processes or self.idle % self.processes:
+            raise PlanError(f"[{self.name}] processes = {self.processes}: connections and idle are not its multiples")
+
+    @property
+    def held(self) -> bool:
+        """Whether it asks what silent connections cost, and not how fast the others are."""
+        return self.mode in {"idle", "silent"}
+
+    @property
+    def asked(self) -> str:
+        """What is asked, in words."""
+        words = [self.mode, f"{self.connections:,} connections", f"{self.size:,} bytes"]
+        words += ["TLS"] if self.work == "tls" else []
+        words += [f"{self.depth} in flight on each"] if self.depth > 1 else []
+        words += [f"{self.idle:,} idle ones beside them"] if self.idle else []
+        words += [f"{self.processes} processes"] if self.processes > 1 else []
+        return ", ".join(words)
+
+    def smallest(self, seconds: float) -> Scenario:
+        """Return the same question asked of a few connections, once: does it run?"""
+        changes: dict[str, Any] = {"connections": min(self.connections, 20), "idle": min(self.idle, 20)}
+        changes |= {"processes": min(self.processes, 2), "rounds": 1, "seconds": seconds, "targets": ()}
+        return dataclasses.replace(self, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +75,8 @@ class Rival:
     works: Sequence[str]
     modules: Sequence[str] = ()
     tools: Sequence[str] = ()
-    sources: Sequence[str] = ()
     target: str = ""
-    build: Sequence[str] = ()
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     most: int | None = None
 
     def __post_init__(self) -> None:

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""The Markdown tables of a result: medians, and ratios to a baseline taken round by round."""
+"""The Markdown tables of a result: medians, ratios to a baseline taken round by round, and what was hoped for."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from benchkit import targets
 from benchkit.machine import headline
-
-Round = Mapping[str, Any]
+from benchkit.results import Figures, median, ratios
 
 
 def render(result: Mapping[str, Any], baseline: str) -> str:
@@ -17,74 +17,86 @@ def render(result: Mapping[str, Any], baseline: str) -> str:
 
     Args:
         result: the content of a result file.
-        baseline: the rival whose rate is 1.00; a scenario without it has no ratios.
+        baseline: the rival whose rate is 1.00; a scenario without it takes its first rival.
     """
     parts = [f"{headline(result)}\n"]
-    parts += ["\n".join(_lines(scenario, baseline)) + "\n" for scenario in result["scenarios"]]
+    parts += ["\n".join(scenario_lines(result, name, baseline)) + "\n" for name in result["scenarios"]]
     if result["left_out"]:
         parts.append("\n".join(f"Left out: {name}: {reason}." for name, reason in result["left_out"].items()) + "\n")
     return "\n".join(parts)
 
 
-def _lines(scenario: Mapping[str, Any], baseline: str) -> Iterator[str]:
-    rounds: dict[str, list[Round]] = {}
-    for each in scenario["rounds"]:
-        rounds.setdefault(each["rival"], []).append(each)
-    asked = f"{scenario['mode']}, {scenario['connections']} connections, {scenario['size']} bytes"
-    depth = f", {scenario['depth']} in flight on each" if scenario["depth"] > 1 else ""
-    count = max((len(of_one) for of_one in rounds.values()), default=0)
-    yield f"### {scenario['name']}: {asked}{depth} ({count} rounds of {scenario['seconds']} s)\n"
-    held = scenario["mode"] == "idle"
-    yield from _memory_rows(rounds) if held else _rate_rows(rounds, rounds.get(baseline, []), baseline)
+def scenario_lines(result: Mapping[str, Any], name: str, baseline: str) -> Iterator[str]:
+    """Yield the lines of one scenario: heading, table, targets."""
+    scenario = result["scenarios"][name]
+    rivals: Mapping[str, Figures] = scenario["rivals"]
+    count = max((len(figures["rate"]) for figures in rivals.values() if figures), default=0)
+    yield f"### {name}: {scenario['asked']}\n"
+    yield (
+        f"{count} rounds of {scenario['seconds']} s, {scenario['date'][:10]}, commit {scenario['commit']}, "
+        f"load average before {scenario['load_average']}.\n"
+    )
+    if scenario["held"]:
+        yield from _memory_rows(rivals)
+    else:
+        yield from _rate_rows(rivals, baseline if baseline in rivals else next(iter(rivals), baseline))
+    lines = list(target_lines(result, name))
+    if lines:
+        yield ""
+        yield from lines
 
 
-def _rate_rows(rounds: Mapping[str, Sequence[Round]], base: Sequence[Round], baseline: str) -> Iterator[str]:
-    times = f"x {baseline}"
-    yield f"| server | messages/s | {times} | per CPU second | {times} (range) | p50 µs | p99 µs | RSS MiB | errors |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
-    for rival, of_one in rounds.items():
-        per_cpu, wall = _ratios(of_one, base, "rate_per_cpu"), _ratios(of_one, base, "rate")
+def target_lines(result: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Yield a list item for each target of a scenario that was measured."""
+    for text in result["scenarios"][name]["targets"]:
+        target = targets.parse(text)
+        found = targets.find(target, name, result["scenarios"])
+        if found is not None:
+            figure = f"{found:,.0f}" if target.other is None else f"{found:.2f}"
+            yield f"* `{text}`: {figure}, {'reached' if target.reached(found) else '**not reached**'}"
+
+
+def _rate_rows(rivals: Mapping[str, Figures], baseline: str) -> Iterator[str]:
+    base = rivals.get(baseline, {})
+    yield f"| server | per CPU second | x {baseline} (range) | messages/s | p50 µs | p99 µs | RSS MiB | errors |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    for rival, figures in rivals.items():
+        times = ratios(figures, base, "rate_per_cpu")
         cells = [
             rival,
-            f"{_median(of_one, 'rate'):,.0f}",
-            f"{statistics.median(wall):.2f}" if wall else "",
-            f"{_median(of_one, 'rate_per_cpu'):,.0f}",
-            f"**{statistics.median(per_cpu):.2f}** ({min(per_cpu):.2f}-{max(per_cpu):.2f})" if per_cpu else "",
-            f"{_median(of_one, 'p50_us'):,.0f}",
-            f"{_median(of_one, 'p99_us'):,.0f}",
-            f"{_median(of_one, 'rss') / 2**20:.1f}",
-            _errors(of_one),
+            _cell(figures, "rate_per_cpu"),
+            f"**{statistics.median(times):.2f}** ({min(times):.2f}-{max(times):.2f})" if times else "",
+            _cell(figures, "rate"),
+            _cell(figures, "p50_us"),
+            _cell(figures, "p99_us"),
+            _cell(figures, "rss", 2**20, 1),
+            _errors(figures),
         ]
         yield f"| {' | '.join(cells)} |"
 
 
-def _memory_rows(rounds: Mapping[str, Sequence[Round]]) -> Iterator[str]:
+def _memory_rows(rivals: Mapping[str, Figures]) -> Iterator[str]:
     yield "| server | bytes a connection | RSS MiB | CPU % while idle | seconds to open | errors |"
     yield "|---|---:|---:|---:|---:|---:|"
-    for rival, of_one in rounds.items():
+    for rival, figures in rivals.items():
         cells = [
             rival,
-            f"{_median(of_one, 'rss_per_connection'):,.0f}",
-            f"{_median(of_one, 'rss') / 2**20:.1f}",
-            f"{_median(of_one, 'cpu_share') * 100:.1f}",
-            f"{_median(of_one, 'opening'):.2f}",
-            _errors(of_one),
+            _cell(figures, "rss_per_connection"),
+            _cell(figures, "rss", 2**20, 1),
+            _cell(figures, "cpu_share", 0.01, 1),
+            _cell(figures, "opening", 1, 2),
+            _errors(figures),
         ]
         yield f"| {' | '.join(cells)} |"
 
 
-def _ratios(of_one: Sequence[Round], base: Sequence[Round], figure: str) -> list[float]:
-    """Return this rival's figure by the baseline's, for each round that has both: neighbours in time."""
-    by_round = {each["round"]: each[figure] for each in base}
-    pairs = [(each[figure], by_round.get(each["round"])) for each in of_one]
-    return [mine / theirs for mine, theirs in pairs if mine and theirs]
+def _cell(figures: Figures, name: str, unit: float = 1, digits: int = 0) -> str:
+    found = median(figures, name)
+    return "" if found is None else f"{found / unit:,.{digits}f}"
 
 
-def _median(of_one: Sequence[Round], figure: str) -> float:
-    return float(statistics.median([each[figure] for each in of_one if each[figure] is not None] or [0.0]))
-
-
-def _errors(of_one: Sequence[Round]) -> str:
-    errors = sum(each["errors"] for each in of_one)
-    missing = sum(each["connections"] - each["open"] for each in of_one if each["mode"] != "churn")
-    return f"{errors}" + (f", {missing} connections unserved" if missing else "")
+def _errors(figures: Figures) -> str:
+    errors, unserved = (sum(value or 0 for value in figures.get(name, [])) for name in ("errors", "unserved"))
+    failed = figures.get("rate", [None]).count(None)
+    words = [f"{unserved} connections unserved"] * bool(unserved) + [f"{failed} rounds failed"] * bool(failed)
+    return ", ".join([f"{errors}", *words])

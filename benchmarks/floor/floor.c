@@ -4,23 +4,17 @@
  * level-triggered epoll, no state but the descriptor. An echo that sends short (the client does not read) waits for the
  * client: enough for a closed-loop load, wrong for anything else.
  *
- *   floor --work echo|lines|churn|udp        prints the port on 127.0.0.1 and serves until it is killed */
+ *   floor [--batch] --work echo|lines|churn|udp        prints the port on 127.0.0.1 and serves until it is killed
+ *
+ * Datagrams are answered one by one, or with --batch by as few system calls as possible. */
 #define _GNU_SOURCE
-#include <arpa/inet.h>
-#include <errno.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <unistd.h>
 
-#define BACKLOG 4096         /* what every server in these benchmarks asks for */
+#include "door.h"
+
 #define MAX_EVENTS 256
 #define RECEIVE_BYTES 65536  /* as the handlers of the other servers */
 #define BATCH 32             /* datagrams for one system call */
@@ -28,11 +22,6 @@
 #define STUCK_AFTER 10000    /* ms a client may leave its answer unread */
 
 static char buffer[RECEIVE_BYTES];
-
-static void die(const char *what) {
-    perror(what);
-    exit(1);
-}
 
 static bool send_all(int fd, const char *data, ssize_t length) {
     while (length > 0) {
@@ -81,6 +70,16 @@ static void serve_stream(int listener) {
 }
 
 static void serve_datagrams(int fd) {
+    for (;;) {
+        struct sockaddr_in peer;
+        socklen_t length = sizeof peer;
+        ssize_t got = recvfrom(fd, buffer, DATAGRAM_BYTES, 0, (struct sockaddr *)&peer, &length);
+        if (got >= 0)
+            sendto(fd, buffer, (size_t)got, 0, (struct sockaddr *)&peer, length);
+    }
+}
+
+static void serve_batches(int fd) {
     static char data[BATCH][DATAGRAM_BYTES];
     static struct mmsghdr messages[BATCH];
     static struct iovec parts[BATCH];
@@ -103,34 +102,18 @@ static void serve_datagrams(int fd) {
     }
 }
 
-static void raise_file_limit(void) {
-    struct rlimit limit;
-    if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
-        limit.rlim_cur = limit.rlim_max;
-        setrlimit(RLIMIT_NOFILE, &limit);
-    }
-}
-
 int main(int count, char **words) {
-    if (count != 3 || strcmp(words[1], "--work")) {
-        fputs("usage: floor --work echo|lines|churn|udp\n", stderr);
+    bool batch = count == 4 && !strcmp(words[1], "--batch");
+    if (count != 3 + batch || strcmp(words[1 + batch], "--work")) {
+        fputs("usage: floor [--batch] --work echo|lines|churn|udp\n", stderr);
         return 2;
     }
-    bool datagram = !strcmp(words[2], "udp");
-    int one = 1, listener = socket(AF_INET, datagram ? SOCK_DGRAM : SOCK_STREAM | SOCK_NONBLOCK, 0);
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
-    socklen_t length = sizeof address;
-    raise_file_limit();
-    if (!datagram) /* accepted connections inherit it */
-        setsockopt(listener, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    if (bind(listener, (struct sockaddr *)&address, length) || getsockname(listener, (struct sockaddr *)&address, &length))
-        die("bind");
-    if (datagram) {
-        printf("%d\n", ntohs(address.sin_port)), fflush(stdout);
-        serve_datagrams(listener);
-    }
-    if (listen(listener, BACKLOG))
-        die("listen");
-    printf("%d\n", ntohs(address.sin_port)), fflush(stdout);
-    serve_stream(listener);
+    bool datagram = !strcmp(words[2 + batch], "udp");
+    int door = open_door(datagram);
+    if (!datagram)
+        serve_stream(door);
+    else if (batch)
+        serve_batches(door);
+    else
+        serve_datagrams(door);
 }

@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -18,9 +19,11 @@
 
 #define OPENING_AT_ONCE 64           /* well under the default backlog of 128, so that no handshake is dropped */
 #define OPENING_SECONDS 5.0          /* after the warm-up: begins without the connections that have no answer by then */
-#define HOLD_SECONDS 60.0            /* the same for idle, which may open very many */
+#define MANY 2000                    /* connections that take longer than that to open */
+#define HOLD_SECONDS 60.0            /* the same for idle and for so many; and how long a word on stdin is awaited */
 #define LEAVING_SECONDS 0.5          /* for the answers still under way at the end; a reset would be the server's trouble */
 #define LOST_AFTER 1000000000u       /* ns without an answer after which a datagram is taken for lost */
+#define SILENT_BATCH 1000            /* silent: connections opened at once; the last of them speaks, so that all are accepted */
 #define SWEEP_EVERY 100              /* ms: how often lost datagrams and deadlines are looked for */
 #define MAX_ERRORS 10000             /* the server is broken: stop and report */
 #define MAX_EVENTS 256
@@ -32,6 +35,7 @@ struct wire {
     int fd;               /* -1: not open */
     bool answered;        /* has had its first answer */
     bool wants_out;       /* registered for EPOLLOUT */
+    void *tls;            /* its session, or NULL */
     unsigned start;       /* message of the pool that this connection began with */
     uint64_t sent, received;
     uint64_t *stamps;     /* ns at which each message in flight was offered, a ring of `depth` */
@@ -42,7 +46,7 @@ static struct tally *tally;
 static struct wire *wires;
 static char *pool, *buffer;
 static size_t pool_messages, pool_bytes;
-static unsigned opened, answered, next_source;
+static unsigned total, opened, answered, next_source;
 static bool leaving;      /* the window is over: no new messages */
 static uint64_t birth;
 static int poller;
@@ -87,17 +91,32 @@ static void register_wire(struct wire *wire, int operation, bool out) {
 }
 
 static void drop(struct wire *wire) {
+    if (wire->tls)
+        tls_close(wire->tls), wire->tls = NULL;
     close(wire->fd);
     wire->fd = -1;
     if (wire->answered && !plan->reopen)
         tally->open--;
 }
 
+/* The idle ones come first, so that all are open before the window begins. */
+static bool is_held(const struct wire *wire) { return plan->hold || wire - wires < plan->idle; }
+
+static bool speaks(const struct wire *wire) {
+    unsigned number = (unsigned)(wire - wires) + 1;
+    return !plan->silent || number % SILENT_BATCH == 0 || number == total;
+}
+
+static ssize_t transmit(struct wire *wire, const char *data, size_t length, bool *wants_out) {
+    *wants_out = true;
+    return wire->tls ? tls_send(wire->tls, data, length, wants_out) : send(wire->fd, data, length, MSG_NOSIGNAL);
+}
+
 /* Sends what the depth allows. False: the wire is broken. */
 static bool push(struct wire *wire, uint64_t now) {
     uint64_t goal = (wire->received / plan->size + plan->depth) * plan->size;
-    if (plan->hold)
-        goal = plan->size;
+    if (is_held(wire))
+        goal = speaks(wire) ? plan->size : 0;
     if (leaving && goal > wire->sent)
         goal = (wire->sent + plan->size - 1) / plan->size * plan->size;
     for (uint64_t message = (wire->sent + plan->size - 1) / plan->size; message * plan->size < goal; message++)
@@ -105,12 +124,13 @@ static bool push(struct wire *wire, uint64_t now) {
     while (wire->sent < goal) {
         size_t position = ring_position(wire, wire->sent), part = pool_bytes - position;
         part = part < goal - wire->sent ? part : (size_t)(goal - wire->sent);
-        ssize_t done = send(wire->fd, pool + position, part, MSG_NOSIGNAL);
+        bool wants_out;
+        ssize_t done = transmit(wire, pool + position, part, &wants_out);
         if (done < 0) {
             if (errno != EAGAIN && errno != ENOTCONN)
                 return false;
-            if (!wire->wants_out)
-                register_wire(wire, EPOLL_CTL_MOD, true);
+            if (wire->wants_out != wants_out)
+                register_wire(wire, EPOLL_CTL_MOD, wants_out);
             return true;
         }
         wire->sent += (uint64_t)done;
@@ -147,6 +167,8 @@ static void open_wire(struct wire *wire, uint64_t now) {
     register_wire(wire, EPOLL_CTL_ADD, false);
     bool broken = connect(wire->fd, (const struct sockaddr *)&plan->address, plan->address_length) &&
                   errno != EINPROGRESS;
+    if (plan->tls && !broken)
+        wire->tls = tls_open(wire->fd);
     /* On the loopback the handshake is over by now, as a rule: the first send needs no wait. */
     if (broken || !push(wire, now))
         fail(wire);
@@ -158,22 +180,37 @@ static void fail(struct wire *wire) {
     drop(wire);
 }
 
+/* Opens the next one that speaks, and the silent ones before it. */
 static void open_next(uint64_t now) {
-    if (opened < plan->connections)
-        open_wire(&wires[opened++], now);
+    while (opened < total) {
+        struct wire *wire = &wires[opened++];
+        open_wire(wire, now);
+        if (speaks(wire))
+            break;
+    }
+}
+
+/* How many connections a first answer shows to be accepted: a listener's queue keeps the order. */
+static unsigned batch(const struct wire *wire) {
+    unsigned number = (unsigned)(wire - wires) + 1;
+    return plan->silent ? (number % SILENT_BATCH ? number % SILENT_BATCH : SILENT_BATCH) : 1;
+}
+
+static void note_first_answer(struct wire *wire, uint64_t now) {
+    wire->answered = true;
+    tally->open += batch(wire);
+    answered += batch(wire);
+    if (answered == total)
+        tally->opening = (double)(now - birth) / 1e9;
+    open_next(now);
 }
 
 static void note_answers(struct wire *wire, uint64_t before, uint64_t now) {
     for (uint64_t message = before / plan->size; message < wire->received / plan->size; message++) {
         histogram_add(&tally->latency, now - wire->stamps[message % plan->depth]);
         tally->messages++;
-        if (!wire->answered) {
-            wire->answered = true;
-            tally->open++;
-            if (++answered == plan->connections)
-                tally->opening = (double)(now - birth) / 1e9;
-            open_next(now);
-        }
+        if (!wire->answered)
+            note_first_answer(wire, now);
     }
 }
 
@@ -184,7 +221,7 @@ static bool is_stale(const struct wire *wire, size_t length) {
 }
 
 static bool pull(struct wire *wire, uint64_t now) {
-    ssize_t length = recv(wire->fd, buffer, RECEIVE_BYTES, 0);
+    ssize_t length = wire->tls ? tls_receive(wire->tls, buffer, RECEIVE_BYTES) : recv(wire->fd, buffer, RECEIVE_BYTES, 0);
     if (length < 0)
         return errno == EAGAIN;
     if (length == 0 && !plan->datagram)
@@ -225,7 +262,12 @@ static void resend_lost(uint64_t now) {
     }
 }
 
-static bool all_answered(void) { return answered == plan->connections; }
+static bool all_answered(void) { return answered == total; }
+
+static bool has_word(void) {
+    struct pollfd word = {.fd = STDIN_FILENO, .events = POLLIN};
+    return poll(&word, 1, 0) > 0;
+}
 
 static bool all_quiet(void) {
     for (unsigned i = 0; i < opened; i++)
@@ -253,19 +295,25 @@ static void turn_until(uint64_t deadline, bool (*done)(void)) {
 void run_plan(const struct plan *the_plan, struct tally *the_tally) {
     plan = the_plan, tally = the_tally;
     poller = epoll_create1(EPOLL_CLOEXEC);
-    wires = calloc(plan->connections, sizeof *wires);
-    uint64_t *stamps = calloc(plan->connections * plan->depth, sizeof *stamps);
+    total = plan->idle + plan->connections;
+    wires = calloc(total, sizeof *wires);
+    uint64_t *stamps = calloc(total * plan->depth, sizeof *stamps);
     if (!wires || !stamps || poller < 0)
         die("out of memory or files", plan->mode);
     make_pool();
     birth = nanoseconds();
-    for (unsigned i = 0; i < plan->connections; i++)
+    for (unsigned i = 0; i < total; i++)
         wires[i] = (struct wire){.fd = -1, .start = i % (unsigned)pool_messages, .stamps = stamps + i * plan->depth};
-    for (unsigned i = 0; i < OPENING_AT_ONCE; i++)
+    bool many = plan->hold || plan->idle || total > MANY;
+    for (unsigned i = 0; i < (plan->silent ? 1 : OPENING_AT_ONCE); i++)
         open_next(nanoseconds());
     if (!plan->hold)
         turn_until(birth + (uint64_t)(plan->warmup * 1e9), NULL);
-    turn_until(nanoseconds() + (uint64_t)((plan->hold ? HOLD_SECONDS : OPENING_SECONDS) * 1e9), all_answered);
+    turn_until(nanoseconds() + (uint64_t)((many ? HOLD_SECONDS : OPENING_SECONDS) * 1e9), all_answered);
+    if (plan->on_word) {
+        fputs("ready\n", stderr);
+        turn_until(nanoseconds() + (uint64_t)(HOLD_SECONDS * 1e9), has_word);
+    }
     if (!plan->hold) { /* errors stay: one in the warm-up is as bad */
         histogram_clear(&tally->latency);
         tally->messages = tally->bytes = tally->connects = 0;

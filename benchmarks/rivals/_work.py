@@ -1,29 +1,45 @@
 # SPDX-License-Identifier: MIT
-"""What every server written for socketserver's interface shares: the same handlers, so that only the engine differs."""
+"""What the servers in Python share: their arguments, and the same handlers for all with socketserver's interface."""
 
 from __future__ import annotations
 
 import argparse
 import resource
+import ssl
 from types import ModuleType
 from typing import Any
 
 BACKLOG = 4096  # what every server in these benchmarks asks for: no rival loses a handshake in a burst
 RECEIVE_BYTES = 65536  # as floor.c
-WORKS = ("echo", "lines", "churn", "udp")
+HOST = "127.0.0.1"
+WORKS = ("echo", "lines", "churn", "udp", "tls")
 
 
-def parse_work() -> str:
-    """Return the kind of work that the command line names."""
+def parse(**choices: tuple[str, ...]) -> argparse.Namespace:
+    """Return the arguments that every server takes, and options of its own: their choices, the default first."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", choices=WORKS, default="echo")
-    return str(parser.parse_args().work)
+    parser.add_argument("--certificate", help="PEM file; for tls")
+    parser.add_argument("--key", help="PEM file; for tls")
+    for name, words in choices.items():
+        parser.add_argument(f"--{name}", choices=words, default=words[0])
+    raise_file_limit()
+    return parser.parse_args()
 
 
 def raise_file_limit() -> None:
     """Let the process open as many files as the hard limit permits."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
+    """Return the server's context, or None where the work is not tls."""
+    if options.work != "tls":
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(options.certificate, options.key)
+    return context
 
 
 def make_handler(module: ModuleType, work: str) -> type[Any]:
@@ -45,11 +61,11 @@ def make_handler(module: ModuleType, work: str) -> type[Any]:
             data, sock = self.request
             sock.sendto(data, self.client_address)
 
-    return {"echo": Echo, "churn": Echo, "lines": Lines, "udp": Datagram}[work]
+    return {"echo": Echo, "churn": Echo, "tls": Echo, "lines": Lines, "udp": Datagram}[work]
 
 
 def serve(module: ModuleType, stream: str, datagram: str, *, daemon: bool = False, **keywords: Any) -> None:
-    """Serve until killed: print the port, then run `serve_forever`.
+    """Serve until killed: print the port, then run `serve_forever`. socketserver gets TLS as programs give it TLS.
 
     Args:
         module: socketserver, or what stands in for it.
@@ -58,11 +74,13 @@ def serve(module: ModuleType, stream: str, datagram: str, *, daemon: bool = Fals
         daemon: whether its threads are daemons (stdlib then keeps no list of them).
         keywords: settings that are passed to the server class.
     """
-    work = parse_work()
-    raise_file_limit()
-    name = datagram if work == "udp" else stream
+    options = parse()
+    name = datagram if options.work == "udp" else stream
     attributes = {"request_queue_size": BACKLOG, "daemon_threads": daemon}
     server_class = type(name, (getattr(module, name),), attributes)
-    with server_class(("127.0.0.1", 0), make_handler(module, work), **keywords) as server:
+    with server_class((HOST, 0), make_handler(module, options.work), **keywords) as server:
+        context = tls_context(options)
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
         print(server.server_address[1], flush=True)
         server.serve_forever()
