@@ -328,7 +328,7 @@ class BaseServer:
         """Return figures since the start.
 
         ``state, address, engine, open, accepted_total, rejected_total, handler_failed_total, closed_total`` (by
-        reason), ``paused`` and ``process``.
+        reason), ``stalled_total`` (by place, of all servers that share the engine), ``paused`` and ``process``.
         """
         return self._harken.stats()
 

@@ -333,6 +333,7 @@ class Serving:
             "rejected_total": self.books.counts["rejected"],
             "handler_failed_total": self.books.counts["handler_failed"],
             "closed_total": dict(self.books.reasons),
+            "stalled_total": dict(self.engine.stalls) if self.started else {},
             "paused": self.acceptor.paused,
             "process": os.getpid(),
         }

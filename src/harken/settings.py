@@ -254,6 +254,7 @@ DECLARED_IN = (
     "harken.engines.thread",
     "harken.engines.pool",
     "harken.engines.fork",
+    "harken.stalls",
     "harken.observe.log",
 )
 
@@ -290,11 +291,19 @@ class Value(NamedTuple):
 
 @dataclass(slots=True)
 class Operator:
-    """What the operator asked of every server in this process: flags and a file, above what the program says."""
+    """What the operator asked of every server in this process: flags and a file, above what the program says.
+
+    Attributes:
+        flags: values by name.
+        file: values by name.
+        path: of the file.
+        defaults: what a command takes in place of a default, when nobody has said anything.
+    """
 
     flags: dict[str, Any] = field(default_factory=dict)
     file: dict[str, Any] = field(default_factory=dict)
     path: str = ""
+    defaults: dict[str, Any] = field(default_factory=dict)
 
     def load(self, path: str | Path) -> None:
         """Read settings from a TOML file.
@@ -379,8 +388,13 @@ class Settings:
             operator.find(declared, environment=environment)
             or (Value(self._keywords[name], "keyword argument") if name in self._keywords else None)
             or self._attribute(declared)
-            or Value(declared.fallback(self.profile), f"default of {self.profile}")
+            or self._default(declared)
         )
+
+    def _default(self, declared: Setting) -> Value:
+        if self.profile == "drop-in" and declared.name in operator.defaults:
+            return Value(operator.defaults[declared.name], "default of the command")
+        return Value(declared.fallback(self.profile), f"default of {self.profile}")
 
     def configure(self, changes: Mapping[str, Any]) -> None:
         """Change live settings; all of them or, when one is wrong, none.

@@ -255,3 +255,32 @@ def test_a_log_that_cannot_be_written_does_not_break_the_server(log, monkeypatch
                     assert client.recv(1) == b""
     finally:
         observer.detach()
+
+
+def tell_of_a_stall(**more):
+    """Emit what the watchdog of a loop does."""
+    fields = {"place": "/srv/app.py:12", "file": "/srv/app.py", "line": 12, "function": "handle", "seconds": 0.3149}
+    events.emit("stalled", stack="  File one\n  File two\n", **{"ongoing": False, **fields, **more})
+
+
+def test_a_stall_is_one_line(log):
+    """The line says where, by file and line, and how long; the stack is left to machines."""
+    read = log()
+    tell_of_a_stall(connection="ab-1", peer=PEER)
+    tell_of_a_stall(ongoing=True)
+    first, second = read().splitlines()
+    assert first.endswith(
+        "stalled: /srv/app.py:12 in handle kept other connections waiting for 0.31 s "
+        "connection=ab-1 peer=127.0.0.1:5000"
+    )
+    assert "warning" in first
+    assert second.endswith("stalled: /srv/app.py:12 in handle keeps other connections waiting for 0.31 s")
+
+
+def test_a_stack_for_machines(log):
+    """In JSON the stack is a list of lines."""
+    read = log(log_format="json")
+    tell_of_a_stall()
+    entry = json.loads(read())
+    assert entry["stack"] == ["  File one", "  File two"]
+    assert (entry["file"], entry["line"], entry["function"]) == ("/srv/app.py", 12, "handle")

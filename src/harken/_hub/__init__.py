@@ -1,8 +1,9 @@
 """The hub runs green threads and waits for sockets on their behalf. This is its contract; two modules keep it.
 
 ``harken._hub.compiled`` (C, made at installation where there is a compiler and epoll) and ``harken._hub.fallback``
-(Python on greenlet) each offer :class:`Hub`, :class:`Connection`, ``current()`` and ``KIND``. ``HARKEN_HUB=fallback``
-switches the compiled one off; ``HARKEN_HUB=compiled`` makes its absence an error. Names here load when first used.
+(Python on greenlet) each offer :class:`Hub`, :class:`Connection`, :class:`Beat`, ``current()`` and ``KIND``.
+``HARKEN_HUB=fallback`` switches the compiled one off; ``HARKEN_HUB=compiled`` makes its absence an error. Names here
+load when first used.
 
 Who may call what
 -----------------
@@ -75,6 +76,16 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     raised by a later call.
     Fair: after :data:`TURN_OPERATIONS` operations that did not wait, or :data:`TURN_BYTES`, the others get their turn.
 
+``hub.beat -> Beat``, ``Beat()``
+    What a loop says of itself: the hub for itself, any other loop by ``enter()`` when a piece of work begins and
+    ``leave()`` before it sleeps. A *piece* is what runs without giving others a turn. ``after`` is how many seconds
+    make it late, or None. One watchdog listens, a plain thread that calls ``watch() -> (word, seconds)`` again and
+    again; it sleeps while the loop does, and looks every :data:`LOOK_SECONDS`, or ``after / 4``, while that works:
+    ``late``: a piece has run for ``after``, and ``same()`` tells, under the GIL, whether it still does; ``over``: it
+    has ended and took so long; ``long``: it goes on, after :data:`LONG_SECONDS`; ``unsent``: the running green thread
+    has written something that is not sent, and goes on; ``stopped``: ``stop()`` was called (*any thread*). The compiled
+    one waits without the GIL. Late pieces that hold the GIL are told of when they let go.
+
 Fork
 ----
 A child gets descriptors of its own, without what the parent watched. Green threads stay the parent's: the one that
@@ -93,8 +104,11 @@ from harken.errors import ConfigError
 __all__ = [
     "BUSY",
     "DOOR_BURST",
+    "LONG_SECONDS",
+    "LOOK_SECONDS",
     "TURN_BYTES",
     "TURN_OPERATIONS",
+    "Beat",
     "Connection",
     "Hub",
     "adopt",
@@ -111,8 +125,15 @@ DOOR_BURST = 64
 TURN_OPERATIONS = 64
 TURN_BYTES = 256 << 10
 
+# Between two looks at a loop that works: what a handler has written and not sent waits for one or two of them.
+LOOK_SECONDS = 0.025
+# A piece of work that takes so long is told of while it goes on: it may never end.
+LONG_SECONDS = 5.0
+
 Hub: Any
 """The hub of the kind in use."""
+Beat: Any
+"""The beat of the kind in use."""
 Connection: Any
 """The connection of the kind in use."""
 current: Any
@@ -173,8 +194,9 @@ def adopt(sock: Any, make: Any = None) -> Any:
 
 def __getattr__(name: str) -> Any:
     """Load the kind in use when one of its names is first used."""
-    if name not in ("Hub", "Connection", "current", "kind"):
+    if name not in ("Beat", "Hub", "Connection", "current", "kind"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _chosen()
-    globals().update(Hub=module.Hub, Connection=module.Connection, current=module.current, kind=module.KIND)
+    names = {name: getattr(module, name) for name in ("Beat", "Hub", "Connection", "current")}
+    globals().update(names, kind=module.KIND)
     return globals()[name]

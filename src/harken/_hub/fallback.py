@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from greenlet import GreenletExit, getcurrent, greenlet
 
 from harken._hub import BUSY, DOOR_BURST, adopt
+from harken._hub.beat import Beat
 from harken._hub.pending import Pending
 from harken._hub.pollers import HUNG, READABLE, WRITABLE, poller
 from harken._hub.sockets import Connection
@@ -26,7 +27,7 @@ from harken.waker import Waker
 if TYPE_CHECKING:
     from harken.engines import Door
 
-__all__ = ["KIND", "Connection", "Hub", "current"]
+__all__ = ["KIND", "Beat", "Connection", "Hub", "current"]
 
 KIND: Final = "fallback"
 _EXPIRED = object()
@@ -59,11 +60,13 @@ class Hub:
     """See :mod:`harken._hub`.
 
     Attributes:
+        beat: what the loop says of itself.
         own: the greenlet in which the hub itself runs.
         pending: what the running green thread has written and not sent.
     """
 
     def __init__(self) -> None:
+        self.beat = Beat(lambda: self.pending.sock is not None)
         self.own: greenlet = getcurrent()
         self.pending = Pending()
         self._thread = threading.get_ident()
@@ -134,9 +137,11 @@ class Hub:
     def _on_stage(self) -> Iterator[None]:
         before, here.hub = here.hub, self
         self.own = getcurrent()
+        self.beat.enter()
         try:
             yield
         finally:
+            self.beat.leave()
             here.hub = before
 
     def _turn(self, timeout: float) -> None:
@@ -147,18 +152,24 @@ class Hub:
             deadline = self._timers.next()
             if deadline is not None:
                 timeout = min(timeout, deadline - time.monotonic())
-        self._dispatch(self._poller.poll(min(max(0.0, timeout), LONGEST)))
+        enter = self.beat.enter
+        if timeout > 0.0:
+            self.beat.leave()
+        events = self._poller.poll(min(max(0.0, timeout), LONGEST))
+        enter()
+        self._dispatch(events)
         if self._timers.next() is not None:
             ready.extend(self._timers.pop_due(time.monotonic()))
         for _ in range(len(ready)):
             function, args = ready.popleft()
+            enter()
             try:
                 function(*args)
             except Exception:  # noqa: BLE001 - a callback's fault must not end everybody
                 _show()
 
     def _dispatch(self, events: list[tuple[int, int]]) -> None:
-        wires, parked = self._wires, self._parked
+        wires, parked, enter = self._wires, self._parked, self.beat.enter
         for fd, mask in events:
             wire = wires.get(fd)
             if wire is None:
@@ -171,11 +182,13 @@ class Hub:
                 green = wire.reader
                 if green is not None and green in parked:
                     parked.discard(green)
+                    enter()
                     green.switch()
             if mask & WRITABLE:
                 green = wire.writer
                 if green is not None and green in parked:
                     parked.discard(green)
+                    enter()
                     green.switch()
 
     # -- green threads -------------------------------------------------------------------------------------------------
@@ -297,6 +310,7 @@ class Hub:
     def _open_door(self, fd: int) -> None:
         entry = self._fds.get(fd)
         for _ in range(DOOR_BURST):
+            self.beat.enter()
             if entry is None or self._fds.get(fd) is not entry or not entry.on_readable():
                 return
 
@@ -394,6 +408,7 @@ class Hub:
             books.clear()
         self._timers.clear()
         self.pending = Pending()  # the parent sends it
+        self.beat.forget()
         self._poller.close()
         self._waker.close()
         if self._thread == threading.get_ident():

@@ -25,6 +25,7 @@ void resume(Hub *hub, PyGreenlet *green, PyObject *value) {
         return;
     }
     hub->budget = TURN_BUDGET;
+    beat_piece(hub->beat);
     PyObject *back = PyGreenlet_Switch(green, args, NULL);
     if (back == NULL)
         PyErr_WriteUnraisable((PyObject *)green); /* from a greenlet that harken did not make */
@@ -134,6 +135,7 @@ static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
         if (door == NULL || door->door == NULL || door->generation != generation)
             return 0;
         PyObject *on_readable = Py_NewRef(door->on_readable);
+        beat_piece(hub->beat);
         PyObject *more = PyObject_CallNoArgs(on_readable);
         Py_DECREF(on_readable);
         int again = more == NULL ? -1 : PyObject_IsTrue(more);
@@ -204,9 +206,11 @@ static int turn(Hub *hub, int64_t patience) {
     if (timeout == 0)
         count = epoll_wait(fd, hub->events, MAX_EVENTS, 0);
     else {
+        beat_sleeps(hub->beat);
         Py_BEGIN_ALLOW_THREADS;
         count = epoll_wait(fd, hub->events, MAX_EVENTS, timeout);
         Py_END_ALLOW_THREADS;
+        beat_wakes(hub->beat);
     }
     hub->next_event = 0;
     hub->event_count = count;
@@ -219,10 +223,12 @@ static Hub *enter(Hub *hub) {
     Hub *before = current_hub;
     hub->greenlet = PyGreenlet_GetCurrent();
     current_hub = hub;
+    beat_wakes(hub->beat);
     return before;
 }
 
 static void leave(Hub *hub, Hub *before) {
+    beat_sleeps(hub->beat);
     Py_CLEAR(hub->greenlet);
     current_hub = before;
 }
@@ -541,12 +547,14 @@ static PyObject *hub_new(PyTypeObject *type, PyObject *args, PyObject *words) {
     hub->due = PyDict_New();
     hub->greens = PySet_New(NULL);
     hub->events = PyMem_New(struct epoll_event, MAX_EVENTS);
+    hub->beat = (Beat *)PyObject_CallNoArgs((PyObject *)Beat_Type);
     if (hub->events == NULL)
         PyErr_NoMemory();
-    if (hub->events == NULL || hub->due == NULL || hub->greens == NULL || open_fds(hub) < 0) {
+    if (hub->events == NULL || hub->beat == NULL || hub->due == NULL || hub->greens == NULL || open_fds(hub) < 0) {
         Py_DECREF(hub);
         return NULL;
     }
+    hub->beat->unsent = &hub->pending_size;
     if ((hub->next = all_hubs) != NULL)
         all_hubs->previous = hub;
     all_hubs = hub;
@@ -612,6 +620,7 @@ void hubs_after_fork(void) {
         hub->event_count = 0;
         hub->pending_owner = NULL; /* the parent sends it */
         hub->pending_size = 0;
+        beat_forget(hub->beat);
         hub->greens = PySet_New(NULL);
         drop_doors(hub);
         bool mine = hub->signals[0] >= 0 && hub == running;
@@ -682,6 +691,9 @@ static void hub_dealloc(PyObject *self) {
     PyMem_Free(hub->doors);
     PyMem_Free(hub->events);
     PyMem_Free(hub->pending);
+    if (hub->beat != NULL)
+        hub->beat->unsent = NULL;
+    Py_CLEAR(hub->beat);
     Py_CLEAR(hub->due);
     Py_CLEAR(hub->greens);
     Py_CLEAR(hub->greenlet);
@@ -713,6 +725,7 @@ static PyMethodDef hub_methods[] = {
 };
 
 static PyMemberDef hub_members[] = {
+    {"beat", T_OBJECT_EX, offsetof(Hub, beat), READONLY, "What the loop says of itself."},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Hub, weak), READONLY, NULL},
     {NULL},
 };

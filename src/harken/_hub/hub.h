@@ -11,9 +11,11 @@
  *   rare.c        what a Connection does less often
  *   accept.c      accept(2) straight into a Connection
  *   files.c       rfile and wfile
+ *   beat.c        what the loop says of itself, and the watchdog that listens
  *   chunks.c      a cache for the memory of Python stacks
  *
- * Everything here is guarded by the GIL, which is given up in epoll_wait, poll and sendfile alone. */
+ * Everything here is guarded by the GIL, which is given up in epoll_wait, poll and sendfile alone; only a Beat is read
+ * without it. */
 #ifndef HARKEN_HUB_H
 #define HARKEN_HUB_H
 #define PY_SSIZE_T_CLEAN
@@ -23,6 +25,7 @@
 #pragma GCC diagnostic ignored "-Wunused-variable"
 #include <greenlet.h>
 #pragma GCC diagnostic pop
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <sys/epoll.h>
@@ -79,6 +82,20 @@ typedef struct {
     uint32_t generation;
 } Door;
 
+/* What a loop says of itself; see beat.c. Times are nanoseconds of CLOCK_MONOTONIC. */
+typedef struct {
+    PyObject_HEAD
+    _Atomic int64_t since;  /* when the running piece of work began; 0: the loop sleeps */
+    _Atomic int64_t caught; /* `since` of the piece that is late, while it runs */
+    _Atomic int64_t ended;  /* when it ended, until the watchdog has seen that */
+    _Atomic uint32_t parked, stopped, bell;
+    volatile size_t *unsent; /* how much the running green thread has written and not sent; NULL: no such thing */
+    /* The watchdog's own. */
+    int64_t after, seen, suspect; /* how long is late, -1: never; `since` of the last look, and of the last late one */
+    double seconds;               /* of what is told */
+    bool told_long, rests;
+} Beat;
+
 #define MAX_EVENTS 256 /* taken from the epoll set at once; what is left comes next turn */
 
 struct Hub {
@@ -107,6 +124,7 @@ struct Hub {
     char *pending; /* what the running green thread has written and not sent, to pending_owner; see files.c */
     size_t pending_size;
     PyObject *pending_owner;
+    Beat *beat;
 };
 
 /* The hub whose turn runs in this thread. Green threads of a hub share its thread, so it is theirs too. */
@@ -117,7 +135,7 @@ extern HIDDEN Hub *all_hubs;
 #define DOOR_BURST 64
 #define TURN_BUDGET 64 /* TURN_OPERATIONS, and TURN_BYTES in pages of 4 KiB */
 
-extern HIDDEN PyTypeObject *Hub_Type, *Timer_Type, *Task_Type, *Connection_Type;
+extern HIDDEN PyTypeObject *Hub_Type, *Timer_Type, *Task_Type, *Connection_Type, *Beat_Type;
 
 HIDDEN int64_t now_ns(void);
 HIDDEN int seconds_to_ns(PyObject *seconds, int64_t *ns);
@@ -224,6 +242,32 @@ HIDDEN int socket_parts(PyObject *sock, int *fd, int *family, int *kind, int *pr
 HIDDEN int socket_fd(PyObject *sock);
 extern HIDDEN PyTypeObject *Wire_Type;   /* _socket.socket */
 extern HIDDEN PyTypeObject *Socket_Type; /* socket.socket */
+
+/* beat.c */
+HIDDEN int beat_ready(PyObject *module);
+HIDDEN int64_t coarse_ns(void);
+HIDDEN void beat_wake(Beat *beat);
+HIDDEN void beat_over(Beat *beat);
+HIDDEN void beat_forget(Beat *beat);
+
+static inline void beat_set(Beat *beat, int64_t since, memory_order order) {
+    atomic_store_explicit(&beat->since, since, order);
+    if (__builtin_expect(atomic_load_explicit(&beat->caught, memory_order_relaxed) != 0, 0))
+        beat_over(beat);
+}
+
+/* The next piece of work begins. */
+static inline void beat_piece(Beat *beat) { beat_set(beat, coarse_ns(), memory_order_relaxed); }
+
+/* The loop is about to sleep, or to leave. */
+static inline void beat_sleeps(Beat *beat) { beat_set(beat, 0, memory_order_relaxed); }
+
+/* It has slept; a watchdog that went to sleep meanwhile looks again. */
+static inline void beat_wakes(Beat *beat) {
+    beat_set(beat, coarse_ns(), memory_order_seq_cst);
+    if (atomic_load(&beat->parked))
+        beat_wake(beat);
+}
 
 /* chunks.c */
 HIDDEN bool chunks_install(void);

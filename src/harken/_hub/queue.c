@@ -61,6 +61,8 @@ static int call(Entry *entry) {
 }
 
 static int run_entry(Hub *hub, Entry *entry) {
+    if (entry->kind != SWITCH)
+        beat_piece(hub->beat);
     if (entry->kind == CALL)
         return call(entry);
     if (PyDict_GET_SIZE(hub->due) > 0 && PyDict_DelItem(hub->due, entry->target) < 0)

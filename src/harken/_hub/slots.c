@@ -214,6 +214,7 @@ static PyObject *pass_on(Hub *hub, PyGreenlet *me) {
             continue;
         slot->waiter[READ] = NULL;
         hub->budget = TURN_BUDGET;
+        beat_piece(hub->beat);
         PyObject *back = next == me ? Py_NewRef(Py_None) : PyGreenlet_Switch(next, NULL, NULL);
         Py_DECREF(next);
         return back;

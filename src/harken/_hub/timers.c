@@ -102,6 +102,7 @@ int heap_run(Hub *hub) {
     while (most-- > 0 && hub->heap_size > 0 && hub->heap[0]->deadline <= now) {
         Node *node = hub->heap[0];
         heap_remove(hub, node);
+        beat_piece(hub->beat);
         if (node->fire(hub, node) < 0)
             return -1;
     }

@@ -9,6 +9,9 @@ import click
 from harken import standin
 from harken.cli import complain, options, program
 from harken.observe.log import attach_if_asked
+from harken.observe.stalls import report_at_exit
+from harken.settings import operator
+from harken.stalls import STALL_AFTER
 
 __all__ = ["command"]
 
@@ -48,6 +51,8 @@ def _run_program(module: str | None, words: tuple[str, ...]) -> int | None:
     standin.install()
     standin.pass_on()
     attach_if_asked()
+    operator.defaults.setdefault(STALL_AFTER.name, STALL_AFTER.serve)  # or there would be nothing to report
+    report_at_exit()
     try:
         if module is None:
             program.run_script(words[0], words[1:])

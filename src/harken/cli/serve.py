@@ -9,6 +9,7 @@ import click
 from harken import events
 from harken.cli import options
 from harken.cli.target import load_handler
+from harken.observe.stalls import report_at_exit
 from harken.process.worker import serve
 from harken.settings import Settings
 
@@ -21,6 +22,7 @@ def _serve(target: str, urls: tuple[str, ...]) -> int:
     handler = load_handler(target)
     if Settings(None, profile="serve")["log_format"] == "text":  # a log for machines tells it by itself
         events.subscribe(_announce, "listening")
+    report_at_exit()
     return serve(handler, *places)
 
 

@@ -8,7 +8,7 @@ and :func:`harken.testing.check_engine` tells whether it keeps the contract.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from harken.connection import Connection
@@ -124,6 +124,11 @@ class Engine(ABC):
     def full(self) -> bool:
         """Whether ``spawn`` would have to wait."""
         return False
+
+    @property
+    def stalls(self) -> Mapping[str, int]:
+        """How often each place (``FILE:LINE``) kept the loop from other connections for ``stall_after``."""
+        return {}
 
     def refresh(self) -> None:
         """Read live settings anew, after they have changed (*any thread*)."""

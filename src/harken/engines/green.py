@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from harken.engines import Door, Engine as Contract, Options
 from harken.engines._crew import Crew
 from harken.green import offload, release_threads
 from harken.lifecycle import at_exit
+from harken.stalls import Tally, Watchdog
 
 __all__ = ["Engine"]
 
@@ -113,6 +114,8 @@ class Engine(Contract):
         self._bells: list[Bell] = []
         self._crew = Crew(self._are_daemons)
         self._hub: Any = None
+        self._stalls = Tally()
+        self._watchdog: Watchdog | None = None
         self._thread: threading.Thread | None = None
         self._leaving = False
         # Held while a door's or a loop's callable runs. Taken before the guard, never after it.
@@ -243,6 +246,7 @@ class Engine(Contract):
         for door, _ in list(self._doors.values()):
             self._watch(hub, door)
         self._hub = hub
+        watchdog = self._watch_for_stalls(hub)
         started.ring()
         try:
             hub.run(self._is_over, self._patience, self._tick)
@@ -253,6 +257,7 @@ class Engine(Contract):
                 self._finish(loop, error)
         finally:
             hub.close()
+            watchdog.stop()
 
     def _is_over(self) -> bool:
         """Whether the hub's thread may end; asked by the hub."""
@@ -272,6 +277,28 @@ class Engine(Contract):
     def in_loop_thread(self) -> bool:
         """Whether the calling thread is the hub's."""
         return self._thread is threading.current_thread() and self._hub is not None
+
+    # -- stalls --------------------------------------------------------------------------------------------------------
+
+    def _watch_for_stalls(self, hub: Any) -> Watchdog:
+        """Start the watchdog, which is needed in any case: it sends what handlers wrote before they compute on."""
+        watchdog = self._watchdog = Watchdog(
+            hub.beat, thread=threading.get_ident(), tally=self._stalls, send=hub.flush_pending_nowait
+        )
+        self.refresh()
+        watchdog.start()
+        return watchdog
+
+    @property
+    def stalls(self) -> Mapping[str, int]:
+        """What the watchdog has counted; see :class:`harken.engines.Engine`."""
+        return dict(self._stalls.counts)
+
+    def refresh(self) -> None:
+        """Take over ``stall_after``."""
+        watchdog = self._watchdog
+        if watchdog is not None:
+            watchdog.after = self.options("stall_after")
 
     # -- handlers ------------------------------------------------------------------------------------------------------
 
@@ -353,6 +380,8 @@ class Engine(Contract):
         self._leaving = True
         self.wake()
         self._await_thread(LEAVE_SECONDS)
+        if self._watchdog is not None:
+            self._watchdog.stop()  # a handler that keeps the hub still is told of
 
     def after_fork(self) -> None:
         """In a child: the loops, the handlers and the hub are the parent's."""
@@ -360,7 +389,7 @@ class Engine(Contract):
         self._loops.clear()
         self._jobs.clear()
         self._bells.clear()
-        self._hub = self._thread = None
+        self._hub = self._thread = self._watchdog = None
         self._turns = threading.RLock()
         self._guard = threading.RLock()
 

@@ -157,10 +157,16 @@ _OWN = {"server", "connection", "peer", "error"}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, str) and "\n" in value:  # a stack: for machines, a line at a time
+        return [escape(line) for line in value.splitlines()]
     return value if isinstance(value, (int, float, bool, type(None))) else escape(value)
 
 
 def _sentence(name: str, fields: dict[str, Any]) -> str:
+    if name == "stalled":
+        still = "keeps" if fields.get("ongoing") else "kept"
+        where = " in ".join(filter(None, (str(fields.get("place")), fields.get("function"))))
+        return f"stalled: {where} {still} other connections waiting for {fields.get('seconds', 0.0):.2f} s"
     words = name.replace("_", " ")
     told = ", ".join(
         f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in fields.items()
