@@ -24,8 +24,8 @@ NAMES: dict[str, str] = {
     "closed": "an opened connection has ended, exactly once: `connection`, `peer`, `reason`, `seconds`",
     "handler_failed": "a handler raised: `connection`, `peer`, `error`",
     "timed_out": "a deadline closed a connection: `connection`, `peer`, `which`, `seconds`",
-    "stalled": "a handler kept the loop from other connections for `stall_after`, told when it has ended, and once "
-    "before (`ongoing`) when it takes long: `place` (`file`:`line`), `function`, `stack`, `seconds`, `connection`, `peer`",
+    "stalled": "a handler kept the loop from other connections for `stall_after`, told when it has ended, and before "
+    "(`ongoing`) when it takes long: `place` (`file`:`line`), `function`, `stack`, `seconds`, `connection`, `peer`",
     "truncated": "a datagram was longer than `max_packet_size` and its end is lost: `peer`, `bytes`",
     "paused": "a listener stopped accepting: `address`, `reason`",
     "resumed": "a paused listener accepts again: `address`, `seconds`, `shed`",

@@ -170,6 +170,7 @@ def test_a_program_that_accepts_by_itself_is_served_too():
 def test_thousand_idle_clients_in_one_thread():
     """And another is served beside them."""
     with serving(harken.GreenTCPServer(LOCAL, Echo)) as server:
+        assert ask(server.server_address) == b"hello"  # from here on its threads are there
         before = threading.active_count()
         clients = [socket.create_connection(server.server_address, PATIENCE) for _ in range(1000)]
         for client in clients[::100]:

@@ -161,3 +161,25 @@ def test_tells_of_hooks_too(stalled: Ear) -> None:
         told = stalled.wait(1)[0]
     assert told.function == "verify_request"
     assert told.file == __file__
+
+
+class Lines(harken.StreamRequestHandler):
+    """Answers a line, and then computes on for a second before it reads the next."""
+
+    def handle(self) -> None:
+        """Answer and compute."""
+        for line in self.rfile:
+            self.wfile.write(line)
+            end = time.monotonic() + 1.0
+            while time.monotonic() < end:
+                pass
+
+
+def test_an_answer_does_not_wait_for_what_comes_after_it() -> None:
+    """What a handler wrote while more requests are unread goes out although it computes on; also in drop-in classes."""
+    with harken.background(harken.GreenTCPServer(LOCAL, Lines)) as server:
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            began = time.monotonic()
+            client.sendall(b"one\ntwo\n")
+            assert client.recv(100) == b"one\n"
+            assert time.monotonic() - began < 0.7
