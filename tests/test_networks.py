@@ -5,7 +5,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from harken import ConfigError
 from harken.networks import Networks
@@ -23,6 +23,7 @@ def plain(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> ipaddress.I
     return getattr(address, "ipv4_mapped", None) or address
 
 
+@hypothesis_settings(deadline=None)
 @given(st.lists(networks(), max_size=8), ADDRESSES)
 def test_agrees_with_ipaddress(written: list, address: ipaddress.IPv4Address) -> None:
     """An address is in the list exactly when one of its networks holds it, by the word of the standard library."""
