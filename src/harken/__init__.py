@@ -24,6 +24,7 @@ _HOMES: dict[str, str] = {
     **dict.fromkeys(("LifecycleError", "LimitExceeded", "PeerError", "PreambleError"), "harken.errors"),
     "background": "harken.serving",
     "DrainReport": "harken.drain",
+    **dict.fromkeys(("ProxyHeader", "ProxySSL"), "harken.preambles.proxy_header"),
     "Peer": "harken.peer",
     "ConnectionInfo": "harken.connection",
     "serve": "harken.process.worker",

@@ -20,8 +20,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from harken.peer import Peer, behind
+
 if TYPE_CHECKING:
-    from harken.peer import Peer
+    from harken.preambles.proxy_header import ProxyHeader
 
 __all__ = [
     "CHILD_STATUS",
@@ -211,7 +213,7 @@ class Record:
     silent = False
     entered = False
     spoken_for: Any = None
-    proxy: Any = None
+    proxy: ProxyHeader | None = None
     certificate: dict[str, Any] | None = None
     report: int | None = None
 
@@ -239,9 +241,9 @@ class Record:
     def peer(self) -> Peer:
         """The far end."""
         peer = self._registry.describe(self.request, self.client_address)
-        if self.proxy is not None or self.certificate is not None:
-            return replace(peer, proxy=self.proxy, certificate=self.certificate)
-        return peer
+        if self.certificate is not None:
+            peer = replace(peer, certificate=self.certificate)
+        return peer if self.proxy is None else behind(peer, self.proxy)
 
     def judge(self, request: object) -> str:
         """Settle the reason, while the socket is still open, from what the kernel says; the first judgement holds."""

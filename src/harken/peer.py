@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-__all__ = ["Credentials", "Peer", "unmap"]
+if TYPE_CHECKING:
+    from harken.preambles.proxy_header import ProxyHeader
+
+__all__ = ["Credentials", "Peer", "behind", "unmap"]
 
 _MAPPED = "::ffff:"  # RFC 4291, 2.5.5.2: an IPv4 address seen through an IPv6 socket
 
@@ -35,7 +39,7 @@ class Peer:
     address: str
     port: int
     family: socket.AddressFamily | int
-    proxy: Any = None
+    proxy: ProxyHeader | None = None
     certificate: dict[str, Any] | None = None
     credentials: Credentials | None = None
 
@@ -53,6 +57,20 @@ class Peer:
         if self.port:
             words.append(f"port {self.port}")
         return " ".join(words)
+
+
+def behind(peer: Peer, header: ProxyHeader) -> Peer:
+    """Return the client for which ``peer`` speaks; ``peer`` itself, with the header, when it speaks for nobody."""
+    client = header.client_address if header.forwarded else None
+    match client:
+        case None:
+            return replace(peer, proxy=header)
+        case (str(host), int(port), *_):
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            return Peer(host, port, family, header, peer.certificate)
+    path = os.fsdecode(client)
+    shown = "@" + path[1:] if path.startswith("\0") else path
+    return Peer(shown, 0, header.family, header, peer.certificate)
 
 
 def unmap(host: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from harken.settings import seconds, setting
+from harken.settings import Kind, choice, seconds, setting
 
 if TYPE_CHECKING:
     from harken.settings import Settings
@@ -25,6 +25,23 @@ setting(
     meaning="how long a PROXY header and a TLS handshake may take together, from when the connection's handler could "
     "start",
     origin="a handshake takes two round trips and some milliseconds; nginx allows 60 s, users of Go set 5 to 10",
+)
+
+setting(
+    "proxy",
+    choice("off", "v1", "v2", "any"),
+    "off",
+    meaning="the version of the PROXY header with which every connection (and every datagram) must begin; one without "
+    "is closed",
+    origin="HAProxy's specification: a receiver must be told, and must not guess, whether a header comes",
+)
+setting(
+    "proxy_from",
+    Kind("list", (list, tuple), optional=True),
+    None,
+    meaning="networks of the proxies whose headers are believed; needed by `proxy`, and peers outside are closed. Who "
+    "may connect to a Unix socket is said by its mode",
+    origin="HAProxy's specification: only trusted proxies may speak for others",
 )
 
 
@@ -68,7 +85,7 @@ class Module(Protocol):
         """
 
 
-PREAMBLES: dict[str, tuple[str, ...]] = {}
+PREAMBLES: dict[str, tuple[str, ...]] = {"proxy": ("proxy",)}
 """The modules of the room in the order in which they run; with each, the settings that ask for it, any of which do.
 
 These are declared above, so that looking whether a server wants a preamble imports none.

@@ -184,6 +184,13 @@ class ProxyHeader:
         return self.command == "proxy" and self.source is not None
 
     @property
+    def client_address(self) -> Any:
+        """:attr:`source` as a handler sees it: a mapped IPv4 address as the IPv4 address that it is."""
+        if isinstance(self.source, tuple) and (host := unmap(self.source[0])) != self.source[0]:
+            return host, self.source[1]
+        return self.source
+
+    @property
     def family(self) -> socket.AddressFamily:
         """The address family of :attr:`source`; ``AF_UNSPEC`` if there is none."""
         return socket.AddressFamily(_family(self.source))
