@@ -264,8 +264,9 @@ class Speaker(Greeting):
 
     def result(self, connection):
         name = connection.record.certificate["subject"]
-        connection.record.spoken_for = (name, 7)
-        connection.record.proxy = f"header of {name}"
+        client = {"ann": ("192.0.2.1", 7), "mallory": ("192.0.2.66", 7)}[name]
+        connection.record.spoken_for = client
+        connection.record.proxy = harken.ProxyHeader(client, ("192.0.2.2", 80))
         return connection
 
 
@@ -273,24 +274,24 @@ class Judge(harken.TCPServer):
     """Refuses one client by its address."""
 
     def verify_request(self, request, client_address):
-        return client_address[0] != "mallory"
+        return client_address[0] != "192.0.2.66"
 
 
 class Tell(harken.BaseRequestHandler):
     """Tells what it knows of the client."""
 
     def handle(self):
-        self.request.sendall(f"{self.client_address} {self.peer.address} {self.peer.proxy}".encode())
+        self.request.sendall(f"{self.client_address} {self.peer} {self.peer.proxy.destination[1]}".encode())
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_whoever_judges_the_client_waits_for_its_address(engine, wanted, closed):
-    """``verify_request`` and the handler get the address that a preamble learned; ``peer`` stays the far end."""
+    """``verify_request`` and the handler get the address that a preamble learned, and so does ``peer``."""
     wanted(Speaker())
     with serving(engine, Tell, Judge) as server:
         with dial(server) as client:
             client.sendall(b"HELLO ann\n")
-            assert client.recv(100) == b"('ann', 7) 127.0.0.1 header of ann"
+            assert client.recv(100) == b"('192.0.2.1', 7) 192.0.2.1:7 80"
         with dial(server) as client:
             client.sendall(b"HELLO mallory\n")
             assert client.recv(100) == b""

@@ -17,6 +17,8 @@ from harken import cli, errors, events, transports
 from harken.cli.options import load_settings
 from harken.connection import REASONS
 from harken.lifecycle import MOVES, State
+from harken.preambles import proxy_header
+from harken.preambles.proxy_header import ProxyHeader, ProxySSL
 from harken.settings import Setting
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
@@ -254,6 +256,29 @@ def handlers_page() -> str:
         "## Peer",
         doc_of(harken.Peer),
     )
+
+
+def proxy_protocol_page() -> str:
+    """The header that proxies send, and what it says."""
+    return page(
+        "PROXY protocol",
+        doc_of(proxy_header) + "\n\n"
+        "A server reads it before everything else if the setting [`proxy`](settings.md#proxy) says so;\n"
+        "a handler finds it at `self.peer.proxy`.",
+        f"## harken.ProxyHeader{_signature(ProxyHeader)}",
+        doc_of(ProxyHeader),
+        *_public_members(ProxyHeader),
+        "## harken.ProxySSL",
+        doc_of(ProxySSL),
+        *_public_members(ProxySSL),
+    )
+
+
+def _public_members(cls: type) -> Iterator[str]:
+    for name, value in vars(cls).items():
+        if not name.startswith("_") and isinstance(value, (property, classmethod, types.FunctionType)):
+            signature = "" if isinstance(value, property) else _signature(getattr(cls, name))
+            yield f"### {name}{signature}\n\n{doc_of(value)}"
 
 
 def _own_members(cls: type) -> Iterator[str]:

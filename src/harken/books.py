@@ -52,8 +52,14 @@ class Books:
         """A connection goes to its handler."""
         if record is not None:
             record.opened = True
+            record.held = False
         if events.subscribers["opened"]:
             self._tell("opened", record, client_address)
+
+    def held(self, record: Record | None) -> None:
+        """A connection goes to its preambles: ``opened`` is said when they know whose it is, or when it ends."""
+        if record is not None:
+            record.opened = record.held = True
 
     def moved(self, request: Any, adopted: Any) -> None:
         """The engine made another object of a connection, for its handlers."""
@@ -63,9 +69,11 @@ class Books:
 
     def rejected(self, record: Record | None, client_address: Any, reason: str) -> None:
         """A connection is refused before its handler."""
-        self.counts["rejected"] += 1
         if record is not None and record.reason is None:
             record.reason = "rejected"
+        if record is not None and record.silent:
+            return  # the exit status tells our parent
+        self.counts["rejected"] += 1
         if events.subscribers["rejected"]:
             self._tell("rejected", record, client_address, reason=reason)
 
@@ -116,6 +124,8 @@ class Books:
     def _closed(self, record: Record) -> None:
         if not record.opened or record.silent:
             return
+        if record.held:
+            self.opened(record, record.client_address)
         reason = record.reason or "handler_returned"
         self.reasons[reason] += 1
         if events.subscribers["closed"]:

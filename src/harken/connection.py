@@ -24,6 +24,7 @@ from harken.peer import Peer, behind
 
 if TYPE_CHECKING:
     from harken.preambles.proxy_header import ProxyHeader
+    from harken.report import Report
 
 __all__ = [
     "CHILD_STATUS",
@@ -191,7 +192,8 @@ class Record:
         reason: one of :data:`REASONS`, once known; the first to know wins.
         detail: what who killed it had to say.
         failed: whether the handler raised.
-        opened: whether it went to its handler.
+        opened: whether it went to its handler, or to the preambles before it.
+        held: whether the event that says so waits until a preamble has learned the client's address.
         thread: identifier of the thread that serves it, once known.
         process: pid of the child that serves it, or 0 for this process.
         key: its place in the registry.
@@ -200,7 +202,7 @@ class Record:
         spoken_for: the client's address as a preamble learned it, to be given to hooks and handler, or None.
         proxy: the header by which the peer spoke for that client, or None.
         certificate: the peer's TLS certificate, or None.
-        report: in a forked child, where to write why a preamble failed; else None.
+        report: how a forked child tells its parent what the preambles learned; else None.
     """
 
     # Defaults of the class: a record that nothing has happened to yet costs five stores.
@@ -208,6 +210,7 @@ class Record:
     detail: str | None = None
     failed = False
     opened = False
+    held = False
     process = 0
     thread = 0
     silent = False
@@ -215,7 +218,7 @@ class Record:
     spoken_for: Any = None
     proxy: ProxyHeader | None = None
     certificate: dict[str, Any] | None = None
-    report: int | None = None
+    report: Report | None = None
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
         self._number = (_prefix, next(_count))

@@ -5,7 +5,6 @@ Only servers with preambles have an entry; the others keep stdlib's order, at st
 
 from __future__ import annotations
 
-import os
 import socket
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -19,9 +18,6 @@ if TYPE_CHECKING:
     from harken.serving import Serving
 
 __all__ = ["Entry", "entry_of", "refuse_unentered"]
-
-# What a child of the fork engine tells of a failed preamble: one line, which a pipe takes at once.
-MAX_DETAIL_BYTES = 1024
 
 
 def entry_of(serving: Serving) -> Entry | None:
@@ -83,6 +79,7 @@ class Entry:
             raise
         else:
             address = client_address if record is None or record.spoken_for is None else record.spoken_for
+            self._known(record, address)
             if self._welcome(record, passed, address):
                 return passed, address
         server.shutdown_request(passed)
@@ -99,6 +96,15 @@ class Entry:
             request = preamble(request, deadline)
         record.entered = True
         return request
+
+    def _known(self, record: Record | None, address: Any) -> None:
+        """The preambles have run: tell that the connection opened, if that had to wait for the client's address."""
+        if record is None:
+            return
+        if record.report is not None and record.silent:
+            record.report.tell(record)
+        elif record.held:
+            self._serving.books.opened(record, address)
 
     def _welcome(self, record: Record | None, request: Any, address: Any) -> bool:
         """Ask now whoever had to know the client's address."""
@@ -121,8 +127,8 @@ class Entry:
             return  # harken cut it: that is why
         record.reason = "preamble_failed"
         record.detail = reason_of(error, self.timeout)
-        if record.report is not None and record.report >= 0:
-            os.write(record.report, record.detail.encode("utf-8", "backslashreplace")[:MAX_DETAIL_BYTES])
+        if record.report is not None and record.silent:
+            record.report.tell(record)
 
 
 def reason_of(error: OSError, timeout: float) -> str:
@@ -134,33 +140,6 @@ def reason_of(error: OSError, timeout: float) -> str:
     if isinstance(error, ConnectionError):
         return "the peer went away before it was ready"
     return str(error)
-
-
-class Report:
-    """One line that a child of the fork engine may leave for its parent, who reads it when the child has ended."""
-
-    def __init__(self) -> None:
-        try:
-            self._reader, self.writer = os.pipe()
-        except OSError:  # no descriptor is left: the exit status alone must do
-            self._reader = self.writer = -1
-
-    def hand_on(self) -> None:
-        """The child has its copy of the writing end: close ours."""
-        if self.writer >= 0:
-            os.close(self.writer)
-
-    def read(self) -> str | None:
-        """Return the line, or None; call it once, when the child has ended or was not started."""
-        if self._reader < 0:
-            return None
-        os.set_blocking(self._reader, False)
-        try:
-            return os.read(self._reader, MAX_DETAIL_BYTES).decode("utf-8", "replace") or None
-        except BlockingIOError:  # the child's own child may still hold the other end
-            return None
-        finally:
-            os.close(self._reader)
 
 
 def refuse_unentered(server: Any, request: Any) -> None:

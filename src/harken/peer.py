@@ -1,4 +1,4 @@
-"""The far end of a connection, as the kernel sees it."""
+"""The far end of a connection, as the kernel sees it or a trusted proxy tells it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Credentials(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The far end of one connection or datagram.
+    """The far end of one connection or datagram; behind a proxy that says for whom it speaks, that client.
 
     Attributes:
         address: IPv4 or IPv6 address in numbers (a mapped one as IPv4), or the peer's Unix path, often empty.
         port: its port; 0 where there is none.
         family: the address family of ``address``.
-        proxy: the PROXY header by which the peer spoke for a client of its own, or None.
+        proxy: the PROXY header that came first, or None; unless it speaks for a client, the proxy is the peer.
         certificate: the peer's TLS certificate as ``ssl.SSLSocket.getpeercert`` gives it, or None.
-        credentials: the peer's process on a Unix stream socket, or None.
+        credentials: the peer's process on a Unix stream socket; None if it speaks for another.
     """
 
     address: str

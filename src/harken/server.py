@@ -154,11 +154,14 @@ class BaseServer:
         record = serving.books.accepted(request, client_address)
         try:
             entry = serving.entry
-            if (entry is None or not entry.tells_client) and not self.verify_request(request, client_address):
+            if entry is not None and entry.tells_client:
+                serving.books.held(record)  # whose connection it is, and so verify_request, comes later
+            elif self.verify_request(request, client_address):
+                serving.books.opened(record, client_address)
+            else:
                 serving.books.rejected(record, client_address, "verify_request")
                 self.shutdown_request(request)
                 return True
-            serving.books.opened(record, client_address)
             self.process_request(request, client_address)
         except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
             serving.books.failed(request, client_address, error)

@@ -22,10 +22,11 @@ from harken.books import Books
 from harken.connection import CHILD_STATUS, REASONS, ConnectionInfo, Record
 from harken.drain import DrainReport, drain
 from harken.engines import ENGINE, Engine
-from harken.entry import Entry, Report, entry_of
+from harken.entry import Entry, entry_of
 from harken.errors import LifecycleError
 from harken.intake import Intake
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
+from harken.report import Report
 from harken.settings import Profile, Settings
 from harken.transports import for_socket
 
@@ -214,25 +215,39 @@ class Serving:
     def hand_to_child(self, function: Callable[..., object], request: Any, client_address: Any) -> None:
         """Run ``function(request, client_address)`` in a child; its record lasts until the child exits."""
         record = self.connections.find(request)
-        report = Report() if self.entry is not None and record is not None else None
+        report = Report(record, self._told) if self.entry is not None and record is not None else None
+
+        def heard() -> bool:
+            if report is not None and report.open:
+                self.engine.unwatch(report)
+                report.hear()
+            return False
 
         def done(status: int) -> None:
-            if report is not None and record is not None:
-                record.detail = record.detail or report.read()
+            heard()
+            if CHILD_STATUS["rejected"] == status and record is not None:
+                self.books.rejected(record, record.client_address, "verify_request")
             self.connections.child_ended(record, status)
 
         try:
-            if report is not None and record is not None:
-                record.report = report.writer
+            if record is not None:
+                record.report = report
             pid = self.engine.spawn(self._in_child, function, request, client_address, done=done)
         except BaseException:
             if report is not None:
-                report.read()
+                report.close()
             raise
         finally:
             if report is not None:
                 report.hand_on()
         self.connections.hand_over(record, pid)
+        if report is not None and report.open:
+            self.engine.watch(report, heard)
+
+    def _told(self, record: Record) -> None:
+        """A child told what the preambles learned of its connection, or ended without."""
+        if record.held:
+            self.books.opened(record, record.client_address)
 
     def _in_child(self, function: Callable[..., object], request: Any, client_address: Any) -> int:
         """The child's part: the listener is the parent's alone, and so are the books."""

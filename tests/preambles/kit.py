@@ -1,6 +1,7 @@
 """What the tests of preambles share: servers of every engine on TCP and Unix, clients, and the events that came."""
 
 import contextlib
+import hashlib
 import socket
 import threading
 
@@ -14,11 +15,17 @@ LOCAL = ("127.0.0.1", 0)
 TRUST = ["127.0.0.0/8", "::1"]
 
 
+def hash_of(header):
+    """A few letters that stand for the TLVs, which may be long."""
+    return hashlib.sha256(repr(header.tlvs).encode()).hexdigest()[:12]
+
+
 class Mirror(harken.BaseRequestHandler):
     """Says who the client is, then sends back what it gets."""
 
     def handle(self):
-        told = f"{self.client_address!r}|{self.peer}|{int(self.peer.family)}|{self.peer.proxy!r}\n"
+        header = self.peer.proxy
+        told = f"{self.client_address!r}|{self.peer}|{int(self.peer.family)}|{header.bare()!r}|{hash_of(header)}\n"
         self.request.sendall(told.encode())
         while data := self.request.recv(65536):
             self.request.sendall(data)
@@ -46,13 +53,8 @@ def dial(server):
 
 def read_line(client):
     """Return what the server says up to the end of a line, as text; nothing at the end."""
-    line = b""
-    while not line.endswith(b"\n"):
-        byte = client.recv(1)
-        if not byte:
-            break
-        line += byte
-    return line.decode()
+    with client.makefile("rb", buffering=0) as file:
+        return file.readline().decode()
 
 
 def read_exactly(client, size):

@@ -1,11 +1,11 @@
-"""What a proxy says of the client for which it connects: HAProxy's PROXY protocol, versions 1 and 2. No socket here."""
+"""The header in which a proxy says for which client it connects: HAProxy's PROXY protocol, versions 1 and 2."""
 
 from __future__ import annotations
 
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harken.errors import ConfigError, PreambleError
@@ -58,8 +58,8 @@ class ProxyHeader:
 
     Addresses have stdlib's shapes: ``(host, port)``, ``(host, port, 0, 0)`` for IPv6, a path, or None.
 
-    >>> ProxyHeader(("192.0.2.1", 56324), ("192.0.2.2", 443), version=1).encode()
-    b'PROXY TCP4 192.0.2.1 192.0.2.2 56324 443\r\n'
+    ``ProxyHeader(("192.0.2.1", 56324), ("192.0.2.2", 443), version=1).encode()`` is
+    ``b"PROXY TCP4 192.0.2.1 192.0.2.2 56324 443\r\n"``.
 
     Attributes:
         source: the client's address, or None when the proxy speaks for no client, or will not say for which.
@@ -171,6 +171,10 @@ class ProxyHeader:
         if self.command == "local" or self.tlvs:
             raise ConfigError("version 1 of the PROXY protocol has neither LOCAL nor TLVs; send version 2")
         return v1.encode(family if self.transport == "stream" else socket.AF_UNSPEC, source, destination)
+
+    def bare(self) -> ProxyHeader:
+        """Return the same header without TLVs."""
+        return replace(self, tlvs=())
 
     def _checked(self) -> _proxy_tlv.TLVs:
         try:
