@@ -120,6 +120,7 @@ def test_addresses_of_version_2() -> None:
         (v6, socket.AF_INET6, ("2001:db8::1", 1, 0, 0), ("::1", 2, 0, 0)),
         (unix, socket.AF_UNIX, "/run/a.sock", b"\0abstract"),
         (b"/" * 108 + bytes(108), socket.AF_UNIX, "/" * 108, ""),
+        (b"\0a\0b".ljust(108, b"\0") + bytes(108), socket.AF_UNIX, b"\0a\0b", ""),
     ):
         code = {socket.AF_INET: 0x10, socket.AF_INET6: 0x20, socket.AF_UNIX: 0x30}[family]
         for transport, name in ((1, "stream"), (2, "dgram")):

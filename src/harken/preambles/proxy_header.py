@@ -271,7 +271,8 @@ def _plain(address: Any) -> Any:
     if address is None:
         return None
     if isinstance(address, (str, bytes)):
-        if b"\0" in os.fsencode(address)[1:]:
+        raw = os.fsencode(address)
+        if b"\0" in raw and not raw.startswith(b"\0"):  # an abstract name may have any bytes
             raise ConfigError(f"{address!r} is no Unix path: it has a null byte within")
         return address
     try:
