@@ -9,13 +9,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: serve test lint format types layers docs changelog bench wheel clean help
+.PHONY: serve test soak lint format types layers docs changelog bench wheel clean help
 
 serve: $(VENV)/.have-run ## serve examples/echo.py on BIND, by default tcp://127.0.0.1:8800
 	@exec $(BIN)/harken serve examples/echo.py:Echo --bind $(BIND) $(ARGS)
 
 test: $(VENV)/.have-test ## run the tests (ARGS="-k name" picks some)
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/.have-test ## run tests/soak in full: 30,000 messages, 100,000 connections …
+	HARKEN_SOAK=full $(BIN)/python -m pytest tests/soak $(ARGS)
 
 lint: $(VENV)/.have-lint ## ruff over everything
 	$(BIN)/ruff check .
