@@ -12,6 +12,7 @@ from typing import Any
 
 from harken import events
 from harken.connection import Record, Registry, peer_fault
+from harken.peer import behind
 from harken.transports import for_socket
 
 __all__ = ["Books"]
@@ -67,15 +68,15 @@ class Books:
         if record is not None:
             record.move(adopted)
 
-    def rejected(self, record: Record | None, client_address: Any, reason: str) -> None:
-        """A connection is refused before its handler."""
+    def rejected(self, record: Record | None, client_address: Any, reason: str, detail: str | None = None) -> None:
+        """A connection is refused before its handler, or a datagram dropped."""
         if record is not None and record.reason is None:
             record.reason = "rejected"
         if record is not None and record.silent:
             return  # the exit status tells our parent
         self.counts["rejected"] += 1
         if events.subscribers["rejected"]:
-            self._tell("rejected", record, client_address, reason=reason)
+            self._tell("rejected", record, client_address, reason=reason, detail=detail)
 
     def failed(self, request: Any, client_address: Any, error: BaseException) -> None:
         """A handler raised; called before ``handle_error``."""
@@ -113,9 +114,10 @@ class Books:
 
     def describe(self, request: Any, client_address: Any) -> Any:
         """Return the :class:`harken.Peer` of a connection, or of a datagram."""
-        return for_socket(request if hasattr(request, "family") else self._server.socket).describe(
-            request, client_address
-        )
+        carrier = request if hasattr(request, "family") else self._server.socket
+        peer = for_socket(carrier).describe(request, client_address)
+        header = getattr(client_address, "proxy", None)  # of a datagram that came by a proxy
+        return peer if header is None else behind(peer, header)
 
     def _tell(self, name: str, record: Record | None, client_address: Any, **fields: Any) -> None:
         peer = record.peer if record is not None else self.describe(None, client_address)

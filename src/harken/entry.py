@@ -28,7 +28,8 @@ def entry_of(serving: Serving) -> Entry | None:
     """
     listener = getattr(serving.server, "socket", None)
     if getattr(listener, "type", socket.SOCK_STREAM) == socket.SOCK_DGRAM:
-        return None  # datagrams have nothing that comes first
+        _ = serving.datagram_proxy  # checks its settings; datagrams have nothing that comes first
+        return None
     wanted = preambles.resolve(serving.settings, listener)
     if not wanted:
         return None

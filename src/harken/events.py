@@ -19,7 +19,7 @@ __all__ = ["NAMES", "Event", "emit", "subscribe", "subscribers"]
 NAMES: dict[str, str] = {
     "listening": "a listener is bound and its server accepts: `address`, `engine`",
     "accepted": "a connection or datagram was taken from the kernel: `connection`, `peer`",
-    "rejected": "a connection was refused before its handler: `connection`, `peer`, `reason`",
+    "rejected": "a connection, or a datagram, was refused before its handler: `connection`, `peer`, `reason`, `detail`",
     "opened": "a connection goes to its handler: `connection`, `peer`",
     "closed": "an opened connection has ended, exactly once: `connection`, `peer`, `reason`, `seconds`",
     "handler_failed": "a handler raised: `connection`, `peer`, `error`",

@@ -18,6 +18,7 @@ from harken import preambles
 from harken.connection import Connection, ConnectionInfo, accept, shut
 from harken.drain import DrainReport
 from harken.entry import refuse_unentered
+from harken.errors import PreambleError
 from harken.foreign import foreign_loop
 from harken.lifecycle import Latch
 from harken.listener import note_inode, unlink_if_own
@@ -490,13 +491,21 @@ def _receive(server: UDPServer) -> tuple[Any, Any]:
     listener = server.socket
     serving = serving_of(server)
     size = serving.packet_size(server.max_packet_size)
-    if not hasattr(listener, "recvmsg"):
+    if hasattr(listener, "recvmsg"):
+        data, _, flags, address = listener.recvmsg(size)
+        if flags & socket.MSG_TRUNC:
+            serving.books.truncated(address, size)
+    else:
         data, address = listener.recvfrom(size)
+    proxy = serving.datagram_proxy
+    if proxy is None:
         return (data, listener), address
-    data, _, flags, address = listener.recvmsg(size)
-    if flags & socket.MSG_TRUNC:
-        serving.books.truncated(address, size)
-    return (data, listener), address
+    try:
+        data, client = proxy.take(data, address)
+    except PreambleError as error:
+        serving.books.rejected(None, address, "preamble_failed", str(error))
+        raise BlockingIOError(str(error)) from None  # as if it had not come
+    return (data, proxy.answering(listener)), client
 
 
 if hasattr(socket, "AF_UNIX"):

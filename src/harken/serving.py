@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from harken import events, plugins
 from harken.acceptor import Acceptor
@@ -29,6 +29,9 @@ from harken.lifecycle import Latch, Lifecycle, State, at_exit
 from harken.report import Report
 from harken.settings import Profile, Settings
 from harken.transports import for_socket
+
+if TYPE_CHECKING:
+    from harken.preambles.proxy_datagrams import DatagramProxy
 
 __all__ = ["DrainReport", "RunningSide", "Serving", "background", "serving_of"]
 
@@ -90,6 +93,19 @@ class Serving:
     def entry(self) -> Entry | None:
         """What stands between acceptance and handler, made when first needed; None without preambles."""
         return entry_of(self)
+
+    @cached_property
+    def datagram_proxy(self) -> DatagramProxy | None:
+        """What takes the PROXY header off datagrams; None when none is to be there.
+
+        Raises:
+            ConfigError: ``proxy_from`` is missing or wrong.
+        """
+        if self.settings["proxy"] == "off":
+            return None
+        from harken.preambles import proxy_datagrams
+
+        return proxy_datagrams.make(self.settings)
 
     @property
     def started(self) -> bool:

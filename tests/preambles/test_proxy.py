@@ -247,7 +247,7 @@ def test_only_the_version_asked_for_is_taken(wanted, sent, tmp_path):
         ({"proxy": "v3", "proxy_from": TRUST}, "v3"),
     ],
 )
-@pytest.mark.parametrize("kind", [harken.TCPServer])
+@pytest.mark.parametrize("kind", [harken.TCPServer, harken.UDPServer])
 def test_wrong_settings_are_told_at_the_start(kind, settings, message):
     """A server that would believe anybody, or whose list is wrong, is not made; nothing stays open."""
     with pytest.raises(ConfigError, match=message):
