@@ -15,6 +15,7 @@ from typing import Any
 from harken.engines import Options
 from harken.engines._crew import Crew
 from harken.engines._selector import SelectorEngine
+from harken.engines._starting import has_begun, new_thread, start
 from harken.settings import flag, setting
 
 __all__ = ["Engine", "Threads"]
@@ -87,20 +88,15 @@ class Threads(list[threading.Thread]):
         return alive
 
 
-def _has_begun(thread: threading.Thread) -> bool:
-    begun = getattr(thread, "_started", None)
-    return bool(begun.is_set()) if isinstance(begun, threading.Event) else thread.ident is not None
-
-
 def ended(thread: threading.Thread) -> bool:
     """Tell whether ``thread`` has run and is over; one that was just started is not."""
-    return _has_begun(thread) and not thread.is_alive()
+    return has_begun(thread) and not thread.is_alive()
 
 
 def wait_begun(thread: threading.Thread, deadline: float | None) -> bool:
     """Wait until ``thread``, which may just have been started, can be joined; False if it was not in time."""
     end = time.monotonic() + BEGIN_SECONDS
-    while not _has_begun(thread):
+    while not has_begun(thread):
         if time.monotonic() >= (end if deadline is None else min(end, deadline)):
             return False
         time.sleep(0.001)
@@ -128,13 +124,12 @@ class Engine(SelectorEngine):
         if self._crew is not None:
             self._crew.submit(function, *args)
             return 0
-        thread = threading.Thread(target=function, args=args)
-        thread.daemon = self.options("daemon_threads")
+        thread = new_thread(function, args, daemon=bool(self.options("daemon_threads")))
         waited_for = self.options("block_on_close")
         if waited_for:
             self.threads.append(thread)  # before it runs: its handler may look
         try:
-            thread.start()
+            start(thread)
         except RuntimeError:
             if waited_for and thread in self.threads:
                 self.threads.remove(thread)
