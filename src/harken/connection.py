@@ -93,7 +93,7 @@ class Connection(socket.socket):
         _socket.socket.close(self)
         if record is not None:
             self.record = None
-            record.ended()
+            record._registry.strike(record)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Travel to another process as ``multiprocessing`` lets a plain socket (it knows those by exact type)."""
@@ -401,7 +401,8 @@ class Registry:
 
     def strike(self, record: Record) -> None:
         """Forget an ended record and tell ``on_close``, once."""
-        if self._records.get(record.key) is not record or self._records.pop(record.key, None) is not record:
+        records, key = self._records, record.key
+        if records.get(key) is not record or records.pop(key, None) is not record:
             return
         self._on_close(record)
         record._request = _gone  # or its callback would run for nothing when the request object goes

@@ -65,9 +65,9 @@ class Intake:
         taken = server._handle_request_noblock()
         if serving.acceptor.troubled:
             serving.acceptor.settle(taken=bool(taken))
-        if taken is not True or not self.bursts:
+        if taken is not True or serving.shared or engine.full or not getattr(server.get_request, "bursts", False):
             return False
-        return not engine.full and not serving.shared and self.readable()
+        return self._readable(server.fileno())
 
     def _make_room(self) -> bool:
         """The engine is full: do as ``overload`` says. True when a connection may be accepted all the same."""

@@ -208,10 +208,11 @@ class BaseServer:
             serving.hand_to_child(serve, request, client_address)
             self.close_request(request)
         else:
-            adopted = engine.adopt(request)
-            if adopted is not request:
-                serving.books.moved(request, adopted)
-            engine.spawn(serve, adopted, client_address)
+            if type(request) is not engine.connection:  # a program accepted it by itself
+                accepted, request = request, engine.adopt(request)
+                if request is not accepted:
+                    serving.books.moved(accepted, request)
+            engine.spawn(serve, request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one request where the engine runs handlers: its thread, its child. May be overridden."""

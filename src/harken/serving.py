@@ -125,10 +125,10 @@ class Serving:
 
     def option(self, name: str) -> Any:
         """Answer an engine: a setting, an attribute of stdlib's, or the selector class of the module."""
-        if name == "selector":
-            return sys.modules["harken"]._ServerSelector
         if name in ("daemon_threads", "block_on_close"):
             return getattr(self.server, name, name == "block_on_close")
+        if name == "selector":
+            return sys.modules["harken"]._ServerSelector
         return self.settings[name]
 
     def packet_size(self, attribute: int) -> int:

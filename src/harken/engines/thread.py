@@ -51,15 +51,19 @@ class Threads(list[threading.Thread]):
 
     def append(self, thread: threading.Thread) -> None:
         """Add a thread that is to be waited for; daemons are not."""
-        for _ in range(min(self.LOOKS, len(self))):
-            at = self._next if self._next < len(self) else 0
-            old = self[at]
-            if ended(old):
-                self[at] = self[-1]
-                self.pop()
-                self._next = at
+        at = self._next
+        for _ in range(self.LOOKS):
+            if at >= len(self):
+                at = 0
+                if not self:
+                    break
+            if ended(self[at]):
+                last = self.pop()
+                if at < len(self):
+                    self[at] = last
             else:
-                self._next = at + 1
+                at += 1
+        self._next = at
         if not thread.daemon:
             super().append(thread)
 
@@ -109,6 +113,8 @@ class Engine(SelectorEngine):
     Attributes:
         threads: the running threads that are not daemons.
     """
+
+    full = False  # any number of threads: no property need say so at each connection
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
