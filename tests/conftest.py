@@ -109,6 +109,9 @@ def children() -> dict[int, str]:
     return found
 
 
+with contextlib.suppress(ImportError):  # libuv makes a pipe at its first loop and keeps it
+    __import__("uvloop").new_event_loop().close()
+
 # Made once for the life of the process by the standard library; no test can close them.
 LASTING = re.compile(r"/dev/u?random|multiprocessing\.(resource_tracker|forkserver)|\.pyc?$")
 

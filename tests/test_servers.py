@@ -14,8 +14,9 @@ THEIRS = sorted(name for name in socketserver.__all__ if name.endswith("Server")
 ALWAYS = ("ForkingUnixStreamServer", "ForkingUnixDatagramServer")
 POOL = ("PoolTCPServer", "PoolUDPServer", "PoolUnixStreamServer")
 GREEN = ("GreenTCPServer", "GreenUDPServer", "GreenUnixStreamServer")
-PREFIXES = ("Threading", "Forking", "Pool", "Green")
-COMBINED = sorted({name for name in (*THEIRS, *ALWAYS, *POOL, *GREEN) if name.startswith(PREFIXES)})
+ASYNC = ("AsyncTCPServer", "AsyncUDPServer", "AsyncUnixStreamServer")
+PREFIXES = ("Threading", "Forking", "Pool", "Green", "Async")
+COMBINED = sorted({name for name in (*THEIRS, *ALWAYS, *POOL, *GREEN, *ASYNC) if name.startswith(PREFIXES)})
 
 
 def graph(cls):
@@ -67,7 +68,10 @@ def test_each_named_server_is_its_mixin_before_its_server(name):
     mixin, server = cls.__bases__
     prefix = mixin.__name__.removesuffix("MixIn")
     assert name == prefix + server.__name__
-    assert cls.engine == {"Threading": "thread", "Forking": "fork", "Pool": "pool", "Green": "green"}[prefix]
+    assert (
+        cls.engine
+        == {"Threading": "thread", "Forking": "fork", "Pool": "pool", "Green": "green", "Async": "asyncio"}[prefix]
+    )
 
 
 @pytest.mark.parametrize("name", ALWAYS)

@@ -13,10 +13,11 @@ import os
 # No typing, no socket: each would cost more than the rest of this file.
 _HOMES: dict[str, str] = {
     **dict.fromkeys(("BaseServer", "TCPServer", "UDPServer"), "harken.server"),
-    **dict.fromkeys(("ThreadingMixIn", "PoolMixIn", "GreenMixIn"), "harken.mixins"),
+    **dict.fromkeys(("ThreadingMixIn", "PoolMixIn", "GreenMixIn", "AsyncMixIn"), "harken.mixins"),
     **dict.fromkeys(("BaseRequestHandler", "StreamRequestHandler", "DatagramRequestHandler"), "harken.handlers"),
     **dict.fromkeys(("ThreadingTCPServer", "ThreadingUDPServer", "PoolTCPServer", "PoolUDPServer"), "harken.servers"),
-    **dict.fromkeys(("GreenTCPServer", "GreenUDPServer"), "harken.servers"),
+    **dict.fromkeys(("GreenTCPServer", "GreenUDPServer", "AsyncTCPServer", "AsyncUDPServer"), "harken.servers"),
+    **dict.fromkeys(("AsyncRequestHandler", "AsyncStreamRequestHandler"), "harken.async_handlers"),
     **dict.fromkeys(
         ("ConfigError", "ConnectionClosed", "DeadlineExceeded", "FrameError", "HandoffError", "HarkenError"),
         "harken.errors",
@@ -38,6 +39,7 @@ if hasattr(_socket, "AF_UNIX"):
         ("ThreadingUnixStreamServer", "ThreadingUnixDatagramServer", "PoolUnixStreamServer", "GreenUnixStreamServer"),
         "harken.servers",
     )
+    _HOMES["AsyncUnixStreamServer"] = "harken.servers"
     if hasattr(os, "fork"):
         _HOMES |= dict.fromkeys(("ForkingUnixStreamServer", "ForkingUnixDatagramServer"), "harken.servers")
 

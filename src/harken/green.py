@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextvars
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty, Full
-from typing import Any
+from typing import Any, TypeVar
 
 from greenlet import getcurrent, greenlet
 
@@ -38,6 +38,7 @@ __all__ = [
     "sleep",
     "spawn",
     "timeout",
+    "wait",
 ]
 
 # Plain threads for offload() at once, as concurrent.futures has by default; further calls wait for one.
@@ -46,6 +47,8 @@ OFFLOAD_THREADS = 32
 _RETRY_SECONDS = 0.01
 
 _crew = Crew(lambda: True, limit=OFFLOAD_THREADS)
+
+T = TypeVar("T")
 
 
 class GreenThread:
@@ -165,6 +168,23 @@ def offload(function: Callable[..., Any], *args: Any) -> Any:
         finally:
             raised.clear()  # or the error's traceback would hold itself
     return returned[0]
+
+
+def wait(awaitable: Awaitable[T]) -> T:
+    """Run a coroutine, or anything that can be awaited, on an event loop, and return its result.
+
+    In a green thread the loop is the one that its hub is in; a hub that ran alone moves into one. The others have their
+    turn meanwhile. The coroutine is a task of its own: it sees this green thread's context variables, in a copy, and
+    ``asyncio.current_task()``, ``asyncio.timeout`` and task groups work in it. When this green thread is interrupted
+    (``timeout``), the task is cancelled, and waited for. In plain threads one loop in the background serves them all.
+
+    Raises:
+        BaseException: what the coroutine raised.
+        RuntimeError: an event loop runs in this very thread, in which the caller should ``await``.
+    """
+    from harken._hub.coroutines import wait as wait_for
+
+    return wait_for(awaitable)  # type: ignore[no-any-return]
 
 
 def release_threads() -> None:

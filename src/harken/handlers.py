@@ -41,9 +41,14 @@ def _serving(handler: Any) -> Serving | None:
     return serving if isinstance(serving, Serving) else None
 
 
+def _carrier(handler: Any) -> Any:
+    """The request as the server knows it: an async handler's own is another around it."""
+    return getattr(handler, "_carried", handler.request)
+
+
 def _record(handler: Any) -> Record | None:
     serving = _serving(handler)
-    return serving.connections.find(handler.request) if serving is not None else None
+    return serving.connections.find(_carrier(handler)) if serving is not None else None
 
 
 def _peer(handler: Any) -> Peer:
@@ -52,7 +57,7 @@ def _peer(handler: Any) -> Peer:
         return record.peer
     if serving is not None:
         return serving.books.describe(handler.request, handler.client_address)  # type: ignore[no-any-return]
-    carrier = handler.request[-1] if isinstance(handler.request, tuple) else handler.request
+    carrier = handler.request[-1] if isinstance(handler.request, tuple) else _carrier(handler)
     return for_socket(carrier).describe(carrier, handler.client_address)
 
 

@@ -14,7 +14,7 @@ from harken.engines.thread import Threads
 from harken.server import BaseServer, TCPServer, UDPServer
 from harken.serving import RunningSide
 
-__all__ = ["ForkingMixIn", "GreenMixIn", "PoolMixIn", "ThreadingMixIn"]
+__all__ = ["AsyncMixIn", "ForkingMixIn", "GreenMixIn", "PoolMixIn", "ThreadingMixIn"]
 
 _GRAFTS = {
     "BaseServer": (
@@ -110,6 +110,13 @@ class GreenMixIn(ThreadingMixIn):
     """Serve each request in a green thread; see ``harken.green``."""
 
     engine: str | None = "green"
+    _engine_from_environment = False
+
+
+class AsyncMixIn(ThreadingMixIn):
+    """Serve each request by ``async def handle`` in an event loop; handlers with a plain ``handle`` in threads."""
+
+    engine: str | None = "asyncio"
     _engine_from_environment = False
 
 

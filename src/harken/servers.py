@@ -1,4 +1,4 @@
-"""Stdlib's product of mix-ins and servers, by name, and the pool's and the green ones.
+"""Stdlib's product of mix-ins and servers, by name, and the pool's, the green and the async ones.
 
 Everything newer is a keyword of ``TCPServer``.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 
-from harken.mixins import GreenMixIn, PoolMixIn, ThreadingMixIn
+from harken.mixins import AsyncMixIn, GreenMixIn, PoolMixIn, ThreadingMixIn
 from harken.server import TCPServer, UDPServer
 
 
@@ -36,6 +36,14 @@ class GreenUDPServer(GreenMixIn, UDPServer):
     """A green thread for each datagram."""
 
 
+class AsyncTCPServer(AsyncMixIn, TCPServer):
+    """A task in an event loop for each connection."""
+
+
+class AsyncUDPServer(AsyncMixIn, UDPServer):
+    """A task in an event loop for each datagram."""
+
+
 if hasattr(os, "fork"):
     from harken.mixins import ForkingMixIn
 
@@ -60,6 +68,9 @@ if hasattr(socket, "AF_UNIX"):
 
     class GreenUnixStreamServer(GreenMixIn, UnixStreamServer):
         """A green thread for each connection on a Unix path."""
+
+    class AsyncUnixStreamServer(AsyncMixIn, UnixStreamServer):
+        """A task in an event loop for each connection on a Unix path."""
 
     if hasattr(os, "fork"):
 

@@ -86,8 +86,14 @@ class Serving:
     def engine(self) -> Engine:
         """The engine, made when first needed."""
         with self._guard:
-            made = vars(self).get("engine")
-            return made or plugins.find("engines", self.engine_name, "Engine")(self.option)  # type: ignore[no-any-return]
+            made: Engine | None = vars(self).get("engine")
+            if made is None:
+                made = plugins.find("engines", self.engine_name, "Engine")(self.option)
+                self._prepare(made)
+            return made
+
+    def _prepare(self, engine: Engine) -> None:
+        engine.prepare(getattr(self.server, "RequestHandlerClass", None))
 
     @cached_property
     def entry(self) -> Entry | None:
@@ -168,6 +174,7 @@ class Serving:
                 "cannot serve: the server's socket is closed; make a new server or give it another socket"
             )
         engine, _ = self.engine, self.entry  # may raise: before anything has changed
+        self._prepare(engine)
         with self._guard:
             self.lifecycle.move("serve")
             self._loop_count += 1

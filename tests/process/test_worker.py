@@ -241,13 +241,13 @@ def test_a_handler_that_cannot_serve_is_refused(handler, said):
 
 
 def test_an_async_handle_is_refused():
-    """The engines of this version block."""
+    """By the engine of ``serve``, which blocks."""
 
     class Async(harken.BaseRequestHandler):
         async def handle(self):
             pass
 
-    with pytest.raises(ConfigError, match=r"Async\.handle is async, and the engines of this version block"):
+    with pytest.raises(ConfigError, match=r"Async\.handle is async, and handlers of this engine block"):
         serve(Async, "tcp://127.0.0.1:0")
 
 

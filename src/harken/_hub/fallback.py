@@ -198,7 +198,7 @@ class Hub:
         green = greenlet(self._live)
         green.gr_context = contextvars.copy_context()
         self._greens.add(green)
-        self._ready.append((self._start, (green, function, args)))
+        self._make_due(self._start, (green, function, args))
         return green
 
     def _start(self, green: greenlet, function: Callable[..., object], args: tuple[Any, ...]) -> None:
@@ -240,7 +240,7 @@ class Hub:
             return False
         self._parked.discard(green)
         self._waking[green] = value
-        self._ready.append((self._resume, (green,)))
+        self._make_due(self._resume, (green,))
         return True
 
     def throw(self, green: greenlet, error: BaseException) -> bool:
@@ -279,7 +279,7 @@ class Hub:
 
     def call_soon(self, function: Callable[..., object], *args: Any) -> None:
         """Call at the next turn."""
-        self._ready.append((function, args))
+        self._make_due(function, args)
 
     def call_soon_threadsafe(self, function: Callable[..., object], *args: Any) -> None:
         """Call at the next turn. Any thread."""
@@ -288,7 +288,15 @@ class Hub:
 
     def call_at(self, deadline: float, function: Callable[..., object], *args: Any) -> Timer:
         """Call once after ``deadline``."""
-        return self._timers.add(deadline, function, args)
+        timer = self._timers.add(deadline, function, args)
+        if here.hub is not self:
+            self._waker.wake()  # whoever hosts the loop asks for the next deadline then
+        return timer
+
+    def _make_due(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self._ready.append((function, args))
+        if here.hub is not self:
+            self._waker.wake()  # between two turns: a host has to be told
 
     # -- descriptors ---------------------------------------------------------------------------------------------------
 

@@ -22,8 +22,12 @@ def _check(target: str, urls: tuple[str, ...]) -> None:
     places = options.addresses(urls)
     for line in options.unknown_variables():
         click.echo(f"harken check: warning: {line}", err=True)
-    values = _settings_of(load_target(target), target)
-    remark = plugins.find("engines", values["engine"] or "inline", "Engine").remark()
+    found = load_target(target)
+    values = _settings_of(found, target)
+    engine = plugins.find("engines", values["engine"] or "inline", "Engine")
+    if not is_server(found):
+        engine.fit(found)
+    remark = engine.remark()
     bound = [url for place in places for url in _try(place, values)]
     _print_table(values)
     if remark:

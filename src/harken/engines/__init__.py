@@ -12,19 +12,30 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 from harken.connection import Connection
+from harken.errors import ConfigError
 from harken.settings import choice, setting
 
-__all__ = ["ENGINE", "Door", "Engine", "Options"]
+__all__ = ["ENGINE", "LOOP", "Door", "Engine", "Options", "is_async"]
 
 ENGINE = setting(
     "engine",
-    choice("inline", "thread", "pool", "fork", "green", optional=True),
+    choice("inline", "thread", "pool", "fork", "green", "asyncio", optional=True),
     None,
     serve="thread",
     meaning="where handlers run: `inline` one at a time, `thread` one thread a connection, `pool` bounded threads "
-    "and queue, `fork` one child process a connection, `green` one green thread a connection, or "
-    "`package.module:Engine`; none: as the class says",
+    "and queue, `fork` one child process a connection, `green` one green thread a connection, "
+    "`asyncio` `async def handle`, or `package.module:Engine`; none: as the class says",
     origin="socketserver: plain servers are inline, ThreadingMixIn's thread, ForkingMixIn's fork",
+)
+
+
+LOOP = setting(
+    "loop",
+    choice("asyncio", "uvloop"),
+    "asyncio",
+    meaning="the event loop of the engine `asyncio`, and of `green` once a handler waits for a coroutine; `uvloop` "
+    "needs `pip install harken[uvloop]`",
+    origin="asyncio needs nothing installed",
 )
 
 
@@ -42,6 +53,20 @@ class Door(Protocol):
         """Return the descriptor of the moment."""
 
 
+# inspect.CO_COROUTINE; importing inspect costs more than all of `import harken`.
+_CO_COROUTINE = 0x80
+
+
+def is_async(handler: Any) -> bool:
+    """Tell whether a handler class has coroutines for hooks."""
+    while hasattr(handler, "func"):  # a functools.partial
+        handler = handler.func
+    if getattr(handler, "is_async", False):
+        return True
+    code = getattr(getattr(handler, "handle", None), "__code__", None)
+    return bool(getattr(code, "co_flags", 0) & _CO_COROUTINE)
+
+
 class Engine(ABC):
     """The contract. Verbs marked *any thread* may also be called by a signal handler.
 
@@ -57,6 +82,25 @@ class Engine(ABC):
 
     def __init__(self, options: Options) -> None:
         self.options = options
+
+    @classmethod
+    def fit(cls, handler: Any) -> None:
+        """Check that a handler class can be served here.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        if is_async(handler):
+            name = getattr(handler, "__qualname__", handler)
+            raise ConfigError(f"{name}.handle is async, and handlers of this engine block; take engine='asyncio'")
+
+    def prepare(self, handler: Any) -> None:
+        """Get ready to serve a handler class; called before it is served first, and whenever serving begins.
+
+        Raises:
+            ConfigError: it does not fit.
+        """
+        self.fit(handler)
 
     @abstractmethod
     def watch(self, door: Door, on_readable: Callable[[], bool]) -> None:

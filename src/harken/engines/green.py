@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from harken import _hub
+from harken._hub import hosts
 from harken._hub.bell import Bell
 from harken.connection import Connection
 from harken.engines import Door, Engine as Contract, Options
@@ -105,6 +106,8 @@ class Engine(Contract):
     """
 
     connection = _hub.Connection
+    host: str | None = None
+    """What the hub begins with, by its name in ``harken._hub.hosts``; None: what suits the process."""
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
@@ -248,15 +251,15 @@ class Engine(Contract):
         self._hub = hub
         watchdog = self._watch_for_stalls(hub)
         started.ring()
+        stage = hosts.Stage(hub, self._is_over, self._patience, self._tick, lambda: self.options("loop"))
         try:
-            hub.run(self._is_over, self._patience, self._tick)
+            hosts.run(self.host or hosts.first(), stage)
         except BaseException as error:  # noqa: BLE001 - raised again by the loops' callers
             with self._guard:
                 self._hub = None
             for loop in list(self._loops):
                 self._finish(loop, error)
         finally:
-            hub.close()
             watchdog.stop()
 
     def _is_over(self) -> bool:

@@ -106,7 +106,9 @@ class Worker:
         self._heeding = False
         self._draining = False
         self._deadline = 0.0
-        self._engine: Engine = plugins.find("engines", self.settings["engine"] or "inline", "Engine")(self._option)
+        kind = plugins.find("engines", self.settings["engine"] or "inline", "Engine")
+        kind.fit(handler)
+        self._engine: Engine = kind(self._option)
         options = bind_options(self.settings)
         with ExitStack() as undo:
             for address in addresses:
@@ -248,10 +250,8 @@ def fit_handler(handler: object) -> None:
     """Check that ``handler`` can serve.
 
     Raises:
-        ConfigError: it is no class with ``handle()``, or its ``handle`` does not fit a blocking engine.
+        ConfigError: it is no class with a ``handle()`` of its own.
     """
-    import inspect
-
     if not callable(handler):
         raise ConfigError(f"{handler!r} is not a handler class; derive one from harken.BaseRequestHandler")
     if not isinstance(handler, type):
@@ -260,10 +260,6 @@ def fit_handler(handler: object) -> None:
     if handle is None:
         raise ConfigError(
             f"{handler.__qualname__} is not a handler class: it has no handle(); derive from harken.BaseRequestHandler"
-        )
-    if inspect.iscoroutinefunction(handle):
-        raise ConfigError(
-            f"{handler.__qualname__}.handle is async, and the engines of this version block: make it a plain def"
         )
     if handle is BaseRequestHandler.handle:
         raise ConfigError(f"{handler.__qualname__} does not override handle(), so it would serve nobody")

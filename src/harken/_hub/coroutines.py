@@ -1,0 +1,158 @@
+"""Waiting for coroutines from code that is none: in the loop under the hub, or in one that serves all plain threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from harken import _hub
+from harken._hub import hosts
+from harken._hub.bell import Bell
+from harken.lifecycle import at_exit
+
+__all__ = ["wait"]
+
+
+def wait(awaitable: Awaitable[Any]) -> Any:
+    """See :func:`harken.green.wait`."""
+    loop = hosts.event_loop()
+    if loop is not None:
+        return _wait_beside(asyncio.ensure_future(awaitable, loop=loop))
+    if _hub.current() is None and asyncio._get_running_loop() is not None:
+        if asyncio.iscoroutine(awaitable):
+            awaitable.close()
+        raise RuntimeError("green.wait() would keep this thread's event loop from running what it waits for; await it")
+    return _wait_elsewhere(awaitable)
+
+
+def _wait_beside(task: asyncio.Future[Any]) -> Any:
+    """Wait for a future of the loop in which this green thread's hub is a guest."""
+    try:
+        _until_done(task)
+    except Exception:
+        task.cancel()
+        _until_done(task)  # its `finally` blocks are this green thread's business
+        if not task.cancelled():
+            task.exception()  # looked at: this green thread goes on with what interrupted it
+        raise
+    except BaseException:  # this green thread is to end now
+        task.cancel()
+        raise
+    return task.result()
+
+
+def _until_done(task: asyncio.Future[Any]) -> None:
+    if task.done():
+        return
+    bell = Bell()
+
+    def ring(_task: object) -> None:
+        bell.ring()
+
+    task.add_done_callback(ring)
+    try:
+        bell.wait()
+    finally:
+        task.remove_done_callback(ring)
+
+
+def _wait_elsewhere(awaitable: Awaitable[Any]) -> Any:
+    """Wait for what runs in the loop for plain threads."""
+    bell = Bell()
+    started: list[asyncio.Future[Any]] = []
+    outcome: list[Callable[[], Any]] = []
+
+    def over(task: asyncio.Future[Any]) -> None:
+        outcome.append(task.result)
+        bell.ring()
+
+    def start() -> None:
+        try:
+            started.append(asyncio.ensure_future(awaitable))
+        except BaseException as error:  # noqa: BLE001 - raised again where it was asked for
+            failed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            failed.set_exception(error)
+            started.append(failed)
+        started[0].add_done_callback(over)
+
+    def give_up() -> None:
+        for task in started:
+            task.cancel()
+
+    loop = _shared.loop()
+    loop.call_soon_threadsafe(start, context=contextvars.copy_context())
+    try:
+        bell.wait()
+    except BaseException:
+        loop.call_soon_threadsafe(give_up)
+        raise
+    return outcome[0]()
+
+
+class _Shared:
+    """One event loop, in a thread of its own, for all plain threads.
+
+    What they share (a pool of connections to a database, say) belongs to one loop. It lives as long as the process:
+    clients outlive the calls.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Return the loop, started when first needed."""
+        with self._guard:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(
+                    target=self._run, args=(self._loop,), name="harken-asyncio", daemon=True
+                )
+                self._thread.start()
+            return self._loop
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(self._live())
+
+    async def _live(self) -> None:
+        self._over = asyncio.get_running_loop().create_future()
+        await self._over
+
+    def stop(self) -> None:
+        """End it: what still runs there is cancelled."""
+        with self._guard:
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+        if loop is not None and thread is not None:
+            loop.call_soon_threadsafe(self._end)
+            thread.join(STOP_SECONDS)
+
+    def _end(self) -> None:
+        if not self._over.done():
+            self._over.set_result(None)
+
+
+# Seconds that the shared loop gets to cancel what is left when the process ends; it is a daemon's, and no one's loss.
+STOP_SECONDS = 1.0
+
+_shared = _Shared()
+
+
+@at_exit
+def _stop() -> None:
+    _shared.stop()
+
+
+def _after_fork() -> None:
+    global _shared
+    _shared = _Shared()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,293 @@
+"""A coroutine that a green thread runs, as a task among asyncio's.
+
+asyncio's own Task is resumed by its loop, a future and two callbacks for each wait. This one is resumed by its green
+thread: where the coroutine waits for its connection, the green thread waits in the hub, inside ``send()``. For all that
+waits for futures it does what asyncio.Task does; the functions by which a foreign task makes itself known are
+documented ("Extending asyncio").
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+from asyncio import _enter_task, _leave_task, _register_task, _unregister_task
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from greenlet import getcurrent
+
+from harken import _hub
+from harken._hub import hosts
+from harken.errors import ConfigError
+
+__all__ = ["Task", "aside", "drive", "own", "sweep"]
+
+_numbers = itertools.count(1)
+_mine: contextvars.ContextVar[Task | None] = contextvars.ContextVar("harken_task", default=None)
+
+
+class Task(asyncio.Future[Any]):
+    """Runs a coroutine in the calling green thread; ``asyncio.current_task()`` inside.
+
+    Attributes:
+        before_wait: called once before the green thread next gives up its turn, or None.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop, hub: Any) -> None:
+        super().__init__(loop=loop)
+        self.before_wait: Callable[[], None] | None = None
+        self.green = getcurrent()
+        self._hub = hub
+        self._own_loop = loop
+        self._coro = coroutine
+        self._name = f"harken-{next(_numbers)}"
+        self._requests = 0
+        self._must_cancel = False
+        self._in_call = False
+        self._fut_waiter: Any = None  # asyncio's name, which anyio reads
+        _register_task(self)  # type: ignore[arg-type]
+
+    # -- running -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Any:
+        """Run the coroutine to its end; return what it returns, raise what it raises."""
+        try:
+            result = self._run()
+        except asyncio.CancelledError:
+            asyncio.Future.cancel(self)
+            raise
+        except BaseException as error:
+            asyncio.Future.set_exception(self, error)
+            self.exception()  # it is raised here as well: nobody need be told that it was not looked at
+            raise
+        finally:
+            _unregister_task(self)  # type: ignore[arg-type]
+        asyncio.Future.set_result(self, result)
+        return result
+
+    def _run(self) -> Any:
+        error: BaseException | None = None
+        while True:
+            if self._must_cancel:
+                self._must_cancel = False
+                error = asyncio.CancelledError()
+            self.enter()
+            try:
+                waited = self._coro.send(None) if error is None else self._coro.throw(error)
+            except StopIteration as stop:
+                return stop.value
+            finally:
+                self.leave()
+            error = self._wait(waited)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return ``function(*args)``, which waits as green threads do. Only for this task's own coroutine.
+
+        Raises:
+            CancelledError: the task was cancelled.
+        """
+        if self._must_cancel:
+            self._must_cancel = False
+            raise asyncio.CancelledError
+        if self.before_wait is not None:
+            self._flush()
+        self.leave()
+        self._in_call = True
+        try:
+            return function(*args)
+        finally:
+            self._in_call = False
+            self.enter()
+
+    def enter(self) -> None:
+        """Be the current task."""
+        try:
+            _enter_task(self._own_loop, self)  # type: ignore[arg-type]
+        except RuntimeError:  # a task waited by a call that it did not await: harken.green's, a server's drain()
+            sweep(self._own_loop)
+            _enter_task(self._own_loop, self)  # type: ignore[arg-type]
+
+    def leave(self) -> None:
+        """Be the current task no more."""
+        try:
+            _leave_task(self._own_loop, self)  # type: ignore[arg-type]
+        except RuntimeError:
+            pass  # it was swept away while it waited
+
+    def _flush(self) -> None:
+        before, self.before_wait = self.before_wait, None
+        if before is not None:
+            before()
+
+    def _wait(self, waited: Any) -> BaseException | None:
+        """Wait for what the coroutine yielded; return what to throw into it, or None."""
+        self._flush()
+        if waited is not None:
+            wrong = self._fault(waited)
+            return wrong if wrong is not None else self._wait_future(waited)
+        try:
+            self._hub.sleep(0)
+        except BaseException as error:  # noqa: BLE001 - thrown into the coroutine
+            return error
+        return None
+
+    def _fault(self, waited: Any) -> RuntimeError | None:
+        blocking = getattr(waited, "_asyncio_future_blocking", None)
+        if blocking is None:
+            return RuntimeError(f"Task got bad yield: {waited!r}")
+        if waited is self:
+            return RuntimeError(f"Task cannot await on itself: {self!r}")
+        if asyncio.futures._get_loop(waited) is not self._own_loop:  # type: ignore[attr-defined]
+            return RuntimeError(f"Task {self!r} got Future {waited!r} attached to a different loop")
+        return None if blocking else RuntimeError(f"yield was used instead of yield from in task {self!r}")
+
+    def _wait_future(self, waited: Any) -> BaseException | None:
+        waited._asyncio_future_blocking = False
+        waited.add_done_callback(self._wake)
+        self._fut_waiter = waited
+        if self._must_cancel and waited.cancel():
+            self._must_cancel = False
+        try:
+            while not waited.done():
+                self._hub.park()
+            waited.result()
+        except BaseException as error:  # noqa: BLE001 - thrown into the coroutine
+            if not waited.done():  # somebody interrupted the green thread
+                waited.remove_done_callback(self._wake)
+                waited.cancel()
+            return error
+        finally:
+            self._fut_waiter = None
+        return None
+
+    def _wake(self, waited: Any) -> None:
+        if self._fut_waiter is waited:
+            self._hub.unpark(self.green)
+
+    # -- what asyncio.Task has -----------------------------------------------------------------------------------------
+
+    def cancel(self, msg: Any = None) -> bool:
+        """Raise CancelledError in the coroutine where it waits; see ``asyncio.Task.cancel``."""
+        if self.done():
+            return False
+        self._requests += 1
+        if self._fut_waiter is not None:
+            if self._fut_waiter.cancel(msg=msg):
+                return True
+        elif self._in_call and self._hub.throw(self.green, asyncio.CancelledError()):
+            return True
+        self._must_cancel = True
+        return True
+
+    def cancelling(self) -> int:
+        """Return how many requests to cancel it are pending."""
+        return self._requests
+
+    def uncancel(self) -> int:
+        """Take back one request to cancel it; return how many are left."""
+        if self._requests > 0:
+            self._requests -= 1
+            if self._requests == 0:
+                self._must_cancel = False
+        return self._requests
+
+    def get_coro(self) -> Coroutine[Any, Any, Any]:
+        """Return the coroutine."""
+        return self._coro
+
+    def get_context(self) -> contextvars.Context:
+        """Return a copy of the calling green thread's context variables."""
+        return contextvars.copy_context()
+
+    def get_name(self) -> str:
+        """Return the task's name."""
+        return self._name
+
+    def set_name(self, value: object) -> None:
+        """Name it."""
+        self._name = str(value)
+
+    def get_stack(self, *, limit: int | None = None) -> list[Any]:
+        """Return the coroutine's frame in a list, or an empty one when it has ended."""
+        frame = getattr(self._coro, "cr_frame", None)
+        return [frame] if frame is not None else []
+
+    def set_result(self, result: object) -> None:
+        """Not for a task.
+
+        Raises:
+            RuntimeError: always, as on asyncio's.
+        """
+        raise RuntimeError("Task does not support set_result operation")
+
+    def set_exception(self, exception: object) -> None:
+        """Not for a task.
+
+        Raises:
+            RuntimeError: always, as on asyncio's.
+        """
+        raise RuntimeError("Task does not support set_exception operation")
+
+    def __repr__(self) -> str:
+        state = "finished" if self.done() else "cancelling" if self._requests else "pending"
+        return f"<Task {state} name={self._name!r} coro={getattr(self._coro, '__qualname__', self._coro)!s}>"
+
+
+def sweep(loop: asyncio.AbstractEventLoop) -> None:
+    """Whatever task is current in ``loop`` has given up its turn: it is current no more."""
+    current = asyncio.current_task(loop)
+    if current is not None:
+        _leave_task(loop, current)
+
+
+def own() -> Task | None:
+    """Return the task of the calling green thread, whose coroutine calls; None in a task of asyncio's."""
+    task = _mine.get()
+    return task if task is not None and task.green is getcurrent() else None
+
+
+def drive(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine to its end in this green thread, as a task of the loop that the hub is in.
+
+    Raises:
+        ConfigError: this is no green thread in an event loop.
+    """
+    loop = hosts.here.host.loop if hosts.here.host is not None else None
+    hub = _hub.current()
+    if loop is None or hub is None:
+        coroutine.close()
+        raise ConfigError("a handler with `async def handle` needs engine='asyncio'")
+    task = Task(coroutine, loop, hub)
+    _mine.set(task)
+    return task.run()
+
+
+async def aside(function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)``, which waits as green threads do, from a coroutine that is no green thread's own.
+
+    When it is cancelled, ``function`` is ended by GreenletExit.
+    """
+    host = hosts.here.host
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    if host is None:
+        raise RuntimeError("a connection of the engine `asyncio` can be used in its event loop alone")
+
+    def work() -> None:
+        try:
+            result = function(*args)
+        except Exception as error:  # noqa: BLE001 - raised again where it is awaited
+            if not future.done():
+                future.set_exception(error)
+        else:
+            if not future.done():
+                future.set_result(result)
+
+    green = host.stage.hub.spawn(work)
+    try:
+        return await future
+    except asyncio.CancelledError:
+        from greenlet import GreenletExit
+
+        host.stage.hub.throw(green, GreenletExit())
+        raise

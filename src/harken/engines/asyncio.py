@@ -1,0 +1,67 @@
+"""``async def handle``: the green engine in an event loop, where each handler's coroutine is run by a green thread.
+
+So a handler that waits for its connection waits in the hub, and what it waits for besides is the loop's business:
+futures, timers, other tasks. Handlers with a plain ``def handle`` run in threads, as in the pool engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from harken.engines import Options, is_async
+from harken.engines._crew import Crew
+from harken.engines.green import Engine as Green
+from harken.errors import ConfigError
+
+__all__ = ["Engine"]
+
+
+class Engine(Green):
+    """A task for each connection, in one event loop in a thread of the engine's own."""
+
+    host = "asyncio"
+
+    def __init__(self, options: Options) -> None:
+        super().__init__(options)
+        self._threads = False
+        self._pool = Crew(self._are_daemons)
+        self._pool.on_room = self.wake
+
+    @classmethod
+    def fit(cls, handler: Any) -> None:
+        """All but handlers with ``async def handle`` that are none of harken's: they would be given a blocking socket.
+
+        Raises:
+            ConfigError: it is such a one.
+        """
+        if is_async(handler) and not hasattr(handler, "is_async"):
+            raise ConfigError(f"{handler.__qualname__}.handle is async: derive it from harken.AsyncRequestHandler")
+
+    def prepare(self, handler: Any) -> None:
+        """Handlers with ``async def handle`` will run in the loop, all others in threads."""
+        self.fit(handler)
+        self._threads = not is_async(handler)
+        if self._threads:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Read ``pool_size`` and ``pool_queue`` anew, as the pool engine does."""
+        self._pool.resize(self.options("pool_size"), self.options("pool_queue"))
+        self.wake()
+
+    @property
+    def full(self) -> bool:
+        """Whether handlers run in threads, and all threads and places in the queue are taken."""
+        return self._threads and self._pool.full
+
+    def spawn(self, function: Callable[..., object], *args: Any, done: Callable[[int], None] | None = None) -> int:
+        """Run ``function`` in a green thread, or in a thread."""
+        if not self._threads:
+            return super().spawn(function, *args)
+        self._pool.submit(function, *args)
+        return 0
+
+    def join(self, deadline: float | None) -> int:
+        """Wait for the handlers, in threads and in the loop; see :class:`harken.engines.Engine`."""
+        return self._pool.join(deadline) + super().join(deadline)

@@ -1,0 +1,448 @@
+"""Async handlers: their verbs, their files, and that they are tasks as asyncio knows them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import os
+import socket
+import struct
+import sys
+import threading
+
+import pytest
+
+import harken
+
+PATIENCE = 10.0  # seconds
+LOCAL = ("127.0.0.1", 0)
+
+
+def talk(handle, say=b"", *, base=harken.AsyncStreamRequestHandler, **settings):
+    """Serve one client by ``handle``; return what it returned, or raised, and what the client got."""
+    outcome = []
+
+    async def recorded(self):
+        try:
+            outcome.append(await handle(self))
+        except BaseException as error:
+            outcome.append(error)
+
+    handler = type("Handler", (base,), {"handle": recorded})
+    with harken.background(harken.AsyncTCPServer(LOCAL, handler, **settings)) as server:
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            if callable(say):
+                got = say(client)
+            else:
+                client.sendall(say)
+                client.shutdown(socket.SHUT_WR)
+                got = b""
+                while part := client.recv(65536):
+                    got += part
+    return outcome[0], got
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_lines():
+    """``readline``, with a limit, iteration, and what is left at the end."""
+
+    async def handle(self):
+        first = await self.rfile.readline()
+        short = await self.rfile.readline(3)
+        return first, short, [line async for line in self.rfile], await self.rfile.readline()
+
+    assert talk(handle, b"one\ntwo and\nthree\nrest")[0] == (b"one\n", b"two", [b" and\n", b"three\n", b"rest"], b"")
+
+
+def test_sizes_are_asyncios():
+    """``read(n)`` gives what is there, ``readexactly`` waits for all, ``read()`` for the end."""
+
+    async def handle(self):
+        some = await self.rfile.read(100)
+        exact = await self.rfile.readexactly(4)
+        until = await self.rfile.readuntil(b"--")
+        try:
+            await self.rfile.readexactly(100)
+        except asyncio.IncompleteReadError as error:
+            return some, exact, until, error.partial, error.expected, await self.rfile.read()
+        return None
+
+    def say(client):
+        client.sendall(b"some")
+        threading.Timer(0.1, lambda: (client.sendall(b"4444until--rest"), client.shutdown(socket.SHUT_WR))).start()
+        return client.recv(10)
+
+    assert talk(handle, say)[0] == (b"some", b"4444", b"until--", b"rest", 100, b"")
+
+
+def test_a_large_body():
+    """More than any buffer."""
+    body = os.urandom(3_000_000)
+
+    async def handle(self):
+        data = await self.rfile.readexactly(1_000_000) + await self.rfile.read()
+        self.wfile.write(data)
+        await self.wfile.drain()
+
+    def say(client):
+        def send():
+            client.sendall(body)
+            client.shutdown(socket.SHUT_WR)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        got = b""
+        while part := client.recv(65536):
+            got += part
+        sender.join()
+        return got
+
+    assert talk(handle, say)[1] == body
+
+
+def test_nothing_is_lost_by_an_interrupted_read():
+    """A timeout in the midst of a line, in this task or in another, leaves it to the next read."""
+    seen = []
+
+    async def handle(self):
+        for wait in (self.by_timeout, self.by_wait_for):
+            try:
+                await wait()
+            except TimeoutError:
+                seen.append("timeout")
+        await self.request.sendall(b"go")
+        return await self.rfile.readline(), await self.rfile.readexactly(3)
+
+    class Base(harken.AsyncStreamRequestHandler):
+        async def by_timeout(self):
+            async with asyncio.timeout(0.05):
+                await self.rfile.readline()
+
+        async def by_wait_for(self):
+            await asyncio.wait_for(self.rfile.readexactly(100), 0.05)
+
+    def say(client):
+        client.sendall(b"begin ")
+        client.recv(2)
+        client.sendall(b"end\nabc")
+        return client.recv(1)
+
+    assert talk(handle, say, base=Base)[0] == (b"begin end\n", b"abc")
+    assert seen == ["timeout", "timeout"]
+
+
+def test_the_timeout_of_the_class():
+    """``timeout`` bounds one operation."""
+
+    class Base(harken.AsyncStreamRequestHandler):
+        timeout = 0.05
+        disable_nagle_algorithm = True
+
+    async def handle(self):
+        assert self.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        await self.rfile.readline()
+
+    assert isinstance(talk(handle, lambda client: client.recv(1), base=Base)[0], TimeoutError)
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def test_writes_may_be_left_or_awaited():
+    """In order, whichever way."""
+
+    async def handle(self):
+        self.wfile.write(b"a")
+        await self.wfile.write(bytearray(b"b"))
+        self.wfile.writelines([b"c", memoryview(b"d")])
+        await self.request.sendall(b"e")
+        await self.wfile.drain()
+
+    assert talk(handle)[1] == b"abcde"
+
+
+def test_write_does_not_wait_and_drain_does():
+    """A client that does not read holds up the one who drains, and nobody else."""
+    big = bytes(20_000_000)
+    written, go_on = threading.Event(), threading.Event()
+    seen = []
+
+    async def handle(self):
+        self.wfile.write(big)
+        self.wfile.write(b"end")
+        written.set()
+        seen.append(go_on.is_set())
+        await self.wfile.drain()
+        seen.append(go_on.is_set())
+
+    def say(client):
+        assert written.wait(PATIENCE)
+        go_on.set()
+        size, last = 0, b""
+        while part := client.recv(1 << 20):
+            size += len(part)
+            last = part
+        return size, last[-3:]
+
+    assert talk(handle, say)[1] == (len(big) + 3, b"end")
+    assert seen == [False, True]
+
+
+def test_answers_to_a_pipeline_are_joined_and_never_held_back():
+    """They are sent before the handler waits, for its client or for anything else."""
+    go_on = threading.Event()
+
+    async def handle(self):
+        async for line in self.rfile:
+            self.wfile.write(line)
+            if line == b"nap\n":
+                assert await asyncio.to_thread(go_on.wait, PATIENCE)
+        return "to the end"
+
+    def say(client):
+        client.sendall(b"a\nb\nnap\nc\n")
+        first = client.recv(100)
+        go_on.set()
+        second = client.recv(100)
+        client.shutdown(socket.SHUT_WR)
+        return first, second, client.recv(1)
+
+    assert talk(handle, say) == ("to the end", (b"a\nb\nnap\n", b"c\n", b""))
+
+
+def test_a_peer_that_has_gone_is_told_where_it_is_awaited():
+    """``write`` itself never raises for the peer; ``drain`` does, and the end of the handler does not."""
+    reset = threading.Event()
+
+    async def handle(self):
+        await self.wfile.write(b"x")
+        await asyncio.to_thread(reset.wait, PATIENCE)
+        with pytest.raises(ConnectionError):
+            for _ in range(100):
+                self.wfile.write(b"x" * 1000)
+                await self.wfile.drain()
+                await asyncio.sleep(0.001)
+        self.wfile.write(b"more")
+        return "done"
+
+    def say(client):
+        client.recv(1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        reset.set()
+
+    assert talk(handle, say)[0] == "done"
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_a_task():
+    """Seen by ``current_task`` and ``all_tasks``, with a name, a coroutine and a stack."""
+
+    async def handle(self):
+        task = asyncio.current_task()
+        await asyncio.sleep(0)
+        await self.request.recv(1)
+        assert asyncio.current_task() is task
+        assert task in asyncio.all_tasks()
+        task.set_name("mine")
+        assert task.get_name() == "mine"
+        assert "mine" in repr(task)
+        assert task.get_stack()
+        assert asyncio.iscoroutine(task.get_coro())
+        for wrong in (task.set_result, task.set_exception):
+            with pytest.raises(RuntimeError):
+                wrong(None)
+        return task
+
+    task, _ = talk(handle, b"x")
+    assert task.done()
+    assert not task.cancel()
+
+
+def test_tasks_beside_it():
+    """Task groups, ``gather`` and ``create_task``, with the connection in their hands."""
+
+    async def handle(self):
+        async with asyncio.TaskGroup() as group:
+            line = group.create_task(self.rfile.readline())
+            nap = group.create_task(asyncio.sleep(0.01, "slept"))
+        both = await asyncio.gather(self.request.recv(5), asyncio.sleep(0, "beside"))
+
+        async def reply():
+            self.wfile.write(b"reply ")
+            await self.request.sendall(b"sent")
+
+        await asyncio.create_task(reply())
+        return line.result(), nap.result(), both
+
+    def say(client):
+        client.sendall(b"line\n")
+        threading.Timer(0.05, client.sendall, (b"later",)).start()
+        return client.recv(6) + client.recv(4)
+
+    assert talk(handle, say) == ((b"line\n", "slept", [b"later", "beside"]), b"reply sent")
+
+
+def test_a_failing_task_group_cancels_the_read():
+    """The handler itself reads while a child fails."""
+
+    async def fail():
+        await asyncio.sleep(0.01)
+        raise KeyError("child")
+
+    async def handle(self):
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(fail())
+                await self.rfile.readline()
+        except* KeyError:
+            pass
+        return asyncio.current_task().cancelling()
+
+    assert talk(handle, lambda client: client.recv(1))[0] == 0
+
+
+@pytest.mark.parametrize("waiting", ["recv", "sleep", "running"])
+def test_cancel(waiting):
+    """Wherever it waits; a cancelled handler is no error."""
+    failures = []
+    unsubscribe = harken.events.subscribe(failures.append, "handler_failed")
+
+    class Handler(harken.AsyncRequestHandler):
+        async def handle(self):
+            task = asyncio.current_task()
+            if waiting == "running":
+                task.cancel()
+            else:
+                asyncio.get_running_loop().call_later(0.02, task.cancel)
+            try:
+                await (asyncio.sleep(PATIENCE) if waiting == "sleep" else self.request.recv(1))
+            except asyncio.CancelledError:
+                seen.append((task.cancelling(), task))
+                raise
+
+    seen = []
+    with harken.background(harken.AsyncTCPServer(LOCAL, Handler)) as server:
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            assert client.recv(1) == b""
+    unsubscribe()
+    assert seen[0][0] == 1
+    assert seen[0][1].cancelled()
+    assert failures == []
+
+
+def test_waiting_for_what_was_cancelled_is_an_error():
+    """Nobody cancelled the handler itself."""
+    errors = []
+    unsubscribe = harken.events.subscribe(lambda event: errors.append(event.error), "handler_failed")
+
+    class Server(harken.AsyncTCPServer):
+        def handle_error(self, request, client_address):
+            pass
+
+    class Handler(harken.AsyncRequestHandler):
+        async def handle(self):
+            future = asyncio.get_running_loop().create_future()
+            future.cancel()
+            await future
+
+    with harken.background(Server(LOCAL, Handler)) as server:
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            assert client.recv(1) == b""
+    unsubscribe()
+    assert [type(error) for error in errors] == [RuntimeError]
+
+
+def test_what_cannot_be_awaited():
+    """A bad yield, itself, and a future of another loop, each with asyncio's words."""
+
+    class Bad:
+        def __await__(self):
+            yield "x"
+
+    async def handle(self):
+        words = []
+        other = asyncio.new_event_loop()
+        for wrong in (Bad(), asyncio.current_task(), other.create_future()):
+            try:
+                await wrong
+            except RuntimeError as error:
+                words.append(str(error).split()[1])
+        other.close()
+        return words
+
+    assert talk(handle)[0] == ["got", "cannot", "<Task"]
+
+
+def test_context_variables_are_the_connections_own():
+    """Children see them, other connections do not."""
+    variable = contextvars.ContextVar("variable", default="nobody's")
+
+    async def handle(self):
+        before = variable.get()
+        variable.set("mine")
+        await asyncio.sleep(0)
+
+        async def child():
+            return variable.get()
+
+        return before, await asyncio.create_task(child()), variable.get()
+
+    for _ in range(2):
+        assert talk(handle)[0] == ("nobody's", "mine", "mine")
+
+
+def test_harkens_attributes():
+    """``peer``, ``connection_id``, ``draining``, ``logger`` as on every engine."""
+
+    async def handle(self):
+        return self.peer.address, self.connection_id in {c.id for c in self.server.connections()}, self.draining
+
+    assert talk(handle)[0] == ("127.0.0.1", True, False)
+
+
+def test_system_exit_ends_that_connection_only(monkeypatch):
+    """As in a thread."""
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: shown.append(args.exc_type))
+
+    class Handler(harken.AsyncStreamRequestHandler):
+        async def handle(self):
+            if await self.rfile.readline() == b"exit\n":
+                sys.exit(3)
+            self.wfile.write(b"alive")
+
+    with harken.background(harken.AsyncTCPServer(LOCAL, Handler)) as server:
+        for word, answer in ((b"exit\n", b""), (b"x\n", b"alive")):
+            with socket.create_connection(server.server_address, PATIENCE) as client:
+                client.sendall(word)
+                assert client.recv(10) == answer
+    assert shown == [SystemExit]
+
+
+def test_close_in_another_task_ends_a_read():
+    """Whoever waits is told."""
+
+    async def handle(self):
+        asyncio.get_running_loop().call_later(0.02, self.request.close)
+        with contextlib.suppress(OSError):
+            return await self.request.recv(1)
+
+    assert talk(handle, lambda client: client.recv(1), base=harken.AsyncRequestHandler) == (None, b"")
+
+
+def test_called_where_no_loop_is():
+    """The constructor says what is missing."""
+
+    class Handler(harken.AsyncRequestHandler):
+        async def handle(self):
+            pass
+
+    near, far = socket.socketpair()
+    with near, far, pytest.raises(harken.ConfigError, match="engine='asyncio'"):
+        Handler(near, "", None)
