@@ -5,14 +5,17 @@ from __future__ import annotations
 import datetime as dt
 import re
 import socket
+import struct
 import threading
 from pathlib import Path
 
 import pytest
 
+import harken
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SECONDS = 20
-TESTED = {"chat.py", "echo.py", "old_server.py", "udp_time.py"}
+TESTED = {"chat.py", "echo.py", "old_server.py", "proxy.py", "udp_time.py"}
 
 
 def wait_for(stream, pattern, count=1):
@@ -113,3 +116,47 @@ def test_chat(run_program):
                 others.write(b"bob\n")
                 assert others.readline() == b"your name? that name cannot be had\n"
         assert anns.readline() == b"* bob has left\n"
+
+
+class Sum(harken.BaseRequestHandler):
+    """Says who asks, reads to the end, and only then says how much it was, and sends it back."""
+
+    def handle(self):
+        self.request.sendall(f"{self.client_address}\n".encode())
+        data = b""
+        while more := self.request.recv(65536):
+            data += more
+        self.request.sendall(f"{len(data)}\n".encode() + data)
+
+
+@pytest.mark.parametrize("engine", ["thread", "green", "pool"])
+def test_proxy(run_program, engine):
+    """The backend sees the client; megabytes pass; an end in one direction leaves the other open."""
+    backend = harken.ThreadingTCPServer(("127.0.0.1", 0), Sum, proxy="v2", proxy_from=["127.0.0.1"])
+    program = ("-m", "harken", "serve", EXAMPLES / "proxy.py:Proxy", "--engine", engine, "--bind", "tcp://127.0.0.1:0")
+    with harken.background(backend):
+        process = run_program(*program, env={"BACKEND": f"tcp://127.0.0.1:{backend.server_address[1]}"})
+        (port,) = wait_for(process.stderr, r"^listening on tcp://127.0.0.1:(\d+)")
+        sent = bytes(range(256)) * 16384
+        with dial(port) as client, client.makefile("rb") as answer:
+            own = client.getsockname()
+            assert answer.readline() == f"{own}\n".encode()
+            client.sendall(sent)
+            client.shutdown(socket.SHUT_WR)
+            assert answer.readline() == b"%d\n" % len(sent)
+            assert answer.read() == sent
+
+
+def test_proxy_whose_backend_goes(run_program):
+    """When the backend resets, the client is not left waiting; and the next one is served."""
+    with socket.create_server(("127.0.0.1", 0)) as backend:
+        backend.settimeout(SECONDS)
+        program = ("-m", "harken", "serve", EXAMPLES / "proxy.py:Proxy", "--bind", "tcp://127.0.0.1:0")
+        process = run_program(*program, env={"BACKEND": f"tcp://127.0.0.1:{backend.getsockname()[1]}"})
+        (port,) = wait_for(process.stderr, r"^listening on tcp://127.0.0.1:(\d+)")
+        for _ in range(2):
+            with dial(port) as client:
+                behind, _ = backend.accept()
+                behind.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                behind.close()
+                assert client.recv(1) == b""

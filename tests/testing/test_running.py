@@ -145,3 +145,41 @@ def test_a_handler_that_does_not_end_is_told() -> None:
         client.close()
     release.set()
     thread.join(10)
+
+
+class WhoAsks(harken.BaseRequestHandler):
+    """Says who the client is."""
+
+    def handle(self) -> None:
+        """Say it."""
+        proxy = self.peer.proxy
+        assert proxy is not None
+        self.request.sendall(f"{self.client_address} {self.peer} {proxy.authority}".encode())
+
+
+PROXY = harken.ProxyHeader.make(("192.0.2.1", 56324), ("192.0.2.2", 443), authority="a.example")
+CLIENT = b"('192.0.2.1', 56324) 192.0.2.1:56324 a.example"
+
+
+@pytest.mark.parametrize("engine", ["inline", "thread", "pool", "fork", "green"])
+def test_a_client_may_come_by_a_proxy(engine: str) -> None:
+    """``connect(proxy=…)`` sends the header first, as a proxy would."""
+    with testing.serve(WhoAsks, engine=engine, proxy="v2", proxy_from=["127.0.0.1"]) as served:
+        with served.connect(proxy=PROXY) as client:
+            assert client.recv(100) == CLIENT
+
+
+def test_a_portless_client_may_come_by_a_proxy() -> None:
+    """The handler sees the client of the header, without a server's settings."""
+    with testing.connect(WhoAsks, proxy=PROXY) as client:
+        assert client.recv(100) == CLIENT
+
+
+def test_a_header_that_cannot_be_sent_opens_nothing() -> None:
+    """The mistake is told to the test, and no socket is left."""
+    wrong = harken.ProxyHeader(("localhost", 1), ("192.0.2.1", 1))
+    with pytest.raises(harken.ConfigError, match="localhost"):
+        testing.connect(WhoAsks, proxy=wrong)
+    with testing.serve(WhoAsks, proxy="v2", proxy_from=["127.0.0.1"]) as served:
+        with pytest.raises(harken.ConfigError, match="localhost"):
+            served.connect(proxy=wrong)

@@ -11,7 +11,8 @@ from typing import Any
 
 from harken import events
 from harken.connection import Connection
-from harken.errors import LifecycleError
+from harken.errors import ConfigError, LifecycleError
+from harken.preambles.proxy_header import ProxyHeader
 from harken.process.worker import Worker
 from harken.server import BaseServer, TCPServer
 from harken.serving import serving_of
@@ -54,18 +55,21 @@ class Served:
         """Where each server is bound."""
         return [serving_of(server).address() for server in self.servers]
 
-    def connect(self, timeout: float | None = PATIENCE) -> socket.socket:
+    def connect(self, timeout: float | None = PATIENCE, *, proxy: ProxyHeader | None = None) -> socket.socket:
         """Return a client of the first server; the caller closes it.
 
         Args:
             timeout: of the socket, in seconds, so that a test of a silent server ends.
+            proxy: the header to send first, as a proxy would for a client of its own.
         """
         listener = self.server.socket
         client = socket.socket(listener.family, listener.type)
         client.settimeout(timeout)
         try:
             client.connect(self.address)
-        except OSError:
+            if proxy is not None:
+                client.sendall(proxy.encode())
+        except (OSError, ConfigError):
             client.close()
             raise
         return client
@@ -151,8 +155,10 @@ class Client(socket.socket):
 class _Portless(TCPServer):
     """Takes one connection, which it was given, through all hooks."""
 
-    def __init__(self, end: Connection, client_address: Any, handler: Callable[..., Any], client: Client) -> None:
-        BaseServer.__init__(self, client_address, handler)
+    def __init__(
+        self, end: Connection, client_address: Any, handler: Callable[..., Any], client: Client, **settings: Any
+    ) -> None:
+        BaseServer.__init__(self, client_address, handler, **settings)
         self.socket = end
         self._client_address = client_address
         self._client = client
@@ -167,7 +173,11 @@ class _Portless(TCPServer):
 
 
 def connect(
-    handler: Callable[..., Any], *, client_address: Any = ("127.0.0.1", 0), timeout: float | None = PATIENCE
+    handler: Callable[..., Any],
+    *,
+    client_address: Any = ("127.0.0.1", 0),
+    timeout: float | None = PATIENCE,
+    proxy: ProxyHeader | None = None,
 ) -> Client:
     """Return a client that talks to ``handler`` over a socket pair: no port, no loop, no engine.
 
@@ -178,13 +188,17 @@ def connect(
         handler: the handler class.
         client_address: what the handler sees.
         timeout: of the client socket, in seconds.
+        proxy: the header to send first, as a proxy would: the handler sees the client that it names.
     """
+    first = b"" if proxy is None else proxy.encode()
     near, far = socket.socketpair()
     client = Client(near.family, near.type, near.proto, near.detach())
     client.settimeout(timeout)
     far.setblocking(True)
     end = Connection(far.family, far.type, far.proto, far.detach())
-    server = _Portless(end, client_address, handler, client)
+    settings = {} if proxy is None else {"proxy": "any", "proxy_from": ("unix:",)}
+    server = _Portless(end, client_address, handler, client, **settings)
     client._thread = threading.Thread(target=server._handle_request_noblock, name="harken-testing", daemon=True)
     client._thread.start()
+    client.sendall(first)
     return client
