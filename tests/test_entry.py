@@ -338,3 +338,67 @@ def test_what_is_no_socket_cannot_pass(wanted):
     with serving("inline", Tell, Pair) as server, dial(server) as client:
         assert client.recv(1) == b""
         assert isinstance(server.error, ConfigError)
+
+
+class Speaking(Greeting):
+    """A preamble that learns the client's address, as a PROXY header tells it: ``HELLO 192.0.2.7``."""
+
+    tells_client = True
+
+    def result(self, connection):
+        record = connection.record
+        record.spoken_for = (record.certificate["subject"], 4242)
+        return connection
+
+
+def greet(server, name):
+    """Say who one is; return what the server says to a word, or how it refuses."""
+    try:
+        with dial(server) as client:
+            client.sendall(b"HELLO %s\nx" % name)
+            return client.recv(100)
+    except ConnectionError:  # it may come as early as in connect()
+        return "reset"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_limits_by_address_judge_the_client_that_a_preamble_tells(engine, wanted, closed):
+    """The proxy's own address does not matter; the client's is judged, and refused with a reason."""
+    wanted(Speaking())
+    with serving(engine, deny=["127.0.0.0/8", "192.0.2.66"]) as server:
+        assert greet(server, b"192.0.2.7") == b"192.0.2.7:x"
+        assert greet(server, b"192.0.2.66") == "reset"
+        assert max(event.reason for event in closed(2)) == "rejected"
+        assert server.stats()["rejected_by_reason"] == {"deny": 1}
+
+
+@pytest.mark.parametrize("engine", ["thread", "pool", "green"])
+def test_a_share_is_counted_by_the_client_that_a_preamble_tells(engine, wanted):
+    """Many clients come by one proxy; each has its own share, and gives it back."""
+    wanted(Speaking())
+    with serving(engine, max_connections_per_peer=1) as server:
+        with dial(server) as first:
+            first.sendall(b"HELLO 192.0.2.7\nx")
+            assert first.recv(100) == b"192.0.2.7:x"
+            assert greet(server, b"192.0.2.8") == b"192.0.2.8:x"
+            assert greet(server, b"192.0.2.7") == "reset"
+        while server.connections():
+            pass
+        assert greet(server, b"192.0.2.7") == b"192.0.2.7:x"
+
+
+def test_a_share_behind_a_proxy_cannot_be_counted_in_children(wanted):
+    """The fork engine says so at the start instead of letting everybody in."""
+    wanted(Speaking())
+    with harken.TCPServer(LOCAL, Echo, engine="fork", max_connections_per_peer=1) as server:
+        with pytest.raises(ConfigError, match="max_connections_per_peer"):
+            server.serve_forever()
+
+
+def test_connections_in_their_preamble_count(wanted):
+    """A silent one takes a place."""
+    wanted(Greeting())
+    with serving("thread", max_connections=1, overload="reset") as server, dial(server):
+        while not server.connections():
+            pass
+        assert greet(server, b"ann") == "reset"

@@ -634,6 +634,7 @@ def test_stats_tell_the_figures():
                 "open": 1,
                 "accepted_total": 1,
                 "rejected_total": 0,
+                "rejected_by_reason": {},
                 "handler_failed_total": 0,
                 "closed_total": {},
                 "paused": False,

@@ -26,7 +26,7 @@ from typing import Any
 from harken import events
 from harken.settings import choice, setting, text
 
-__all__ = ["ACCEPT_ERRORS", "Acceptor", "Readable", "Verdict", "judge", "refuse"]
+__all__ = ["ACCEPT_ERRORS", "Acceptor", "Readable", "Verdict", "judge", "refuse", "turn_away"]
 
 # Connections taken in one wake-up, so that open connections and other listeners get their turn.
 # gevent takes 100, redis 10; above some dozens a burst gains nothing more here.
@@ -41,8 +41,9 @@ OVERLOAD = setting(
     choice("wait", "reset", "reply", "shed"),
     "wait",
     live=True,
-    meaning="what happens to a connection when the pool and its queue are full: `wait` leaves it in the backlog, "
-    "`reset` accepts and resets it, `reply` sends `overload_reply` and closes it, `shed` closes the longest idle one",
+    meaning="what happens to a connection beyond `max_connections`, or when the pool and its queue are full: `wait` "
+    "leaves it in the backlog, `reset` accepts and resets it, `reply` sends `overload_reply` and closes it, `shed` "
+    "closes the longest idle one; limits by client and by second never wait: they reset, or reply",
     origin="Ranch, gunicorn and gevent leave the connection in the backlog",
 )
 OVERLOAD_REPLY = setting(
@@ -94,6 +95,13 @@ def judge(error: OSError) -> Verdict:
 
 def refuse(request: object, reply: bytes = b"") -> None:
     """Close a connection that is not wanted: with ``reply``, or with a reset, which no client takes for an answer."""
+    if isinstance(request, socket.socket):
+        turn_away(request, reply)
+        request.close()
+
+
+def turn_away(request: object, reply: bytes = b"") -> None:
+    """Do all of :func:`refuse` but the closing, which then sends the reset, or what ends the reply."""
     if not isinstance(request, socket.socket):
         return
     try:
@@ -107,7 +115,6 @@ def refuse(request: object, reply: bytes = b"") -> None:
             request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     except OSError:
         pass  # nothing more to read, or it has gone: both is what we wanted
-    request.close()
 
 
 class Acceptor:
@@ -138,6 +145,7 @@ class Acceptor:
         self._until = math.inf
         self._began = 0.0
         self._delay = FIRST_PAUSE
+        self._again = math.inf
         self._exhausted = False
         self._shed = 0
         self.fatal: OSError | None = None
@@ -193,10 +201,16 @@ class Acceptor:
         if not self.paused:
             self._begin(math.inf, reason)
 
-    def turn(self, *, room: bool) -> None:
-        """Once a loop turn: watch the door again when the pause is over, or when there is room."""
+    def turn(self, *, room: bool, again: float = math.inf) -> None:
+        """Once a loop turn: watch the door again when the pause is over, or when there is room.
+
+        Args:
+            room: whether what :meth:`hold` waits for has come.
+            again: seconds after which to ask again, at the latest.
+        """
         if not self.paused:
             return
+        self._again = again
         if (room and math.isinf(self._until)) or time.monotonic() >= self._until:
             waited_for_room = math.isinf(self._until)
             self.paused = False
@@ -206,8 +220,10 @@ class Acceptor:
 
     def patience(self, interval: float) -> float:
         """How long the loop may sleep: ``interval``, or less when a pause ends sooner."""
-        if not self.paused or math.isinf(self._until):
+        if not self.paused:
             return interval
+        if math.isinf(self._until):
+            return min(interval, self._again)
         return max(0.0, min(interval, self._until - time.monotonic()))
 
     def _exhaust(self, error: OSError) -> None:

@@ -25,6 +25,7 @@ class Books:
         connections: those that are open.
         counts: what happened how often, by the event's name.
         reasons: closed connections by reason.
+        refusals: connections refused before their handler, by reason.
         interrupted: whether Ctrl-C shut the connections, and may have closed them under their handlers.
     """
 
@@ -38,6 +39,7 @@ class Books:
         self.connections = Registry(self.describe, self._closed, end_child)
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
         self.interrupted = False
         self._server = server
 
@@ -75,6 +77,7 @@ class Books:
         if record is not None and record.silent:
             return  # the exit status tells our parent
         self.counts["rejected"] += 1
+        self.refusals[reason] += 1
         if events.subscribers["rejected"]:
             self._tell("rejected", record, client_address, reason=reason, detail=detail)
 
@@ -90,6 +93,10 @@ class Books:
         self.counts["handler_failed"] += 1
         if events.subscribers["handler_failed"]:
             self._tell("handler_failed", record, client_address, error=error)
+
+    def alarm(self, open_now: int) -> None:
+        """``alarm_connections`` are open."""
+        events.emit("alarm", server=self._server, open=open_now)
 
     def truncated(self, client_address: Any, size: int) -> None:
         """A datagram was longer than ``size`` bytes, and its end is lost."""
@@ -124,6 +131,8 @@ class Books:
         events.emit(name, server=self._server, connection=record.id if record else None, peer=peer, **fields)
 
     def _closed(self, record: Record) -> None:
+        if record.ticket is not None and (ticket := vars(record).pop("ticket", None)) is not None:
+            ticket.give_back()
         if not record.opened or record.silent:
             return
         if record.held:

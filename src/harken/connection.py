@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from harken.peer import Peer, behind
 
 if TYPE_CHECKING:
+    from harken.admission import Ticket
     from harken.preambles.proxy_header import ProxyHeader
     from harken.report import Report
 
@@ -203,6 +204,7 @@ class Record:
         proxy: the header by which the peer spoke for that client, or None.
         certificate: the peer's TLS certificate, or None.
         report: how a forked child tells its parent what the preambles learned; else None.
+        ticket: what limits let it in by, or None. Whoever takes it out of ``__dict__`` gives it back: nobody else can.
     """
 
     # Defaults of the class: a record that nothing has happened to yet costs five stores.
@@ -219,6 +221,7 @@ class Record:
     proxy: ProxyHeader | None = None
     certificate: dict[str, Any] | None = None
     report: Report | None = None
+    ticket: Ticket | None = None
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
         self._number = (_prefix, next(_count))
@@ -239,6 +242,11 @@ class Record:
     def request(self) -> Any:
         """The request object, or None when it is gone."""
         return self._request()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has not ended."""
+        return self._registry.holds(self)
 
     @property
     def peer(self) -> Peer:
@@ -388,13 +396,17 @@ class Registry:
         record = self._records.get(id(request))
         return record if record is not None and record.request is request else None
 
+    def holds(self, record: Record) -> bool:
+        """Tell whether ``record`` is open."""
+        return self._records.get(record.key) is record
+
     def by_id(self, connection_id: str) -> Record | None:
         """Return the open record of this id."""
         return next((record for record in self if record.id == connection_id), None)
 
     def rename(self, record: Record, key: int) -> None:
         """File an open record under another key."""
-        if self._records.get(record.key) is record:
+        if self.holds(record):
             self._records[key] = record
             del self._records[record.key]
             record.key = key

@@ -10,6 +10,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from harken import preambles
+from harken.acceptor import turn_away
 from harken.connection import Record, shut
 from harken.errors import ConfigError, LifecycleError, PreambleError
 from harken.preambles import Preamble
@@ -80,7 +81,11 @@ class Entry:
             raise
         else:
             address = client_address if record is None or record.spoken_for is None else record.spoken_for
+            refusal = self._refusal(record, address)
             self._known(record, address)
+            if refusal is not None:
+                self._turn_away(record, passed, address, refusal)
+                return None
             if self._welcome(record, passed, address):
                 return passed, address
         server.shutdown_request(passed)
@@ -106,6 +111,20 @@ class Entry:
             record.report.tell(record)
         elif record.held:
             self._serving.books.opened(record, address)
+
+    def _refusal(self, record: Record | None, address: Any) -> str | None:
+        """Ask the limits that judge the client; return why one of them refuses it."""
+        admission = self._serving.admission
+        if admission is None or record is None or not self.tells_client:
+            return None
+        record.detail = admission.admit_client(record, self._serving.books.describe(record.request, address))
+        return record.detail
+
+    def _turn_away(self, record: Record | None, request: Any, address: Any, reason: str) -> None:
+        admission = self._serving.admission
+        self._serving.books.rejected(record, address, reason)
+        turn_away(request, admission.reply if admission is not None else b"")
+        self._serving.server.close_request(request)  # not shutdown_request(): its FIN would pass for an answer
 
     def _welcome(self, record: Record | None, request: Any, address: Any) -> bool:
         """Ask now whoever had to know the client's address."""

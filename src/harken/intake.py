@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from harken.acceptor import Readable, refuse
+from harken.acceptor import Readable, refuse, turn_away
 from harken.lifecycle import State
+from harken.shedding import Shedder
 
 if TYPE_CHECKING:
+    from harken.admission import Admission
+    from harken.connection import Record
     from harken.serving import Serving
 
 __all__ = ["Intake"]
+
+# Seconds that a connection that was shed gets to go before the next one is: its handler wakes within milliseconds.
+SHED_SECONDS = 1.0
 
 
 class Intake:
@@ -22,6 +29,8 @@ class Intake:
         self._serving = serving
         self._readable = Readable()
         self._lock = threading.Lock()
+        self._shedder = Shedder(lambda: serving.admission.records() if serving.admission else serving.connections)
+        self._shed_again = 0.0
 
     def watch(self) -> None:
         """Watch the door, unless the server is suspended: room in the pool does not end a suspension."""
@@ -44,10 +53,33 @@ class Intake:
         Raises:
             BlockingIOError: another loop was quicker.
         """
+        admission = self._serving.admission
         with self._lock:
-            if not self.readable():
+            if (admission is not None and admission.full) or not self.readable():
                 raise BlockingIOError("another thread took the connection")
-            return get()
+            taken = get()
+            if admission is not None and not isinstance(taken[0], tuple):
+                admission.reserve()
+            return taken
+
+    def admit(self, record: Record | None, request: Any, client_address: Any) -> bool:
+        """Ask the limits about a connection that was accepted; one that they refuse is closed here."""
+        serving = self._serving
+        admission = serving.admission
+        if admission is None:
+            return True
+        books = serving.books
+        reason = admission.admit(
+            record,
+            lambda: record.peer if record is not None else books.describe(request, client_address),
+            client_known=serving.entry is None or not serving.entry.tells_client,
+        )
+        if reason is None:
+            return True
+        books.rejected(record, client_address, reason)
+        turn_away(request, admission.reply)
+        serving.server.close_request(request)
+        return False
 
     def _accept_ready(self) -> bool:
         """Take one connection of the readable door through the hooks; tell whether there is another.
@@ -62,12 +94,40 @@ class Intake:
         engine, server = serving.engine, serving.server
         if engine.full and not self._make_room():
             return False
+        admission = serving.admission
+        if admission is not None and admission.full:
+            self._wait_for_room(admission)
+            return False
         taken = server._handle_request_noblock()
         if serving.acceptor.troubled:
             serving.acceptor.settle(taken=bool(taken))
         if taken is not True or serving.shared or engine.full or not getattr(server.get_request, "bursts", False):
             return False
+        if admission is not None and admission.full:
+            return False
         return self._readable(server.fileno())
+
+    def turn(self) -> None:
+        """Once a turn of the loop while the door is paused: watch it again when there is room."""
+        serving = self._serving
+        admission = serving.admission
+        if admission is None or not admission.holds(serving):
+            serving.acceptor.turn(room=not serving.engine.full)
+            return
+        room = admission.room()
+        if not room and admission.policy == "shed" and time.monotonic() >= self._shed_again:
+            self._shed()
+        serving.acceptor.turn(room=room and not serving.engine.full, again=admission.patience)
+        if not serving.acceptor.paused:
+            admission.unhold(serving)
+
+    def _wait_for_room(self, admission: Admission) -> None:
+        """As many are inside as may be: leave the door alone until somebody leaves, or make the longest idle leave."""
+        serving = self._serving
+        admission.hold(serving, serving.wake)
+        if admission.policy == "shed":
+            self._shed()
+        serving.acceptor.hold(f"max_connections ({admission.crowd.maximum}) are open")
 
     def _make_room(self) -> bool:
         """The engine is full: do as ``overload`` says. True when a connection may be accepted all the same."""
@@ -92,10 +152,5 @@ class Intake:
         serving.books.rejected(None, client_address, "overload")
 
     def _shed(self) -> None:
-        idle = [
-            (record.idle_seconds() or 0.0, -record.started, record)
-            for record in self._serving.connections
-            if not record.reason
-        ]
-        if idle:
-            max(idle, key=lambda entry: entry[:2])[2].cut("shed")
+        self._shed_again = time.monotonic() + SHED_SECONDS
+        self._shedder.shed()

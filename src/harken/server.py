@@ -132,6 +132,10 @@ class BaseServer:
         with self._harken.option("selector")() as selector:
             selector.register(self, 1)  # EVENT_READ
             while True:
+                admission = self._harken.admission
+                if admission is not None and not admission.wait_room(timeout):
+                    self.handle_timeout()
+                    return
                 if selector.select(timeout):
                     self._handle_request_noblock()
                     return
@@ -154,6 +158,8 @@ class BaseServer:
             return serving.acceptor.failed(error)
         record = serving.books.accepted(request, client_address)
         try:
+            if serving.admission is not None and not serving.intake.admit(record, request, client_address):
+                return True
             entry = serving.entry
             if entry is not None and entry.tells_client:
                 serving.books.held(record)  # whose connection it is, and so verify_request, comes later
@@ -332,8 +338,9 @@ class BaseServer:
     def stats(self) -> dict[str, Any]:
         """Return figures since the start.
 
-        ``state, address, engine, open, accepted_total, rejected_total, handler_failed_total, closed_total`` (by
-        reason), ``stalled_total`` (by place, of all servers that share the engine), ``paused`` and ``process``.
+        ``state, address, engine, open, accepted_total, rejected_total, rejected_by_reason, handler_failed_total``,
+        ``closed_total`` (by reason), ``stalled_total`` (by place, of all servers that share the engine), ``paused``
+        and ``process``.
         """
         return self._harken.stats()
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 from harken import events, plugins
 from harken.acceptor import Acceptor
+from harken.admission import Admission, wanted
 from harken.books import Books
 from harken.connection import CHILD_STATUS, REASONS, ConnectionInfo, Record
 from harken.drain import DrainReport, drain
 from harken.engines import ENGINE, Engine
 from harken.entry import Entry, entry_of
-from harken.errors import LifecycleError
+from harken.errors import ConfigError, LifecycleError
 from harken.intake import Intake
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
 from harken.report import Report
@@ -77,6 +78,7 @@ class Serving:
         if engine is not None:
             self.engine = engine
         self._packet_size = (-1, 0)
+        self._shared: Serving | None = None
         self._guard = threading.RLock()
         self._loop_count = 0
 
@@ -154,6 +156,29 @@ class Serving:
         except (OSError, AttributeError, ValueError):
             return str(getattr(self.server, "server_address", "?"))
 
+    @cached_property
+    def admission(self) -> Admission | None:
+        """The limits that connections must pass; None when none is set, and then nothing is counted either."""
+        made = self._shared.admission if self._shared is not None else Admission() if wanted(self.settings) else None
+        if made is None:
+            return None
+        made.join(self.connections, self.books.alarm)
+        made.refresh(self.settings, self.engine_name)
+        return made
+
+    def share_admission(self, other: Serving) -> None:
+        """Let the limits of another server hold over this one's connections too; before any came."""
+        self._shared = other
+
+    def _refresh_admission(self) -> None:
+        """Follow settings that may have changed."""
+        made = vars(self).get("admission")
+        if made is None:
+            vars(self).pop("admission", None)
+        else:
+            made.join(self.connections, self.books.alarm)
+            made.refresh(self.settings, self.engine_name)
+
     @property
     def logged(self) -> bool:
         """Whether a log writes what handlers raise, so that ``handle_error`` need not print it."""
@@ -175,6 +200,7 @@ class Serving:
             )
         engine, _ = self.engine, self.entry  # may raise: before anything has changed
         self._prepare(engine)
+        self._check_fit()
         with self._guard:
             self.lifecycle.move("serve")
             self._loop_count += 1
@@ -184,6 +210,7 @@ class Serving:
             if self._loop_count == 1:
                 self.books.interrupted = False
                 self.acceptor.open()
+                self._refresh_admission()
                 self.intake.watch()
                 events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
         self.ready.set()
@@ -204,6 +231,18 @@ class Serving:
                     self.ready.clear()
                     self.lifecycle.move("stop")
                     self.left.set()
+
+    def _check_fit(self) -> None:
+        if (
+            self.engine.in_child
+            and self.entry is not None
+            and self.entry.tells_client
+            and self.settings["max_connections_per_peer"] is not None
+        ):
+            raise ConfigError(
+                "the fork engine learns the client behind a PROXY header in the child, where it cannot count for "
+                "max_connections_per_peer; take another engine, or let the proxy limit its clients"
+            )
 
     def run(self, stopped: Callable[[], bool], interval: float) -> None:
         """Serve until ``stopped``, turning at least every ``interval`` seconds."""
@@ -226,7 +265,7 @@ class Serving:
         if self.engine.in_child:
             self.engine.collect()
         if self.acceptor.paused and self._loop_count:
-            self.acceptor.turn(room=not self.engine.full)
+            self.intake.turn()
 
     def wake(self) -> None:
         """Make the loop take a turn at once, if one runs."""
@@ -249,7 +288,7 @@ class Serving:
         def done(status: int) -> None:
             heard()
             if CHILD_STATUS["rejected"] == status and record is not None:
-                self.books.rejected(record, record.client_address, "verify_request")
+                self.books.rejected(record, record.client_address, record.detail or "verify_request")
             self.connections.child_ended(record, status)
 
         try:
@@ -348,6 +387,7 @@ class Serving:
             ConfigError: a setting is unknown, not live, or its value is not allowed; nothing was changed.
         """
         self.settings.configure(changes)
+        self._refresh_admission()
         if self.started:
             self.engine.refresh()
 
@@ -369,6 +409,7 @@ class Serving:
             "open": len(self.connections),
             "accepted_total": self.books.counts["accepted"],
             "rejected_total": self.books.counts["rejected"],
+            "rejected_by_reason": dict(self.books.refusals),
             "handler_failed_total": self.books.counts["handler_failed"],
             "closed_total": dict(self.books.reasons),
             "stalled_total": dict(self.engine.stalls) if self.started else {},

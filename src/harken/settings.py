@@ -11,7 +11,7 @@ import importlib
 import math
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -38,6 +38,7 @@ class Kind:
         minimum: the smallest number allowed, or None.
         choices: the words allowed, for ``choice``; empty allows any word.
         optional: whether None ("none" in text) is a value.
+        test: looks closer at a value; raises ValueError saying, after "is wrong: ", what would be allowed.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Kind:
     minimum: float | None = None
     choices: tuple[str, ...] = ()
     optional: bool = False
+    test: Callable[[Any], object] | None = None
 
     def fits(self, value: object) -> bool:
         """Tell whether ``value`` has a type that this kind takes, whatever its size or spelling."""
@@ -70,7 +72,9 @@ class Kind:
             raise ValueError(f"is not {self.describe()}")
         if self.minimum is not None and value is not None and value < self.minimum:
             raise ValueError(f"is below the smallest value allowed, {self.minimum:g}")
-        return value
+        if self.test is not None:
+            self.test(value)
+        return tuple(value) if isinstance(value, list) else value
 
     def parse(self, text: str) -> Any:
         """Read a value from a flag, a variable or a file.
@@ -146,6 +150,11 @@ def flag(*, optional: bool = False) -> Kind:
 def choice(*words: str, optional: bool = False) -> Kind:
     """One of a few words."""
     return Kind("choice", (str,), choices=words, optional=optional)
+
+
+def listing(*, optional: bool = False, test: Callable[[Any], object] | None = None) -> Kind:
+    """A list; in text its entries are separated by commas."""
+    return Kind("list", (tuple, list), optional=optional, test=test)
 
 
 def text(*, optional: bool = False) -> Kind:
@@ -255,6 +264,12 @@ DECLARED_IN = (
     "harken.engines.pool",
     "harken.engines.fork",
     "harken.stalls",
+    "harken.limits",
+    "harken.limits.connections",
+    "harken.limits.peers",
+    "harken.limits.rate",
+    "harken.limits.addresses",
+    "harken.limits.alarm",
     "harken.observe.log",
 )
 

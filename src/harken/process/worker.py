@@ -119,6 +119,8 @@ class Worker:
                     server.serving.on_child = partial(self._be_a_child, server)
                     self.servers.append(server)
                     _ = server.serving.entry  # a certificate that cannot be read is told now
+                    if server is not self.servers[0]:
+                        server.serving.share_admission(self.servers[0].serving)
             undo.pop_all()
 
     def _option(self, name: str) -> Any:

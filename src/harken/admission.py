@@ -1,0 +1,291 @@
+"""Admission: a server's limits in their order, the tickets of those who were let in, and who waits for room.
+
+A server without limits has no admission at all, and pays for none. The listeners of one worker share one, so that its
+numbers hold over all of them. A ticket travels with a connection's record and is given back once, by whoever ends it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from harken import plugins
+from harken.limits import Limit
+from harken.limits.addresses import Addresses
+from harken.limits.alarm import Alarm
+from harken.limits.connections import SETTLE_SECONDS, THREAD_MAX_CONNECTIONS, MaxConnections
+from harken.limits.peers import MaxConnectionsPerPeer
+from harken.limits.rate import MaxAcceptRate
+
+if TYPE_CHECKING:
+    from harken.connection import Record, Registry
+    from harken.peer import Peer
+    from harken.settings import Settings
+
+__all__ = ["Admission", "Ticket", "wanted"]
+
+# Seconds between looks while all places are taken: with ``overload=shed`` the next one may have to go.
+SHED_SECONDS = 1.0
+
+_NAMES = (
+    "max_connections",
+    "max_connections_per_peer",
+    "max_accept_rate",
+    "allow",
+    "deny",
+    "alarm_connections",
+    "limits",
+)
+
+
+def wanted(settings: Settings) -> bool:
+    """Tell whether any limit is set."""
+    return any(settings[name] not in (None, ()) for name in _NAMES)
+
+
+class Ticket:
+    """What a connection was let in by; given back when it ends.
+
+    Attributes:
+        peer: as the limits were told; None while only those were asked that do not look at it.
+        limits: those that let it in.
+    """
+
+    __slots__ = ("_admission", "limits", "peer")
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.peer: Any = None
+        self.limits: list[Limit] = []
+
+    def give_back(self) -> None:
+        """Release the limits. The caller sees to it that this happens once: see ``Record.ticket``."""
+        for limit in self.limits:
+            limit.release(self.peer)
+        self._admission.left()
+
+
+class Admission:
+    """The limits that hold, in the order in which they are asked.
+
+    Attributes:
+        crowd: how many are inside.
+        policy: the setting ``overload``.
+        reply: what a refused client is sent under ``overload=reply``, else nothing.
+    """
+
+    def __init__(self) -> None:
+        """Begin with no limit; see :meth:`refresh`."""
+        self.crowd = MaxConnections(None)
+        self.policy = "wait"
+        self.reply = b""
+        self._members: list[tuple[Registry, Callable[[int], None]]] = []
+        self._own: tuple[Any, tuple[Limit, ...]] = ((), ())
+        self._rate = MaxAcceptRate(None)
+        self._alarm = Alarm(None, lambda: self.crowd.inside, self._ring)
+        self._per_peer = MaxConnectionsPerPeer(None)
+        self._addresses: Addresses | None = None
+        self._lists: tuple[Any, Any] = (None, None)
+        # Limits that ask nothing about the peer, and those that do: with a PROXY header these come after the preamble.
+        self._at_door: tuple[Limit, ...] = ()
+        self._by_client: tuple[Limit, ...] = ()
+        self._reserved: deque[None] = deque()
+        self._held: dict[int, Callable[[], None]] = {}
+        self._free_since: float | None = None
+
+    # -- what holds ----------------------------------------------------------------------------------------------------
+
+    def join(self, registry: Registry, ring: Callable[[int], None]) -> None:
+        """Count a server's connections here, those that are open already too.
+
+        Args:
+            registry: the server's.
+            ring: tells its subscribers that ``alarm_connections`` are open.
+        """
+        if all(member is not registry for member, _ in self._members):
+            self._members.append((registry, ring))
+            self._count_again()
+
+    def refresh(self, settings: Settings, engine_name: str) -> None:
+        """Read the settings anew. What is inside stays inside, and counts."""
+        value, source = settings.find("max_connections")
+        if engine_name == "thread" and value is not None and source.startswith("default"):
+            value = min(value, THREAD_MAX_CONNECTIONS)
+        self.crowd.maximum = value
+        self.policy = settings["overload"]
+        reply = settings["overload_reply"] if self.policy == "reply" else b""
+        self.reply = reply.encode() if isinstance(reply, str) else reply
+        self._rate.maximum = settings["max_accept_rate"]
+        self._alarm.threshold = settings["alarm_connections"]
+        self._per_peer.maximum = settings["max_connections_per_peer"]
+        lists = settings["allow"], settings["deny"]
+        if lists != self._lists:
+            self._lists = lists
+            self._addresses = Addresses(*lists) if any(entry is not None for entry in lists) else None
+        if settings["limits"] != self._own[0]:
+            self._own = settings["limits"], tuple(map(_made, settings["limits"]))
+        self._arrange()
+        self.left()
+
+    def _arrange(self) -> None:
+        addresses = (self._addresses,) if self._addresses is not None else ()
+        # Once per-peer numbers were wanted they are kept, so that they are right when they are wanted again.
+        counted = self._per_peer.maximum is not None or self._per_peer in self._by_client
+        self._by_client = (*addresses, *((self._per_peer,) if counted else ()), *self._own[1])
+        self._at_door = (self.crowd, self._rate, self._alarm)
+        self._count_again()
+
+    def _count_again(self) -> None:
+        """Give a ticket of every counting limit to the connections that have none yet."""
+        for registry, _ in self._members:
+            for record in registry:
+                self._count(registry, record)
+
+    def _count(self, registry: Registry, record: Record) -> None:
+        ticket = record.__dict__.pop("ticket", None) or Ticket(self)
+        if self.crowd not in ticket.limits:
+            self.crowd.count()
+            ticket.limits.append(self.crowd)
+        if self._per_peer in self._by_client and self._per_peer not in ticket.limits:
+            ticket.peer = ticket.peer or record.peer
+            self._per_peer.count(ticket.peer)
+            ticket.limits.append(self._per_peer)
+        record.ticket = ticket
+        if not registry.holds(record) and record.__dict__.pop("ticket", None) is not None:
+            ticket.give_back()  # it ended meanwhile, and whoever ended it found no ticket
+
+    def records(self) -> list[Record]:
+        """Return the open connections, of all servers."""
+        return [record for registry, _ in self._members for record in registry]
+
+    def _ring(self, inside: int) -> None:
+        for _, ring in self._members[:1]:
+            ring(inside)
+
+    # -- one connection ------------------------------------------------------------------------------------------------
+
+    def admit(self, record: Record | None, peer: Callable[[], Peer], *, client_known: bool = True) -> str | None:
+        """Ask the limits about a connection that was accepted.
+
+        Args:
+            record: keeps the ticket; None for a datagram, which leaves at once.
+            peer: tells where it comes from; called when a limit wants to know.
+            client_known: False when a PROXY header is still to come: then :meth:`admit_client` asks the rest.
+
+        Returns:
+            None, or why it is refused; then nothing of it is counted.
+        """
+        ticket = Ticket(self)
+        reserved = bool(self._reserved) and self._take_reserved()
+        if reserved:
+            ticket.limits.append(self.crowd)
+        at_door = self._at_door[1:] if reserved or record is None else self._at_door
+        reason = None
+        if client_known and self._by_client:  # first: who is not wanted must not use up the tokens of others
+            reason = self._ask(self._by_client, ticket, peer())
+        if reason is None:
+            reason = self._ask(at_door, ticket, ticket.peer)
+        if reason is not None or record is None:
+            ticket.give_back()
+        else:
+            record.ticket = ticket
+        return reason
+
+    def admit_client(self, record: Record, peer: Peer) -> str | None:
+        """Ask the limits that judge the real client, once a preamble has told who that is; as :meth:`admit`.
+
+        A refused connection keeps its ticket until it is closed.
+        """
+        ticket = record.ticket
+        return self._ask(self._by_client, ticket, peer) if ticket is not None else None
+
+    def _ask(self, limits: tuple[Limit, ...], ticket: Ticket, peer: Any) -> str | None:
+        if peer is not None:
+            ticket.peer = peer
+        for limit in limits:
+            reason = limit.admit(peer)
+            if reason is not None:
+                return reason
+            ticket.limits.append(limit)
+        return None
+
+    # -- room ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def full(self) -> bool:
+        """Whether the next connection must stay in the backlog for now."""
+        return self.crowd.full and self.policy in ("wait", "shed")
+
+    def reserve(self) -> None:
+        """Count a connection that was just accepted, before ``admit`` is asked: for several loops on one server."""
+        if self.crowd.admit(None) is None:
+            self._reserved.append(None)
+
+    def _take_reserved(self) -> bool:
+        try:
+            self._reserved.pop()
+        except IndexError:
+            return False
+        return True
+
+    def room(self) -> bool:
+        """Tell whether a server that was full may accept again: so many have left, or some place stays free."""
+        if self.crowd.full:
+            self._free_since = None
+            return False
+        now = time.monotonic()
+        self._free_since = now if self._free_since is None else self._free_since
+        return self.crowd.low or now - self._free_since >= SETTLE_SECONDS
+
+    def hold(self, who: object, wake: Callable[[], None]) -> None:
+        """Call ``wake()`` whenever there may be room, until :meth:`unhold`."""
+        self._free_since = None
+        self._held[id(who)] = wake
+
+    def holds(self, who: object) -> bool:
+        """Tell whether ``who`` waits for room."""
+        return id(who) in self._held
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which to ask for :meth:`room` again, if nobody is woken before."""
+        return SHED_SECONDS if self.crowd.full else SETTLE_SECONDS
+
+    def unhold(self, who: object) -> None:
+        """Call no more."""
+        self._held.pop(id(who), None)
+
+    def left(self) -> None:
+        """Somebody has left: wake those that wait for room."""
+        if self._held and not self.crowd.full:
+            for wake in list(self._held.values()):
+                wake()
+
+    def wait_room(self, timeout: float | None) -> bool:
+        """Wait until the next connection may be accepted; tell whether that came within ``timeout`` seconds."""
+        news = threading.Event()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.hold(news, news.set)
+        try:
+            while self.full:
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                news.wait(left)
+                news.clear()
+            return True
+        finally:
+            self.unhold(news)
+
+    def __iter__(self) -> Iterator[Limit]:
+        """The limits, in their order."""
+        return iter((*self._at_door, *self._by_client))
+
+
+def _made(entry: Any) -> Limit:
+    found = plugins.find("limits", entry, "Limit") if isinstance(entry, str) else entry
+    made: Limit = found() if isinstance(found, type) else found
+    return made

@@ -1,0 +1,76 @@
+"""``max_connections``: how many may be open at once."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from harken import settings
+
+if TYPE_CHECKING:
+    from harken.peer import Peer
+
+__all__ = ["MAX_CONNECTIONS", "THREAD_MAX_CONNECTIONS", "MaxConnections"]
+
+# The default of ``serve`` on the thread engine: a thread holds some 50 to 100 KiB, and a thousand take turns at the
+# interpreter's lock; gunicorn's worker_connections is 1000 as well.
+THREAD_MAX_CONNECTIONS = 1000
+
+MAX_CONNECTIONS = settings.setting(
+    "max_connections",
+    settings.count(1, optional=True),
+    None,
+    serve=10_000,
+    unit="connections",
+    live=True,
+    meaning="connections open at once over all listeners, also those in their preamble; beyond, `overload` says",
+    origin=f"what green threads hold with ease; under serve on the thread engine it is {THREAD_MAX_CONNECTIONS} unless "
+    "set, as gunicorn's worker_connections",
+)
+
+# The share of places that must be free before a full server accepts again, unless some have been free for
+# SETTLE_SECONDS: so that a full server does not pause and resume for each single connection, and nobody starves.
+HYSTERESIS = 0.05
+# Seconds after which a single free place is enough: no client notices, and twenty pauses a second cost nothing.
+SETTLE_SECONDS = 0.05
+
+
+class MaxConnections:
+    """Lets at most ``maximum`` in; None counts only."""
+
+    def __init__(self, maximum: int | None) -> None:
+        """Begin with nobody inside."""
+        self.maximum = maximum
+        # One entry each: append and pop are atomic, whatever thread, signal handler or collection they run in.
+        self._inside: deque[None] = deque()
+
+    @property
+    def inside(self) -> int:
+        """How many have been let in and not released."""
+        return len(self._inside)
+
+    @property
+    def full(self) -> bool:
+        """Whether the next one would be refused."""
+        return self.maximum is not None and len(self._inside) >= self.maximum
+
+    @property
+    def low(self) -> bool:
+        """Whether so many have left that a full server may accept again at once."""
+        return self.maximum is None or len(self._inside) <= self.maximum - max(1, int(self.maximum * HYSTERESIS))
+
+    def count(self) -> None:
+        """Count one that is in already, whatever the maximum."""
+        self._inside.append(None)
+
+    def admit(self, peer: Peer | None) -> str | None:
+        """Let one in while fewer than the maximum are inside."""
+        self._inside.append(None)
+        if self.maximum is not None and len(self._inside) > self.maximum:
+            self._inside.pop()
+            return "max_connections"
+        return None
+
+    def release(self, peer: Peer | None) -> None:
+        """One has left."""
+        self._inside.pop()

@@ -1,0 +1,72 @@
+"""Finding the connection that was idle longest."""
+
+import time
+
+from harken.shedding import Shedder
+
+
+class Fake:
+    """A record whose idle time a test sets."""
+
+    def __init__(self, since, started=0.0):
+        self.since = since
+        self.started = started
+        self.reason = None
+        self.is_open = True
+        self.asked = 0
+
+    def idle_seconds(self):
+        """How long ago ``since`` is."""
+        self.asked += 1
+        return None if self.since is None else time.monotonic() - self.since
+
+    def cut(self, reason):
+        """Be cut."""
+        self.reason = reason
+
+
+def test_the_longest_idle_go_in_order():
+    """One after the other; those that have gone or are on their way are passed over."""
+    now = time.monotonic()
+    records = [Fake(now - idle) for idle in (5, 50, 20, 40, 30)]
+    shedder = Shedder(lambda: records)
+    records[3].is_open = False
+    assert shedder.shed()
+    assert records[1].reason == "shed"
+    assert shedder.find() is records[4]
+    records[2].reason = "killed"
+    assert shedder.find() is records[0]
+
+
+def test_one_that_moved_since_the_look_is_put_back():
+    """The order is that of the moment, not that of the look."""
+    now = time.monotonic()
+    records = [Fake(now - idle) for idle in (30, 20, 10)]
+    shedder = Shedder(lambda: records)
+    assert shedder.find() is records[0]
+    records[1].since = now - 5
+    assert shedder.find() is records[2]
+    assert shedder.find() is records[1]
+
+
+def test_each_costs_a_look_at_few():
+    """A hundred are shed from ten thousand by little more than one look at all of them."""
+    now = time.monotonic()
+    records = [Fake(now - 100 - number) for number in range(10_000)]
+    shedder = Shedder(lambda: records)
+    for _ in range(100):
+        assert shedder.shed()
+    assert sum(record.asked for record in records) < 10_000 + 1000
+    assert [record.reason for record in records[-100:]] == ["shed"] * 100
+
+
+def test_where_the_kernel_tells_no_idle_time_the_oldest_goes():
+    """Unix sockets on blocking engines."""
+    records = [Fake(None, started) for started in (3.0, 1.0, 2.0)]
+    shedder = Shedder(lambda: records)
+    assert shedder.find() is records[1]
+
+
+def test_nobody_is_found_where_nobody_is():
+    """An empty server sheds nobody."""
+    assert not Shedder(list).shed()
