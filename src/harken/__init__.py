@@ -29,6 +29,7 @@ _HOMES: dict[str, str] = {
     "Peer": "harken.peer",
     "ConnectionInfo": "harken.connection",
     "serve": "harken.process.worker",
+    "start": "harken.process.start",
 }
 if hasattr(os, "fork"):
     _HOMES["ForkingMixIn"] = "harken.mixins"

@@ -272,10 +272,7 @@ class AsyncWriter:
             self._unsent += view.cast("B")[sent:]
         if not self._sending:
             self._sending = True
-            host = hosts.here.host
-            if host is None:
-                raise RuntimeError("a connection of the engine `asyncio` can be used in its event loop alone")
-            host.stage.hub.spawn(self._send_rest)
+            hosts.any_host().stage.hub.spawn(self._send_rest)
 
     def _send_rest(self) -> None:
         """What a green thread does until nothing is left."""

@@ -253,9 +253,10 @@ def drive(coroutine: Coroutine[Any, Any, Any]) -> Any:
     Raises:
         ConfigError: this is no green thread in an event loop.
     """
-    loop = hosts.here.host.loop if hosts.here.host is not None else None
     hub = _hub.current()
-    if loop is None or hub is None:
+    host = hosts.host_of(hub)
+    loop = None if host is None else host.loop
+    if loop is None:
         coroutine.close()
         raise ConfigError("a handler with `async def handle` needs engine='asyncio'")
     task = Task(coroutine, loop, hub)
@@ -268,10 +269,8 @@ async def aside(function: Callable[..., Any], *args: Any) -> Any:
 
     When it is cancelled, ``function`` is ended by GreenletExit.
     """
-    host = hosts.here.host
+    hub = hosts.any_host().stage.hub
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-    if host is None:
-        raise RuntimeError("a connection of the engine `asyncio` can be used in its event loop alone")
 
     def work() -> None:
         try:
@@ -283,11 +282,11 @@ async def aside(function: Callable[..., Any], *args: Any) -> Any:
             if not future.done():
                 future.set_result(result)
 
-    green = host.stage.hub.spawn(work)
+    green = hub.spawn(work)
     try:
         return await future
     except asyncio.CancelledError:
         from greenlet import GreenletExit
 
-        host.stage.hub.throw(green, GreenletExit())
+        hub.throw(green, GreenletExit())
         raise

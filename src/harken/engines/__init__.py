@@ -159,6 +159,14 @@ class Engine(ABC):
         """Whether the calling thread is one of the engine's own in which doors are watched (*any thread*)."""
         return False
 
+    def lodge(self) -> Callable[[], None]:
+        """Run handlers in the asyncio loop that runs in this thread, if this engine has a loop for them.
+
+        Returns:
+            What ends that; to be called in this thread when nothing is served any more.
+        """
+        return lambda: None
+
     @classmethod
     def remark(cls) -> str:
         """One line that ``harken check`` tells of the engine on this machine, or an empty string."""

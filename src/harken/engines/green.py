@@ -121,6 +121,7 @@ class Engine(Contract):
         self._watchdog: Watchdog | None = None
         self._thread: threading.Thread | None = None
         self._leaving = False
+        self._lodging = False
         # Held while a door's or a loop's callable runs. Taken before the guard, never after it.
         self._turns = threading.RLock()
         # Held while the hub comes and goes.
@@ -243,15 +244,19 @@ class Engine(Contract):
             started.wait()
         return self._hub
 
-    def _run_hub(self, started: Bell) -> None:
+    def _make_hub(self) -> tuple[hosts.Stage, Watchdog]:
+        """Make the hub, in the thread that is to be its own."""
         self._thread = threading.current_thread()
         hub = _hub.Hub()
         for door, _ in list(self._doors.values()):
             self._watch(hub, door)
         self._hub = hub
-        watchdog = self._watch_for_stalls(hub)
-        started.ring()
         stage = hosts.Stage(hub, self._is_over, self._patience, self._tick, lambda: self.options("loop"))
+        return stage, self._watch_for_stalls(hub)
+
+    def _run_hub(self, started: Bell) -> None:
+        stage, watchdog = self._make_hub()
+        started.ring()
         try:
             hosts.run(self.host or hosts.first(), stage)
         except BaseException as error:  # noqa: BLE001 - raised again by the loops' callers
@@ -262,8 +267,28 @@ class Engine(Contract):
         finally:
             watchdog.stop()
 
+    def lodge(self) -> Callable[[], None]:
+        """Let the hub be a guest in the loop of this thread; see :class:`harken.engines.Engine`."""
+        from harken._hub.hosts.asyncio import Lodger
+
+        with self._guard:
+            self._lodging = True
+            stage, watchdog = self._make_hub()
+            lodger = Lodger(stage)
+
+        def leave() -> None:
+            with self._guard:
+                self._hub = self._thread = None
+                self._lodging = False
+            lodger.leave()
+            watchdog.stop()
+
+        return leave
+
     def _is_over(self) -> bool:
         """Whether the hub's thread may end; asked by the hub."""
+        if self._lodging:
+            return False
         if not self._leaving and (self._loops or self._jobs):
             return False
         with self._guard:
@@ -273,7 +298,7 @@ class Engine(Contract):
 
     def _await_thread(self, seconds: float | None) -> None:
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and not self._lodging and thread is not threading.current_thread():
             thread.join(seconds)
 
     @property
@@ -393,6 +418,7 @@ class Engine(Contract):
         self._jobs.clear()
         self._bells.clear()
         self._hub = self._thread = self._watchdog = None
+        self._lodging = False
         self._turns = threading.RLock()
         self._guard = threading.RLock()
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from harken import _hub
 from harken.errors import ConfigError
 
-__all__ = ["Host", "Stage", "event_loop", "first", "here", "loop_factory", "run"]
+__all__ = ["Host", "Stage", "any_host", "enter", "event_loop", "first", "host_of", "leave", "loop_factory", "run"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +57,45 @@ class Host(Protocol):
     def run(self) -> str | None:
         """Give turns; return the name of the next host, or None."""
 
-    def move(self) -> None:
-        """Ask that the hub move to an event loop. From a green thread, which then waits for its next turn."""
+    def move(self) -> bool:
+        """Ask that the hub move to an event loop; tell whether it will. From a green thread, which then gives way."""
 
 
 class _Here(threading.local):
-    """The host of the hub that lives in this thread."""
+    """The hosts of the hubs that live in this thread; mostly one. By the identity of the hub."""
 
-    host: Host | None = None
+    def __init__(self) -> None:
+        self.hosts: dict[int, Host] = {}
 
 
-here = _Here()
+_here = _Here()
+
+
+def enter(host: Host) -> None:
+    """``host`` gives its hub turns in this thread from now on."""
+    _here.hosts[id(host.stage.hub)] = host
+
+
+def leave(hub: Any) -> None:
+    """``hub`` gets no more turns in this thread; it is closed."""
+    _here.hosts.pop(id(hub), None)
+    hub.close()
+
+
+def host_of(hub: Any) -> Host | None:
+    """Return the host of a hub that lives in this thread."""
+    return _here.hosts.get(id(hub))
+
+
+def any_host() -> Host:
+    """Return the host of some hub of this thread, for code that runs beside green threads and is none.
+
+    Raises:
+        RuntimeError: no hub lives here.
+    """
+    for host in _here.hosts.values():
+        return host
+    raise RuntimeError("a connection of the engine `asyncio` can be used in its event loop alone")
 
 
 def first() -> str:
@@ -85,11 +113,10 @@ def run(name: str | None, stage: Stage) -> None:
     try:
         while name is not None:
             made: Host = importlib.import_module(f"harken._hub.hosts.{name}").Host(stage)
-            here.host = made
+            enter(made)
             name = made.run()
     finally:
-        here.host = None
-        stage.hub.close()
+        leave(stage.hub)
 
 
 def event_loop() -> Any:
@@ -98,12 +125,11 @@ def event_loop() -> Any:
     None where there can be none: in a plain thread, in gevent's loop, and in a hub that no engine runs.
     """
     hub = _hub.current()
-    while hub is not None and here.host is not None and here.host.loop is None:
-        if here.host.stage.hub is not hub or not hasattr(here.host, "move"):
+    while (host := host_of(hub)) is not None and host.loop is None:
+        if not host.move():
             return None
-        here.host.move()
         hub.sleep(0)
-    return here.host.loop if hub is not None and here.host is not None else None
+    return None if host is None else host.loop
 
 
 def loop_factory(name: str) -> Callable[[], Any]:

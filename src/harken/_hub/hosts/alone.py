@@ -30,9 +30,10 @@ class Host:
             return "asyncio"
         return None
 
-    def move(self) -> None:
+    def move(self) -> bool:
         """Leave for asyncio at the next turn."""
         self.stage.hub.call_soon(self._leave)
+        return True
 
     def _leave(self) -> None:
         if not self._left:  # several may have asked

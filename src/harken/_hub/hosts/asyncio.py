@@ -6,10 +6,11 @@ import asyncio
 import time
 from typing import Any
 
+from harken._hub import hosts
 from harken._hub.hosts import Stage, loop_factory
 from harken._hub.task import sweep
 
-__all__ = ["Guest", "Host"]
+__all__ = ["Guest", "Host", "Lodger"]
 
 # Seconds added to each timer. uvloop counts whole milliseconds and may be half a one early; the hub would find nothing
 # due, and the loop spin until it is.
@@ -128,5 +129,37 @@ class Host:
             guest.leave()
             self.stage.hub.close()  # while the loop runs: green threads that are left may be inside coroutines
 
-    def move(self) -> None:
+    def move(self) -> bool:
+        """It is there, or will be at once."""
+        return True
+
+
+class Lodger:
+    """The host of a hub in a loop of the program's own, for as long as the program likes.
+
+    Attributes:
+        loop: the loop, which runs in this thread.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.loop: Any = asyncio.get_running_loop()
+        self._guest = Guest(stage, self.loop)
+        hosts.enter(self)
+        self._guest.enter()
+
+    def run(self) -> str | None:
+        """Not this one's: the program runs the loop."""
+        return None
+
+    def move(self) -> bool:
         """It is there already."""
+        return True
+
+    def leave(self) -> None:
+        """Take no more turns; green threads that are left are ended."""
+        self._guest.leave()
+        hosts.leave(self.stage.hub)
+        if not self._guest.over.done():
+            self._guest.over.set_result(None)
+        self._guest.over.exception()  # looked at

@@ -1,0 +1,198 @@
+"""``start``: serve inside a running asyncio or uvloop loop, beside whatever else the program does there."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Self
+
+from harken.connection import ConnectionInfo
+from harken.drain import Drain, DrainReport
+from harken.engines import is_async
+from harken.process.worker import Worker
+
+__all__ = ["Started", "start"]
+
+
+async def start(handler: Callable[..., Any], *addresses: str, **settings: Any) -> Started:
+    """Serve ``handler`` on every address inside the running asyncio or uvloop loop; return once it serves.
+
+    On the engines ``asyncio`` and ``green`` handlers run in this loop; on the others where they always do.
+
+    Args:
+        handler: a handler class. One with ``async def handle`` takes the engine ``asyncio`` unless told otherwise.
+        addresses: URLs such as ``tcp://127.0.0.1:8800``, ``unix:/run/echo.sock``, ``udp://:8800``.
+        settings: any setting by name; those not given have the defaults of ``serve``.
+
+    Returns:
+        The server. ``async with`` drains it in the end.
+
+    Raises:
+        ConfigError: an address, a setting or the handler is wrong; nothing stays open.
+        BindError: an address cannot be had; nothing stays open.
+    """
+    if is_async(handler):
+        settings.setdefault("engine", "asyncio")
+    started = Started(Worker(handler, addresses or ("tcp://127.0.0.1:8800",), settings))
+    await started._begin()
+    return started
+
+
+class Started:
+    """A server in a running loop; made by ``harken.start``. Its verbs are for that loop's thread.
+
+    Attributes:
+        addresses: the URLs on which it listens, ports filled in.
+        server_address: what the first one is bound to, as ``socketserver`` has it.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._engine = worker._engine
+        self._servers = worker.servers
+        self.addresses = [server.serving.address() for server in worker.servers]
+        self.server_address = worker.servers[0].server_address
+        self._stopping = False
+        self._report: asyncio.Task[DrainReport] | None = None
+        # It waits for the end, and accepts where the engine has no loop of its own.
+        self._thread = threading.Thread(target=self._serve, name="harken-start", daemon=True)
+        self._error: BaseException | None = None
+
+    async def _begin(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._over = asyncio.Event()
+        self._leave = self._engine.lodge()
+        self._thread.start()
+        try:
+            await self._ready
+        except BaseException:
+            await self.close()
+            raise
+
+    def _serve(self) -> None:
+        try:
+            with ExitStack() as attached:
+                for server in self._servers:
+                    attached.enter_context(server.serving.attached())
+                self._tell(None)
+                self._engine.run(lambda: self._stopping, self._worker._tick, self._worker._patience)
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for the server
+            self._error = error
+            self._tell(error)
+
+    def _tell(self, error: BaseException | None) -> None:
+        def tell() -> None:
+            if not self._ready.done():
+                if error is None:
+                    self._ready.set_result(None)
+                else:
+                    self._ready.set_exception(error)
+            elif error is not None:
+                self._over.set()
+
+        try:
+            self._loop.call_soon_threadsafe(tell)
+        except RuntimeError:
+            pass  # the loop was closed: nobody waits
+
+    async def serve_forever(self) -> None:
+        """Wait until the server is drained or closed, by another task; when this one is cancelled, close it.
+
+        Raises:
+            BaseException: what ended the server.
+        """
+        try:
+            await self._over.wait()
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+        if self._error is not None:
+            raise self._error
+
+    async def drain(self, timeout: float | None = None) -> DrainReport:
+        """Serve what has arrived, close the listeners, wait for open connections, cut what is left.
+
+        Args:
+            timeout: seconds to wait; None takes the setting ``drain_timeout``.
+        """
+        if self._report is None:
+            seconds = self._worker.settings["drain_timeout"] if timeout is None else timeout
+            self._report = asyncio.ensure_future(self._end(seconds))
+        return await asyncio.shield(self._report)
+
+    async def close(self) -> None:
+        """Stop now: cut every connection."""
+        await self.drain(0.0)
+
+    async def _end(self, seconds: float) -> DrainReport:
+        """Drain in threads: the loop goes on, and its handlers with it."""
+        deadline = time.monotonic() + seconds
+        try:
+            drains = await asyncio.to_thread(self._leave_doors, deadline)
+            reports = await asyncio.gather(*(asyncio.to_thread(drain.end, deadline) for drain in drains))
+            await asyncio.to_thread(self._worker.close)
+        finally:
+            self._leave()
+            self._over.set()
+        return DrainReport(
+            sum(report.finished for report in reports),
+            max(report.left for report in reports),  # the engine's, which they share
+            sum(report.cut for report in reports),
+            max(report.seconds for report in reports),
+            [info for report in reports for info in report.connections],
+        )
+
+    def _leave_doors(self, deadline: float) -> list[Drain]:
+        self._stopping = True
+        self._engine.wake()
+        self._thread.join()
+        drains = [Drain(server.serving) for server in self._servers]
+        for drain in drains:
+            drain.begin(deadline - time.monotonic(), lambda: None)
+        return drains
+
+    def suspend(self) -> None:
+        """Stop accepting; new connections wait in the backlog, open ones go on."""
+        for server in self._servers:
+            server.suspend()
+
+    def resume(self) -> None:
+        """Accept again after ``suspend()``."""
+        for server in self._servers:
+            server.resume()
+
+    def connections(self) -> list[ConnectionInfo]:
+        """Describe the open connections of all addresses, oldest first."""
+        return sorted(
+            (info for server in self._servers for info in server.connections()), key=lambda info: info.opened_at
+        )
+
+    def close_connection(self, id: str, reason: str = "killed") -> bool:
+        """Cut the connection of this id; tell whether it was open."""
+        return any(server.close_connection(id, reason) for server in self._servers)
+
+    def configure(self, **changes: Any) -> None:
+        """Change live settings.
+
+        Raises:
+            ConfigError: a setting is unknown, not live, or its value is not allowed; nothing was changed.
+        """
+        for server in self._servers:
+            server.configure(**changes)
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """Return figures since the start, by address; see the reference of ``stats()``."""
+        return {server.serving.address(): server.stats() for server in self._servers}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.drain()
