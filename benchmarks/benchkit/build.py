@@ -25,7 +25,7 @@ class CannotBuildError(RuntimeError):
 
 def build_load() -> Path:
     """Build the load generator if it is missing or older than its source, and return its path."""
-    _require_tools(("cc", "make"), "the load generator")
+    require_tools(("cc", "make"), "the load generator")
     return make("load")
 
 
@@ -49,7 +49,7 @@ def certificate_words() -> list[str]:
     Raises:
         CannotBuildError: there is no openssl command.
     """
-    _require_tools(("openssl",), "TLS")
+    require_tools(("openssl",), "TLS")
     make("certificate")
     return ["--certificate", str(BUILD / "certificate.pem"), "--key", str(BUILD / "key.pem")]
 
@@ -63,7 +63,7 @@ def prepare(rival: Rival, python: str = sys.executable) -> list[str]:
     for module in rival.modules:
         if not _is_importable(module, python):
             raise CannotBuildError(f"Python module {module} is not importable")
-    _require_tools(rival.tools, rival.name)
+    require_tools(rival.tools, rival.name)
     if rival.target:
         make(rival.target)
     places = {"python": python, "rivals": str(HOME / "rivals"), "build": str(BUILD)}
@@ -83,7 +83,8 @@ def _is_importable(module: str, python: str) -> bool:
     return subprocess.run(command, env=environment(), capture_output=True, timeout=60, check=False).returncode == 0
 
 
-def _require_tools(tools: Iterable[str], purpose: str) -> None:
+def require_tools(tools: Iterable[str], purpose: str) -> None:
+    """Raise CannotBuildError where a program is not on PATH; it names the Debian package."""
     for tool in tools:
         if shutil.which(tool) is None:
             raise CannotBuildError(f"{purpose} needs {tool} (Debian package {PACKAGES.get(tool, tool)})")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchkit.plan import Scenario
-from benchkit.server import Server, ServerError, Usage, pinned
+from benchkit.server import START_SECONDS, Server, ServerError, Usage, pinned
 
 GRACE_SECONDS = 90.0  # beyond warm-up and window: idle may need a minute to open its connections
 WARMUP_SHARE = 0.25  # of the window
@@ -26,10 +26,15 @@ class RoundError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What every round uses: the load generator, and the cores of server and load; None is no pinning."""
+    """What every round uses: the load generator, and the cores of server and load; None is no pinning.
+
+    Attributes:
+        patience: seconds that a server may take to start.
+    """
 
     load: Path
     cores: tuple[int | None, int | None]
+    patience: float = START_SECONDS
 
     def measure(self, scenario: Scenario, command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
         """Run one round and return its figures.
@@ -45,7 +50,7 @@ class Bench:
         servers: list[Server] = []
         try:
             for _ in range(scenario.processes):
-                servers.append(Server(command, self.cores[0], environment))  # noqa: PERF401 - all that started are ended
+                servers.append(Server(command, self.cores[0], environment, self.patience))  # noqa: PERF401 - all that started are ended
             fresh = _usage(servers)
             reports, begin, end = self._run_loads(scenario, servers)
         except ServerError as error:
@@ -76,16 +81,20 @@ class Bench:
                 reports.append(json.loads(output))
         return reports, begin, end
 
+    @staticmethod
+    def warmup(scenario: Scenario) -> float:
+        """Return the seconds of load before the timed window."""
+        return min(scenario.seconds * WARMUP_SHARE, MOST_WARMUP)
+
     def _words(self, scenario: Scenario, port: int) -> list[str]:
         scheme = {"udp": "udp", "tls": "tls"}.get(scenario.work, "tcp")
-        warmup = min(scenario.seconds * WARMUP_SHARE, MOST_WARMUP)
         share = scenario.processes
         options = {
             "connections": scenario.connections // share,
             "size": scenario.size,
             "depth": scenario.depth,
             "seconds": scenario.seconds,
-            "warmup": warmup,
+            "warmup": self.warmup(scenario),
             "start": "stdin",
         }
         if scenario.idle:

@@ -46,11 +46,17 @@ def pinned(core: int | None) -> Iterator[None]:
 class Server:
     """A running server; `end()` leaves nothing of it."""
 
-    def __init__(self, command: Sequence[str], core: int | None, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        core: int | None,
+        environment: Mapping[str, str],
+        patience: float = START_SECONDS,
+    ) -> None:
         """Start it and wait for its port.
 
         Raises:
-            ServerError: it ended, or printed no port, within START_SECONDS.
+            ServerError: it ended, or printed no port, within so many seconds.
         """
         with pinned(core):
             # A session of its own: its children are found, and ended, by its number.
@@ -64,7 +70,7 @@ class Server:
             )
         self.complaints = ""
         try:
-            self.port = self._read_port()
+            self.port = self._read_port(patience)
         except BaseException:
             self.end()
             raise
@@ -95,9 +101,9 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
-    def _read_port(self) -> int:
+    def _read_port(self, patience: float) -> int:
         assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], START_SECONDS)
+        ready, _, _ = select.select([self._process.stdout], [], [], patience)
         line = self._process.stdout.readline().strip() if ready else b""
         if line.isdigit():
             return int(line)
