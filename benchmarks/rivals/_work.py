@@ -64,21 +64,32 @@ def make_handler(module: ModuleType, work: str) -> type[Any]:
     return {"echo": Echo, "churn": Echo, "tls": Echo, "lines": Lines, "udp": Datagram}[work]
 
 
-def serve(module: ModuleType, stream: str, datagram: str, *, daemon: bool = False, **keywords: Any) -> None:
+def serve(
+    module: ModuleType,
+    stream: str,
+    datagram: str = "",
+    *,
+    options: argparse.Namespace | None = None,
+    handler: type[Any] | None = None,
+    daemon: bool = False,
+    **keywords: Any,
+) -> None:
     """Serve until killed: print the port, then run `serve_forever`. socketserver gets TLS as programs give it TLS.
 
     Args:
         module: socketserver, or what stands in for it.
         stream: the name of its server class for connections.
         datagram: the name of its server class for datagrams.
+        options: the arguments, where the server has some of its own.
+        handler: a handler class of its own.
         daemon: whether its threads are daemons (stdlib then keeps no list of them).
         keywords: settings that are passed to the server class.
     """
-    options = parse()
+    options = options or parse()
     name = datagram if options.work == "udp" else stream
     attributes = {"request_queue_size": BACKLOG, "daemon_threads": daemon}
     server_class = type(name, (getattr(module, name),), attributes)
-    with server_class((HOST, 0), make_handler(module, options.work), **keywords) as server:
+    with server_class((HOST, 0), handler or make_handler(module, options.work), **keywords) as server:
         context = tls_context(options)
         if context is not None:
             server.socket = context.wrap_socket(server.socket, server_side=True)
