@@ -28,7 +28,7 @@ _HOMES: dict[str, str] = {
     **dict.fromkeys(("ProxyHeader", "ProxySSL"), "harken.preambles.proxy_header"),
     "Peer": "harken.peer",
     "ConnectionInfo": "harken.connection",
-    "serve": "harken.process.worker",
+    "serve": "harken.process.service",
     "start": "harken.process.start",
 }
 if hasattr(os, "fork"):

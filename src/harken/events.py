@@ -34,8 +34,9 @@ NAMES: dict[str, str] = {
     "alarm": "`alarm_connections` are open: `open`",
     "reloaded": "code, settings or certificates were read anew: `what`",
     "upgrade_failed": "a new binary did not become ready and the old one serves on: `reason`",
-    "worker_started": "a worker process began: `pid`",
-    "worker_exited": "a worker process ended: `pid`, `status`",
+    "worker_started": "a worker process accepts: `pid`, `generation`",
+    "worker_exited": "a worker process ended: `pid`, `status`; where there are any its `reason`, the `stacks` of one "
+    "that hung, and `restart_in` seconds",
 }
 
 

@@ -271,6 +271,10 @@ DECLARED_IN = (
     "harken.limits.addresses",
     "harken.limits.alarm",
     "harken.observe.log",
+    "harken.process.supervisor",
+    "harken.process.recycling",
+    "harken.process.pidfile",
+    "harken.process.privileges",
 )
 
 
@@ -335,6 +339,20 @@ class Operator:
             raise ConfigError(f"the configuration file {str(path)!r} is not TOML: {error}") from None
         self.path = str(path)
         self.file = {known(key, f"file {path}").name: value for key, value in content.items() if key != "bind"}
+
+    def reload(self) -> None:
+        """Read the file again, if there is one.
+
+        Raises:
+            ConfigError: as :meth:`load`, or a value in it is not allowed; what was read before holds on.
+        """
+        if not self.path:
+            return
+        fresh = Operator()
+        fresh.load(self.path)
+        for name in fresh.file:
+            fresh.find(known(name, f"file {self.path}"))
+        self.file = fresh.file
 
     def find(self, declared: Setting, *, environment: bool = True) -> Value | None:
         """Return what flags, environment (unless told not to look) and file say of a setting, or None."""

@@ -135,7 +135,7 @@ def test_a_log_for_machines_has_no_other_lines(serve):
     assert json.loads(process.stderr.readline())["event"] == "listening"
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=SECONDS)
-    assert [json.loads(line)["event"] for line in err.splitlines()][-1] == "drained"
+    assert [json.loads(line)["event"] for line in err.splitlines()][-2:] == ["drained", "worker_exited"]
 
 
 @pytest.mark.parametrize(

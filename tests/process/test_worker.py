@@ -14,7 +14,8 @@ import pytest
 import harken
 from harken.errors import ConfigError
 from harken.listener import AddressInUse
-from harken.process.worker import Worker, fit_handler, serve
+from harken.process.service import serve
+from harken.process.worker import Worker, fit_handler
 
 PATIENCE = 15.0  # seconds
 
@@ -83,7 +84,7 @@ def start(run_program):
     """Return a function that starts ``serve`` in a process, whose ``ports`` are those that its log names."""
 
     def started(*addresses, **options):
-        options.setdefault("engine", "thread")
+        options = {"engine": "thread", "workers": 0} | options
         process = run_program(
             "-c", PROGRAM, repr(options), *(addresses or ("tcp://127.0.0.1:0",)), stderr=subprocess.PIPE
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -10,7 +12,7 @@ from harken import events
 from harken.cli import options
 from harken.cli.target import load_handler
 from harken.observe.stalls import report_at_exit
-from harken.process.worker import serve
+from harken.process import service
 from harken.settings import Settings
 
 __all__ = ["command"]
@@ -19,11 +21,16 @@ __all__ = ["command"]
 def _serve(target: str, urls: tuple[str, ...]) -> int:
     options.refuse_wrong_values()
     places = options.addresses(urls)
-    handler = load_handler(target)
     if Settings(None, profile="serve")["log_format"] == "text":  # a log for machines tells it by itself
         events.subscribe(_announce, "listening")
+    return service.run(lambda: _load(target), places, {})
+
+
+def _load(target: str) -> Callable[..., Any]:
+    """Load the handler, in the process that will serve."""
     report_at_exit()
-    return serve(handler, *places)
+    handler: Callable[..., Any] = load_handler(target)
+    return handler
 
 
 def _announce(event: events.Event) -> None:

@@ -141,6 +141,15 @@ class LogObserver:
         self.handler.close()
         events.logged = False
 
+    def reopen(self) -> None:
+        """Open the file anew, after somebody moved it away. Any thread."""
+        if isinstance(self.handler, logging.FileHandler):
+            self.handler.acquire()
+            try:
+                self.handler.close()  # the next line opens it again, under its name
+            finally:
+                self.handler.release()
+
     def write(self, event: events.Event) -> None:
         """Log one event."""
         fields = {name: _plain(value) for name, value in event.fields.items() if name not in _OWN}

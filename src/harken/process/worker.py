@@ -1,4 +1,4 @@
-"""``serve``: one process that serves a handler on any number of addresses until a signal says otherwise."""
+"""A worker: one process that serves a handler on any number of listeners until a signal says otherwise."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from harken import plugins
@@ -23,7 +24,7 @@ from harken.serving import Serving, serving_of
 from harken.settings import Settings
 from harken.transports import bind_options, listen
 
-__all__ = ["Worker", "fit_handler", "serve"]
+__all__ = ["CUT", "DRAINED", "Worker", "fit_handler"]
 
 # Seconds between turns of the loop when nothing happens: children are reaped and pauses end without waiting for it.
 TURN_SECONDS = 1.0
@@ -32,33 +33,8 @@ DRAINED, CUT = 0, 3
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
-def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> int:
-    """Serve ``handler`` on every address until SIGTERM (drains) or SIGINT or SIGQUIT (stops now).
-
-    Signals are heeded when called in the main thread; elsewhere the call serves until its process ends.
-
-    Args:
-        handler: a handler class, called as ``(request, client_address, server)``.
-        addresses: URLs such as ``tcp://127.0.0.1:8800``, ``unix:/run/echo.sock``, ``udp://:8800``.
-        settings: any setting by name; those not given have the defaults of ``serve``.
-
-    Returns:
-        The exit status: 0 when every connection ended by itself, 3 when some were cut at the drain's deadline.
-
-    Raises:
-        ConfigError: an address, a setting or the handler is wrong; nothing stays open.
-        BindError: an address cannot be had.
-    """
-    from harken.observe.log import LogObserver
-
-    worker = Worker(handler, addresses or ("tcp://127.0.0.1:8800",), settings)
-    log = LogObserver(worker.settings)
-    log.attach()
-    try:
-        return worker.run()
-    finally:
-        worker.close()
-        log.detach()
+def _nothing() -> None:
+    """Stands for a callback that nobody gave."""
 
 
 class _Server:
@@ -91,8 +67,20 @@ class _Profile:
 class Worker:
     """Servers that share an engine and a loop, one for each listener."""
 
-    def __init__(self, handler: Callable[..., Any], addresses: tuple[str, ...], settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        handler: Callable[..., Any],
+        addresses: tuple[str, ...],
+        settings: dict[str, Any],
+        listeners: Sequence[Listener] = (),
+    ) -> None:
         """Bind every address.
+
+        Args:
+            handler: the handler class.
+            addresses: URLs to bind.
+            settings: settings by name.
+            listeners: sockets that are open already; they are the worker's from now on.
 
         Raises:
             ConfigError: an address, a setting or the handler is wrong; nothing stays open.
@@ -106,21 +94,23 @@ class Worker:
         self._heeding = False
         self._draining = False
         self._deadline = 0.0
-        kind = plugins.find("engines", self.settings["engine"] or "inline", "Engine")
-        kind.fit(handler)
-        self._engine: Engine = kind(self._option)
+        self._on_turn: Callable[[], None] = _nothing
+        self.obeys: dict[int, Callable[[], None]] = {}
+        """What more signals do, besides ending the worker: called in the thread that acts on signals."""
+        make = plugins.find("engines", self.settings["engine"] or "inline", "Engine")
+        make.fit(handler)
+        self._engine: Engine = make(self._option)
         options = bind_options(self.settings)
         with ExitStack() as undo:
-            for address in addresses:
-                for listener in listen(address, options):
-                    undo.callback(listener.close)
-                    kind = _Stream if listener.type == socket.SOCK_STREAM else _Datagram
-                    server = kind(listener, handler, settings, self._engine)
-                    server.serving.on_child = partial(self._be_a_child, server)
-                    self.servers.append(server)
-                    _ = server.serving.entry  # a certificate that cannot be read is told now
-                    if server is not self.servers[0]:
-                        server.serving.share_admission(self.servers[0].serving)
+            for listener in chain(listeners, chain.from_iterable(listen(address, options) for address in addresses)):
+                undo.callback(listener.close)
+                kind = _Stream if listener.type == socket.SOCK_STREAM else _Datagram
+                server = kind(listener, handler, settings, self._engine)
+                server.serving.on_child = partial(self._be_a_child, server)
+                self.servers.append(server)
+                _ = server.serving.entry  # a certificate that cannot be read is told now
+                if server is not self.servers[0]:
+                    server.serving.share_admission(self.servers[0].serving)
             undo.pop_all()
 
     def _option(self, name: str) -> Any:
@@ -130,12 +120,39 @@ class Worker:
             return sys.modules["harken"]._ServerSelector
         return self.settings[name]
 
-    def run(self) -> int:
-        """Serve until a signal; return the exit status."""
+    @property
+    def open_connections(self) -> int:
+        """How many connections are open."""
+        return sum(len(server.serving.connections) for server in self.servers)
+
+    @property
+    def accepted(self) -> int:
+        """How many connections and datagrams were accepted so far."""
+        return sum(server.serving.books.counts["accepted"] for server in self.servers)
+
+    def configure(self, changes: Mapping[str, Any]) -> None:
+        """Change live settings of every server.
+
+        Raises:
+            ConfigError: a setting is unknown, not live, or its value is not allowed; nothing was changed.
+        """
+        self.settings.configure(changes)
+        for server in self.servers:
+            server.configure(**changes)
+
+    def run(self, *, on_ready: Callable[[], object] = _nothing, on_turn: Callable[[], None] = _nothing) -> int:
+        """Serve until a signal; return the exit status.
+
+        Args:
+            on_ready: called once, when every listener is accepted from.
+            on_turn: called once a turn of the loop, at least once a second.
+        """
+        self._on_turn = on_turn
         with self._heeding_signals():
             with ExitStack() as attached:
                 for server in self.servers:
                     attached.enter_context(server.serving.attached())
+                on_ready()
                 self._engine.run(lambda: self._stopping, self._tick, self._patience)
                 self._left_loop = True
             return self._drain() if self._draining else self._stop()
@@ -154,6 +171,7 @@ class Worker:
     def _tick(self) -> None:
         for server in self.servers:
             server.serving.tick()
+        self._on_turn()
 
     def _patience(self) -> float:
         return min(server.serving.acceptor.patience(TURN_SECONDS) for server in self.servers)
@@ -175,7 +193,7 @@ class Worker:
         conductor.start()
         wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         self._heeding = True
-        before = {number: signal.signal(number, lambda signum, frame: None) for number in _SIGNALS}
+        before = {number: signal.signal(number, lambda signum, frame: None) for number in (*_SIGNALS, *self.obeys)}
         try:
             yield
         finally:
@@ -214,7 +232,8 @@ class Worker:
             reader.settimeout(None)
             self._hurry("shutdown")
         else:
-            return  # a signal of the program's own
+            self.obeys.get(signum, _nothing)()  # or a signal of the program's own
+            return
         self.stop()
 
     def _hurry(self, reason: str) -> None:
@@ -225,7 +244,7 @@ class Worker:
         """In a forked child: signals mean what they mean to any process, and the other listeners are the parent's."""
         if self._heeding:
             signal.set_wakeup_fd(-1)
-            for number in _SIGNALS:
+            for number in (*_SIGNALS, *self.obeys):
                 signal.signal(number, signal.SIG_DFL)
         for server in self.servers:
             if server is not own:

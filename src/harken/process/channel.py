@@ -1,0 +1,109 @@
+"""Messages between the supervisor and one of its children: JSON objects, a line each, over a socket pair.
+
+The supervisor's end never blocks: what a child does not read is kept for it, up to :data:`MAX_BACKLOG_BYTES`. A child's
+end blocks and may be used by several threads. Either end sees the other's death as an end of the stream, at once and
+without polling, which is how a worker notices that it has lost its supervisor.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from typing import Any
+
+__all__ = ["Channel", "pair"]
+
+Message = dict[str, Any]
+
+# Bytes that are kept for a child that does not read: thousands of commands, or one answer about very many connections.
+MAX_BACKLOG_BYTES = 64 << 20
+_CHUNK = 1 << 16  # bytes read at once: what a Unix socket holds, or more
+
+
+class Channel:
+    """One end."""
+
+    def __init__(self, sock: socket.socket, *, blocking: bool) -> None:
+        sock.setblocking(blocking)
+        self._sock = sock
+        self._lock = threading.Lock()
+        self._unread = b""
+        self._unsent = b""
+
+    def fileno(self) -> int:
+        """Return the descriptor, for selectors."""
+        return self._sock.fileno()
+
+    @property
+    def unsent(self) -> bool:
+        """Whether something waits until the other end reads."""
+        return bool(self._unsent)
+
+    def send(self, **message: Any) -> bool:
+        """Send one message; tell whether the other end can still get it. Any thread.
+
+        Raises:
+            TypeError: it is nothing that JSON can say.
+        """
+        line = json.dumps(message, default=str).encode() + b"\n"
+        with self._lock:
+            if len(self._unsent) + len(line) > MAX_BACKLOG_BYTES:
+                return False
+            self._unsent += line
+            return self._flush()
+
+    def flush(self) -> bool:
+        """Send what is left of earlier messages, as far as it goes without waiting; tell whether anybody reads."""
+        with self._lock:
+            return self._flush()
+
+    def _flush(self) -> bool:
+        try:
+            if self._sock.gettimeout() is None:
+                line, self._unsent = self._unsent, b""
+                self._sock.sendall(line)
+                return True
+            while self._unsent:
+                self._unsent = self._unsent[self._sock.send(self._unsent) :]
+        except BlockingIOError:
+            pass
+        except OSError:  # the other end has gone, or ours is closed
+            self._unsent = b""
+            return False
+        return True
+
+    def receive(self) -> list[Message]:
+        """Return the messages that have come, waiting for the first where this end blocks. One thread at a time.
+
+        Raises:
+            EOFError: the other end is gone, and every message was returned before.
+        """
+        try:
+            data = self._sock.recv(_CHUNK)
+        except BlockingIOError:
+            return []
+        except OSError:
+            data = b""
+        if not data:
+            raise EOFError("the other end of the channel is gone")
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def close(self) -> None:
+        """Close this end; whoever waits in ``receive`` is woken."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the other end was quicker
+        self._sock.close()
+
+    def release(self) -> None:
+        """Close this process's copy of an end that belongs to another process, without ending the stream."""
+        self._sock.close()
+
+
+def pair() -> tuple[Channel, Channel]:
+    """Return the supervisor's end and the child's end."""
+    ours, theirs = socket.socketpair()
+    return Channel(ours, blocking=False), Channel(theirs, blocking=True)

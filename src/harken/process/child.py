@@ -1,0 +1,200 @@
+"""A worker as its supervisor sees it, and as it sees its supervisor.
+
+The worker's process is forked from a supervisor that has no threads and has not imported the target, so what it loads
+is the code as it stands on disk now. It never returns into its parent's program: it ends here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from harken.errors import HarkenError
+from harken.process.channel import Channel
+from harken.process.recycling import Lifespan
+from harken.process.scoreboard import Row
+from harken.process.worker import Worker
+
+__all__ = ["DUMP_SIGNAL", "FAILED", "Child", "Inside"]
+
+# Asks a worker to write down what each of its threads does, whatever it is busy with: faulthandler's C handler needs no
+# interpreter. The last real-time signal is nobody's (signal(7)); abort's would leave a core file.
+DUMP_SIGNAL = signal.SIGRTMAX
+FAILED = 1
+
+
+class Child:
+    """The supervisor's view of one worker.
+
+    Attributes:
+        pid: its process.
+        generation: which reload it belongs to.
+        channel: to it.
+        row: its row of the scoreboard.
+        born: when it was started, by ``time.monotonic()``.
+        ready: whether it accepts.
+        leaving: whether it was asked to leave, or is being killed.
+        heir_wanted: why it wants to be replaced, or None.
+        trouble: what it said when it could not start.
+        killed_for: why it is being killed, or None.
+        kill_at: when patience with it ends, by ``time.monotonic()``; None while there is no hurry.
+    """
+
+    def __init__(self, pid: int, generation: int, channel: Channel, row: Row, dump: int) -> None:
+        self.pid = pid
+        self.generation = generation
+        self.channel = channel
+        self.row = row
+        self.born = time.monotonic()
+        self.ready = False
+        self.leaving = False
+        self.heir_wanted: str | None = None
+        self.trouble: str | None = None
+        self.killed_for: str | None = None
+        self.kill_at: float | None = None
+        self._dump = dump
+
+    def signal(self, number: int) -> None:
+        """Send a signal; a worker that has just ended is none the worse for it."""
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            pass  # reaped in a moment
+
+    def leave(self, patience: float) -> None:
+        """Ask it to drain and end; others go on with its listeners.
+
+        Args:
+            patience: seconds until it is killed.
+        """
+        if not self.leaving:
+            self.leaving = True
+            self.kill_at = time.monotonic() + patience
+            self.signal(signal.SIGTERM)
+
+    def stop(self, patience: float) -> None:
+        """Tell it to stop now, and kill it after ``patience`` seconds."""
+        self.leaving = True
+        self.kill_at = time.monotonic() + patience
+        self.signal(signal.SIGQUIT)
+
+    def kill(self, reason: str, patience: float) -> None:
+        """Have its stacks written down, and kill it ``patience`` seconds later."""
+        self.leaving = True
+        self.killed_for = reason
+        self.kill_at = time.monotonic() + patience
+        self.signal(DUMP_SIGNAL)
+
+    def stacks(self) -> str:
+        """Return what its threads did when it was asked by :data:`DUMP_SIGNAL`."""
+        size = os.lseek(self._dump, 0, os.SEEK_END)
+        return os.pread(self._dump, min(size, 1 << 20), 0).decode(errors="replace")
+
+    def close(self) -> None:
+        """Let go of what the supervisor holds for it."""
+        self.channel.close()
+        os.close(self._dump)
+
+
+class Inside:
+    """The worker's side: loads the handler, serves, and listens to the supervisor."""
+
+    def __init__(
+        self,
+        make: Callable[[], Worker],
+        channel: Channel,
+        row: Row,
+        dump: int,
+        answer: Callable[[Worker, str, dict[str, Any]], Any],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            make: loads the handler and returns the worker.
+            channel: to the supervisor.
+            row: ours on the scoreboard.
+            dump: a descriptor for stacks.
+            answer: answers what the supervisor asks.
+        """
+        self._make = make
+        self._channel = channel
+        self._row = row
+        self._dump = dump
+        self._answer = answer
+        self._lifespan: Lifespan | None = None
+        self._retiring = False
+        self._worker: Worker | None = None
+
+    def live(self) -> NoReturn:
+        """Serve, and end this process with the worker's exit status."""
+        status = FAILED
+        try:
+            faulthandler.register(DUMP_SIGNAL, self._dump, all_threads=True, chain=False)
+            status = self._serve()
+        except (HarkenError, OSError) as error:
+            if error.__cause__ is not None:
+                traceback.print_exception(error.__cause__)
+            self._channel.send(type="failed", reason=" ".join(str(error).split()))
+        except SystemExit as error:
+            status = error.code if isinstance(error.code, int) else FAILED
+        except BaseException:  # noqa: BLE001 - this process ends here, whatever it was
+            traceback.print_exc()
+        _end(status)
+
+    def _serve(self) -> int:
+        worker = self._worker = self._make()
+        self._lifespan = Lifespan(worker.settings)
+        threading.Thread(target=self._listen, args=(worker,), name="harken-channel", daemon=True).start()
+        try:
+            return worker.run(on_ready=lambda: self._channel.send(type="ready"), on_turn=self._turn)
+        finally:
+            worker.close()
+
+    def _turn(self) -> None:
+        """Once a turn of the loop that serves: the heartbeat."""
+        worker, lifespan = self._worker, self._lifespan
+        assert worker is not None
+        assert lifespan is not None
+        self._row.write(worker.open_connections, worker.accepted)
+        if not self._retiring and (reason := lifespan.over(worker.accepted)) is not None:
+            self._retiring = True
+            self._channel.send(type="retire", reason=reason)
+
+    def _listen(self, worker: Worker) -> None:
+        """Hear what the supervisor says. Without one there is nobody to serve for: drain and leave."""
+        while True:
+            try:
+                messages = self._channel.receive()
+            except EOFError:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            for message in messages:
+                self._heed(worker, message)
+
+    def _heed(self, worker: Worker, message: dict[str, Any]) -> None:
+        try:
+            reply = {"result": self._answer(worker, message["verb"], message.get("arguments", {}))}
+        except Exception as error:  # noqa: BLE001 - whoever asked is told
+            reply = {"error": f"{error}"}
+        self._channel.send(type="reply", number=message["number"], **reply)
+
+
+def _end(status: int) -> NoReturn:
+    """End this process as the interpreter would, without running what its parent's program has still to do."""
+    try:
+        # The order of Py_FinalizeEx: threads that are not daemons, then exit functions, then what is buffered.
+        getattr(threading, "_shutdown", lambda: None)()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:  # noqa: BLE001 - nobody is left to hear of it
+        traceback.print_exc()
+    os._exit(status)

@@ -1,0 +1,257 @@
+"""Listeners that survive their process: what a successor needs to go on with the same sockets.
+
+Two ways lead to a successor. ``exec`` puts a new program into this process, which keeps its pid, once nothing is left
+to serve. An upgrade starts it beside this one: the successor writes a word into a pipe when it is ready, and only then
+does this process leave; a successor that ends, or says nothing in time, is killed and nothing has happened.
+
+Either way the sockets are inherited and named in one environment variable. The queue of a listener belongs to the
+socket, not to a process: whoever waits in it does not notice who accepts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from harken import transports
+from harken.errors import ConfigError, HandoffError
+from harken.listener import Listener
+from harken.transports import BindOptions
+
+__all__ = ["Inherited", "Successor", "exec_anew", "listen", "probe", "tell_predecessor", "upgraded_from"]
+
+VARIABLE = "HARKEN_HANDOFF"
+READY = b"ready\n"
+
+
+class Inherited(NamedTuple):
+    """What the predecessor left."""
+
+    listeners: dict[str, list[tuple[int, str | None]]]
+    """By the address as it was typed: descriptors, and the Unix path that goes with each."""
+    pipe: int
+    """Where to say that we are ready; -1 when nobody waits for that."""
+    predecessor: int
+    """The pid that waits, or 0."""
+
+
+_inherited: Inherited | None = None
+
+
+def _take() -> Inherited:
+    """Read the variable once, and remove it: programs started later must not take the descriptors for theirs."""
+    global _inherited
+    if _inherited is None:
+        told = json.loads(os.environ.pop(VARIABLE, "{}"))
+        pipe = told.get("pipe", -1)
+        if pipe >= 0:
+            os.set_inheritable(pipe, False)
+        found = {address: [(fd, path) for fd, path in each] for address, each in told.get("listeners", {}).items()}
+        for fd, _ in (each for several in found.values() for each in several):
+            os.set_inheritable(fd, False)
+        _inherited = Inherited(found, pipe, told.get("pid", 0))
+    return _inherited
+
+
+def listen(addresses: Iterable[str], options: BindOptions) -> dict[str, list[Listener]]:
+    """Open every address, or take over what the predecessor had there.
+
+    Returns:
+        The listeners by the address as it was typed.
+
+    Raises:
+        ConfigError: an address is wrong; nothing stays open.
+        BindError: an address cannot be had; nothing stays open.
+    """
+    opened: dict[str, list[Listener]] = {}
+    left = dict(_take().listeners)
+    _take().listeners.clear()
+    try:
+        for address in addresses:
+            kept = left.pop(address, None)
+            # Extended at once: an address may be given twice, and what is open must be closed if the next fails.
+            opened.setdefault(address, []).extend(
+                map(_adopt, kept) if kept is not None else transports.listen(address, options)
+            )
+    except BaseException:
+        for listener in _all(opened):
+            listener.close()
+        raise
+    for fd, _ in (each for several in left.values() for each in several):
+        os.close(fd)  # an address that is not asked for any more
+    return opened
+
+
+def _all(opened: dict[str, list[Listener]]) -> list[Listener]:
+    return [listener for several in opened.values() for listener in several]
+
+
+def _adopt(entry: tuple[int, str | None]) -> Listener:
+    fd, path = entry
+    listener = Listener.adopt(fd)
+    listener.url = transports.for_socket(listener).url(listener)
+    if path is not None:
+        listener.own(path)
+    return listener
+
+
+def _bequest(opened: dict[str, list[Listener]], pipe: int) -> str:
+    listeners = {
+        address: [(listener.share(), listener.owned_path) for listener in several]
+        for address, several in opened.items()
+    }
+    return json.dumps({"listeners": listeners, "pipe": pipe, "pid": os.getpid()})
+
+
+def _command() -> list[str]:
+    """Return how this program was started, whatever it has done to ``sys.argv``."""
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def exec_anew(opened: dict[str, list[Listener]], directory: str) -> None:
+    """Put a new copy of this program into this process. Returns only by an error.
+
+    Args:
+        opened: the listeners to keep, by address.
+        directory: the working directory in which the program was started.
+
+    Raises:
+        OSError: the program cannot be started any more; nothing has changed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    environment = dict(os.environ) | {VARIABLE: _bequest(opened, -1)}
+    os.chdir(directory)
+    os.execve(sys.executable, _command(), environment)  # noqa: S606 - there is no shell to want
+
+
+class Successor:
+    """A new copy of this program, started beside it."""
+
+    def __init__(self, opened: dict[str, list[Listener]], directory: str, timeout: float) -> None:
+        """Start it.
+
+        Args:
+            opened: the listeners to hand over, by address.
+            directory: the working directory in which the program was started.
+            timeout: seconds it may take to be ready.
+
+        Raises:
+            HandoffError: it cannot be started; nothing has changed.
+        """
+        self._pipe, writer = os.pipe()
+        self.deadline = time.monotonic() + timeout
+        self._timeout = timeout
+        try:
+            fds = [listener.fileno() for listener in _all(opened)]
+            self._process = subprocess.Popen(
+                _command(),
+                cwd=directory,
+                env=dict(os.environ) | {VARIABLE: _bequest(opened, writer)},
+                pass_fds=(writer, *fds),
+                start_new_session=False,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            os.close(self._pipe)
+            raise HandoffError(f"the new program cannot be started: {error}") from None
+        finally:
+            os.close(writer)
+            for listener in _all(opened):
+                listener.set_inheritable(False)
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when there is news, for selectors."""
+        return self._pipe
+
+    def check(self, wait: float = 0.0) -> bool | None:
+        """Tell whether it is ready; None while that is open.
+
+        Args:
+            wait: seconds to wait for news.
+
+        Raises:
+            HandoffError: it ended or was too slow, and is gone; the message says which.
+        """
+        if select.select([self._pipe], [], [], wait)[0]:
+            if os.read(self._pipe, len(READY)) == READY:
+                os.close(self._pipe)
+                return True
+            status = self._end()
+            raise HandoffError(f"the new program (pid {self.pid}) ended with status {status} before it was ready")
+        if time.monotonic() < self.deadline:
+            return None
+        self._end()
+        raise HandoffError(f"the new program (pid {self.pid}) was not ready within {self._timeout:g} s and was killed")
+
+    def _end(self) -> int:
+        """Make sure that it is gone, after a moment to go by itself; return its status."""
+        os.close(self._pipe)
+        for number, patience in ((None, 1.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, None)):
+            if number is not None:
+                self._process.send_signal(number)
+            try:
+                return self._process.wait(patience)
+            except subprocess.TimeoutExpired:
+                continue
+        raise AssertionError("a killed process ends")
+
+    def abandon(self) -> None:
+        """Kill it: this process stops and takes the attempt back."""
+        self._process.kill()
+        self._end()
+
+
+def upgraded_from() -> int:
+    """Return the pid of the process that waits for us to be ready, or 0."""
+    inherited = _take()
+    return inherited.predecessor if inherited.pipe >= 0 else 0
+
+
+def tell_predecessor() -> None:
+    """Say that we are ready, if anybody waits for that; then it leaves."""
+    global _inherited
+    inherited = _take()
+    if inherited.pipe < 0:
+        return
+    try:
+        os.write(inherited.pipe, READY)
+    except OSError:
+        pass  # it has gone meanwhile; we serve all the same
+    os.close(inherited.pipe)
+    _inherited = inherited._replace(pipe=-1)
+
+
+def probe(opened: dict[str, list[Listener]], timeout: float = 5.0) -> None:
+    """Connect to each of our own stream listeners once: what cannot be reached is not ready.
+
+    Linux connects to a wildcard address by way of loopback.
+
+    Args:
+        opened: the listeners by address.
+        timeout: seconds for each; a connection is made by the kernel, whatever the workers do.
+
+    Raises:
+        ConfigError: one cannot be reached; the message says which.
+    """
+    for listener in _all(opened):
+        if listener.type != socket.SOCK_STREAM:
+            continue
+        with socket.socket(listener.family, listener.type) as client:
+            client.settimeout(timeout)
+            try:
+                client.connect(listener.getsockname())
+            except OSError as error:
+                raise ConfigError(f"cannot connect to {listener.url}, which this process listens on: {error}") from None

@@ -1,0 +1,47 @@
+"""Words for the service manager, by the protocol of sd_notify(3): one datagram to the socket ``NOTIFY_SOCKET``."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+__all__ = ["notify", "reloading", "watchdog_interval"]
+
+
+def notify(**fields: str | int) -> bool:
+    """Tell the service manager ``READY=1``, ``STOPPING=1``, ``STATUS=…``, ``MAINPID=…``, ``WATCHDOG=1``.
+
+    Never raises: a manager that does not listen is no reason to stop serving.
+
+    Returns:
+        Whether somebody was told.
+    """
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if not path:
+        return False
+    address = "\0" + path[1:] if path.startswith("@") else path  # an abstract address, unix(7)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.settimeout(1.0)  # a manager whose queue is full for a second has other troubles
+            sock.sendto("\n".join(f"{name}={value}" for name, value in fields.items()).encode(), address)
+    except OSError:
+        return False
+    return True
+
+
+def reloading() -> bool:
+    """Tell that a reload begins; ``READY=1`` ends it.
+
+    ``Type=notify-reload`` wants the time with it, by CLOCK_MONOTONIC in microseconds (systemd.service(5)).
+    """
+    return notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+
+
+def watchdog_interval() -> float | None:
+    """Return the seconds between two ``WATCHDOG=1``: half of what the manager allows; None when it does not ask."""
+    microseconds = os.environ.get("WATCHDOG_USEC", "")
+    owner = os.environ.get("WATCHDOG_PID", "")
+    if not microseconds.isdecimal() or (owner and owner != str(os.getpid())):
+        return None
+    return max(0.001, int(microseconds) / 2e6)  # sd_watchdog_enabled(3) recommends half

@@ -1,0 +1,77 @@
+"""``serve``: a handler on any number of addresses, in one process or in many, until a signal says otherwise."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from harken.process.worker import Worker, fit_handler
+from harken.settings import Settings
+
+__all__ = ["run", "serve"]
+
+
+def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> int:
+    """Serve ``handler`` on every address until SIGTERM (drains) or SIGINT or SIGQUIT (stops now).
+
+    With ``workers`` at 1 or more, processes forked from this one serve, and this one looks after them; with 0 it
+    serves itself. Signals are heeded when called in the main thread; elsewhere the call serves, in this process, until
+    that ends.
+
+    Args:
+        handler: a handler class, called as ``(request, client_address, server)``.
+        addresses: URLs such as ``tcp://127.0.0.1:8800``, ``unix:/run/echo.sock``, ``udp://:8800``.
+        settings: any setting by name; those not given have the defaults of ``serve``.
+
+    Returns:
+        The exit status: 0 when every connection ended by itself, 3 when some were cut at the drain's deadline.
+
+    Raises:
+        ConfigError: an address, a setting or the handler is wrong; nothing stays open.
+        BindError: an address cannot be had.
+    """
+    fit_handler(handler)
+    return run(lambda: handler, addresses or ("tcp://127.0.0.1:8800",), settings, in_memory=True)
+
+
+def run(
+    load: Callable[[], Callable[..., Any]],
+    addresses: tuple[str, ...],
+    keywords: dict[str, Any],
+    *,
+    in_memory: bool = False,
+) -> int:
+    """Serve what ``load`` returns; see :func:`serve`.
+
+    Args:
+        load: returns the handler class; with workers it is called in each of them.
+        addresses: URLs.
+        keywords: settings by name.
+        in_memory: whether ``load`` returns what this process has loaded, so that only a new process has new code.
+    """
+    from harken.observe.log import LogObserver
+
+    settings = Settings(None, keywords, "serve")
+    log = LogObserver(settings)
+    log.attach()
+    try:
+        if threading.current_thread() is not threading.main_thread():
+            return _serve_here(load(), addresses, keywords)
+        if settings["workers"] == 0:
+            from harken.process.alone import Alone
+
+            return Alone(load(), addresses, keywords, reopen=log.reopen).run()
+        from harken.process.supervisor import Supervisor
+
+        return Supervisor(load, addresses, keywords, reopen=log.reopen, in_memory=in_memory).run()
+    finally:
+        log.detach()
+
+
+def _serve_here(handler: Callable[..., Any], addresses: tuple[str, ...], keywords: dict[str, Any]) -> int:
+    worker = Worker(handler, addresses, keywords)
+    try:
+        return worker.run()
+    finally:
+        worker.close()
