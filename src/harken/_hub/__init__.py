@@ -13,10 +13,11 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
 
 ``Hub()``
     ``run(until, patience, tick)``
-        Run green threads here until ``until()``, asked each turn before it may sleep. ``tick()`` is called once a
-        turn, and at least every ``patience()`` seconds. What ``tick`` or a door raises leaves ``run``; the hub can be
-        run again. In the main thread signal handlers run within milliseconds; what one raises leaves ``run``, or ends
-        the green thread that it interrupted.
+        Run green threads here until ``until()``. That is asked, and ``tick()`` called, in each turn in which a door was
+        opened, a green thread has ended or somebody called ``wake()``, and at least every ``patience()`` seconds; green
+        threads that go on from one message to the next need not cause it. What ``tick`` or a door raises leaves
+        ``run``; the hub can be run again. In the main thread signal handlers run within milliseconds; what one raises
+        leaves ``run``, or ends the green thread that it interrupted.
     ``step(timeout)``
         One turn, sleeping at most ``timeout`` seconds: what is due, then what is ready. Not from a green thread.
     ``fileno() -> int``

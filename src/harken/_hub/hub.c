@@ -130,6 +130,7 @@ static void drain_signals(Hub *hub) {
 /* -- the loop ----------------------------------------------------------------------------------------------------- */
 
 static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
+    hub->news = true;
     for (int i = 0; i < DOOR_BURST; i++) {
         Door *door = (int)place < hub->door_count ? &hub->doors[place] : NULL;
         if (door == NULL || door->door == NULL || door->generation != generation)
@@ -157,6 +158,7 @@ static int dispatch(Hub *hub, struct epoll_event *event) {
         return open_door(hub, low & ~DOOR_BIT, (uint32_t)(event->data.u64 >> 32));
     else {
         hub->woken = false;
+        hub->news = true;
         if (read(hub->wakeup, &count, sizeof count) < 0)
             return 0; /* read already, by a turn that was interrupted */
     }
@@ -186,23 +188,22 @@ static int dispatch_edges(Hub *hub) {
 }
 
 /* How long epoll_wait may sleep, in whole milliseconds rounded up: a deadline is never early. */
-static int sleep_time(Hub *hub, int64_t patience) {
-    if (hub->count > 0 || patience == 0)
+static int sleep_time(Hub *hub, int64_t latest) {
+    if (hub->count > 0 || latest == 0)
         return 0;
-    if (hub->heap_size > 0) {
-        int64_t left = hub->heap[0]->deadline - now_ns();
-        if (left <= 0)
-            return 0;
-        if (patience < 0 || left < patience)
-            patience = left;
-    }
-    if (patience < 0)
+    if (hub->heap_size > 0 && hub->heap[0]->deadline < latest)
+        latest = hub->heap[0]->deadline;
+    if (latest == INT64_MAX)
         return -1;
-    return patience > (int64_t)86400 * 1000000000 ? 86400 * 1000 : (int)((patience + 999999) / 1000000);
+    int64_t left = latest - now_ns();
+    if (left <= 0)
+        return 0;
+    return left > (int64_t)86400 * 1000000000 ? 86400 * 1000 : (int)((left + 999999) / 1000000);
 }
 
-static int turn(Hub *hub, int64_t patience) {
-    int count, timeout = sleep_time(hub, patience), fd = hub->epoll;
+/* One turn, which sleeps until `latest` at most: 0 not at all, INT64_MAX without end. */
+static int turn(Hub *hub, int64_t latest) {
+    int count, timeout = sleep_time(hub, latest), fd = hub->epoll;
     if (timeout == 0)
         count = epoll_wait(fd, hub->events, MAX_EVENTS, 0);
     else {
@@ -243,28 +244,50 @@ static int may_run(Hub *hub) {
     return -1;
 }
 
-static int ask_patience(PyObject *patience, int64_t *ns) {
-    *ns = -1;
-    if (patience == Py_None)
+/* The moment at which so many seconds will have passed. */
+static int ask_moment(PyObject *seconds, int64_t *moment) {
+    int64_t ns;
+    *moment = INT64_MAX;
+    if (seconds == Py_None)
         return 0;
-    return seconds_to_ns(patience, ns);
+    if (seconds_to_ns(seconds, &ns) < 0)
+        return -1;
+    int64_t now = now_ns();
+    *moment = ns == 0 ? 0 : ns < INT64_MAX - now ? now + ns : INT64_MAX;
+    return 0;
 }
 
-static int one_round(Hub *hub, PyObject *until, PyObject *patience, PyObject *tick) {
+static int ask_until(PyObject *until) {
     PyObject *answer = PyObject_CallNoArgs(until);
     int done = answer == NULL ? -1 : PyObject_IsTrue(answer);
     Py_XDECREF(answer);
-    if (done != 0)
-        return done;
-    int64_t ns;
-    answer = PyObject_CallNoArgs(patience);
-    int wrong = answer == NULL ? -1 : ask_patience(answer, &ns);
-    Py_XDECREF(answer);
-    if (wrong < 0 || turn(hub, ns) < 0)
-        return -1;
-    answer = PyObject_CallNoArgs(tick);
+    return done;
+}
+
+static int call_tick(PyObject *tick) {
+    PyObject *answer = PyObject_CallNoArgs(tick);
     Py_XDECREF(answer);
     return answer == NULL ? -1 : 0;
+}
+
+/* Turns until there is news for the caller's functions, or they want to be called. Green threads that go on from one
+ * message to the next are none: a busy connection costs no call of Python's. */
+static int one_round(Hub *hub, PyObject *until, PyObject *patience, PyObject *tick) {
+    int64_t latest;
+    int done = ask_until(until);
+    if (done != 0)
+        return done;
+    PyObject *seconds = PyObject_CallNoArgs(patience);
+    int wrong = seconds == NULL ? -1 : ask_moment(seconds, &latest);
+    Py_XDECREF(seconds);
+    if (wrong < 0)
+        return -1;
+    hub->news = false;
+    do {
+        if (turn(hub, latest) < 0)
+            return -1;
+    } while (!hub->news && hub->event_count > 0 && (latest == INT64_MAX || now_ns() < latest));
+    return call_tick(tick);
 }
 
 static PyObject *hub_run(PyObject *self, PyObject *args, PyObject *words) {
@@ -285,11 +308,11 @@ static PyObject *hub_run(PyObject *self, PyObject *args, PyObject *words) {
 
 static PyObject *hub_step(PyObject *self, PyObject *timeout) {
     Hub *hub = (Hub *)self;
-    int64_t patience;
-    if (ask_patience(timeout, &patience) < 0 || may_run(hub) < 0)
+    int64_t latest;
+    if (ask_moment(timeout, &latest) < 0 || may_run(hub) < 0)
         return NULL;
     Hub *before = enter(hub);
-    int result = turn(hub, patience);
+    int result = turn(hub, latest);
     leave(hub, before);
     return result < 0 ? NULL : Py_NewRef(Py_None);
 }

@@ -107,6 +107,7 @@ struct Hub {
     bool woken;  /* the eventfd has been written and not read */
     bool lent;   /* in a forked child, whose green thread ran here: it ends with that one */
     bool closed;
+    bool news;   /* something has happened that run()'s caller wants to know of: a door, a wake-up, an end */
     int signals[2]; /* a socketpair for signal.set_wakeup_fd, or -1 */
     struct epoll_event *events; /* of this turn: `next_event` up to `event_count` are not handed out yet */
     int next_event, event_count;

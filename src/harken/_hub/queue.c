@@ -222,6 +222,7 @@ static PyObject *task_call(PyObject *self, PyObject *none, PyObject *keywords) {
     Py_XDECREF(done);
     if (hub->pending_owner != NULL && current_hub == hub && flush_pending(hub) < 0)
         PyErr_Clear(); /* a handler that did not close its file does not learn that the peer has gone */
+    hub->news = true;
     Py_CLEAR(task->function); /* whatever the handler held goes now, not when somebody drops the greenlet */
     Py_CLEAR(task->args);
     if (hub->lent)
