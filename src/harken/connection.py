@@ -36,6 +36,7 @@ __all__ = [
     "Registry",
     "accept",
     "backlog_length",
+    "shown",
     "shut",
 ]
 
@@ -119,13 +120,21 @@ def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tupl
     """
     if getattr(type(listener), "accept", None) is not socket.socket.accept:
         return listener.accept()
+    take = getattr(kind, "take", None)
+    for connection, address in take(listener, 1) if take is not None else ():
+        return connection, shown(listener, address)
     fd, address = listener._accept()  # type: ignore[attr-defined]
     connection = kind(_family(listener), _type(listener), _proto(listener), fd)
     if not _LINUX or (listener.gettimeout() and socket.getdefaulttimeout() is None):
         connection.setblocking(True)  # BSD's accept() hands O_NONBLOCK on
+    return connection, shown(listener, address)
+
+
+def shown(listener: object, address: Any) -> Any:
+    """Return an accepted address as hooks get it: peers of a dual-stack listener of harken's by their IPv4 address."""
     if len(address) == 4 and address[0].startswith("::ffff:") and hasattr(listener, "url"):
-        address = (address[0][7:], address[1])
-    return connection, address
+        return address[0][7:], address[1]
+    return address
 
 
 def _rebuild(duplicate: Any, family: int, kind: int, proto: int) -> socket.socket:
@@ -224,7 +233,7 @@ class Record:
     ticket: Ticket | None = None
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
-        self._number = (_prefix, next(_count))
+        self._prefix, self._number = _prefix, next(_count)
         self.client_address = client_address
         self.started = time.monotonic()
         self.key = id(request)
@@ -235,8 +244,7 @@ class Record:
     @property
     def id(self) -> str:
         """The connection's id, unique over processes and restarts."""
-        prefix, number = self._number
-        return f"{prefix}-{number}"
+        return f"{self._prefix}-{self._number}"
 
     @property
     def request(self) -> Any:
@@ -259,7 +267,7 @@ class Record:
     def judge(self, request: object) -> str:
         """Settle the reason, while the socket is still open, from what the kernel says; the first judgement holds."""
         if self.reason is None:
-            far_end = peer_fault(request)
+            far_end = getattr(request, "far_end", None) or peer_fault(request)
             self.reason = "handler_failed" if self.failed and far_end != "peer_reset" else far_end or "handler_returned"
         return self.reason
 
@@ -386,6 +394,12 @@ class Registry:
             return None
         if isinstance(request, Connection):
             request.record = record
+        self._records[record.key] = record
+        return record
+
+    def begin(self, request: Connection, client_address: Any) -> Record:
+        """Begin the record of a :class:`Connection`; as ``add``."""
+        record = request.record = Record(request, client_address, self)
         self._records[record.key] = record
         return record
 

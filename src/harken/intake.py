@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from harken import straight
 from harken.acceptor import Readable, refuse, turn_away
 from harken.lifecycle import State
 from harken.shedding import Shedder
@@ -98,6 +99,8 @@ class Intake:
         if admission is not None and admission.full:
             self._wait_for_room(admission)
             return False
+        if engine.bursts and not serving.shared and straight.is_straight(serving):
+            return straight.take(serving)
         taken = server._handle_request_noblock()
         if serving.acceptor.troubled:
             serving.acceptor.settle(taken=bool(taken))

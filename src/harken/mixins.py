@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from harken import straight
 from harken.engines.thread import Threads
 from harken.server import BaseServer, TCPServer, UDPServer
 from harken.serving import RunningSide
@@ -94,6 +95,9 @@ class ThreadingMixIn:
         BaseServer.server_close(self)  # type: ignore[arg-type]  # stdlib's own class would close under a running loop
         super().server_close()  # type: ignore[misc]
         self._harken.join()
+
+
+straight.stock(ThreadingMixIn)
 
 
 class PoolMixIn(ThreadingMixIn):

@@ -14,7 +14,7 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from harken import preambles
+from harken import preambles, straight
 from harken.connection import Connection, ConnectionInfo, accept, shut
 from harken.drain import DrainReport
 from harken.entry import refuse_unentered
@@ -462,6 +462,10 @@ class TCPServer(BaseServer):
         request.close()
         if not isinstance(request, Connection):
             self._harken.books.ended(request)
+
+
+straight.stock(BaseServer)
+straight.stock(TCPServer)
 
 
 class UDPServer(TCPServer):

@@ -34,6 +34,8 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
         A new green thread; it starts at the next turn, in a copy of the caller's context variables. What leaves it is
         given to ``threading.excepthook`` (which says nothing of SystemExit), GreenletExit to nobody. ``.dead`` tells
         that it has ended.
+    ``spawn_then(done, function, *args) -> greenlet``
+        The same; ``done(greenlet)`` is called there when it has ended. It must not wait.
     ``call_soon(function, *args)``, ``call_soon_threadsafe(function, *args)`` (*any thread*)
         Call at the next turn, in order. What it raises is given to ``threading.excepthook``.
     ``call_at(deadline, function, *args) -> Timer``
@@ -70,6 +72,10 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     Two green threads may use one Connection, one reading and one writing; a second waiter in one direction gets
     RuntimeError(:data:`BUSY`). ``close()`` raises OSError(EBADF) in whoever waits on it. Never hangs nor spins on data
     with FIN, RST, urgent data, HUP by ``shutdown(SHUT_RDWR)`` from any thread, or a Unix socket's short reads.
+    ``take(listener, most) -> [(Connection, address)]``, a class method, accepts what is at the door, without waiting.
+    ``end() -> bool`` is ``shutdown(SHUT_WR)`` and ``close()`` in one, and does not tell the record; it returns whether
+    the descriptor is closed (files may keep it). ``far_end`` is what reads and writes have told of the peer
+    (``peer_closed``, ``peer_reset``), or None.
     ``open_reader(size=-1)`` and ``open_writer(reader=None)`` give ``rfile`` and ``wfile``, which are
     ``io.BufferedIOBase``. The reader receives at most ``size`` bytes ahead, and holds memory only while bytes are
     unread. What is written while ``reader`` holds unread bytes is joined, and sent before the green thread gives up its

@@ -9,6 +9,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <limits.h>
+#include <poll.h>
 #include <stddef.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -26,7 +27,7 @@ typedef struct {
 static bool quick;              /* Head is right, and `pattern` may be copied */
 static PyObject *pattern;       /* a closed _socket.socket that does not block */
 static Py_ssize_t io_refs, closed; /* offsets of socket.socket's __slots__ */
-static PyObject *part_names[3];
+static PyObject *part_names[3], *get_default_timeout, *timeout_name, *close_name;
 
 int socket_fd(PyObject *sock) {
     if (quick)
@@ -75,6 +76,12 @@ static bool fill_in(PyObject *made, int fd, int family, int kind, int proto) {
     set_slot(made, closed, Py_NewRef(Py_False));
     make_stream_known(state_of(made), family, kind, proto);
     return true;
+}
+
+/* Whether files made of the connection keep it open. */
+static bool refers(PyObject *sock) {
+    PyObject *count = *(PyObject **)((char *)sock + io_refs);
+    return count == NULL || !PyLong_Check(count) || PyLong_AsLong(count) > 0;
 }
 
 PyObject *make_connection(PyTypeObject *type, int fd, int family, int kind, int proto) {
@@ -209,6 +216,84 @@ PyObject *accept_one(PyObject *module, PyObject *listener) {
     return accept_from(Connection_Type, fd, family, kind, proto);
 }
 
+/* socket.setdefaulttimeout() holds for accepted connections too. */
+int default_timeout(State *state) {
+    PyObject *seconds = PyObject_CallNoArgs(get_default_timeout);
+    if (seconds != NULL && seconds != Py_None) {
+        state->timeout = PyFloat_AsDouble(seconds);
+        state->nonblocking = state->timeout == 0;
+    }
+    Py_XDECREF(seconds);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* accept(2) blocks on a listener that does, and its flags belong to every process that shares it. */
+static bool anybody(int fd) {
+    struct pollfd door = {.fd = fd, .events = POLLIN};
+    return poll(&door, 1, 0) != 0; /* an error too: accept() tells which */
+}
+
+static int never_blocks(PyObject *listener) {
+    PyObject *timeout = PyObject_CallMethodNoArgs(listener, timeout_name);
+    int zero = timeout == NULL ? -1 : PyFloat_CheckExact(timeout) && PyFloat_AS_DOUBLE(timeout) == 0.0;
+    Py_XDECREF(timeout);
+    return zero;
+}
+
+/* Connection.take(listener, most): accept at most so many, without waiting: [(connection, address)]. What fails after
+ * the first is left for the next call to meet. */
+PyObject *connection_take(PyObject *type, PyObject *const *args, Py_ssize_t count) {
+    int fd, family, kind, proto, quiet;
+    Py_ssize_t most = count == 2 ? PyNumber_AsSsize_t(args[1], PyExc_OverflowError) : -1;
+    if (count != 2 || !PyObject_TypeCheck(args[0], Wire_Type)) {
+        PyErr_SetString(PyExc_TypeError, "take() takes a listening socket and a number");
+        return NULL;
+    }
+    if ((most < 0 && PyErr_Occurred()) || socket_parts(args[0], &fd, &family, &kind, &proto) < 0 ||
+        (quiet = never_blocks(args[0])) < 0)
+        return NULL;
+    PyObject *taken = PyList_New(0);
+    while (taken != NULL && PyList_GET_SIZE(taken) < most && (quiet || anybody(fd))) {
+        PyObject *pair = accept_from((PyTypeObject *)type, fd, family, kind, proto);
+        if (pair == NULL || default_timeout(state_of(PyTuple_GET_ITEM(pair, 0))) < 0 || PyList_Append(taken, pair) < 0) {
+            Py_XDECREF(pair);
+            if (PyErr_ExceptionMatches(PyExc_OSError) &&
+                (PyList_GET_SIZE(taken) > 0 || PyErr_ExceptionMatches(PyExc_BlockingIOError))) {
+                PyErr_Clear();
+                break;
+            }
+            Py_CLEAR(taken);
+        }
+        Py_XDECREF(pair);
+    }
+    return taken;
+}
+
+/* -- the end ------------------------------------------------------------------------------------------------------ */
+
+/* What shutdown_request() and close_request() do together. close() alone tells the peer as much, where it has closed
+ * its side already and nobody else can hold the descriptor. */
+PyObject *connection_end(PyObject *self, PyObject *none) {
+    State *state = state_of(self);
+    int fd = socket_fd(self);
+    if (fd >= 0 && flush_of(self) < 0)
+        PyErr_Clear(); /* the peer has gone: nobody is left to be told */
+    if (fd >= 0 && (!state->ended || !state->stream || state->exposed || forked))
+        shutdown(fd, SHUT_WR); /* the peer, or the handler, may have been quicker */
+    if (!quick || fd < 0 || refers(self)) {
+        PyObject *done = PyObject_CallMethodNoArgs(self, close_name);
+        Py_XDECREF(done);
+        return done == NULL ? NULL : PyBool_FromLong(socket_fd(self) < 0);
+    }
+    if (!state->exposed && !forked)
+        leave_unasked(state); /* the kernel takes a file that nobody has any more out of the epoll set */
+    let_go(self, state);
+    ((Head *)self)->fd = -1;
+    set_slot(self, closed, Py_NewRef(Py_True));
+    close(fd);
+    Py_RETURN_TRUE;
+}
+
 /* -- looking CPython up ------------------------------------------------------------------------------------------- */
 
 static Py_ssize_t slot_offset(const char *name) {
@@ -266,8 +351,15 @@ int accept_ready(void) {
         Wire_Type = (PyTypeObject *)PyObject_GetAttrString(wire, "socket");
     if (module != NULL)
         Socket_Type = (PyTypeObject *)PyObject_GetAttrString(module, "socket");
+    get_default_timeout = wire == NULL ? NULL : PyObject_GetAttrString(wire, "getdefaulttimeout");
     Py_XDECREF(wire);
     Py_XDECREF(module);
+    if (get_default_timeout == NULL)
+        return -1;
+    timeout_name = PyUnicode_InternFromString("gettimeout");
+    close_name = PyUnicode_InternFromString("close");
+    if (timeout_name == NULL || close_name == NULL)
+        return -1;
     for (int i = 0; i < 3; i++)
         if ((part_names[i] = PyUnicode_InternFromString(names[i])) == NULL)
             return -1;

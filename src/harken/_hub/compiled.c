@@ -10,20 +10,29 @@ static PyObject *after_fork(PyObject *module, PyObject *none) {
     Py_RETURN_NONE;
 }
 
+static PyObject *after_fork_here(PyObject *module, PyObject *none) {
+    forked = true;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"current", hub_current, METH_NOARGS, "The hub whose green thread calls; None elsewhere."},
     {"accept", accept_one, METH_O, "accept(listener): take a connection, (Connection, address), without waiting."},
     {"rebuild", rebuild, METH_VARARGS, "Make a Connection that has travelled from another process."},
     {"_after_fork", after_fork, METH_NOARGS, "What os.register_at_fork calls in the child."},
+    {"_after_fork_here", after_fork_here, METH_NOARGS, "What it calls in the parent."},
     {NULL},
 };
 
 static int watch_forks(PyObject *module) {
     PyObject *function = PyObject_GetAttrString(module, "_after_fork"), *done = NULL;
+    PyObject *here = PyObject_GetAttrString(module, "_after_fork_here");
     PyObject *os = PyImport_ImportModule("os");
     PyObject *method = os == NULL ? NULL : PyObject_GetAttrString(os, "register_at_fork");
     PyObject *args = PyTuple_New(0);
-    PyObject *words = function == NULL ? NULL : Py_BuildValue("{s:O}", "after_in_child", function);
+    PyObject *words = function == NULL || here == NULL
+                          ? NULL
+                          : Py_BuildValue("{s:O,s:O}", "after_in_child", function, "after_in_parent", here);
     if (method != NULL && args != NULL && words != NULL)
         done = PyObject_Call(method, args, words);
     Py_XDECREF(words);
@@ -31,6 +40,7 @@ static int watch_forks(PyObject *module) {
     Py_XDECREF(method);
     Py_XDECREF(os);
     Py_XDECREF(function);
+    Py_XDECREF(here);
     Py_XDECREF(done);
     return done == NULL ? -1 : 0;
 }

@@ -17,6 +17,7 @@
 HIDDEN PyTypeObject *Connection_Type;
 static PyTypeObject *Base_Type; /* harken.connection.Connection */
 static Py_ssize_t state_offset;
+static PyObject *far_ends[2];
 static PyObject *base_init, *base_real_close, *base_detach, *base_setblocking;
 HIDDEN char scratch[SCRATCH];
 
@@ -94,6 +95,12 @@ static int attach(State *state, Hub *hub, int fd) {
     return 0;
 }
 
+/* Its descriptor is about to be closed for good: it need not be taken out of the epoll set. */
+void leave_unasked(State *state) {
+    if (attached(state))
+        state->slot->registered = false;
+}
+
 /* The connection leaves the hub, before its descriptor is closed or given away. */
 void let_go(PyObject *self, State *state) {
     if (flush_of(self) < 0)
@@ -163,6 +170,7 @@ ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags
         if (flags != 0 || state->nonblocking || !attached(state) || !state->slot->dry) {
             ssize_t got = recv(fd, into + have, size - have, flags);
             if (got >= 0) {
+                state->ended = got == 0;
                 have += (size_t)got;
                 if (flags & MSG_WAITALL && got > 0 && have < size)
                     continue;
@@ -177,8 +185,10 @@ ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags
                     return -1;
                 continue;
             }
-            if (errno != EAGAIN && errno != EWOULDBLOCK)
+            if (errno != EAGAIN && errno != EWOULDBLOCK) {
+                state->broken |= errno == ECONNRESET;
                 return have > 0 ? (ssize_t)have : fail(errno);
+            }
             if (flags & MSG_DONTWAIT)
                 return fail(EAGAIN);
         }
@@ -254,6 +264,7 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
         int fd = begin(self, state);
         if (fd < 0)
             return -1;
+        state->ended = false;
         ssize_t sent = send(fd, data + done, size - done, flags | MSG_NOSIGNAL);
         if (sent >= 0) {
             done += (size_t)sent;
@@ -269,8 +280,10 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
                 return -1;
             continue;
         }
-        if (errno != EAGAIN && errno != EWOULDBLOCK)
+        if (errno != EAGAIN && errno != EWOULDBLOCK) {
+            state->broken |= errno == ECONNRESET;
             return fail(errno);
+        }
         if (flags & MSG_DONTWAIT)
             return fail(EAGAIN);
         if (wait_ready(self, state, WRITE, &deadline) < 0)
@@ -330,6 +343,14 @@ static PyObject *connection_gettimeout(PyObject *self, PyObject *none) {
     return state->nonblocking || state->timeout > 0 ? PyFloat_FromDouble(state->timeout) : Py_NewRef(Py_None);
 }
 
+/* What is known of the peer without asking the kernel; None is nothing. */
+static PyObject *get_far_end(PyObject *self, void *closure) {
+    State *state = state_of(self);
+    if (!state->broken && !state->ended)
+        Py_RETURN_NONE;
+    return Py_NewRef(far_ends[state->broken]);
+}
+
 static PyObject *get_timeout(PyObject *self, void *closure) { return connection_gettimeout(self, NULL); }
 
 static PyObject *connection_setblocking(PyObject *self, PyObject *flag) {
@@ -351,8 +372,10 @@ static PyObject *connection_getblocking(PyObject *self, PyObject *none) {
 /* socket.socket.__init__, and then never blocking. */
 static int connection_init(PyObject *self, PyObject *args, PyObject *words) {
     int done_quickly = quick_init(self, args, words);
-    if (done_quickly != 0)
-        return done_quickly > 0 ? 0 : -1;
+    if (done_quickly < 0 || default_timeout(state_of(self)) < 0)
+        return -1;
+    if (done_quickly > 0)
+        return 0;
     PyObject *bound = PyObject_CallMethod(base_init, "__get__", "OO", self, Py_TYPE(self));
     PyObject *done = bound == NULL ? NULL : PyObject_Call(bound, args, words);
     Py_XDECREF(bound);
@@ -412,6 +435,8 @@ static PyMethodDef connection_methods[] = {
     {"recv_into", FAST(connection_recv_into), METH_VARARGS | METH_KEYWORDS, "As socket.recv_into, likewise."},
     {"send", FAST(connection_send), METH_FASTCALL, "As socket.send, likewise."},
     {"sendall", FAST(connection_sendall), METH_FASTCALL, "As socket.sendall, likewise."},
+    {"take", FAST(connection_take), METH_FASTCALL | METH_CLASS, "take(listener, most): accept what is there."},
+    {"end", connection_end, METH_NOARGS, "Tell the peer that nothing more comes, and close; return whether it is closed."},
     {"open_reader", FAST(connection_open_reader), METH_FASTCALL, "open_reader(size=-1): a buffered file to read."},
     {"open_writer", FAST(connection_open_writer), METH_FASTCALL, "open_writer(reader=None): a file to write."},
     {"settimeout", connection_settimeout, METH_O, "Set the seconds that one operation may take."},
@@ -424,6 +449,7 @@ static PyMethodDef connection_methods[] = {
 
 static PyGetSetDef connection_attributes[] = {
     {"timeout", get_timeout, NULL, "The timeout in seconds.", NULL},
+    {"far_end", get_far_end, NULL, "What reads and writes have told of the peer: `peer_closed`, `peer_reset`, None.", NULL},
     {NULL},
 };
 
@@ -465,7 +491,9 @@ int connection_ready(PyObject *module) {
     PyObject *parent = PyImport_ImportModule("harken.connection");
     Base_Type = parent == NULL ? NULL : (PyTypeObject *)PyObject_GetAttrString(parent, "Connection");
     Py_XDECREF(parent);
-    if (Base_Type == NULL || accept_ready() < 0 || rare_ready() < 0)
+    far_ends[0] = PyUnicode_InternFromString("peer_closed");
+    far_ends[1] = PyUnicode_InternFromString("peer_reset");
+    if (Base_Type == NULL || accept_ready() < 0 || rare_ready() < 0 || far_ends[0] == NULL || far_ends[1] == NULL)
         return -1;
     base_init = PyObject_GetAttrString((PyObject *)Base_Type, "__init__");
     base_real_close = PyObject_GetAttrString((PyObject *)Base_Type, "_real_close");

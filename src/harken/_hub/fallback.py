@@ -195,17 +195,28 @@ class Hub:
 
     def spawn(self, function: Callable[..., object], *args: Any) -> greenlet:
         """Make a green thread; it starts at the next turn."""
+        return self._spawn(None, function, args)
+
+    def spawn_then(self, done: Callable[[greenlet], object], function: Callable[..., object], *args: Any) -> greenlet:
+        """The same; ``done(greenlet)`` is called when it has ended."""
+        return self._spawn(done, function, args)
+
+    def _spawn(
+        self, done: Callable[[greenlet], object] | None, function: Callable[..., object], args: tuple[Any, ...]
+    ) -> greenlet:
         green = greenlet(self._live)
         green.gr_context = contextvars.copy_context()
         self._greens.add(green)
-        self._make_due(self._start, (green, function, args))
+        self._make_due(self._start, (green, done, function, args))
         return green
 
-    def _start(self, green: greenlet, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+    def _start(self, green: greenlet, *what: Any) -> None:
         green.parent = self.own
-        green.switch(function, args)
+        green.switch(*what)
 
-    def _live(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+    def _live(
+        self, done: Callable[[greenlet], object] | None, function: Callable[..., object], args: tuple[Any, ...]
+    ) -> None:
         try:
             function(*args)
         except GreenletExit:
@@ -217,6 +228,8 @@ class Hub:
                 self.pending.flush()
             except OSError:
                 pass  # a handler that did not close its file does not learn that the peer has gone
+            if done is not None:
+                done(getcurrent())
             self._greens.discard(getcurrent())
             if self._lent:
                 _end_process()

@@ -9,6 +9,7 @@
 
 HIDDEN __thread Hub *current_hub;
 HIDDEN Hub *all_hubs;
+HIDDEN bool forked;
 HIDDEN PyTypeObject *Hub_Type;
 
 bool in_hub(Hub *hub) {
@@ -350,7 +351,15 @@ static PyObject *hub_spawn(PyObject *self, PyObject *const *args, Py_ssize_t cou
         PyErr_SetString(PyExc_TypeError, "spawn() takes a function and its arguments");
         return NULL;
     }
-    return spawn((Hub *)self, args[0], args + 1, count - 1);
+    return spawn((Hub *)self, NULL, args[0], args + 1, count - 1);
+}
+
+static PyObject *hub_spawn_then(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    if (count < 2 || !PyCallable_Check(args[0]) || !PyCallable_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "spawn_then() takes what is called at the end, a function and its arguments");
+        return NULL;
+    }
+    return spawn((Hub *)self, args[0], args[1], args + 2, count - 2);
 }
 
 static PyObject *rest(PyObject *const *args, Py_ssize_t count) {
@@ -634,6 +643,7 @@ static PyObject *hub_close(PyObject *self, PyObject *none) {
  * forgotten: to drop a suspended greenlet is to run its `finally` blocks, which are the parent's business. */
 void hubs_after_fork(void) {
     Hub *running = current_hub;
+    forked = true;
     for (Hub *hub = all_hubs; hub != NULL; hub = hub->next) {
         if (hub->closed)
             continue;
@@ -733,6 +743,7 @@ static PyMethodDef hub_methods[] = {
     {"flush_pending_nowait", hub_flush_pending_nowait, METH_NOARGS, "Send what was written and not sent. Any thread."},
     {"close", hub_close, METH_NOARGS, "End the green threads that are left, and give the descriptors back."},
     {"spawn", FAST(hub_spawn), METH_FASTCALL, "spawn(function, *args): a green thread; it starts at the next turn."},
+    {"spawn_then", FAST(hub_spawn_then), METH_FASTCALL, "spawn_then(done, function, *args): likewise; done(green) at its end."},
     {"call_soon", FAST(hub_call_soon), METH_FASTCALL, "call_soon(function, *args): call at the next turn."},
     {"call_soon_threadsafe", FAST(hub_call_soon), METH_FASTCALL, "The same, from any thread."},
     {"call_at", FAST(hub_call_at), METH_FASTCALL, "call_at(deadline, function, *args): call once after the deadline."},

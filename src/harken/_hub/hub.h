@@ -147,6 +147,9 @@ HIDDEN bool in_hub(Hub *hub); /* whether the loop itself is running, rather than
 #define WAKEUP_TAG 0xffffffffu
 #define SIGNAL_TAG 0xfffffffeu
 
+/* Set once this process has forked: a child may hold copies of any descriptor. */
+extern HIDDEN bool forked;
+
 /* hub.c */
 HIDDEN int hub_ready(PyObject *module);
 HIDDEN PyObject *hub_current(PyObject *module, PyObject *none);
@@ -164,7 +167,7 @@ HIDDEN int throw_into(Hub *hub, PyGreenlet *green, PyObject *error);
 HIDDEN void end_process(void);
 HIDDEN void queue_clear(Hub *hub, bool abandon);
 HIDDEN int give_way(Hub *hub);
-HIDDEN PyObject *spawn(Hub *hub, PyObject *function, PyObject *const *args, Py_ssize_t count);
+HIDDEN PyObject *spawn(Hub *hub, PyObject *done, PyObject *function, PyObject *const *args, Py_ssize_t count);
 HIDDEN int report(PyObject *function);
 
 /* timers.c */
@@ -202,6 +205,9 @@ typedef struct {
     bool stream;      /* TCP: a short read tells that nothing is left */
     bool large;       /* the last read was large: receive into the result itself */
     bool nonblocking; /* a timeout of 0 */
+    bool ended;       /* the last thing that the peer did was to close its side; nothing was sent since */
+    bool broken;      /* it was reset */
+    bool exposed;     /* somebody has asked for the descriptor, and may have made another of it */
     double timeout;   /* seconds; 0: none */
 } State;
 
@@ -213,6 +219,7 @@ HIDDEN int begin(PyObject *self, State *state);
 HIDDEN int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline);
 HIDDEN int fail(int error);
 HIDDEN void let_go(PyObject *self, State *state);
+HIDDEN void leave_unasked(State *state);
 HIDDEN void make_stream_known(State *state, int family, int kind, int proto);
 
 HIDDEN ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags);
@@ -236,6 +243,9 @@ extern HIDDEN PyMethodDef rare_methods[];
 /* accept.c */
 HIDDEN int accept_ready(void);
 HIDDEN PyObject *accept_one(PyObject *module, PyObject *listener);
+HIDDEN PyObject *connection_take(PyObject *type, PyObject *const *args, Py_ssize_t count);
+HIDDEN PyObject *connection_end(PyObject *self, PyObject *none);
+HIDDEN int default_timeout(State *state);
 HIDDEN PyObject *make_connection(PyTypeObject *type, int fd, int family, int kind, int proto);
 HIDDEN PyObject *accept_from(PyTypeObject *type, int fd, int family, int kind, int proto);
 HIDDEN int quick_init(PyObject *self, PyObject *args, PyObject *words);

@@ -162,6 +162,7 @@ typedef struct {
     PyObject_HEAD
     Hub *hub;
     PyObject *function, *args;
+    PyObject *done; /* called with the greenlet at the end, or NULL */
 } Task;
 
 HIDDEN PyTypeObject *Task_Type;
@@ -228,6 +229,12 @@ static PyObject *task_call(PyObject *self, PyObject *none, PyObject *keywords) {
     if (hub->lent)
         end_process();
     PyGreenlet *me = PyGreenlet_GetCurrent();
+    if (task->done != NULL) {
+        PyObject *told = PyObject_CallOneArg(task->done, (PyObject *)me);
+        if (told == NULL)
+            PyErr_WriteUnraisable(task->done);
+        Py_XDECREF(told);
+    }
     if (PySet_Discard(hub->greens, (PyObject *)me) < 0)
         PyErr_Clear();
     /* It goes to whoever runs the loop now, which need not be who ran it when this one started. */
@@ -255,7 +262,7 @@ static int give_context(PyGreenlet *green) {
     return result;
 }
 
-PyObject *spawn(Hub *hub, PyObject *function, PyObject *const *args, Py_ssize_t count) {
+PyObject *spawn(Hub *hub, PyObject *done, PyObject *function, PyObject *const *args, Py_ssize_t count) {
     if (hub->closed) {
         PyErr_SetString(PyExc_RuntimeError, "this hub is closed: nothing runs there any more");
         return NULL;
@@ -265,6 +272,7 @@ PyObject *spawn(Hub *hub, PyObject *function, PyObject *const *args, Py_ssize_t 
         return NULL;
     task->hub = (Hub *)Py_NewRef(hub);
     task->function = Py_NewRef(function);
+    task->done = Py_XNewRef(done);
     task->args = PyTuple_New(count);
     for (Py_ssize_t i = 0; task->args != NULL && i < count; i++)
         PyTuple_SET_ITEM(task->args, i, Py_NewRef(args[i]));
@@ -284,6 +292,7 @@ static int task_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(task->hub);
     Py_VISIT(task->function);
     Py_VISIT(task->args);
+    Py_VISIT(task->done);
     return 0;
 }
 
@@ -291,6 +300,7 @@ static int task_clear(PyObject *self) {
     Task *task = (Task *)self;
     Py_CLEAR(task->function);
     Py_CLEAR(task->args);
+    Py_CLEAR(task->done);
     return 0;
 }
 

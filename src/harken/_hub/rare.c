@@ -230,6 +230,7 @@ static PyObject *rare_shutdown(PyObject *self, PyObject *how) {
 }
 
 static PyObject *rare_fileno(PyObject *self, PyObject *none) {
+    state_of(self)->exposed = true;
     return flush_of(self) < 0 ? NULL : PyObject_CallOneArg(base_fileno, self);
 }
 
@@ -248,6 +249,7 @@ PyObject *rebuild(PyObject *module, PyObject *args) {
 
 static PyObject *rare_reduce(PyObject *self, PyObject *protocol) {
     int fd, family, kind, proto;
+    state_of(self)->exposed = true;
     if (socket_parts(self, &fd, &family, &kind, &proto) < 0)
         return NULL;
     PyObject *reduction = PyImport_ImportModule("multiprocessing.reduction"), *made = NULL;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _socket
 import errno
 import os
+import select
 import socket
 import stat
 import time
@@ -260,6 +261,24 @@ class Connection(connection.Connection):
         fd, address = self._accept()
         return Connection(_family(self), _type(self), self.proto, fd), address
 
+    @classmethod
+    def take(cls, listener: socket.socket, most: int, /) -> list[tuple[Connection, Any]]:
+        """Accept what is at the door, without waiting; see the contract."""
+        taken: list[tuple[Connection, Any]] = []
+        quiet = listener.gettimeout() == 0.0
+        parts = _family(listener), _type(listener), listener.proto
+        while len(taken) < most and (quiet or select.select([listener], [], [], 0)[0]):
+            try:
+                fd, address = listener._accept()  # type: ignore[attr-defined]
+            except BlockingIOError:
+                break
+            except OSError:
+                if not taken:
+                    raise
+                break  # the next call meets it
+            taken.append((cls(*parts, fd), address))
+        return taken
+
     _accept = _waiting("_accept", write=False, flags_at=0)
 
     # -- time-outs -----------------------------------------------------------------------------------------------------
@@ -315,6 +334,20 @@ class Connection(connection.Connection):
         super()._real_close()
         if wire is not None:
             wire.fd = -1
+
+    far_end: str | None = None  # the kernel is asked
+
+    def end(self) -> bool:
+        """Tell the peer that nothing more comes, and close; see the contract."""
+        record, self.record = getattr(self, "record", None), None
+        try:
+            self.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the peer, or the handler, was quicker
+        self.close()
+        if self.fileno() >= 0:
+            self.record = record
+        return self.fileno() < 0
 
     def _send_last(self) -> None:
         try:

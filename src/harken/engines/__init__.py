@@ -73,12 +73,14 @@ class Engine(ABC):
     Attributes:
         in_child: whether ``spawn`` hands the connection to another process, so that the caller closes its own copy.
         in_loop: whether ``spawn`` runs the handler at once, in the loop.
+        bursts: whether connections are to be taken many at a time, by ``connection.take``; ``spawn`` then never waits.
         connection: what accepted connections are made of, unless a program accepts by itself; see ``adopt``.
     """
 
     in_child: ClassVar[bool] = False
     in_loop: ClassVar[bool] = False
-    connection: type[Connection] = Connection
+    bursts: ClassVar[bool] = False
+    connection: Any = Connection
 
     def __init__(self, options: Options) -> None:
         self.options = options

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from greenlet import getcurrent, greenlet
+
 from harken import _hub
 from harken._hub import hosts
 from harken._hub.bell import Bell
@@ -42,28 +44,32 @@ START_SECONDS = 0.1
 LEAVE_SECONDS = 1.0
 
 _numbers = itertools.count(1)
-_job: contextvars.ContextVar[_Job | None] = contextvars.ContextVar("harken_green_job", default=None)
+# The handler for whom a plain thread does something; see Engine.aside.
+_caller: contextvars.ContextVar[greenlet | None] = contextvars.ContextVar("harken_green_caller", default=None)
+# What a handler may be given that the hub waits for; a datagram is a pair.
+_FIT = (_hub.Connection, tuple)
 
 
 class _Job:
-    """A handler under way."""
+    """A handler that another thread wants started."""
 
     __slots__ = ("args", "begun", "engine", "function")
 
     def __init__(self, engine: Engine, function: Callable[..., object], args: tuple[Any, ...]) -> None:
-        self.begun: Bell | None = None
+        self.begun = Bell()
         self.engine = engine
         self.function = function
         self.args = args
 
     def __call__(self) -> None:
-        _job.set(self)
-        if self.begun is not None:
-            self.begun.ring()
+        green = getcurrent()
+        self.engine._jobs.add(green)
+        self.engine._jobs.discard(self)
+        self.begun.ring()
         try:
             self.function(*self.args)
         finally:
-            self.engine._ended(self)
+            self.engine._jobs.discard(green)
 
 
 class _Loop:
@@ -105,6 +111,7 @@ class Engine(Contract):
     plain thread instead, since it would keep everybody waiting.
     """
 
+    bursts = True
     connection = _hub.Connection
     host: str | None = None
     """What the hub begins with, by its name in ``harken._hub.hosts``; None: what suits the process."""
@@ -113,13 +120,14 @@ class Engine(Contract):
         super().__init__(options)
         self._doors: dict[int, tuple[Door, Callable[[], bool]]] = {}
         self._loops: list[_Loop] = []
-        self._jobs: set[_Job] = set()
+        self._jobs: set[_Job | greenlet] = set()
         self._bells: list[Bell] = []
         self._crew = Crew(self._are_daemons)
         self._hub: Any = None
         self._stalls = Tally()
         self._watchdog: Watchdog | None = None
         self._thread: threading.Thread | None = None
+        self._ident = 0  # of that thread
         self._leaving = False
         self._lodging = False
         # Held while a door's or a loop's callable runs. Taken before the guard, never after it.
@@ -166,7 +174,8 @@ class Engine(Contract):
             except BaseException as error:  # noqa: BLE001 - raised again by the loop's caller
                 self._finish(self._loops[0], error)
                 return False
-            self._tick()
+            if more:
+                self._tick()  # the hub does it before the next turn
             return more
 
     # -- loops ---------------------------------------------------------------------------------------------------------
@@ -247,6 +256,7 @@ class Engine(Contract):
     def _make_hub(self) -> tuple[hosts.Stage, Watchdog]:
         """Make the hub, in the thread that is to be its own."""
         self._thread = threading.current_thread()
+        self._ident = _thread.get_ident()
         hub = _hub.Hub()
         for door, _ in list(self._doors.values()):
             self._watch(hub, door)
@@ -279,6 +289,7 @@ class Engine(Contract):
         def leave() -> None:
             with self._guard:
                 self._hub = self._thread = None
+                self._ident = 0
                 self._lodging = False
             lodger.leave()
             watchdog.stop()
@@ -286,7 +297,9 @@ class Engine(Contract):
         return leave
 
     def _is_over(self) -> bool:
-        """Whether the hub's thread may end; asked by the hub."""
+        """Whether the hub's thread may end; asked by the hub when a green thread has ended, for one."""
+        for bell in tuple(self._bells):
+            bell.ring()
         if self._lodging:
             return False
         if not self._leaving and (self._loops or self._jobs):
@@ -304,7 +317,7 @@ class Engine(Contract):
     @property
     def in_loop_thread(self) -> bool:
         """Whether the calling thread is the hub's."""
-        return self._thread is threading.current_thread() and self._hub is not None
+        return self._ident == _thread.get_ident() and self._hub is not None
 
     # -- stalls --------------------------------------------------------------------------------------------------------
 
@@ -332,19 +345,18 @@ class Engine(Contract):
 
     def spawn(self, function: Callable[..., object], *args: Any, done: Callable[[int], None] | None = None) -> int:
         """Run ``function`` in a green thread of its own."""
-        if args and not isinstance(args[0], (_hub.Connection, tuple)) and hasattr(args[0], "recv"):
+        if args and not isinstance(args[0], _FIT) and hasattr(args[0], "recv"):
             self._crew.submit(function, *args)
             return 0
-        job = _Job(self, function, args)
-        if self.in_loop_thread:
-            self._jobs.add(job)
-            self._hub.spawn(job)
+        hub, jobs = self._hub, self._jobs
+        if hub is not None and self._ident == _thread.get_ident():
+            jobs.add(hub.spawn_then(jobs.discard, function, *args))
             return 0
-        begun = job.begun = Bell()
+        job = _Job(self, function, args)
         with self._guard:
-            self._jobs.add(job)
+            jobs.add(job)
             self._need_hub().call_soon_threadsafe(contextvars.copy_context().run, self._hub.spawn, job)
-        begun.wait(START_SECONDS)
+        job.begun.wait(START_SECONDS)
         return 0
 
     def adopt(self, request: Any) -> Any:
@@ -353,16 +365,15 @@ class Engine(Contract):
 
     def aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``; in a green thread it runs in a plain one meanwhile."""
-        return offload(function, *args)
-
-    def _ended(self, job: _Job) -> None:
-        self._jobs.discard(job)
-        for bell in list(self._bells) if self._bells else ():
-            bell.ring()
+        token = _caller.set(getcurrent())
+        try:
+            return offload(function, *args)
+        finally:
+            _caller.reset(token)
 
     def _others(self) -> int:
         """Handlers under way, not counting the caller."""
-        own = _job.get()
+        own = _caller.get() or getcurrent()
         return len(self._jobs) - (own in self._jobs)
 
     def join(self, deadline: float | None) -> int:
@@ -419,6 +430,7 @@ class Engine(Contract):
         self._bells.clear()
         self._hub = self._thread = self._watchdog = None
         self._lodging = False
+        self._ident = 0
         self._turns = threading.RLock()
         self._guard = threading.RLock()
 

@@ -1,0 +1,96 @@
+"""A server that overrides no hook: the same steps, straight through.
+
+Each hook is a call that costs more than the work in it, and a short connection passes eight of them. Where all are
+harken's own nobody can tell whether they were called, so engines that take connections in bursts go this way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from harken.acceptor import MAX_ACCEPT
+from harken.connection import shown
+
+if TYPE_CHECKING:
+    from harken.serving import Serving
+
+__all__ = ["is_straight", "serve", "stock", "take"]
+
+_NAMES = (
+    "get_request",
+    "verify_request",
+    "process_request",
+    "process_request_thread",
+    "finish_request",
+    "shutdown_request",
+    "close_request",
+    "service_actions",
+    "_handle_request_noblock",
+    "_process_elsewhere",
+)
+_read: Callable[[type], tuple[Any, ...]] = attrgetter(*_NAMES)
+_own_names = frozenset(_NAMES)
+_stock: set[Any] = set()
+_seen: dict[type, tuple[tuple[Any, ...], bool]] = {}
+_MOST_SEEN = 256  # classes; programs that make one a server must not fill the memory
+
+
+def stock(server_class: type) -> None:
+    """Say that the hooks that ``server_class`` defines do what harken's do."""
+    _stock.update(vars(server_class)[name] for name in _NAMES if name in vars(server_class))
+
+
+def is_straight(serving: Serving) -> bool:
+    """Tell whether the server of ``serving`` has harken's own hooks alone, at this moment: programs patch them."""
+    server = serving.server
+    kind = type(server)
+    try:
+        hooks = _read(kind)
+    except AttributeError:
+        return False
+    known, straight = _seen.get(kind, (None, False))
+    if hooks != known:
+        straight = _stock.issuperset(hooks)
+        if len(_seen) >= _MOST_SEEN:
+            _seen.clear()
+        _seen[kind] = (hooks, straight)
+    plain = serving.entry is None and serving.admission is None
+    return straight and plain and _own_names.isdisjoint(vars(server))
+
+
+def take(serving: Serving) -> bool:
+    """Take what waits at the door, at most a burst; tell whether there may be more."""
+    server, acceptor, books, engine = serving.server, serving.acceptor, serving.books, serving.engine
+    try:
+        taken = engine.connection.take(server.socket, MAX_ACCEPT)
+    except OSError as error:
+        acceptor.failed(error)
+        taken = []
+    if acceptor.troubled:
+        acceptor.settle(taken=bool(taken))
+    if taken and len(taken[0][1]) > 2:
+        taken = [(request, shown(server.socket, address)) for request, address in taken]
+    books.admit(taken)
+    spawn = engine.spawn
+    for request, client_address in taken:
+        try:
+            spawn(serve, serving, request, client_address)
+        except Exception as error:  # noqa: BLE001 - that connection's trouble
+            books.failed(request, client_address, error)
+            server.handle_error(request, client_address)
+            server.shutdown_request(request)
+    return len(taken) == MAX_ACCEPT
+
+
+def serve(serving: Serving, request: Any, client_address: Any) -> None:
+    """Serve one connection where the engine runs handlers: the hooks after ``process_request``."""
+    server = serving.server
+    try:
+        server.RequestHandlerClass(request, client_address, server)
+    except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
+        serving.books.failed(request, client_address, error)
+        server.handle_error(request, client_address)
+    finally:
+        serving.books.close(request)

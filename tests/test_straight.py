@@ -1,0 +1,191 @@
+"""Servers that override no hook go straight through on the green engine; nobody can tell, and overriding ends it."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import harken
+from harken import events, straight
+from harken.serving import serving_of
+
+PATIENCE = 10.0  # seconds
+HOOKS = [
+    "get_request",
+    "verify_request",
+    "process_request",
+    "process_request_thread",
+    "finish_request",
+    "shutdown_request",
+    "close_request",
+    "service_actions",
+]
+
+
+class Echo(harken.BaseRequestHandler):
+    """Sends back what comes."""
+
+    def handle(self) -> None:
+        """Echo."""
+        while data := self.request.recv(1000):
+            self.request.sendall(data)
+
+
+def ask(server: Any) -> bytes:
+    """Send something, end, and return the answer."""
+    with socket.create_connection(server.server_address, PATIENCE) as client:
+        client.sendall(b"hello")
+        client.shutdown(socket.SHUT_WR)
+        got = b""
+        while part := client.recv(100):
+            got += part
+        return got
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for something, with a bound."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def note(seen: list[str], name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that notes that it was called."""
+
+    def hook(*args: Any) -> Any:
+        seen.append(name)
+        return plain(*args)
+
+    return hook
+
+
+@pytest.mark.parametrize("name", HOOKS)
+@pytest.mark.parametrize("where", ["subclass", "patched class", "instance"])
+def test_every_hook_that_is_overridden_is_called(name: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a subclass, on the class while it serves, and on the instance."""
+    seen: list[str] = []
+
+    class Server(harken.GreenTCPServer):
+        pass
+
+    if where == "subclass":
+        setattr(Server, name, note(seen, name, getattr(harken.GreenTCPServer, name)))
+    with harken.background(Server(("127.0.0.1", 0), Echo)) as server:
+        if where != "subclass":
+            assert straight.is_straight(serving_of(server))
+            assert ask(server) == b"hello"
+            assert not seen
+        if where == "patched class":
+            monkeypatch.setattr(Server, name, note(seen, name, getattr(Server, name)), raising=False)
+        elif where == "instance":
+            setattr(server, name, note(seen, name, getattr(server, name)))
+        assert not straight.is_straight(serving_of(server))
+        assert ask(server) == b"hello"
+        until(lambda: seen)
+
+
+def test_a_hook_patched_in_harkens_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Monitors patch `socketserver.TCPServer` itself."""
+    seen: list[str] = []
+    monkeypatch.setattr(harken.TCPServer, "close_request", note(seen, "closed", harken.TCPServer.close_request))
+    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Echo)) as server:
+        assert ask(server) == b"hello"
+        until(lambda: seen)
+
+
+def test_events_and_figures_are_the_same() -> None:
+    """accepted, opened and closed once each, with the reason; the figures agree."""
+    seen: list[tuple[str, str, Any]] = []
+    end = events.subscribe(
+        lambda event: seen.append((event.name, event.connection, event.reason)), "accepted", "opened", "closed"
+    )
+    try:
+        with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Echo)) as server:
+            assert ask(server) == b"hello"
+            until(lambda: len(seen) == 3)
+            identity = seen[0][1]
+            assert seen == [
+                ("accepted", identity, None),
+                ("opened", identity, None),
+                ("closed", identity, "peer_closed"),
+            ]
+            figures = server.stats()
+            assert (figures["accepted_total"], figures["open"]) == (1, 0)
+            assert figures["closed_total"] == {"peer_closed": 1}
+    finally:
+        end()
+
+
+@pytest.mark.parametrize("way", ["returns", "raises", "closes", "detaches", "keeps a file", "is reset"])
+def test_however_a_handler_ends(way: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The connection is closed and struck off, for the right reason."""
+    kept: list[Any] = []
+
+    class Handler(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(5)
+            match way:
+                case "raises":
+                    raise ValueError("a fault")
+                case "closes":
+                    self.request.close()
+                case "detaches":
+                    socket.socket(fileno=self.request.detach()).close()
+                case "keeps a file":
+                    kept.append(self.request.makefile("rb"))
+                case "is reset":
+                    self.request.recv(1)
+
+    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Handler)) as server:
+        client = socket.create_connection(server.server_address, PATIENCE)
+        client.sendall(b"hello")
+        if way == "is reset":
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            client.close()
+        else:
+            assert client.recv(1) == b""
+        if way == "keeps a file":
+            assert len(server.connections()) == 1
+            kept.pop().close()
+        until(lambda: not server.connections())
+        client.close()
+        reason = {"raises": "handler_failed", "is reset": "peer_reset"}.get(way, "handler_returned")
+        until(lambda: server.stats()["closed_total"] == {reason: 1})
+    assert ("a fault" in capsys.readouterr().err) == (way == "raises")
+
+
+def test_a_burst_is_served_whole() -> None:
+    """More connections at once than are taken in one turn."""
+    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Echo, backlog=400)) as server:
+        server.suspend()
+        clients = [socket.create_connection(server.server_address, PATIENCE) for _ in range(200)]
+        server.resume()
+        for client in clients:
+            client.sendall(b"x")
+        for client in clients:
+            assert client.recv(10) == b"x"
+            client.close()
+        until(lambda: not server.connections())
+
+
+def test_the_default_timeout_holds_for_accepted_connections() -> None:
+    """As with socketserver: `socket.setdefaulttimeout`."""
+    seen: list[Any] = []
+
+    class Handler(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            seen.append(self.request.gettimeout())
+
+    before = socket.getdefaulttimeout()
+    try:
+        with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Handler)) as server:
+            socket.setdefaulttimeout(7.0)
+            assert ask(server) == b""
+    finally:
+        socket.setdefaulttimeout(before)
+    assert seen == [7.0]
