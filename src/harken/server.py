@@ -148,6 +148,8 @@ class BaseServer:
     def _handle_request_noblock(self) -> bool:
         """Take one connection through the hooks. Loops of programs call it too, and programs override it.
 
+        ``straight.py`` goes the same way without the calls where no hook is overridden: a step more here is one there.
+
         Returns:
             Whether a connection was taken.
         """
