@@ -20,6 +20,7 @@ __all__ = ["Engine"]
 class Engine(Green):
     """A task for each connection, in one event loop in a thread of the engine's own."""
 
+    bursts = False  # handlers that run in threads wait for room
     host = "asyncio"
 
     def __init__(self, options: Options) -> None:
