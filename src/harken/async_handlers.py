@@ -7,8 +7,10 @@ import socket
 from collections.abc import Awaitable
 from typing import Any
 
+from harken import preambles
 from harken._hub.awaited import AsyncConnection, AsyncReader, AsyncWriter
 from harken._hub.task import drive
+from harken.entry import refuse_unentered
 from harken.handlers import BaseRequestHandler
 
 __all__ = ["AsyncRequestHandler", "AsyncStreamRequestHandler"]
@@ -39,6 +41,8 @@ class AsyncRequestHandler(BaseRequestHandler):
         self.request = request if isinstance(request, tuple) else AsyncConnection(request)
         self.client_address = client_address
         self.server = server
+        if preambles.armed:
+            refuse_unentered(server, request)
         try:
             drive(self._serve())
         except asyncio.CancelledError as error:

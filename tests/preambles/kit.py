@@ -8,7 +8,7 @@ import threading
 import harken
 from harken import events
 
-ENGINES = ("inline", "thread", "pool", "fork", "green")
+ENGINES = ("inline", "thread", "pool", "fork", "green", "asyncio")
 TRANSPORTS = ("tcp", "unix")
 PATIENCE = 10.0
 LOCAL = ("127.0.0.1", 0)

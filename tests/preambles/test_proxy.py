@@ -330,6 +330,56 @@ def test_verify_request_judges_the_client(engine, tmp_path):
     told.unsubscribe()
 
 
+class AsyncMirror(harken.AsyncRequestHandler):
+    """As Mirror, by coroutines."""
+
+    async def handle(self):
+        header = self.peer.proxy
+        told = f"{self.client_address!r}|{self.peer}|{int(self.peer.family)}|{header.bare()!r}|{hash_of(header)}\n"
+        await self.request.sendall(told.encode())
+        while data := await self.request.recv(65536):
+            await self.request.sendall(data)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_handlers_of_coroutines_meet_the_client_too(transport, tmp_path):
+    """The header is read before ``async def handle``, in pieces too; a bad one, or none in time, closes."""
+    told = Told("closed")
+    with serving("asyncio", transport, tmp_path, AsyncMirror, preamble_timeout=0.5) as server:
+        for header in (V1, V2, LONG):
+            with dial(server) as client:
+                data = header.encode() + b"data"
+                client.sendall(data[:20])
+                client.sendall(data[20:])
+                assert read_line(client) == shown(header)
+                assert read_exactly(client, 4) == b"data"
+        told.wait("closed", 3)
+        for data in (b"GET / HTTP/1.1\r\n\r\n", b"PROXY TCP4 "):
+            with dial(server) as client:
+                client.sendall(data)
+                assert read_end(client) == b""
+        assert [event.reason for event in told.wait("closed", 5)[3:]] == ["preamble_failed"] * 2
+    told.unsubscribe()
+
+
+class Bypass(harken.AsyncTCPServer):
+    """A server whose hook would hand connections over before their header was read."""
+
+    def process_request(self, request, client_address):
+        self.RequestHandlerClass(request, client_address, self)
+
+
+@pytest.mark.parametrize("handler", [Mirror, AsyncMirror])
+def test_no_handler_goes_around_the_header(handler, capfd):
+    """A handler refuses a connection whose header was not read, whichever hook gave it."""
+    server = Bypass(LOCAL, handler, proxy="any", proxy_from=TRUST)
+    with harken.background(server), dial(server) as client:
+        client.sendall(V1.encode())
+        assert read_end(client) == b""
+        assert server.stats()["handler_failed_total"] == 1
+    assert "whose preambles (TLS, PROXY) have not run" in capfd.readouterr().err
+
+
 HUB_PROGRAM = """
 import socket, sys
 import harken

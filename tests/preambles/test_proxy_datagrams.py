@@ -64,6 +64,21 @@ def test_answers_by_wfile_go_by_way_of_the_proxy(engine):
         assert proxy.recv(1000) == b"QUESTION\r\n"
 
 
+class AsyncUpper(harken.AsyncRequestHandler):
+    """Answers by coroutines."""
+
+    async def handle(self):
+        data, sock = self.request
+        sock.sendto(f"{self.client_address[0]} ".encode() + data.upper(), self.client_address)
+
+
+def test_coroutines_answer_by_way_of_the_proxy():
+    """A handler with ``async def handle`` sees the client and reaches the proxy."""
+    with serving("asyncio", AsyncUpper) as server, asking(server) as proxy:
+        proxy.send(HEADER.encode() + b"question")
+        assert proxy.recv(1000) == b"192.0.2.1 QUESTION"
+
+
 def test_two_proxies_are_told_apart():
     """The same client by way of two proxies is answered where each question came from."""
     with serving("thread") as server, asking(server) as one, asking(server) as other:
