@@ -258,8 +258,9 @@ class Record:
 
     @property
     def peer(self) -> Peer:
-        """The far end."""
-        peer = self._registry.describe(self.request, self.client_address)
+        """The far end, or the client for which it speaks."""
+        told = self.spoken_for if self.proxy is None else None
+        peer = self._registry.describe(self.request, self.client_address if told is None else told)
         if self.certificate is not None:
             peer = replace(peer, certificate=self.certificate)
         return peer if self.proxy is None else behind(peer, self.proxy)

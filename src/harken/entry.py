@@ -81,7 +81,7 @@ class Entry:
             raise
         else:
             address = client_address if record is None or record.spoken_for is None else record.spoken_for
-            refusal = self._refusal(record, address)
+            refusal = self._refusal(record)
             self._known(record, address)
             if refusal is not None:
                 self._turn_away(record, passed, address, refusal)
@@ -112,12 +112,12 @@ class Entry:
         elif record.held:
             self._serving.books.opened(record, address)
 
-    def _refusal(self, record: Record | None, address: Any) -> str | None:
+    def _refusal(self, record: Record | None) -> str | None:
         """Ask the limits that judge the client; return why one of them refuses it."""
         admission = self._serving.admission
         if admission is None or record is None or not self.tells_client:
             return None
-        record.detail = admission.admit_client(record, self._serving.books.describe(record.request, address))
+        record.detail = admission.admit_client(record, record.peer)
         return record.detail
 
     def _turn_away(self, record: Record | None, request: Any, address: Any, reason: str) -> None:

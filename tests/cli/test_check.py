@@ -162,3 +162,16 @@ def test_the_hub_in_use_is_named(check, clean, monkeypatch):
     assert (status, err) == (0, "")
     assert f"hub: {_hub.kind}" in out
     assert "hub:" not in check("chk_app:Echo", "--engine", "thread")[1]
+
+
+@pytest.mark.parametrize("networks", [(), ("--proxy-from", "")])
+def test_headers_of_proxies_need_to_be_trusted(harken, check, networks):
+    """``--proxy`` without ``--proxy-from`` would believe anybody: ``check`` says so, and ``serve`` does not start."""
+    status, _, err = check("chk_app:Echo", "--proxy", "v2", *networks)
+    assert status == 1
+    assert "proxy = 'v2' needs proxy_from" in err
+    status, _, err = harken("serve", "chk_app:Echo", "--bind", "tcp://127.0.0.1:0", "--proxy", "v2", *networks)
+    assert status == 2
+    assert "proxy = 'v2' needs proxy_from" in err
+    status, _, err = check("chk_app:Echo", "--proxy", "v2", "--proxy-from", "127.0.0.0/8, unix:")
+    assert (status, err) == (0, "")

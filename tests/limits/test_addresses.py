@@ -13,6 +13,7 @@ from harken.settings import Settings
 V4 = Peer("10.1.2.3", 5000, socket.AF_INET)
 V6 = Peer("2001:db8::5", 5000, socket.AF_INET6)
 UNIX = Peer("", 0, socket.AF_UNIX)
+PORTLESS = Peer("10.1.2.3", 0, socket.AF_INET)  # as a proxy may tell of a client
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,7 @@ UNIX = Peer("", 0, socket.AF_UNIX)
         (["10.0.0.0/8"], ["10.1.2.3"], V4, "deny"),
         (["2001:db8::/32"], None, V6, None),
         (["10.0.0.0/8"], None, UNIX, None),
+        (["192.0.2.0/24"], None, PORTLESS, "allow"),
     ],
 )
 def test_who_may_come_in(allow, deny, peer, reason):

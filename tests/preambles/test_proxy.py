@@ -242,9 +242,11 @@ def test_only_the_version_asked_for_is_taken(wanted, sent, tmp_path):
     [
         ({"proxy": "v1"}, "needs proxy_from"),
         ({"proxy": "any", "proxy_from": []}, "needs proxy_from"),
-        ({"proxy": "v2", "proxy_from": ["10.0.0.0/33"]}, "proxy_from: '10.0.0.0/33'"),
-        ({"proxy": "v2", "proxy_from": ["proxy.example"]}, "proxy_from: 'proxy.example'"),
+        ({"proxy": "v2", "proxy_from": ["10.0.0.0/33"]}, "proxy_from = .* '10.0.0.0/33' has no prefix"),
+        ({"proxy": "v2", "proxy_from": ["proxy.example"]}, "proxy_from = .* 'proxy.example' is no IP address"),
+        ({"proxy": "v2", "proxy_from": [3232235776]}, "proxy_from = .* as text"),
         ({"proxy": "v3", "proxy_from": TRUST}, "v3"),
+        ({"proxy": "a.module:Name", "proxy_from": TRUST}, "'a.module:Name' is no version"),
     ],
 )
 @pytest.mark.parametrize("kind", [harken.TCPServer, harken.UDPServer])

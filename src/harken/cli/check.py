@@ -24,6 +24,7 @@ def _check(target: str, urls: tuple[str, ...]) -> None:
         click.echo(f"harken check: warning: {line}", err=True)
     found = load_target(target)
     values = _settings_of(found, target)
+    options.check_together(values)
     engine = plugins.find("engines", values["engine"] or "inline", "Engine")
     if not is_server(found):
         engine.fit(found)

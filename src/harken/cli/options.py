@@ -25,7 +25,9 @@ __all__ = [
     "BIND_DEFAULT",
     "BIND_OPTION",
     "addresses",
+    "check_together",
     "load_settings",
+    "refuse_unsafe_values",
     "refuse_wrong_values",
     "settings_options",
     "show",
@@ -154,6 +156,30 @@ def refuse_wrong_values() -> None:
             settings.operator.find(declared)
         except ConfigError as error:
             raise click.UsageError(str(error)) from None
+
+
+def refuse_unsafe_values() -> None:
+    """Look at the settings for ``serve`` that are wrong only together.
+
+    Raises:
+        click.UsageError: headers of proxies would be believed from anybody.
+    """
+    try:
+        check_together(settings.Settings(None, profile="serve"))
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def check_together(values: settings.Settings) -> None:
+    """Look at settings that are wrong only together.
+
+    Raises:
+        ConfigError: they are.
+    """
+    if values["proxy"] != "off":
+        from harken.preambles.proxy import trusted
+
+        trusted(values)
 
 
 def unknown_variables() -> list[str]:

@@ -20,6 +20,7 @@ __all__ = ["command"]
 
 def _serve(target: str, urls: tuple[str, ...]) -> int:
     options.refuse_wrong_values()
+    options.refuse_unsafe_values()
     places = options.addresses(urls)
     if Settings(None, profile="serve")["log_format"] == "text":  # a log for machines tells it by itself
         events.subscribe(_announce, "listening")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,9 @@ DENY = settings.setting(
 )
 
 
+_JUDGED = (socket.AF_INET, socket.AF_INET6)  # a port does not tell: the client behind a proxy may have 0
+
+
 class Addresses:
     """Lets those in that ``allow`` has, if there is such a list, and ``deny`` has not."""
 
@@ -59,7 +63,7 @@ class Addresses:
 
     def admit(self, peer: Peer) -> str | None:
         """Look the address up."""
-        if not peer.port:  # a Unix socket: no address to judge
+        if peer.family not in _JUDGED:
             return None
         if peer.address in self._deny:
             return "deny"

@@ -8,9 +8,12 @@ module of the room is imported only by servers that want it, and has ``make`` (s
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from harken.settings import Kind, choice, seconds, setting
+from harken.errors import ConfigError
+from harken.networks import Networks
+from harken.settings import choice, listing, seconds, setting
 
 if TYPE_CHECKING:
     from harken.settings import Settings
@@ -35,9 +38,25 @@ setting(
     "is closed",
     origin="HAProxy's specification: a receiver must be told, and must not guess, whether a header comes",
 )
+
+
+def without_unix(entries: Iterable[str]) -> list[str]:
+    """Return the networks of ``proxy_from``: the word for Unix sockets, whose mode says who may connect, is none."""
+    return [entry for entry in entries if entry.strip() not in ("unix", "unix:")]
+
+
+def _are_proxies(value: Any) -> None:
+    if not all(isinstance(entry, str) for entry in value or ()):
+        raise ValueError("is wrong: a network is written as text, as in '10.0.0.0/8'")
+    try:
+        Networks.parse(without_unix(value or ()), "")
+    except ConfigError as error:
+        raise ValueError("is wrong" + str(error)) from None
+
+
 setting(
     "proxy_from",
-    Kind("list", (list, tuple), optional=True),
+    listing(optional=True, test=_are_proxies),
     None,
     meaning="networks of the proxies whose headers are believed; needed by `proxy`, and peers outside are closed. Who "
     "may connect to a Unix socket is said by its mode",

@@ -8,12 +8,11 @@ from typing import Any
 
 from harken.errors import ConfigError, PreambleError
 from harken.networks import Networks
-from harken.preambles.proxy_header import HEAD_BYTES, ProxyHeader, extent
+from harken.preambles import without_unix
+from harken.preambles.proxy_header import HEAD_BYTES, VERSIONS, ProxyHeader, extent
 from harken.settings import Settings
 
 __all__ = ["Proxy", "make", "trusted"]
-
-_UNIX = ("unix", "unix:")  # in ``proxy_from``: peers of Unix sockets, who are trusted by the mode of the path
 
 
 def make(values: Settings, listener: Any) -> Proxy:
@@ -29,15 +28,17 @@ def trusted(values: Settings) -> Networks:
     """Return the networks of ``proxy_from``, from which alone headers are believed.
 
     Raises:
-        ConfigError: it is missing or wrong.
+        ConfigError: it is missing or wrong, or there is no such version.
     """
+    if values["proxy"] not in VERSIONS:
+        raise ConfigError(f"proxy = {values['proxy']!r} is no version; take one of {', '.join(VERSIONS)}")
     entries = values["proxy_from"] or ()
     if not entries:
         raise ConfigError(
             f"proxy = {values['proxy']!r} needs proxy_from: the addresses of your proxies, such as 10.0.0.0/8; "
             "others could pretend to be anybody"
         )
-    return Networks.parse((entry for entry in entries if entry.strip() not in _UNIX), "proxy_from")
+    return Networks.parse(without_unix(entries), "proxy_from")
 
 
 class Proxy:

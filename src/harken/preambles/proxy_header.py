@@ -13,7 +13,7 @@ from harken.peer import unmap
 from harken.preambles import _proxy_tlv, _proxy_v1 as v1, _proxy_v2 as v2
 from harken.preambles._proxy_tlv import ProxySSL
 
-__all__ = ["HEAD_BYTES", "MAX_BYTES", "ProxyHeader", "ProxySSL", "extent"]
+__all__ = ["HEAD_BYTES", "MAX_BYTES", "VERSIONS", "ProxyHeader", "ProxySSL", "extent"]
 
 HEAD_BYTES = v1.MAX_BYTES
 """From this many bytes on :func:`extent` knows, of either version."""
@@ -21,6 +21,8 @@ MAX_BYTES = v2.HEAD_BYTES + 0xFFFF
 """No header is longer: its length has 16 bits."""
 
 _SIGNATURES = {"v1": (v1.SIGNATURE,), "v2": (v2.SIGNATURE,), "any": (v1.SIGNATURE, v2.SIGNATURE)}
+VERSIONS = tuple(_SIGNATURES)
+"""What a server may ask for."""
 _COMMANDS = ("proxy", "local")
 _TRANSPORTS = ("stream", "dgram", "unspec")
 
