@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: serve test soak lint format types layers docs changelog bench wheel clean help
+.PHONY: serve test soak sanitize lint format types layers docs changelog bench wheel clean help
 
 serve: $(VENV)/.have-run ## serve examples/echo.py on BIND, by default tcp://127.0.0.1:8800
 	@exec $(BIN)/harken serve examples/echo.py:Echo --bind $(BIND) $(ARGS)
@@ -19,6 +19,9 @@ test: $(VENV)/.have-test ## run the tests (ARGS="-k name" picks some)
 
 soak: $(VENV)/.have-test ## run tests/soak in full: 30,000 messages, 100,000 connections …
 	HARKEN_SOAK=full $(BIN)/python -m pytest tests/soak $(ARGS)
+
+sanitize: $(VENV)/.have-test ## the compiled hub's tests under gcc's sanitizers
+	tools/sanitize $(BIN)/python $(ARGS)
 
 lint: $(VENV)/.have-lint ## ruff over everything
 	$(BIN)/ruff check .

@@ -126,7 +126,8 @@ def test_no_leak_over_many_connections(hub: Any, echo: Echo) -> None:
         round_of(100)
     gc.collect()
     assert abs(sys.getallocatedblocks() - blocks) < 1000  # what slots keep for the next timeout; a leak is 18,000
-    assert memory() - bytes_before < 2 << 20
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # the sanitizer keeps what is freed for a while
+        assert memory() - bytes_before < 2 << 20
     assert len(os.listdir("/proc/self/fd")) == fds
     assert abs(sys.getrefcount(compiled.Connection) - references[0]) < 20
     assert abs(sys.getrefcount(hub) - references[1]) < 20
