@@ -267,6 +267,20 @@ def test_lists_are_written_in_every_way(tmp_path):
         assert read_line(client) == shown(V1)
 
 
+def test_a_listener_of_both_families_knows_its_proxies():
+    """Where IPv4 peers come mapped into IPv6 they are found in ``proxy_from`` by the address that they have."""
+    from harken import testing
+
+    with testing.serve(Mirror, "tcp://:0", proxy="any", proxy_from=["127.0.0.1"]) as served:
+        with socket.create_connection(("127.0.0.1", served.address[1]), PATIENCE) as client:
+            client.sendall(V1.encode())
+            assert read_line(client) == shown(V1)
+    with testing.serve(Mirror, "tcp://:0", proxy="any", proxy_from=["::1"]) as served:
+        with socket.create_connection(("127.0.0.1", served.address[1]), PATIENCE) as client:
+            client.sendall(V1.encode())
+            assert read_end(client) == b""
+
+
 def test_off_is_off(tmp_path):
     """Without ``proxy`` a header is data like any other, and whoever sends it stays who it is."""
 
