@@ -148,8 +148,8 @@ def test_a_forked_child_has_ids_of_its_own(run_program):
         "from harken.connection import Registry\n"
         "books = Registry(None, None, None)\n"
         "pid = os.fork()\n"
-        "print(books.add(books, None).id, flush=True)\n"
-        "pid and os.waitpid(pid, 0)",
+        "pid and os.waitpid(pid, 0)\n"  # or the lines might mix
+        "print(books.add(books, None).id, flush=True)",
     )
     first, second = process.communicate(timeout=20)[0].split()
     assert first.partition("-")[0] != second.partition("-")[0]

@@ -189,6 +189,8 @@ FORMS = {
     "tcp://127.0.0.1:8800": "TCP on one address",
     "tcp://:8800": "TCP on every IPv4 and IPv6 address, by one socket",
     "tcp://[::1]:0": "TCP on any free port",
+    "tls://:8443?cert=site.pem&key=site.key": "TLS over TCP, with a certificate of its own",
+    "tls://:8443": "TLS over TCP, with the certificate that the settings name",
     "udp://127.0.0.1:8800": "UDP; hosts and ports as for TCP",
     "unix:/run/app.sock": "a Unix stream socket, mode 0600",
     "unix:/run/app.sock?mode=660&user=root&group=root": "with another mode, owner and group",

@@ -27,6 +27,7 @@ _HOMES: dict[str, str] = {
     "DrainReport": "harken.drain",
     **dict.fromkeys(("ProxyHeader", "ProxySSL"), "harken.preambles.proxy_header"),
     "Peer": "harken.peer",
+    "TLS": "harken.preambles.tls",
     "ConnectionInfo": "harken.connection",
     "serve": "harken.process.service",
     "start": "harken.process.start",

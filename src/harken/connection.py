@@ -90,6 +90,11 @@ class Connection(socket.socket):
 
     def _real_close(self, *_: Any) -> None:  # the one place through which close() and the last makefile() end a socket
         record = getattr(self, "record", None)
+        if record is not None and record.successor is not None:
+            self.record = None
+            _socket.socket.close(self)
+            record.successor.close()
+            return
         if record is not None and record.reason is None:
             record.judge(self)
         _socket.socket.close(self)
@@ -212,6 +217,7 @@ class Record:
         spoken_for: the client's address as a preamble learned it, to be given to hooks and handler, or None.
         proxy: the header by which the peer spoke for that client, or None.
         certificate: the peer's TLS certificate, or None.
+        successor: what the connection went on as in the middle of its handler, which hooks do not know; or None.
         report: how a forked child tells its parent what the preambles learned; else None.
         ticket: what limits let it in by, or None. Whoever takes it out of ``__dict__`` gives it back: nobody else can.
     """
@@ -229,6 +235,7 @@ class Record:
     spoken_for: Any = None
     proxy: ProxyHeader | None = None
     certificate: dict[str, Any] | None = None
+    successor: Any = None
     report: Report | None = None
     ticket: Ticket | None = None
 

@@ -5,6 +5,7 @@ Only servers with preambles have an entry; the others keep stdlib's order, at st
 
 from __future__ import annotations
 
+import errno
 import socket
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from harken.serving import Serving
 
 __all__ = ["Entry", "entry_of", "refuse_unentered"]
+
+# Bytes that are read from a peer that is refused: more than one sends before it hears of that.
+MAX_READ_OUT = 256 << 10
 
 
 def entry_of(serving: Serving) -> Entry | None:
@@ -53,6 +57,16 @@ class Entry:
         self.tells_client = any(preamble.tells_client for preamble in wanted)
         self._serving = serving
 
+    def refresh(self) -> None:
+        """Let preambles look after what they share; before a child is forked, who would do so for itself alone."""
+        for preamble in self.preambles:
+            getattr(preamble, "refresh", _nothing)()
+
+    def reload(self) -> bool:
+        """Let preambles read their files anew, for connections to come; tell whether all could."""
+        done = [getattr(preamble, "reload", _succeed)() for preamble in self.preambles]
+        return all(done)
+
     def passed(self, request: Any) -> bool:
         """Tell whether the preambles of ``request`` have run, so that it may have a handler."""
         record = self._serving.connections.find(request)
@@ -70,11 +84,11 @@ class Entry:
             passed = self._run(record, request)
         except OSError as error:
             passed = getattr(error, "connection", None) or request
-            self._note(record, error)
+            note_failure(record, error, self.timeout)
         except Exception as error:  # noqa: BLE001 - a fault of ours or of the program's, as in a handler
             books.failed(request, client_address, error)
             server.handle_error(request, client_address)
-            passed = request
+            passed = (record is not None and record.request) or request
         except BaseException:
             shut(request)
             server.shutdown_request(request)
@@ -88,6 +102,7 @@ class Entry:
                 return None
             if self._welcome(record, passed, address):
                 return passed, address
+        _read_out(passed)
         server.shutdown_request(passed)
         return None
 
@@ -141,14 +156,35 @@ class Entry:
             books.rejected(record, address, "verify_request")
         return bool(welcome)
 
-    def _note(self, record: Record | None, error: OSError) -> None:
-        """The peer failed: one reason, one line, and no traceback."""
-        if record is None or record.reason is not None:
-            return  # harken cut it: that is why
-        record.reason = "preamble_failed"
-        record.detail = reason_of(error, self.timeout)
-        if record.report is not None and record.silent:
-            record.report.tell(record)
+
+def note_failure(record: Record | None, error: OSError, timeout: float) -> None:
+    """The peer failed: one reason, one line, and no traceback."""
+    if record is None or record.reason is not None:
+        return  # harken cut it: that is why
+    record.reason = "preamble_failed"
+    record.detail = reason_of(error, timeout)
+    if record.report is not None and record.silent:
+        record.report.tell(record)
+
+
+def _nothing() -> None:
+    """For preambles that share nothing."""
+
+
+def _succeed() -> bool:
+    return True
+
+
+def _read_out(request: Any) -> None:
+    """Take what the peer has sent already: unread, it would turn the close into a reset, which overtakes our alert."""
+    if not isinstance(request, socket.socket):
+        return
+    try:
+        for _ in range(MAX_READ_OUT // 65536):
+            if not socket.socket.recv(request, 65536, getattr(socket, "MSG_DONTWAIT", 0)):
+                return
+    except OSError:
+        pass  # nothing more
 
 
 def reason_of(error: OSError, timeout: float) -> str:
@@ -157,7 +193,7 @@ def reason_of(error: OSError, timeout: float) -> str:
         return str(error)
     if isinstance(error, TimeoutError):
         return f"the peer was not ready within {timeout:g} s (preamble_timeout)"
-    if isinstance(error, ConnectionError):
+    if isinstance(error, ConnectionError) or error.errno == errno.ENOTCONN:
         return "the peer went away before it was ready"
     return str(error)
 

@@ -33,6 +33,7 @@ NAMES: dict[str, str] = {
     "drained": "a drain ended: `report`",
     "alarm": "`alarm_connections` are open: `open`",
     "reloaded": "code, settings or certificates were read anew: `what`",
+    "reload_failed": "something was to be read anew and could not; what was there stays in force: `what`, `reason`",
     "upgrade_failed": "a new binary did not become ready and the old one serves on: `reason`",
     "worker_started": "a worker process accepts: `pid`, `generation`",
     "worker_exited": "a worker process ended: `pid`, `status`; where there are any its `reason`, the `stacks` of one "

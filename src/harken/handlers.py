@@ -92,6 +92,27 @@ class BaseRequestHandler:
     def finish(self) -> None:
         """Clean up. May be overridden. Called even when ``handle`` raised."""
 
+    def start_tls(self, tls: Any = None) -> socket.socket:
+        """Go on under TLS, as the server; the client has been told to begin (STARTTLS).
+
+        Replaces ``self.request``, and on a stream handler ``connection``, ``rfile`` and ``wfile``. The handshake must
+        be done within ``preamble_timeout``.
+
+        Args:
+            tls: a :class:`harken.TLS` or an ``ssl.SSLContext``; None takes what the server was given.
+
+        Returns:
+            The new ``self.request``, an ``ssl.SSLSocket``.
+
+        Raises:
+            PreambleError: the handshake failed, or plain text had been sent ahead of it. Let it pass: it ends the
+                connection, for the reason ``preamble_failed`` and without a traceback.
+            LifecycleError: the connection is under TLS already, or the server has no certificate.
+        """
+        from harken.starttls import start_tls
+
+        return start_tls(self, tls)
+
     @_Lazy
     def connection_id(self) -> str | None:
         """The connection's id, as in events, logs and ``connections()``; None for a datagram."""
@@ -141,6 +162,9 @@ class StreamRequestHandler(BaseRequestHandler):
             self.connection.settimeout(self.timeout)
         if self.disable_nagle_algorithm:
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self._open_files()
+
+    def _open_files(self) -> None:
         self.rfile = _reader(self.connection, self.rbufsize)
         if self.wbufsize == 0:
             self.wfile: Any = _writer(self.connection, self.rfile)

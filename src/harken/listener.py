@@ -82,11 +82,13 @@ class Listener(socket.socket):
     Attributes:
         url: the address with the real port, as users write addresses (``tcp://127.0.0.1:8800``).
         owned_path: the Unix path that :meth:`close` removes, or None.
+        tls: how TLS is to be spoken here, True as the settings say, None as they say whether at all.
     """
 
-    __slots__ = ("_inode", "_owner_pid", "owned_path", "url")
+    __slots__ = ("_inode", "_owner_pid", "owned_path", "tls", "url")
 
     url: str
+    tls: object
     owned_path: str | None
     _inode: Inode | None
     _owner_pid: int
@@ -94,6 +96,7 @@ class Listener(socket.socket):
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         super().__init__(family, type, proto, fileno)
         self.url = ""
+        self.tls = None
         self.disown()
         self.settimeout(None)  # socket.setdefaulttimeout() may be in force
         if self.type != socket.SOCK_DGRAM:

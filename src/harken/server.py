@@ -451,8 +451,10 @@ class TCPServer(BaseServer):
             if isinstance(request, Connection)
             else self._harken.connections.find(request)
         )
-        if record is not None and record.reason is None:
-            record.judge(request)
+        if record is not None:
+            request = record.successor or request
+            if record.reason is None:
+                record.judge(request)
         try:
             request.shutdown(socket.SHUT_WR)
         except OSError:

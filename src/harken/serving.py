@@ -277,6 +277,8 @@ class Serving:
     def hand_to_child(self, function: Callable[..., object], request: Any, client_address: Any) -> None:
         """Run ``function(request, client_address)`` in a child; its record lasts until the child exits."""
         record = self.connections.find(request)
+        if self.entry is not None:
+            self.entry.refresh()
         report = Report(record, self._told) if self.entry is not None and record is not None else None
 
         def heard() -> bool:
@@ -390,6 +392,10 @@ class Serving:
         self._refresh_admission()
         if self.started:
             self.engine.refresh()
+
+    def reload(self) -> bool:
+        """Read certificates anew, for connections to come; what does not load stays as it was (*any thread*)."""
+        return self.entry is None or self.entry.reload()
 
     def close_connection(self, connection_id: str, reason: str) -> bool:
         """Cut one connection; tell whether it was open."""

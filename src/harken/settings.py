@@ -257,6 +257,7 @@ DECLARED_IN = (
     "harken.transports",
     "harken.transports.udp",
     "harken.preambles",
+    "harken.preambles._declaration",
     "harken.acceptor",
     "harken.engines",
     "harken.drain",

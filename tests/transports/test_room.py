@@ -9,7 +9,7 @@ import pytest
 
 from harken import settings, transports
 from harken.errors import ConfigError
-from harken.transports import BindOptions, bind_options, for_socket, for_url, inherited, listen, tcp, udp, unix
+from harken.transports import BindOptions, bind_options, for_socket, for_url, inherited, listen, tcp, tls, udp, unix
 
 OPENED = ["tcp://127.0.0.1:0", "udp://127.0.0.1:0", "unix:{}/s", "unixgram:{}/s", "unix:@harken-room-{}"]
 
@@ -29,7 +29,7 @@ def test_every_transport_keeps_the_contract(url, tmp_path):
 
 def test_every_scheme_is_in_the_table():
     """The table of schemes and the modules agree."""
-    declared = {name: module.__name__ for module in (tcp, udp, unix, inherited) for name in module.schemes}
+    declared = {name: module.__name__ for module in (tcp, tls, udp, unix, inherited) for name in module.schemes}
     assert declared == transports.SCHEMES
 
 
@@ -38,8 +38,10 @@ def test_every_scheme_is_in_the_table():
     [
         ("tpc://127.0.0.1:80", "no transport is called 'tpc'; did you mean 'tcp'?"),
         ("unx:/tmp/s", "did you mean 'unix'?"),
-        ("gopher://x:1", "known are tcp, udp, unix, unixgram, fd, systemd"),
-        ("tls://:443?cert=a&key=b", "TLS listeners are not available in this version"),
+        ("gopher://x:1", "known are tcp, tls, udp, unix, unixgram, fd, systemd"),
+        ("tls://:443?crt=a", "TLS has no option 'crt'; did you mean 'cert'?"),
+        ("tls://:443?key=a", "TLS needs a certificate"),
+        ("tls://:?cert=a", "no port"),
         ("127.0.0.1:8800", "did you mean 'tcp://127.0.0.1:8800'?"),
         (":8800", "did you mean 'tcp://:8800'?"),
         ("8800", "did you mean 'tcp://:8800'?"),

@@ -103,6 +103,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -120,6 +121,7 @@ __all__ = [
     "Hub",
     "adopt",
     "current",
+    "is_connection",
     "kind",
     "kinds",
 ]
@@ -197,6 +199,12 @@ def adopt(sock: Any, make: Any = None) -> Any:
     if record is not None:
         record.move(adopted)
     return adopted
+
+
+def is_connection(sock: object) -> bool:
+    """Tell whether the hub waits for ``sock``: a Connection of either kind."""
+    loaded = (sys.modules.get(f"harken._hub.{name}") for name in _NAMES)
+    return isinstance(sock, tuple(module.Connection for module in loaded if module is not None))
 
 
 def __getattr__(name: str) -> Any:

@@ -578,7 +578,13 @@ static PyMemberDef file_members[] = {
     {NULL},
 };
 
+static Py_ssize_t reader_length(PyObject *self) { return held((Reader *)self); }
+
+static int reader_true(PyObject *self) { return 1; } /* a reader that holds nothing is one all the same */
+
 static PyType_Slot reader_slots[] = {
+    {Py_mp_length, reader_length},
+    {Py_nb_bool, reader_true},
     {Py_tp_doc, "Reader(connection, size=-1): reads it as a buffered file, at most `size` bytes ahead."},
     {Py_tp_new, reader_new},
     {Py_tp_iter, PyObject_SelfIter},

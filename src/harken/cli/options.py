@@ -45,7 +45,16 @@ DECLARING = ("harken.acceptor", "harken.server", "harken.drain", "harken.observe
 ROOMS = ("harken.process", "harken.transports", "harken.engines", "harken.limits", "harken.preambles")
 """Where settings are declared: these modules, and every module of these rooms."""
 
-METAVARS = {"count": "N", "seconds": "SECONDS", "bytes": "BYTES", "text": "TEXT", "list": "A,B", "flag": ""}
+METAVARS = {
+    "count": "N",
+    "seconds": "SECONDS",
+    "bytes": "BYTES",
+    "text": "TEXT",
+    "secret": "FILE",
+    "tls": "cert=FILE&key=FILE",
+    "list": "A,B",
+    "flag": "",
+}
 
 
 def load_settings() -> dict[str, Setting]:
@@ -63,7 +72,8 @@ def _declaring_modules() -> Iterator[str]:
     yield from filter(_exists, DECLARING)
     for room in filter(_exists, ROOMS):
         package = importlib.import_module(room)
-        yield from (f"{room}.{module.name}" for module in pkgutil.iter_modules(package.__path__))
+        yield room
+        yield from (f"{room}.{found.name}" for found in pkgutil.iter_modules(package.__path__) if found.name[0] != "_")
 
 
 def _exists(name: str) -> bool:

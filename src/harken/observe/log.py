@@ -43,7 +43,7 @@ LOG_FILE = setting(
     origin="service managers collect stderr",
 )
 
-_LEVELS = {"handler_failed": logging.ERROR, "upgrade_failed": logging.ERROR} | dict.fromkeys(
+_LEVELS = dict.fromkeys(("handler_failed", "reload_failed", "upgrade_failed"), logging.ERROR) | dict.fromkeys(
     ("listening", "draining", "drained", "reloaded", "worker_started", "worker_exited", "resumed"), logging.INFO
 )
 _LEVELS |= dict.fromkeys(("paused", "stalled", "truncated", "alarm", "timed_out", "rejected"), logging.WARNING)

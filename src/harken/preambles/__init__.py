@@ -8,12 +8,13 @@ module of the room is imported only by servers that want it, and has ``make`` (s
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from harken.errors import ConfigError
 from harken.networks import Networks
-from harken.settings import choice, listing, seconds, setting
+from harken.settings import Kind, choice, listing, seconds, setting, text
 
 if TYPE_CHECKING:
     from harken.settings import Settings
@@ -64,6 +65,53 @@ setting(
 )
 
 
+class _TLSKind(Kind):
+    """The kind of ``tls``."""
+
+    __slots__ = ()
+
+    def fits(self, value: object) -> bool:
+        kinds = [
+            getattr(sys.modules.get(module), name, None)  # who has such a value has loaded its module
+            for module, name in (("harken.preambles._declaration", "TLS"), ("ssl", "SSLContext"))
+        ]
+        return value is None or isinstance(value, (dict, *filter(None, kinds)))
+
+    def check(self, value: Any) -> Any:
+        if not self.fits(value):
+            raise ValueError(f"is not {self.describe()}")
+        return _tls()(**value) if isinstance(value, dict) else value
+
+    def parse(self, text: str) -> Any:
+        return None if text.strip().lower() == "none" else _tls().parse(text.strip())
+
+    def describe(self) -> str:
+        return "a `harken.TLS`, an `ssl.SSLContext`, `cert=FILE&key=FILE…` in text, or none"
+
+
+def _tls() -> Any:
+    from harken.preambles._declaration import TLS
+
+    return TLS
+
+
+setting(
+    "tls",
+    _TLSKind("tls", (), optional=True),
+    None,
+    meaning="speak TLS: with which certificate, and how (`cert=FILE&key=FILE`, and `ca`, `verify`, `alpn`, "
+    "`min_version`, `password`, `mode` as wanted)",
+    origin="plain text unless asked",
+)
+setting(
+    "tls_cert",
+    text(optional=True),
+    None,
+    meaning="PEM file of the certificate, and of those that vouch for it; speaks TLS as `tls` does",
+    origin="the flags of gunicorn and uvicorn are of this form",
+)
+
+
 class Preamble(Protocol):
     """One preamble of one server; called for each connection."""
 
@@ -104,7 +152,7 @@ class Module(Protocol):
         """
 
 
-PREAMBLES: dict[str, tuple[str, ...]] = {"proxy": ("proxy",)}
+PREAMBLES: dict[str, tuple[str, ...]] = {"proxy": ("proxy",), "tls": ("tls", "tls_cert")}
 """The modules of the room in the order in which they run; with each, the settings that ask for it, any of which do.
 
 These are declared above, so that looking whether a server wants a preamble imports none.

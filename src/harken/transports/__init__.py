@@ -123,6 +123,7 @@ class Transport(Scheme, Protocol):
 
 SCHEMES: dict[str, str] = {
     "tcp": "harken.transports.tcp",
+    "tls": "harken.transports.tls",
     "udp": "harken.transports.udp",
     "unix": "harken.transports.unix",
     "unixgram": "harken.transports.unix",
@@ -152,11 +153,9 @@ def for_url(url: str) -> Scheme:
     Raises:
         ConfigError: no transport has that scheme.
     """
-    scheme, colon, rest = url.partition(":")
+    scheme, colon, _ = url.partition(":")
     if scheme in SCHEMES and colon:
         return cast("Scheme", importlib.import_module(SCHEMES[scheme]))
-    if scheme == "tls" and colon:
-        raise ConfigError(f"{url!r}: TLS listeners are not available in this version; listen on tcp:{rest}")
     from importlib.metadata import entry_points
 
     for plugin in entry_points(group="harken.transports", name=scheme):

@@ -16,7 +16,7 @@ from harken.transports.holder import holder
 
 FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _NO_IPV6 = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # no such family in this kernel; no IPv6 address on this machine
-_KINDS = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
+_KINDS = {"tcp": socket.SOCK_STREAM, "tls": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
 
 Candidate = tuple[int, tuple[Any, ...]]
 
@@ -114,8 +114,9 @@ def _open(
 def _explain(place: Place, error: OSError) -> BindError:
     number = error.errno or 0
     if number == errno.EADDRINUSE:
-        who = holder(place.scheme, place.port)
-        flag = "l" if place.scheme == "tcp" else "a"
+        stream = _KINDS[place.scheme] == socket.SOCK_STREAM
+        who = holder("tcp" if stream else "udp", place.port)
+        flag = "l" if stream else "a"
         by = f"by {who}" if who else f"(by whom: ss -{flag}np 'sport = :{place.port}')"
         return AddressInUse(f"{place} is already in use {by}; stop it, or take another port", number)
     remedy = {

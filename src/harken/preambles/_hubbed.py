@@ -1,0 +1,349 @@
+"""The connection under TLS on a hub: a real ``ssl.SSLSocket`` over memory, and a hub's connection for the wire.
+
+OpenSSL never sees the descriptor. What comes in is fed to it and what it has to say is sent, by the hub's connection
+that this one is made of, so that waiting, timeouts and fairness are the hub's. A read looks into memory first and
+receives only when nothing is there, and receives whole records: OpenSSL is not asked in vain.
+"""
+
+from __future__ import annotations
+
+import _socket
+import _thread
+import socket
+import ssl
+import time
+from typing import Any
+
+from harken._hub import BUSY
+from harken.preambles._secured import Secured, give
+
+__all__ = ["Hubbed"]
+
+# The largest piece of plain text in a TLS record, RFC 8446, 5.1.
+PIECE = 16384
+# One record on the wire at the most: 16 KiB of plain text, 2 KiB of expansion (TLS 1.2; RFC 5246, 6.2.3), the header.
+# Memory BIOs never shrink, so they are fed and emptied by such slices: 64 KiB at once would stay 68 KiB for ever.
+SLICE = PIECE + 2048 + 5
+# What is encrypted and sent at once: more records in one system call, for a moment's memory.
+BATCH = 4 * PIECE
+
+
+class Hubbed(Secured):
+    """An accepted connection under TLS; the hub waits. Two green threads may use it, one reading and one writing."""
+
+    _inner: Any
+    _sslobj: Any
+    _incoming: ssl.MemoryBIO
+    _outgoing: ssl.MemoryBIO
+    _guard: _thread.LockType
+    _context: ssl.SSLContext
+    _session: None
+    _connected: bool
+    do_handshake_on_connect: bool
+    suppress_ragged_eofs: bool
+    _ahead = b""
+    # What stands before the next write: None nothing; else bytes that were not sent yet, or b"" while others send.
+    _rest: bytes | None = None
+    _broken = False  # a record was cut in the middle: nothing that we send can be understood any more
+
+    @classmethod
+    def over(cls, inner: Any, context: ssl.SSLContext) -> Hubbed:
+        """Take over a hub's connection. The TLS handshake is still to be done.
+
+        Args:
+            inner: the connection; it stays the owner of the descriptor, and its record is the caller's to move.
+            context: for the server's side.
+        """
+        self = cls.__new__(cls)
+        socket.socket.__init__(self, int(inner.family), int(inner.type), inner.proto, inner.fileno())
+        self._inner = inner
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._guard = _thread.allocate_lock()  # OpenSSL lets go of the GIL, and programs have other threads too
+        self._context = context
+        self._session = None
+        self._connected = True
+        self.server_side = True
+        self.server_hostname = None
+        self.do_handshake_on_connect = False
+        self.suppress_ragged_eofs = True
+        self._sslobj = context._wrap_bio(  # type: ignore[attr-defined]
+            self._incoming, self._outgoing, server_side=True, owner=self
+        )
+        return self
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def recv(self, buflen: int = 1024, flags: int = 0) -> bytes:
+        """Read at most ``buflen`` bytes, waiting in the hub for the first."""
+        if self._sslobj is None:
+            return self._plain(buflen, flags)
+        if flags:
+            raise ValueError(f"non-zero flags not allowed in calls to recv() on {type(self)}")
+        return self.read(buflen)  # type: ignore[no-any-return]
+
+    def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+        """Read into ``buffer``, waiting in the hub for the first byte."""
+        if not nbytes:
+            with memoryview(buffer) as view:
+                nbytes = view.nbytes or 1024
+        if self._sslobj is None:
+            return give(self._plain(nbytes, flags), buffer)  # type: ignore[return-value]
+        if flags:
+            raise ValueError(f"non-zero flags not allowed in calls to recv_into() on {type(self)}")
+        return self.read(nbytes, buffer)  # type: ignore[no-any-return]
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        """As ``ssl.SSLSocket.read``, waiting in the hub."""
+        sslobj, incoming = self._sslobj, self._incoming
+        if sslobj is None:
+            raise ValueError("Read on closed or unwrapped SSL socket.")
+        if self._ahead:
+            return give(self._take(len), buffer)
+        while True:
+            if incoming.pending or incoming.eof or sslobj.pending():
+                try:
+                    with self._guard:
+                        return sslobj.read(len) if buffer is None else sslobj.read(len, buffer)
+                except ssl.SSLWantReadError:
+                    pass
+                except ssl.SSLZeroReturnError:
+                    return give(b"", buffer)
+                except ssl.SSLEOFError:
+                    if not self.suppress_ragged_eofs:
+                        raise
+                    return give(b"", buffer)
+            elif not len:
+                return give(b"", buffer)
+            self._feed()
+
+    def _feed(self) -> None:
+        """Wait for more from the peer; what OpenSSL has to say to it goes first."""
+        if self._outgoing.pending and self._rest is None:
+            self._send(self._outgoing.read())
+        try:
+            data = self._inner.recv(SLICE)
+        except BlockingIOError:
+            raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)") from None
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def _take(self, size: int) -> bytes:
+        piece, self._ahead = self._ahead[:size], self._ahead[size:]
+        return piece
+
+    def _plain(self, size: int, flags: int) -> bytes:
+        """After ``unwrap``: what came behind the peer's close_notify is first."""
+        return self._take(size) if self._ahead else self._inner.recv(size, flags)
+
+    def pending(self) -> int:
+        """Return how many bytes can be read at once, without the descriptor's becoming readable."""
+        if self._sslobj is None:
+            return 0
+        if not self._ahead and not self._sslobj.pending() and self._incoming.pending:
+            try:
+                with self._guard:
+                    self._ahead = self._sslobj.read(PIECE)
+            except OSError:  # half a record; or an error, which the next read meets again
+                pass
+        return len(self._ahead) or self._sslobj.pending()
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Send a piece of ``data``, waiting in the hub for room; return how many bytes."""
+        if self._sslobj is None:
+            return self._inner.send(data, flags)  # type: ignore[no-any-return]
+        if flags:
+            raise ValueError(f"non-zero flags not allowed in calls to send() on {type(self)}")
+        return self.write(data)
+
+    def write(self, data: Any) -> int:
+        """As ``ssl.SSLSocket.write``, waiting in the hub."""
+        if self._sslobj is None:
+            raise ValueError("Write on closed or unwrapped SSL socket.")
+        with memoryview(data) as view, view.cast("B") as plain, plain[:BATCH] as piece:
+            self._encrypt(piece)
+            return len(piece)
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """Send all of ``data``, waiting in the hub for room; the timeout bounds each part of 64 KiB."""
+        if self._sslobj is None:
+            self._inner.sendall(data, flags)
+            return
+        if flags:
+            raise ValueError(f"non-zero flags not allowed in calls to sendall() on {type(self)}")
+        if type(data) is bytes and len(data) <= BATCH:
+            self._encrypt(data)
+            return
+        with memoryview(data) as view, view.cast("B") as plain:
+            for start in range(0, len(plain), BATCH):
+                with plain[start : start + BATCH] as piece:
+                    self._encrypt(piece)
+
+    def _encrypt(self, plain: Any) -> None:
+        """Send at most BATCH bytes."""
+        if self._rest is not None:
+            self._make_way()
+        size = len(plain)
+        if size <= PIECE:
+            if not size:
+                return
+            with self._guard:
+                self._sslobj.write(plain)
+                data = self._outgoing.read()
+        else:
+            parts = []
+            with self._guard:
+                for start in range(0, size, PIECE):
+                    self._sslobj.write(plain[start : start + PIECE])
+                    parts.append(self._outgoing.read())
+            data = b"".join(parts)
+        self._send(data)
+
+    def _send(self, data: bytes) -> None:
+        """Send ciphertext. What a socket that does not wait cannot send yet is kept, and goes before the next."""
+        inner = self._inner
+        if inner.gettimeout() == 0.0:
+            self._rest = data
+            self._send_rest()
+            return
+        self._rest = b""
+        try:
+            inner.sendall(data)
+        except BaseException:
+            self._broken = True
+            raise
+        self._rest = None
+
+    def _make_way(self) -> None:
+        """Something stands before the next write."""
+        if self._broken:
+            raise ssl.SSLError(ssl.SSL_ERROR_SSL, "an earlier write was cut short; the connection can only be closed")
+        if not self._rest:
+            raise RuntimeError(BUSY)
+        if self._inner.gettimeout() == 0.0:
+            self._send_rest()
+            if self._rest is not None:
+                raise ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)")
+        else:
+            self._send(self._rest)
+
+    def _send_rest(self) -> None:
+        """Send what the kernel takes at once of what was kept."""
+        rest = self._rest or b""
+        try:
+            while rest:
+                rest = rest[self._inner.send(rest) :]
+        except BlockingIOError:
+            pass
+        self._rest = rest or None
+
+    # -- the handshake, and the end ------------------------------------------------------------------------------------
+
+    def do_handshake(self, block: bool = False) -> None:
+        """Do the TLS handshake, waiting in the hub; the timeout holds for all of it."""
+        timeout = self.gettimeout()
+        deadline = time.monotonic() + timeout if timeout else None
+        try:
+            while True:
+                try:
+                    with self._guard:
+                        self._sslobj.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    if deadline is not None:
+                        self.settimeout(max(0.001, deadline - time.monotonic()))
+                    self._feed()
+            if self._outgoing.pending:
+                self._send(self._outgoing.read())
+        except ssl.SSLError:
+            self._send_last()  # OpenSSL's alert, that tells the peer why
+            raise
+        finally:
+            self.settimeout(timeout)
+
+    def unwrap(self) -> socket.socket:
+        """End TLS and go on in plain text; see ``ssl.SSLSocket.unwrap``."""
+        if self._sslobj is None:
+            raise ValueError("No SSL wrapper around " + str(self))
+        self._ended = True
+        while True:
+            try:
+                with self._guard:
+                    self._sslobj.shutdown()
+                break
+            except ssl.SSLWantReadError:
+                self._feed()
+        if self._outgoing.pending:
+            self._send(self._outgoing.read())
+        self._ahead = self._incoming.read()
+        self._sslobj = None
+        return self
+
+    def _end(self) -> None:
+        if self._ended or self._sslobj is None:
+            return
+        self._ended = True
+        self.pending()  # takes what came already: OpenSSL would not forgive data behind our close_notify
+        while more := self._sslobj.pending():
+            with self._guard:
+                self._ahead += self._sslobj.read(more)
+        fed = self._incoming.read()
+        try:
+            with self._guard:
+                self._sslobj.shutdown()
+        except OSError:  # the usual: the peer's close_notify has not come
+            pass
+        if fed and not self._incoming.eof:  # eof: its end was fed, and nothing can be written behind that
+            self._incoming.write(fed)
+        self._send_last()
+
+    def _send_last(self) -> None:
+        """Send what OpenSSL has to say if that can be done at once, and if it can be understood."""
+        data = (self._rest or b"") + self._outgoing.read()
+        if not data or self._broken or self._rest == b"":
+            return
+        try:
+            _socket.socket.send(self, data, socket.MSG_DONTWAIT)
+        except OSError:
+            pass  # the peer does not read, or has gone
+
+    def _let_go(self) -> None:
+        self._sslobj = None
+        _socket.socket.detach(self)
+        self._inner.record = None  # after start_tls() it leads here
+        self._inner.close()
+
+    def detach(self) -> int:
+        """Give the descriptor away; nothing knows of TLS any more."""
+        _socket.socket.detach(self)
+        self._closed = True
+        return self._inner.detach()  # type: ignore[no-any-return]
+
+    def __del__(self) -> None:
+        _socket.socket.detach(self)  # the descriptor is the other's to close
+
+    # -- time-outs, which the hub's connection keeps -------------------------------------------------------------------
+
+    def settimeout(self, value: float | None) -> None:
+        """As ``socket.settimeout``."""
+        self._inner.settimeout(value)
+
+    def gettimeout(self) -> float | None:
+        """As ``socket.gettimeout``."""
+        return self._inner.gettimeout()  # type: ignore[no-any-return]
+
+    def setblocking(self, flag: bool) -> None:
+        """As ``socket.setblocking``."""
+        self._inner.setblocking(flag)
+
+    def getblocking(self) -> bool:
+        """As ``socket.getblocking``."""
+        return self._inner.getblocking()  # type: ignore[no-any-return]
+
+    @property
+    def timeout(self) -> float | None:
+        """As ``socket.timeout``."""
+        return self._inner.gettimeout()  # type: ignore[no-any-return]

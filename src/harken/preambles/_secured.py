@@ -1,0 +1,113 @@
+"""The connection under TLS on engines that block: an ``ssl.SSLSocket`` that ends well.
+
+The standard library's own drops its TLS state in ``shutdown()``, so that a handler's next ``recv`` returns ciphertext,
+and closes without telling the peer. This one keeps the state until it is closed, sends close_notify first, and never
+waits for the peer's.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from typing import Any
+
+__all__ = ["Secured"]
+
+# What the peer has sent and nobody has read when our side ends: so much is kept for the handler, which may read on.
+# More is lost, since OpenSSL takes data that it meets after our close_notify for an error.
+MAX_AHEAD = 64 << 10
+# OpenSSL gives at most one record a read.
+RECORD = 16384
+
+
+class Secured(ssl.SSLSocket):
+    """An accepted connection under TLS; the kernel waits. It tells its record when it closes."""
+
+    record: Any = None
+    _sslobj: Any
+    _ended = False  # our side: close_notify was sent, or nothing can be sent any more
+
+    def shutdown(self, how: int) -> None:
+        """End one side or both. With SHUT_WR the peer is told by close_notify, and its data can still be read."""
+        if how != socket.SHUT_RD:
+            self._end()
+        socket.socket.shutdown(self, how)
+
+    def unwrap(self) -> socket.socket:
+        """End TLS and go on in plain text, which takes the peer's close_notify too; see ``ssl.SSLSocket.unwrap``."""
+        plain = super().unwrap()
+        self._ended = True
+        return plain
+
+    def _end(self) -> None:
+        """Send close_notify, if that can be done at once: a peer that does not read must not keep us."""
+        if self._ended or self._sslobj is None:
+            return
+        self._ended = True
+        timeout = self.gettimeout()
+        ahead: list[bytes] = []
+        try:
+            socket.socket.settimeout(self, 0.0)
+            self._read_ahead(ahead)
+            self._sslobj.shutdown()  # which then looks for the peer's: there is none, or we do not care
+        except (OSError, ValueError):  # the usual end; or the connection has gone
+            pass
+        finally:
+            if self.fileno() >= 0:
+                socket.socket.settimeout(self, timeout)
+        if type(self) is Secured:
+            self.__class__ = _HalfClosed
+            self._ahead = b"".join(ahead)
+
+    def _read_ahead(self, ahead: list[bytes]) -> None:
+        try:
+            for _ in range(MAX_AHEAD // RECORD):
+                piece = self._sslobj.read(RECORD)
+                if not piece:
+                    return
+                ahead.append(piece)
+        except OSError:  # nothing more is there
+            pass
+
+    def _real_close(self) -> None:
+        record, self.record = self.record, None
+        if record is not None and record.reason is None:
+            record.judge(self)
+        try:
+            self._end()
+        finally:
+            self._let_go()
+            if record is not None:
+                record.ended()
+
+    def _let_go(self) -> None:
+        super()._real_close()  # type: ignore[misc]
+
+
+class _HalfClosed(Secured):
+    """After our end: what was read ahead comes first, and the peer's end is an end like any other."""
+
+    _ahead = b""
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        """As ``ssl.SSLSocket.read``."""
+        if self._ahead:
+            piece, self._ahead = self._ahead[:len], self._ahead[len:]
+            return give(piece, buffer)
+        try:
+            return super().read(len, buffer)
+        except ssl.SSLZeroReturnError:
+            return give(b"", buffer)
+
+    def pending(self) -> int:
+        """As ``ssl.SSLSocket.pending``."""
+        return len(self._ahead) or super().pending()
+
+
+def give(piece: bytes, buffer: Any) -> bytes | int:
+    """Return what was read: as bytes, or in ``buffer`` and its length."""
+    if buffer is None:
+        return piece
+    with memoryview(buffer) as view, view.cast("B") as target:
+        target[: len(piece)] = piece
+    return len(piece)

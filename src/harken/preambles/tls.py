@@ -1,0 +1,143 @@
+"""TLS by OpenSSL: the handshake, before the handler or when the handler asks for it.
+
+This module is light; what needs ``ssl`` is imported when a server wants TLS.
+"""
+
+from __future__ import annotations
+
+import socket
+import weakref
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from harken.errors import PreambleError
+from harken.preambles._declaration import TLS, declared
+
+if TYPE_CHECKING:
+    import ssl
+
+    from harken.preambles._certificates import Certificates
+    from harken.settings import Settings
+
+__all__ = ["TLS", "Handshake", "certificates_of", "make", "secure"]
+
+_made: weakref.WeakKeyDictionary[TLS, Certificates] = weakref.WeakKeyDictionary()
+
+
+def certificates_of(tls: TLS | ssl.SSLContext) -> Certificates:
+    """Return the certificates that ``tls`` speaks of, loaded once for all who share it.
+
+    Raises:
+        ConfigError: one cannot be read, or is no certificate, or its key is another's.
+    """
+    from harken.preambles._certificates import Certificates
+
+    if not isinstance(tls, TLS):
+        return Certificates(tls)
+    if tls not in _made:
+        _made[tls] = Certificates(tls)
+    return _made[tls]
+
+
+def make(values: Settings, listener: Any) -> Handshake:
+    """Make the preamble; see :class:`harken.preambles.Module`."""
+    tls = declared(values, listener)
+    return Handshake(certificates_of(tls), getattr(tls, "mode", "always"), nodelay=values["nodelay"] is not False)
+
+
+class Handshake:
+    """The preamble.
+
+    Attributes:
+        certificates: with which it speaks.
+        mode: as in :class:`TLS`.
+    """
+
+    tells_client = False
+
+    def __init__(self, certificates: Certificates, mode: str, *, nodelay: bool = True) -> None:
+        self.certificates = certificates
+        self.mode = mode
+        self.nodelay = nodelay
+
+    def __call__(self, connection: Any, deadline: float) -> Any:
+        """Do the handshake; see :class:`harken.preambles.Preamble`. A program's own TLS socket stays as it is."""
+        import ssl
+
+        from harken.preambles._words import HANDSHAKE, of_plain_text
+
+        if self.mode == "starttls" or isinstance(connection, ssl.SSLSocket):
+            return connection
+        timeout = connection.gettimeout()
+        connection.settimeout(left(deadline))
+        first = connection.recv(8, socket.MSG_PEEK)  # the longest word of HTTP, to be named
+        connection.settimeout(timeout)
+        if first[:1] == bytes((HANDSHAKE,)):
+            return secure(connection, self.certificates.current(), deadline, nodelay=self.nodelay)
+        if first and self.mode == "optional":
+            return connection
+        raise PreambleError(of_plain_text(first))
+
+    def reload(self) -> bool:
+        """Read the certificates anew; see :meth:`Certificates.reload`."""
+        return self.certificates.reload()
+
+    def refresh(self) -> None:
+        """Read certificates that have changed: a child would learn of them in vain."""
+        self.certificates.current()
+
+
+def left(deadline: float) -> float:
+    """Return the seconds that are left, at least a moment: 0 would not wait at all."""
+    return max(0.001, deadline - monotonic())
+
+
+def secure(connection: Any, context: ssl.SSLContext, deadline: float, *, nodelay: bool = True) -> Any:
+    """Put a connection under TLS, as the server; its record moves.
+
+    Args:
+        connection: a socket, of a hub or blocking; it is used up.
+        context: with a certificate.
+        deadline: by ``time.monotonic()``.
+        nodelay: whether to set TCP_NODELAY: the tickets that end a handshake would hold the first answer up by 40 ms.
+
+    Returns:
+        An ``ssl.SSLSocket`` with the timeout of ``connection``.
+
+    Raises:
+        OSError: the peer failed; ``error.connection`` is to be closed.
+    """
+    import ssl
+
+    from harken.preambles._words import of_error
+
+    record, timeout = getattr(connection, "record", None), connection.gettimeout()
+    made = _wrap(connection, context)
+    if record is not None:
+        record.move(made)
+    try:
+        if nodelay and made.family != getattr(socket, "AF_UNIX", None):
+            made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        made.settimeout(left(deadline))
+        made.do_handshake()
+        made.settimeout(timeout)
+    except ssl.SSLError as error:
+        failure = PreambleError(of_error(error))
+        failure.connection = made
+        raise failure from error
+    except OSError as error:
+        error.connection = made  # type: ignore[attr-defined]
+        raise
+    if record is not None and context.verify_mode != ssl.CERT_NONE:
+        record.certificate = made.getpeercert() or None
+    return made
+
+
+def _wrap(connection: Any, context: ssl.SSLContext) -> Any:
+    from harken import _hub
+
+    if _hub.is_connection(connection):
+        from harken.preambles._hubbed import Hubbed
+
+        return Hubbed.over(connection, context)
+    return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)

@@ -1,0 +1,54 @@
+"""TLS over TCP: ``tls://HOST:PORT?cert=FILE&key=FILE``.
+
+Without ``cert`` the certificate is that of the settings. The other words are those of :class:`harken.TLS`: ``ca``,
+``verify``, ``alpn``, ``min_version``, ``password``, ``mode``. Everything else is as in ``tcp://``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from harken.errors import ConfigError
+from harken.transports import BindOptions, _inet, tcp
+
+if TYPE_CHECKING:
+    from harken.listener import Listener
+    from harken.preambles.tls import TLS
+
+__all__ = ["bind", "parse", "schemes"]
+
+schemes = ("tls",)
+
+
+class TLSPlace(NamedTuple):
+    """A parsed address, and how TLS is spoken there; None leaves that to the settings."""
+
+    place: _inet.Place
+    tls: TLS | None
+
+    def __str__(self) -> str:
+        return str(self.place)
+
+
+def parse(url: str) -> TLSPlace:
+    """Read ``tls://HOST:PORT?cert=FILE&key=FILE``.
+
+    Raises:
+        ConfigError: the address is malformed, or its options are.
+    """
+    from harken.preambles.tls import TLS
+
+    bare, mark, query = url.partition("?")
+    shown = bare if "password=" in query else url  # somebody may have written the passphrase itself there
+    try:
+        return TLSPlace(_inet.parse(bare), TLS.parse(query) if mark else None)
+    except ConfigError as error:
+        raise ConfigError(f"{shown!r}: {str(error).removeprefix(repr(bare)).lstrip(': ')}") from None
+
+
+def bind(place: TLSPlace, options: BindOptions) -> list[Listener]:
+    """Open a listening socket, as ``tcp://`` does; certificates are read when a server takes it up."""
+    listeners = _inet.bind(place.place, options, tcp.tune)
+    for listener in listeners:
+        listener.tls = place.tls or True
+    return listeners
