@@ -528,3 +528,16 @@ def test_poll_and_select_take_it(pair):
     taken, _, client = pair
     client.sendall(b"x")
     assert select.select([taken], [], [], PATIENCE)[0] == [taken]
+
+
+def test_looking_for_the_peers_end_never_waits():
+    """Not even on a socket with a timeout, for which Python waits before it asks the kernel."""
+    left, right = socket.socketpair()
+    with left, right:
+        left.settimeout(30.0)
+        began = time.monotonic()
+        assert peer_fault(left) is None
+        assert time.monotonic() - began < 5
+        assert left.gettimeout() == 30.0
+        right.close()
+        assert peer_fault(left) == "peer_closed"

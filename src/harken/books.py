@@ -138,10 +138,14 @@ class Books:
         """Tell whether a handler raised only because its connection has gone: its peer left, or harken cut it."""
         if self.interrupted and isinstance(error, OSError):
             return True  # Ctrl-C shut it, and may have closed it under the handler
-        if not isinstance(error, ConnectionError):
+        if not isinstance(error, OSError):
             return False
         record = self.connections.find(request)
-        return (record is not None and record.reason is not None) or peer_fault(request) is not None
+        wire = (record.successor if record is not None else None) or request
+        if isinstance(error, ConnectionError):
+            return (record is not None and record.reason is not None) or peer_fault(wire) is not None
+        own_fault = getattr(type(wire), "broken_by", None)
+        return own_fault is not None and bool(own_fault(wire, error))
 
     def ended(self, request: Any) -> None:
         """A request object that cannot tell by itself (it is no :class:`Connection`) was closed."""

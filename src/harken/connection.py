@@ -36,6 +36,7 @@ __all__ = [
     "Registry",
     "accept",
     "backlog_length",
+    "receive_now",
     "shown",
     "shut",
 ]
@@ -349,12 +350,29 @@ def peer_fault(request: object) -> str | None:
     if not isinstance(request, socket.socket):
         return None
     try:
-        seen = socket.socket.recv(request, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        seen = receive_now(request, 1, socket.MSG_PEEK)
     except ConnectionError:
         return "peer_reset"
     except OSError:  # nothing to read, or closed
         return None
     return None if seen else "peer_closed"
+
+
+def receive_now(request: socket.socket, size: int, flags: int = 0) -> bytes:
+    """Receive what has come already, past any TLS. MSG_DONTWAIT does not do: with a timeout, Python waits all the same.
+
+    Raises:
+        BlockingIOError: nothing has come.
+        OSError: as recv(2).
+    """
+    timeout = _socket.socket.gettimeout(request)
+    if not timeout:
+        return _socket.socket.recv(request, size, flags | socket.MSG_DONTWAIT)
+    _socket.socket.settimeout(request, 0.0)
+    try:
+        return _socket.socket.recv(request, size, flags)
+    finally:
+        _socket.socket.settimeout(request, timeout)
 
 
 def backlog_length(listener: object) -> int:

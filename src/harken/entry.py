@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from harken import preambles
 from harken.acceptor import turn_away
-from harken.connection import Record, shut
+from harken.connection import Record, receive_now, shut
 from harken.errors import ConfigError, LifecycleError, PreambleError
 from harken.preambles import Preamble
 
@@ -86,12 +86,17 @@ class Entry:
             passed = getattr(error, "connection", None) or request
             note_failure(record, error, self.timeout)
         except Exception as error:  # noqa: BLE001 - a fault of ours or of the program's, as in a handler
-            books.failed(request, client_address, error)
-            server.handle_error(request, client_address)
             passed = (record is not None and record.request) or request
+            books.failed(passed, client_address, error)
+            try:
+                server.handle_error(passed, client_address)
+            except BaseException:
+                server.shutdown_request(passed)
+                raise
         except BaseException:
-            shut(request)
-            server.shutdown_request(request)
+            passed = (record is not None and record.request) or request
+            shut(passed)
+            server.shutdown_request(passed)
             raise
         else:
             address = client_address if record is None or record.spoken_for is None else record.spoken_for
@@ -181,7 +186,7 @@ def _read_out(request: Any) -> None:
         return
     try:
         for _ in range(MAX_READ_OUT // 65536):
-            if not socket.socket.recv(request, 65536, getattr(socket, "MSG_DONTWAIT", 0)):
+            if not receive_now(request, 65536):
                 return
     except OSError:
         pass  # nothing more

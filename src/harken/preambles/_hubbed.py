@@ -56,6 +56,7 @@ class Hubbed(Secured):
         """
         self = cls.__new__(cls)
         socket.socket.__init__(self, int(inner.family), int(inner.type), inner.proto, inner.fileno())
+        _socket.socket.settimeout(self, 0.0)  # the hub waits, nobody else
         self._inner = inner
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._guard = _thread.allocate_lock()  # OpenSSL lets go of the GIL, and programs have other threads too

@@ -39,6 +39,18 @@ class Secured(ssl.SSLSocket):
         self._ended = True
         return plain
 
+    def broken_by(self, error: BaseException) -> bool:
+        """Tell whether ``error`` is this connection's own: TLS was broken off or violated, which nobody here did.
+
+        A handler may meet such errors on connections of its own making too.
+        """
+        if not isinstance(error, ssl.SSLError) or isinstance(error, (ssl.SSLWantReadError, ssl.SSLWantWriteError)):
+            return False
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        return trace is not None and trace.tb_frame.f_locals.get("self") is self
+
     def _end(self) -> None:
         """Send close_notify, if that can be done at once: a peer that does not read must not keep us."""
         if self._ended or self._sslobj is None:

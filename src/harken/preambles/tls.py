@@ -5,6 +5,7 @@ This module is light; what needs ``ssl`` is imported when a server wants TLS.
 
 from __future__ import annotations
 
+import importlib
 import socket
 import weakref
 from time import monotonic
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from harken.settings import Settings
 
 __all__ = ["TLS", "Handshake", "certificates_of", "make", "secure"]
+
+# What a handshake imports: before the first, since no descriptor may be left then to read a module by.
+_NEEDED = ("harken._hub", "harken.preambles._words", "harken.preambles._certificates", "harken.preambles._hubbed")
 
 _made: weakref.WeakKeyDictionary[TLS, Certificates] = weakref.WeakKeyDictionary()
 
@@ -41,6 +45,8 @@ def certificates_of(tls: TLS | ssl.SSLContext) -> Certificates:
 
 def make(values: Settings, listener: Any) -> Handshake:
     """Make the preamble; see :class:`harken.preambles.Module`."""
+    for module in _NEEDED:
+        importlib.import_module(module)
     tls = declared(values, listener)
     return Handshake(certificates_of(tls), getattr(tls, "mode", "always"), nodelay=values["nodelay"] is not False)
 
