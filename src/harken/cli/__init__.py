@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "run": "Run an unchanged socketserver program on harken.",
     "check": "Test a target, its addresses and its settings, and print them.",
     "explain": "Show a server's classes and its hooks in call order.",
+    "ctl": "Look into a running server, and change it.",
 }
 """The commands and what each does, in the order of ``--help``. Each is the module of that name in this room."""
 

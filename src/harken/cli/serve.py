@@ -24,7 +24,7 @@ def _serve(target: str, urls: tuple[str, ...]) -> int:
     places = options.addresses(urls)
     if Settings(None, profile="serve")["log_format"] == "text":  # a log for machines tells it by itself
         events.subscribe(_announce, "listening")
-    return service.run(lambda: _load(target), places, {})
+    return service.run(lambda: _load(target), places, {}, name=target.rpartition(":")[2])
 
 
 def _load(target: str) -> Callable[..., Any]:

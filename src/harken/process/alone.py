@@ -7,21 +7,32 @@ backlog. An upgrade starts the new program beside this one, and nobody waits.
 from __future__ import annotations
 
 import os
+import selectors
 import signal
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from harken import events
-from harken.errors import HandoffError
+from harken.errors import HandoffError, HarkenError
 from harken.listener import Listener
 from harken.process import handoff, privileges
+from harken.process.answers import answer
+from harken.process.channel import Message
+from harken.process.control import Client, Control, open_listener
 from harken.process.notify import notify
 from harken.process.pidfile import PidFile
 from harken.process.worker import Worker
 from harken.settings import Settings
 from harken.transports import bind_options
+from harken.waker import Waker
 
 __all__ = ["Alone"]
+
+# The key under which a successor finds the control socket.
+_CONTROL = "control"
+# Seconds between attempts to send on what a slow reader of an answer has not taken.
+_FLUSH_SECONDS = 0.05
 
 
 class Alone:
@@ -33,6 +44,7 @@ class Alone:
         addresses: tuple[str, ...],
         keywords: dict[str, Any],
         *,
+        name: str,
         reopen: Callable[[], None],
     ) -> None:
         """Bind every address and become who the settings say.
@@ -41,6 +53,7 @@ class Alone:
             handler: the handler class.
             addresses: URLs.
             keywords: settings by name.
+            name: the handler's, for the control socket.
             reopen: opens the log anew.
 
         Raises:
@@ -54,14 +67,16 @@ class Alone:
         self._opened = handoff.listen(addresses, bind_options(self.settings))
         self._kept: dict[str, list[Listener]] = {}
         listeners = [listener for several in self._opened.values() for listener in several]
+        self._desk: _Desk | None = None
         try:
             self._worker = Worker(handler, (), keywords, listeners=listeners)
+            self._open_control(name)
             if not handoff.upgraded_from():
                 self._pidfile.write()
             privileges.drop(self.settings)
             privileges.chdir(self.settings)
         except BaseException:
-            for listener in listeners:
+            for listener in (listener for several in self._opened.values() for listener in several):
                 listener.close()
             raise
         self._worker.obeys = {
@@ -72,12 +87,22 @@ class Alone:
             signal.SIGTTOU: _no_workers,
         }
 
+    def _open_control(self, name: str) -> None:
+        kept = handoff.inherited(_CONTROL)
+        opened = kept[0] if kept else open_listener(self.settings, name)
+        if opened is not None:
+            self._opened[_CONTROL] = [opened]
+            self._desk = _Desk(opened, self._worker)
+        handoff.close_rest()
+
     def run(self) -> int:
         """Serve until a signal; return the exit status."""
         try:
             status = self._worker.run(on_ready=self._ready)
         finally:
             self._worker.close()
+            if self._desk is not None:
+                self._desk.close()
             if not self._kept:
                 self._pidfile.remove()
         if self._kept:
@@ -87,8 +112,10 @@ class Alone:
     def _ready(self) -> None:
         predecessor = handoff.upgraded_from()
         if predecessor:
-            handoff.probe(self._opened)
+            handoff.probe(server.socket for server in self._worker.servers)  # type: ignore[misc]
             self._pidfile.write(over=predecessor)
+        if self._desk is not None:
+            self._desk.start()
         handoff.tell_predecessor()
         notify(READY=1, MAINPID=os.getpid())
 
@@ -117,6 +144,61 @@ class Alone:
 
     def _leave(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+class _Desk:
+    """Answers the control socket's questions, in a thread of its own."""
+
+    _SIGNALS: ClassVar = {
+        "drain": signal.SIGTERM,
+        "stop": signal.SIGQUIT,
+        "reload": signal.SIGHUP,
+        "upgrade": signal.SIGUSR2,
+    }
+
+    def __init__(self, listener: Listener, worker: Worker) -> None:
+        self._worker = worker
+        self._selector = selectors.DefaultSelector()
+        self._control = Control(listener, self._selector, self._answer)
+        self._waker = Waker()
+        self._selector.register(self._waker, selectors.EVENT_READ, self._waker.drain)
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="harken-control", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closing:
+            for key, _ in self._selector.select(_FLUSH_SECONDS if self._control.waits else None):
+                key.data()
+            self._control.flush()
+
+    def _answer(self, client: Client, question: Message) -> None:
+        verb, number = str(question.get("verb")), question.get("number")
+        try:
+            if verb in self._SIGNALS:
+                os.kill(os.getpid(), self._SIGNALS[verb])
+                client.answer(number, result=None)
+            else:
+                answered = answer(self._worker, verb, question.get("arguments", {}))
+                client.answer(number, result=answered if verb != "status" else self._status(answered))
+        except (HarkenError, TypeError) as error:  # TypeError: arguments that the verb does not take
+            client.answer(number, error=str(error))
+
+    def _status(self, servers: Any) -> dict[str, Any]:
+        return {"supervisor": None, "workers": [], "wanted": 0, "servers": servers}
+
+    def close(self) -> None:
+        """Hang up and close the socket."""
+        self._closing = True
+        self._waker.wake()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._control.close()
+        self._selector.close()
+        self._waker.close()
 
 
 def _twin(listener: Listener) -> Listener:

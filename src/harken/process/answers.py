@@ -17,7 +17,7 @@ from typing import Any
 from harken.errors import ConfigError
 from harken.process.worker import Worker
 
-__all__ = ["VERBS", "answer", "joined"]
+__all__ = ["STANDING", "VERBS", "answer", "joined"]
 
 
 def answer(worker: Worker, verb: str, arguments: dict[str, Any]) -> Any:
@@ -89,6 +89,10 @@ VERBS: dict[str, Callable[..., Any]] = {
     "stacks": _stacks,
 }
 """What can be asked; each takes the worker and keyword arguments."""
+
+
+STANDING = frozenset({"suspend", "resume", "configure"})
+"""What a worker that starts later must be told as well."""
 
 
 def joined(verb: str, answers: list[Any]) -> Any:

@@ -16,6 +16,8 @@ __all__ = ["Channel", "pair"]
 
 Message = dict[str, Any]
 
+# Bytes of one message: an answer about very many connections. What comes from strangers is bounded more tightly.
+MAX_LINE_BYTES = 64 << 20
 # Bytes that are kept for a child that does not read: thousands of commands, or one answer about very many connections.
 MAX_BACKLOG_BYTES = 64 << 20
 _CHUNK = 1 << 16  # bytes read at once: what a Unix socket holds, or more
@@ -24,8 +26,16 @@ _CHUNK = 1 << 16  # bytes read at once: what a Unix socket holds, or more
 class Channel:
     """One end."""
 
-    def __init__(self, sock: socket.socket, *, blocking: bool) -> None:
+    def __init__(self, sock: socket.socket, *, blocking: bool, max_line_bytes: int = MAX_LINE_BYTES) -> None:
+        """Take over one end of a stream socket.
+
+        Args:
+            sock: a connected stream socket.
+            blocking: whether ``send`` and ``receive`` may wait.
+            max_line_bytes: the longest message that is taken.
+        """
         sock.setblocking(blocking)
+        self._max_line_bytes = max_line_bytes
         self._sock = sock
         self._lock = threading.Lock()
         self._unread = b""
@@ -78,6 +88,7 @@ class Channel:
 
         Raises:
             EOFError: the other end is gone, and every message was returned before.
+            ValueError: what came is no message, or longer than allowed; nothing more can be read.
         """
         try:
             data = self._sock.recv(_CHUNK)
@@ -88,7 +99,12 @@ class Channel:
         if not data:
             raise EOFError("the other end of the channel is gone")
         *lines, self._unread = (self._unread + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        if len(self._unread) > self._max_line_bytes:
+            raise ValueError(f"a message is longer than {self._max_line_bytes} bytes")
+        messages = [json.loads(line) for line in lines]
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError("a message is no JSON object")
+        return messages
 
     def close(self) -> None:
         """Close this end; whoever waits in ``receive`` is woken."""

@@ -26,7 +26,17 @@ from harken.errors import ConfigError, HandoffError
 from harken.listener import Listener
 from harken.transports import BindOptions
 
-__all__ = ["Inherited", "Successor", "exec_anew", "listen", "probe", "tell_predecessor", "upgraded_from"]
+__all__ = [
+    "Inherited",
+    "Successor",
+    "close_rest",
+    "exec_anew",
+    "inherited",
+    "listen",
+    "probe",
+    "tell_predecessor",
+    "upgraded_from",
+]
 
 VARIABLE = "HARKEN_HANDOFF"
 READY = b"ready\n"
@@ -61,6 +71,20 @@ def _take() -> Inherited:
     return _inherited
 
 
+def inherited(key: str) -> list[Listener] | None:
+    """Take over what the predecessor had under ``key``; None when it had nothing there."""
+    entries = _take().listeners.pop(key, None)
+    return None if entries is None else [_adopt(fd, path) for fd, path in entries]
+
+
+def close_rest() -> None:
+    """Close what the predecessor had and nobody asked for: addresses that are not configured any more."""
+    left = _take().listeners
+    while left:
+        for fd, _ in left.popitem()[1]:
+            os.close(fd)
+
+
 def listen(addresses: Iterable[str], options: BindOptions) -> dict[str, list[Listener]]:
     """Open every address, or take over what the predecessor had there.
 
@@ -72,21 +96,15 @@ def listen(addresses: Iterable[str], options: BindOptions) -> dict[str, list[Lis
         BindError: an address cannot be had; nothing stays open.
     """
     opened: dict[str, list[Listener]] = {}
-    left = dict(_take().listeners)
-    _take().listeners.clear()
     try:
         for address in addresses:
-            kept = left.pop(address, None)
+            kept = inherited(address)
             # Extended at once: an address may be given twice, and what is open must be closed if the next fails.
-            opened.setdefault(address, []).extend(
-                map(_adopt, kept) if kept is not None else transports.listen(address, options)
-            )
+            opened.setdefault(address, []).extend(transports.listen(address, options) if kept is None else kept)
     except BaseException:
         for listener in _all(opened):
             listener.close()
         raise
-    for fd, _ in (each for several in left.values() for each in several):
-        os.close(fd)  # an address that is not asked for any more
     return opened
 
 
@@ -94,8 +112,7 @@ def _all(opened: dict[str, list[Listener]]) -> list[Listener]:
     return [listener for several in opened.values() for listener in several]
 
 
-def _adopt(entry: tuple[int, str | None]) -> Listener:
-    fd, path = entry
+def _adopt(fd: int, path: str | None) -> Listener:
     listener = Listener.adopt(fd)
     listener.url = transports.for_socket(listener).url(listener)
     if path is not None:
@@ -234,19 +251,19 @@ def tell_predecessor() -> None:
     _inherited = inherited._replace(pipe=-1)
 
 
-def probe(opened: dict[str, list[Listener]], timeout: float = 5.0) -> None:
+def probe(listeners: Iterable[Listener], timeout: float = 5.0) -> None:
     """Connect to each of our own stream listeners once: what cannot be reached is not ready.
 
     Linux connects to a wildcard address by way of loopback.
 
     Args:
-        opened: the listeners by address.
+        listeners: open ones.
         timeout: seconds for each; a connection is made by the kernel, whatever the workers do.
 
     Raises:
         ConfigError: one cannot be reached; the message says which.
     """
-    for listener in _all(opened):
+    for listener in listeners:
         if listener.type != socket.SOCK_STREAM:
             continue
         with socket.socket(listener.family, listener.type) as client:

@@ -32,7 +32,8 @@ def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> int:
         BindError: an address cannot be had.
     """
     fit_handler(handler)
-    return run(lambda: handler, addresses or ("tcp://127.0.0.1:8800",), settings, in_memory=True)
+    name = getattr(handler, "__name__", type(handler).__name__)
+    return run(lambda: handler, addresses or ("tcp://127.0.0.1:8800",), settings, name=name, in_memory=True)
 
 
 def run(
@@ -40,6 +41,7 @@ def run(
     addresses: tuple[str, ...],
     keywords: dict[str, Any],
     *,
+    name: str,
     in_memory: bool = False,
 ) -> int:
     """Serve what ``load`` returns; see :func:`serve`.
@@ -48,6 +50,7 @@ def run(
         load: returns the handler class; with workers it is called in each of them.
         addresses: URLs.
         keywords: settings by name.
+        name: the handler's, for the control socket.
         in_memory: whether ``load`` returns what this process has loaded, so that only a new process has new code.
     """
     from harken.observe.log import LogObserver
@@ -61,10 +64,10 @@ def run(
         if settings["workers"] == 0:
             from harken.process.alone import Alone
 
-            return Alone(load(), addresses, keywords, reopen=log.reopen).run()
+            return Alone(load(), addresses, keywords, name=name, reopen=log.reopen).run()
         from harken.process.supervisor import Supervisor
 
-        return Supervisor(load, addresses, keywords, reopen=log.reopen, in_memory=in_memory).run()
+        return Supervisor(load, addresses, keywords, name=name, reopen=log.reopen, in_memory=in_memory).run()
     finally:
         log.detach()
 

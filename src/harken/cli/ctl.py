@@ -1,0 +1,250 @@
+"""``harken ctl``: look into a running server and change it, by its control socket."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from harken.cli import FAILED
+from harken.errors import ConfigError
+from harken.networks import Networks
+from harken.process import control
+
+__all__ = ["command", "find_socket"]
+
+# Seconds for a server to answer; it gives its workers three.
+ANSWER_SECONDS = 10.0
+
+ORDERS: dict[str, tuple[str, bool]] = {
+    "idle": ("idle_seconds", True),
+    "age": ("seconds", True),
+    "in": ("bytes_in", True),
+    "out": ("bytes_out", True),
+    "peer": ("peer", False),
+    "id": ("id", False),
+}
+"""What connections can be sorted by: the field, and whether the largest comes first."""
+
+
+class Refused(click.ClickException):
+    """The server said no, or is not there."""
+
+    exit_code = FAILED
+
+
+class Group(click.Group):
+    """Takes ``--json`` anywhere on the line."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take ``--json`` out of the words, wherever it stands."""
+        if "--json" in args:
+            args = ["--json", *(word for word in args if word != "--json")]
+        return super().parse_args(ctx, args)
+
+
+def find_socket(path: str | None) -> str:
+    """Return the socket to talk to: the one named, or the only one there is.
+
+    Raises:
+        Refused: there is none, or there are several.
+    """
+    if path is not None:
+        return path
+    try:
+        found = [str(each) for each in control.sockets() if _answers(str(each))]
+    except OSError as error:
+        raise Refused(str(error)) from None
+    if not found:
+        raise Refused("no server with a control socket runs; name its socket by --socket")
+    if len(found) > 1:
+        raise Refused(f"several servers run; name one by --socket: {', '.join(found)}")
+    return found[0]
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return False
+    return True
+
+
+def ask(ctx: click.Context, verb: str, **arguments: Any) -> Any:
+    """Ask the server and return its answer.
+
+    Raises:
+        Refused: it cannot be reached, or refuses.
+    """
+    path = find_socket(ctx.obj["socket"])
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(ANSWER_SECONDS)
+        try:
+            sock.connect(path)
+            sock.settimeout(None)
+            reply = next(control.replies(sock, verb, arguments))
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise Refused(f"no server answers at {path!r}; is it running, and is that its control= path?") from None
+        except EOFError:
+            raise Refused(f"the server at {path!r} hung up: it hears its own user and root alone") from None
+        except OSError as error:
+            raise Refused(f"cannot talk to {path!r}: {error.strerror or error}") from None
+    if "error" in reply:
+        raise Refused(str(reply["error"]))
+    return reply["result"]
+
+
+def _show(ctx: click.Context, result: Any, text: Callable[[Any], Sequence[str]]) -> None:
+    lines = [json.dumps(result)] if ctx.obj["json"] else text(result)
+    for line in lines:
+        click.echo(line)
+
+
+@click.group(cls=Group, help="Look into a running server and change it, by its control socket.")
+@click.option("--socket", metavar="PATH", help="The control socket; by default that of the only server that runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts; may stand anywhere on the line.")
+@click.pass_context
+def command(ctx: click.Context, socket: str | None, as_json: bool) -> None:
+    """Note what every command needs."""
+    ctx.obj = {"socket": socket, "json": as_json}
+
+
+@command.command(help="The state of the service, its workers and addresses.")
+@click.pass_context
+def status(ctx: click.Context) -> None:
+    """Print the status."""
+    _show(ctx, ask(ctx, "status"), _status_lines)
+
+
+def _status_lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    if found["supervisor"]:
+        lines.append(f"supervisor {found['supervisor']}, {len(found['workers'])} of {found['wanted']} workers")
+        lines += table(found["workers"], ("pid", "generation", "ready", "open", "accepted"))
+    rows = [server | {"closed_total": sum(server["closed_total"].values())} for server in found["servers"]]
+    shown = ("address", "engine", "state", "open", "accepted_total", "rejected_total", "handler_failed_total")
+    return lines + table(rows, shown)
+
+
+@command.command(help="The open connections.")
+@click.option("--sort", "order", type=click.Choice(list(ORDERS)), default="age", show_default=True)
+@click.option("--peer", metavar="CIDR", help="Only those from this network or address.")
+@click.pass_context
+def connections(ctx: click.Context, order: str, peer: str | None) -> None:
+    """Print the connections."""
+    found = ask(ctx, "connections")
+    if peer is not None:
+        try:
+            network = Networks.parse((peer,))
+        except ConfigError as error:
+            raise click.UsageError(str(error), ctx) from None
+        found = [each for each in found if each["peer"]["address"] and each["peer"]["address"] in network]
+    field, falling = ORDERS[order]
+    found.sort(key=lambda each: _sortable(each.get(field)), reverse=falling)
+    _show(ctx, found, _connection_lines)
+
+
+def _sortable(value: Any) -> tuple[bool, Any]:
+    if isinstance(value, dict):
+        return True, (str(value.get("address")), value.get("port") or 0)
+    return value is not None, value if value is not None else 0
+
+
+def _connection_lines(found: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        {
+            "id": each["id"],
+            "peer": _peer(each["peer"]),
+            "seconds": f"{each['seconds']:.1f}",
+            "idle": "?" if each["idle_seconds"] is None else f"{each['idle_seconds']:.1f}",
+            "in": each.get("bytes_in", ""),
+            "out": each.get("bytes_out", ""),
+            "waits for": each.get("waiting_on") or each.get("waits_for") or "",
+            "process": each["process"],
+        }
+        for each in found
+    ]
+    return table(rows, tuple(rows[0])) if rows else ["no connection is open"]
+
+
+def _peer(peer: dict[str, Any]) -> str:
+    if peer.get("port"):
+        host = f"[{peer['address']}]" if ":" in peer["address"] else peer["address"]
+        return f"{host}:{peer['port']}"
+    pid = (peer.get("credentials") or [None])[0] if isinstance(peer.get("credentials"), list) else None
+    return peer.get("address") or (f"unix pid {pid}" if pid else "unix")
+
+
+@command.command(help="Close the connection of this id.")
+@click.argument("connection", metavar="ID")
+@click.option("--reason", default="killed", help="Noted in the event, beside who and when.")
+@click.pass_context
+def kill(ctx: click.Context, connection: str, reason: str) -> None:
+    """Close one connection."""
+    found = ask(ctx, "kill", connection=connection, reason=reason)
+    if not found:
+        raise Refused(f"no connection {connection!r} is open")
+    _show(ctx, found, lambda _: [f"closed {connection}"])
+
+
+def _simple(verb: str, help: str, done: str) -> None:
+    @command.command(verb, help=help)
+    @click.pass_context
+    def _command(ctx: click.Context) -> None:
+        _show(ctx, ask(ctx, verb), lambda _: [done])
+
+
+_simple("drain", "Serve what is there, then end, as SIGTERM does.", "draining")
+_simple("suspend", "Stop accepting; new connections wait in the backlog.", "suspended")
+_simple("resume", "Accept again.", "resumed")
+_simple("reload", "Load code, settings and certificates anew, as SIGHUP does.", "reloading")
+_simple("upgrade", "Start a new binary and hand it the listeners, as SIGUSR2 does.", "upgrading")
+
+
+@command.command(help="Run so many workers.")
+@click.argument("count", type=click.IntRange(min=0))
+@click.pass_context
+def workers(ctx: click.Context, count: int) -> None:
+    """Change the number of workers."""
+    _show(ctx, ask(ctx, "workers", count=count), lambda _: [f"{count} workers wanted"])
+
+
+@command.command("set", help="Change a live setting until the next restart.")
+@click.argument("name")
+@click.argument("value")
+@click.pass_context
+def set_(ctx: click.Context, name: str, value: str) -> None:
+    """Change one setting."""
+    _show(ctx, ask(ctx, "configure", **{name.replace("-", "_"): value}), lambda _: [f"{name} = {value}"])
+
+
+@command.command(help="What every thread and green thread does at this moment.")
+@click.pass_context
+def stacks(ctx: click.Context) -> None:
+    """Print the stacks."""
+    _show(ctx, ask(ctx, "stacks"), _stack_lines)
+
+
+def _stack_lines(found: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for each in found:
+        lines.append(f"process {each['process']}, {each['thread']}")
+        lines += "".join(each["stack"]).rstrip("\n").split("\n")
+        lines.append("")
+    return lines
+
+
+def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
+    """Lay rows out in columns, with a head."""
+    words = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(line[at]) for line in words) for at in range(len(columns))]
+    return ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in words]
+
+
+with contextlib.suppress(AttributeError):
+    command.no_args_is_help = True

@@ -1,0 +1,86 @@
+"""What the control socket's questions mean to a supervisor: some it does itself, the rest its workers answer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from harken.errors import ConfigError, HarkenError, nearest
+from harken.process.answers import STANDING, VERBS
+from harken.process.channel import Message
+from harken.process.control import Client
+from harken.settings import known
+
+if TYPE_CHECKING:
+    from harken.process.supervisor import Supervisor
+
+__all__ = ["Commands"]
+
+
+class Commands:
+    """Obeys questions in the supervisor's loop."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._own: dict[str, Callable[..., Any]] = {
+            "drain": supervisor.drain,
+            "stop": supervisor.stop,
+            "reload": supervisor.reload,
+            "upgrade": supervisor.upgrade,
+            "workers": self._workers,
+        }
+
+    def obey(self, client: Client, question: Message) -> None:
+        """Answer one question, now or when the workers have."""
+        verb, number = str(question.get("verb")), question.get("number")
+        arguments = question.get("arguments", {})
+        try:
+            if verb in self._own:
+                client.answer(number, result=self._own[verb](**arguments))
+            elif verb in VERBS:
+                self._pass_on(verb, arguments, partial(client.answer, number))
+            else:
+                raise ConfigError(f"no verb {verb!r}{nearest(verb, [*self._own, *VERBS])}")
+        except (HarkenError, TypeError) as error:  # TypeError: arguments that the verb does not take
+            client.answer(number, error=str(error))
+
+    def _workers(self, count: Any) -> int:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
+            raise ConfigError(f"workers = {count!r} is not a whole number")
+        self._supervisor.workers.wanted = count
+        return count
+
+    def _pass_on(self, verb: str, arguments: dict[str, Any], done: Callable[..., object]) -> None:
+        workers = self._supervisor.workers
+        if verb == "configure":
+            if "workers" in arguments:
+                arguments = dict(arguments)
+                count = known("workers", "configure()").read(arguments.pop("workers"), "configure()")
+                self._workers(count)
+            self._supervisor.settings.configure(arguments)  # refuses what is wrong before any worker is told
+        if verb == "status":
+            done = partial(self._add_own, done)
+        workers.ask(verb, arguments, done, standing=verb in STANDING)
+
+    def _add_own(self, done: Callable[..., object], **reply: Any) -> None:
+        """Put the supervisor's own figures around the workers'."""
+        workers = self._supervisor.workers
+        if "result" in reply:
+            reply["result"] = {
+                "supervisor": os.getpid(),
+                "workers": [
+                    {
+                        "pid": child.pid,
+                        "generation": child.generation,
+                        "ready": child.ready,
+                        "open": child.row.open,
+                        "accepted": child.row.accepted,
+                    }
+                    for child in workers.staying
+                ],
+                "wanted": workers.wanted,
+                "servers": reply["result"],
+            }
+        done(**reply)

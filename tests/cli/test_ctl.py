@@ -1,0 +1,182 @@
+"""``harken ctl``: a running server, with and without workers, seen into and changed from outside."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+
+import pytest
+
+SECONDS = 20.0
+
+APP = """
+import harken
+class Echo(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"hello\\n")
+        while data := self.request.recv(100):
+            self.request.sendall(data)
+"""
+
+
+class Running:
+    """A server and its control socket."""
+
+    def __init__(self, process, port, path, run):
+        self.process = process
+        self.port = port
+        self.path = path
+        self._run = run
+
+    def ctl(self, *words, status=0):
+        """Run one command; return what it printed."""
+        process = self._run("-m", "harken", "ctl", "--socket", self.path, *words)
+        out, err = process.communicate(timeout=SECONDS)
+        assert process.returncode == status, out + err
+        return out if status == 0 else err
+
+    def json(self, *words):
+        """Run one command; return what it printed as JSON."""
+        return json.loads(self.ctl(*words, "--json"))
+
+    def connect(self):
+        """Return a client that was greeted."""
+        client = socket.create_connection(("127.0.0.1", self.port), SECONDS)
+        assert client.recv(100) == b"hello\n"
+        return client
+
+
+@pytest.fixture(params=["0", "2"], ids=["alone", "workers"])
+def running(run_program, tmp_path, request):
+    """A server of each kind."""
+    (tmp_path / "app.py").write_text(APP)
+    path = tmp_path / "ctl.sock"
+    words = ("--bind", "tcp://127.0.0.1:0", "--workers", request.param, "--control", str(path))
+    process = run_program("-m", "harken", "serve", "app:Echo", *words, cwd=tmp_path)
+    line = process.stderr.readline()
+    found = re.search(r"127\.0\.0\.1:(\d+)", line)
+    assert found, line + process.stderr.read()
+    for _ in range(int(request.param)):
+        while "worker started" not in process.stderr.readline():
+            pass
+    return Running(process, int(found[1]), path, run_program)
+
+
+def test_the_status_names_address_engine_and_state(running):
+    """For people and for scripts."""
+    assert f"tcp://127.0.0.1:{running.port}" in running.ctl("status")
+    (server,) = running.json("status")["servers"]
+    assert (server["engine"], server["state"], server["open"]) == ("thread", "serving", 0)
+
+
+def test_connections_are_listed_filtered_and_closed(running):
+    """Over all workers; a wrong id is refused with status 1."""
+    with running.connect() as one, running.connect() as two:
+        found = running.json("connections", "--sort", "age")
+        assert len(found) == 2
+        assert {each["peer"]["port"] for each in found} == {one.getsockname()[1], two.getsockname()[1]}
+        assert running.json("connections", "--peer", "10.0.0.0/8") == []
+        assert len(running.json("connections", "--peer", "127.0.0.0/8")) == 2
+        (mine,) = [each["id"] for each in found if each["peer"]["port"] == one.getsockname()[1]]
+        running.ctl("kill", mine)
+        assert one.recv(100) == b""
+        assert "no connection" in running.ctl("kill", mine, status=1)
+        two.sendall(b"still here")
+        assert two.recv(100) == b"still here"
+
+
+def test_a_live_setting_changes_and_others_are_refused(running):
+    """With one line that says why."""
+    running.ctl("set", "drain-timeout", "0.5")
+    assert "cannot change while the server runs" in running.ctl("set", "backlog", "5", status=1)
+    assert "unknown setting 'drain_timeuot'" in running.ctl("set", "drain_timeuot", "5", status=1)
+    assert "is not a number of seconds" in running.ctl("set", "drain_timeout", "soon", status=1)
+
+
+def test_suspend_and_resume(running):
+    """While suspended a client waits in the backlog; resumed, it is served."""
+    running.ctl("suspend")
+    with socket.create_connection(("127.0.0.1", running.port), SECONDS) as client:
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.recv(100)
+        running.ctl("resume")
+        client.settimeout(SECONDS)
+        assert client.recv(100) == b"hello\n"
+
+
+def test_stacks_show_what_a_handler_does(running):
+    """With its file and function."""
+    with running.connect():
+        assert "in handle" in running.ctl("stacks")
+
+
+def test_drain_ends_the_server(running):
+    """As SIGTERM does, with status 0, and the socket is gone."""
+    running.ctl("drain")
+    assert running.process.wait(SECONDS) == 0
+    assert not running.path.exists()
+    assert "no server answers" in running.ctl("status", status=1)
+
+
+def test_workers_are_added(running):
+    """With a supervisor; a server alone has no such verb."""
+    if running.json("status")["supervisor"] is None:
+        assert "no verb 'workers'" in running.ctl("workers", "3", status=1)
+        return
+    running.ctl("workers", "3")
+    while "worker started" not in running.process.stderr.readline():
+        pass
+    assert len(running.json("status")["workers"]) == 3
+
+
+def test_the_socket_is_its_owners_alone(running):
+    """Mode 0600."""
+    assert running.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_nonsense_on_the_socket_harms_nobody(running):
+    """Garbage, another version, too long a line: refused or hung up on, and the server goes on."""
+    for garbage in (b"GET / HTTP/1.0\r\n\r\n", b"[]\n", b"x" * 200_000):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(SECONDS)
+            client.connect(str(running.path))
+            try:
+                client.sendall(garbage)
+                assert client.recv(1000) == b""
+            except (BrokenPipeError, ConnectionResetError):
+                pass
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(SECONDS)
+        client.connect(str(running.path))
+        client.sendall(b'{"version": 9, "verb": "status", "number": 4}\n')
+        reply = json.loads(client.recv(1000))
+        assert reply["number"] == 4
+        assert "version 1" in reply["error"]
+    running.ctl("status")
+
+
+def test_what_is_wrong_on_the_line_is_usage(running):
+    """Status 2."""
+    assert "No such command 'frob'" in running.ctl("frob", status=2)
+    assert "nonsense" in running.ctl("connections", "--peer", "nonsense", status=2)
+
+
+def test_the_only_server_is_found_by_itself(run_program, tmp_path):
+    """Without --socket, by the directory of sockets named after handlers."""
+    (tmp_path / "app.py").write_text(APP)
+    runtime = {"XDG_RUNTIME_DIR": str(tmp_path)}
+    process = run_program("-m", "harken", "serve", "app:Echo", "--bind", "tcp://127.0.0.1:0", cwd=tmp_path, env=runtime)
+    assert "listening" in process.stderr.readline()
+    assert (tmp_path / "harken" / "Echo.sock").exists()
+    asked = run_program("-m", "harken", "ctl", "status", env=runtime)
+    out, err = asked.communicate(timeout=SECONDS)
+    assert asked.returncode == 0, err
+    assert "thread" in out
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(SECONDS) == 0
+    asked = run_program("-m", "harken", "ctl", "status", env=runtime, stderr=subprocess.STDOUT)
+    assert "no server with a control socket runs" in asked.communicate(timeout=SECONDS)[0]
+    assert not os.listdir(tmp_path / "harken")
