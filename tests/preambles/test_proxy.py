@@ -320,6 +320,20 @@ def test_events_and_connections_show_the_client(engine, transport, tmp_path):
     told.unsubscribe()
 
 
+def test_a_child_tells_its_parent_the_addresses_of_the_longest_header(tmp_path):
+    """What does not fit one message of a child is left out of the parent's events; whose connection it is, never."""
+    told = Told("opened", "closed")
+    with serving("fork", "tcp", tmp_path) as server, dial(server) as client:
+        client.sendall(LONG.encode())
+        assert read_line(client) == shown(LONG)
+        (opened,) = told.wait("opened")
+        assert (opened.peer.address, opened.peer.port) == ("192.0.2.9", 9)
+        assert opened.peer.proxy == LONG.bare()
+        client.shutdown(socket.SHUT_RDWR)
+        assert told.wait("closed")[0].peer == opened.peer
+    told.unsubscribe()
+
+
 class Picky(harken.TCPServer):
     """Refuses one client by its address."""
 
