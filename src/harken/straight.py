@@ -31,6 +31,7 @@ _NAMES = (
     "_process_elsewhere",
 )
 _read: Callable[[type], tuple[Any, ...]] = attrgetter(*_NAMES)
+_new: Any = object.__new__
 _own_names = frozenset(_NAMES)
 _stock: set[Any] = set()
 _seen: dict[type, tuple[tuple[Any, ...], bool]] = {}
@@ -87,8 +88,13 @@ def take(serving: Serving) -> bool:
 def serve(serving: Serving, request: Any, client_address: Any) -> None:
     """Serve one connection where the engine runs handlers: the hooks after ``process_request``."""
     server = serving.server
+    handler_class = server.RequestHandlerClass
     try:
-        server.RequestHandlerClass(request, client_address, server)
+        if type(handler_class) is type and handler_class.__new__ is _new:
+            # What calling the class does, without a frame of the C stack to be kept for each connection that waits.
+            _new(handler_class).__init__(request, client_address, server)
+        else:
+            handler_class(request, client_address, server)
     except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
         serving.books.failed(request, client_address, error)
         server.handle_error(request, client_address)

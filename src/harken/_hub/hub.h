@@ -12,7 +12,7 @@
  *   accept.c      accept(2) straight into a Connection
  *   files.c       rfile and wfile
  *   beat.c        what the loop says of itself, and the watchdog that listens
- *   chunks.c      a cache for the memory of Python stacks
+ *   chunks.c      the memory of Python stacks
  *
  * Everything here is guarded by the GIL, which is given up in epoll_wait, poll and sendfile alone; only a Beat is read
  * without it. */
@@ -282,4 +282,6 @@ static inline void beat_wakes(Beat *beat) {
 
 /* chunks.c */
 HIDDEN bool chunks_install(void);
+HIDDEN void *stack_begin(void);
+HIDDEN void stack_end(void *begun);
 #endif

@@ -213,6 +213,7 @@ void end_process(void) {
 static PyObject *task_call(PyObject *self, PyObject *none, PyObject *keywords) {
     Task *task = (Task *)self;
     Hub *hub = task->hub;
+    void *stack = stack_begin();
     PyObject *done = PyObject_Call(task->function, task->args, NULL);
     if (done == NULL) {
         if (PyErr_ExceptionMatches(PyExc_GreenletExit))
@@ -245,6 +246,7 @@ static PyObject *task_call(PyObject *self, PyObject *none, PyObject *keywords) {
         Py_XDECREF(parent);
     }
     Py_DECREF(me);
+    stack_end(stack);
     Py_RETURN_NONE;
 }
 
