@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,8 @@ class Connection(socket.socket):
 
     __slots__ = ("record",)
     record: Record | None
+    tells_its_end = False
+    """Whether one that is dropped unclosed tells its record itself; else a weak reference does."""
 
     def _real_close(self, *_: Any) -> None:  # the one place through which close() and the last makefile() end a socket
         record = getattr(self, "record", None)
@@ -181,14 +184,16 @@ class ConnectionInfo:
     process: int
 
 
-# Ids that no other process and no other start of this one gives: a random prefix, and a count.
-_prefix = os.urandom(3).hex()
+# Ids that no other process and no other start of this one gives: a random prefix, and a count. A forked child counts on
+# by a prefix of its own; what it inherited keeps the one that it had.
 _count = itertools.count(1)
+_firsts = [0]  # the first number of each prefix
+_prefixes = [os.urandom(3).hex()]
 
 
 def _reseed() -> None:
-    global _prefix
-    _prefix = os.urandom(3).hex()
+    _firsts.append(next(_count))
+    _prefixes.append(os.urandom(3).hex())
 
 
 if hasattr(os, "register_at_fork"):
@@ -197,6 +202,25 @@ if hasattr(os, "register_at_fork"):
 
 def _gone() -> None:
     """Stands for a weak reference to what is no more."""
+
+
+class _Reference(weakref.ref[Any]):
+    """A weak reference that knows its record: a bound method for each would cost another object."""
+
+    __slots__ = ("record",)
+    record: Record
+
+
+def _refer(record: Record, request: object) -> Callable[[], Any]:
+    if getattr(type(request), "tells_its_end", False):
+        return weakref.ref(request)
+    reference = _Reference(request, _collected)
+    reference.record = record
+    return reference
+
+
+def _collected(reference: Any) -> None:
+    reference.record.collected()
 
 
 class Record:
@@ -212,7 +236,7 @@ class Record:
         held: whether the event that says so waits until a preamble has learned the client's address.
         thread: identifier of the thread that serves it, once known.
         process: pid of the child that serves it, or 0 for this process.
-        key: its place in the registry.
+        key: its place in the registry: its number, or -id(request) where the request object does not know its record.
         silent: in a forked child, where the parent keeps the books.
         entered: whether its preambles have run, on a server that has any.
         spoken_for: the client's address as a preamble learned it, to be given to hooks and handler, or None.
@@ -223,14 +247,25 @@ class Record:
         ticket: what limits let it in by, or None. Whoever takes it out of ``__dict__`` gives it back: nobody else can.
     """
 
-    # Defaults of the class: a record that nothing has happened to yet costs five stores.
-    reason: str | None = None
+    # What each record has costs a place in it; the rest is the class's, and the record's own once it happens.
+    __slots__ = (
+        "__dict__",
+        "_number",
+        "_registry",
+        "_request",
+        "client_address",
+        "key",
+        "opened",
+        "reason",
+        "started",
+        "thread",
+    )
+
+    reason: str | None
     detail: str | None = None
     failed = False
-    opened = False
     held = False
     process = 0
-    thread = 0
     silent = False
     entered = False
     spoken_for: Any = None
@@ -241,18 +276,21 @@ class Record:
     ticket: Ticket | None = None
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
-        self._prefix, self._number = _prefix, next(_count)
+        self._number = next(_count)
         self.client_address = client_address
         self.started = time.monotonic()
-        self.key = id(request)
+        self.key = self._number if isinstance(request, Connection) else -id(request)
+        self.reason = None
+        self.opened = False
+        self.thread = 0
         self._registry = registry
         # Weak: a program that drops a connection without closing it must still get its descriptor back by collection.
-        self._request: Callable[[], object] = weakref.ref(request, self._collected)
+        self._request: Callable[[], object] = _refer(self, request)
 
     @property
     def id(self) -> str:
         """The connection's id, unique over processes and restarts."""
-        return f"{self._prefix}-{self._number}"
+        return f"{_prefixes[bisect_right(_firsts, self._number) - 1]}-{self._number}"
 
     @property
     def request(self) -> Any:
@@ -285,8 +323,8 @@ class Record:
         accepted: Any = self.request
         if hasattr(accepted, "record"):
             accepted.record = None
-        self._registry.rename(self, id(request))
-        self._request = weakref.ref(request, self._collected)
+        self._registry.rename(self, self._number if isinstance(request, Connection) else -id(request))
+        self._request = _refer(self, request)
         if hasattr(type(request), "record"):
             request.record = self
         if self.reason is not None:
@@ -295,6 +333,11 @@ class Record:
     def ended(self) -> None:
         """The connection is closed: strike it off. Only the first call counts."""
         self._registry.strike(self)
+
+    def collected(self) -> None:
+        """The request object was dropped, unclosed."""
+        if not self.process:
+            self.ended()
 
     def cut(self, reason: str) -> None:
         """End the connection from outside its handler; any thread may call it."""
@@ -322,10 +365,6 @@ class Record:
         return ConnectionInfo(
             self.id, self.peer, time.time() - seconds, seconds, self.idle_seconds(), self.process or os.getpid()
         )
-
-    def _collected(self, _reference: object) -> None:
-        if not self.process:
-            self.ended()
 
 
 def _tcp_info(request: object, length: int) -> bytes:
@@ -433,7 +472,7 @@ class Registry:
         """Return the record of ``request``, if it is open."""
         if isinstance(request, Connection):
             return getattr(request, "record", None)
-        record = self._records.get(id(request))
+        record = self._records.get(-id(request))
         return record if record is not None and record.request is request else None
 
     def holds(self, record: Record) -> bool:
@@ -470,7 +509,7 @@ class Registry:
         if isinstance(request, Connection):
             request.record = None
         record.process = pid
-        record.key = -pid  # the request object goes, and another may get its id()
+        record.key = record._number  # the request object goes, and another may get its id()
         self._records[record.key] = record
 
     def child_ended(self, record: Record | None, status: int) -> None:

@@ -68,7 +68,11 @@ class BaseRequestHandler:
         request: the connection, or ``(bytes, socket)`` on a datagram server.
         client_address: where it came from.
         server: the server.
+        lazy: whether the handler waits for the client to speak first in any case, and so need not be started before:
+            on the green engine a connection then costs a tenth until its first bytes come.
     """
+
+    lazy = False
 
     def __init__(self, request: Any, client_address: Any, server: Any) -> None:
         """Serve the request: ``setup``, ``handle``, and whatever happens ``finish``, in the engine's thread."""

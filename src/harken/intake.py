@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harken import straight
@@ -28,6 +29,7 @@ class Intake:
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
+        self.serve = partial(straight.serve_known, serving)
         self._readable = Readable()
         self._lock = threading.Lock()
         self._shedder = Shedder(lambda: serving.admission.records() if serving.admission else serving.connections)

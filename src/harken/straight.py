@@ -16,7 +16,7 @@ from harken.connection import shown
 if TYPE_CHECKING:
     from harken.serving import Serving
 
-__all__ = ["is_straight", "serve", "stock", "take"]
+__all__ = ["is_straight", "serve", "serve_known", "stock", "take"]
 
 _NAMES = (
     "get_request",
@@ -31,7 +31,7 @@ _NAMES = (
     "_process_elsewhere",
 )
 _read: Callable[[type], tuple[Any, ...]] = attrgetter(*_NAMES)
-_new: Any = object.__new__
+_new: Callable[[Any], Any] = object.__new__
 _own_names = frozenset(_NAMES)
 _stock: set[Any] = set()
 _seen: dict[type, tuple[tuple[Any, ...], bool]] = {}
@@ -74,10 +74,13 @@ def take(serving: Serving) -> bool:
     if taken and len(taken[0][1]) > 2:
         taken = [(request, shown(server.socket, address)) for request, address in taken]
     books.admit(taken)
-    spawn = engine.spawn
+    lazy = getattr(server.RequestHandlerClass, "lazy", False)
     for request, client_address in taken:
         try:
-            spawn(serve, serving, request, client_address)
+            if lazy:
+                engine.spawn_on_data(serving.intake.serve, request)
+            else:
+                engine.spawn(serve, serving, request, client_address)
         except Exception as error:  # noqa: BLE001 - that connection's trouble
             books.failed(request, client_address, error)
             server.handle_error(request, client_address)
@@ -85,12 +88,19 @@ def take(serving: Serving) -> bool:
     return len(taken) == MAX_ACCEPT
 
 
+def serve_known(serving: Serving, request: Any) -> None:
+    """Serve a connection whose client's address is on record."""
+    record = request.record
+    if record is not None:  # or somebody has closed it before its first byte
+        serve(serving, request, record.client_address)
+
+
 def serve(serving: Serving, request: Any, client_address: Any) -> None:
     """Serve one connection where the engine runs handlers: the hooks after ``process_request``."""
     server = serving.server
     handler_class = server.RequestHandlerClass
     try:
-        if type(handler_class) is type and handler_class.__new__ is _new:
+        if type(handler_class) is type and getattr(handler_class, "__new__", None) is _new:
             # What calling the class does, without a frame of the C stack to be kept for each connection that waits.
             _new(handler_class).__init__(request, client_address, server)
         else:

@@ -283,7 +283,7 @@ def test_a_handler_may_stop_its_server(verb):
     class Stopper(harken.BaseRequestHandler):
         def handle(self):
             if self.request.recv(10) == b"stop":
-                getattr(self.server, verb)(*([0.3] if verb == "drain" else []))
+                getattr(self.server, verb)(*([1.0] if verb == "drain" else []))
                 seen.append("stopped")
                 self.request.sendall(b"stopped")
             else:

@@ -126,3 +126,70 @@ def test_spawn_then_tells_of_the_end(stage):
     greens = [stage.hub.spawn_then(seen.append, lambda: None), stage.hub.spawn_then(seen.append, fail)]
     assert stage.run(lambda: stage.hub.sleep(0)) == [None]
     assert seen == greens
+
+
+@pytest.mark.parametrize("what", ["bytes", "bytes before", "an end", "a reset", "close()", "shutdown() elsewhere"])
+def test_a_lodger_is_started_once(stage, what):
+    """Whatever happens first on the connection; it is kept until then."""
+    near, far = stage.pair()
+    started = []
+    if what == "bytes before":
+        far.sendall(b"x")
+    stage.hub.lodge(near, started.append)
+    stage.hub.step(0.01)
+    assert len(started) == (what == "bytes before")
+    match what:
+        case "bytes":
+            far.sendall(b"x")
+        case "an end":
+            far.close()
+        case "a reset":
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            far.close()
+        case "close()":
+            near.close()
+        case "shutdown() elsewhere":
+            socket.socket.shutdown(near, socket.SHUT_RDWR)
+    for _ in range(3):
+        stage.hub.step(0.05)
+    assert started == [near]
+    if what.startswith("bytes"):
+        far.sendall(b"y")
+        stage.hub.step(0.01)
+        assert started == [near]
+        assert stage.run(lambda: near.recv(1)) == [b"x"]
+        stage.hub.lodge(near, started.append)  # again, between two messages
+        for _ in range(2):
+            stage.hub.step(0.05)
+        assert started == [near, near]
+
+
+def test_a_lodger_has_the_connection_for_itself(stage):
+    """Nobody else may wait to read meanwhile, and a second lodger is refused."""
+    near, _ = stage.pair()
+    stage.hub.lodge(near, lambda _: None)
+    with pytest.raises(RuntimeError, match="already used"):
+        stage.hub.lodge(near, lambda _: None)
+    [outcome] = stage.run(lambda: near.recv(1))
+    assert isinstance(outcome, RuntimeError)
+
+
+def test_dropped_connections_tell_their_record(kind, stage, recwarn):
+    """One that nobody closed tells its end when it is collected."""
+    near, _ = stage.pair()
+
+    class Record:
+        told = 0
+        reason = None
+
+        def collected(self):
+            self.told += 1
+
+    record = Record()
+    if not kind.Connection.tells_its_end:
+        pytest.skip("weak references tell it")
+    near.record = record
+    stage._sockets.remove(near)
+    del near
+    assert record.told == 1
+    assert any("unclosed" in str(warning.message) for warning in recwarn)

@@ -58,6 +58,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     ``watch(door, on_readable)``, ``unwatch(door)`` (*any thread*; both hold when they return)
         As in :class:`harken.engines.Engine`: level-triggered, by the door's identity, at most :data:`DOOR_BURST` calls
         a turn while ``on_readable`` returns true. A second ``watch`` of a door replaces the first.
+    ``lodge(connection, starter)``
+        Let a Connection wait without a green thread: at its first event (bytes, an end, its being closed)
+        ``starter(connection)`` is called once, in the hub's own greenlet. The hub keeps the connection until then.
     ``adopt(sock) -> Connection``
         Take over a ``socket.socket``, which is detached; timeout and record travel. A Connection comes back as it is.
 

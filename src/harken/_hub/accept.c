@@ -296,8 +296,9 @@ PyObject *connection_end(PyObject *self, PyObject *none) {
 
 /* -- looking CPython up ------------------------------------------------------------------------------------------- */
 
-static Py_ssize_t slot_offset(const char *name) {
-    PyObject *descriptor = PyObject_GetAttrString((PyObject *)Socket_Type, name);
+/* Where an instance has what `__slots__` names; -1: it does not. */
+Py_ssize_t slot_offset(PyTypeObject *type, const char *name) {
+    PyObject *descriptor = PyObject_GetAttrString((PyObject *)type, name);
     Py_ssize_t offset = -1;
     if (descriptor != NULL && Py_IS_TYPE(descriptor, &PyMemberDescr_Type))
         offset = ((PyMemberDescrObject *)descriptor)->d_member->offset;
@@ -339,8 +340,8 @@ static bool look_up(void) {
         close(other[1]);
     }
     PyErr_Clear();
-    io_refs = slot_offset("_io_refs");
-    closed = slot_offset("_closed");
+    io_refs = slot_offset(Socket_Type, "_io_refs");
+    closed = slot_offset(Socket_Type, "_closed");
     return right && io_refs > 0 && closed > 0;
 }
 

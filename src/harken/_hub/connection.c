@@ -16,7 +16,7 @@
 
 HIDDEN PyTypeObject *Connection_Type;
 static PyTypeObject *Base_Type; /* harken.connection.Connection */
-static Py_ssize_t state_offset;
+static Py_ssize_t state_offset, record_offset; /* the latter of harken.connection.Connection's slot */
 static PyObject *far_ends[2];
 static PyObject *base_init, *base_real_close, *base_detach, *base_setblocking;
 HIDDEN char scratch[SCRATCH];
@@ -430,6 +430,29 @@ PyObject *connection_adopt(PyObject *sock) {
     return adopted;
 }
 
+int connection_lodge(Hub *hub, PyObject *self, PyObject *starter) {
+    State *state = state_of(self);
+    int fd = begin(self, state);
+    if (fd < 0 || attach(state, hub, fd) < 0)
+        return -1;
+    return slot_lodge(hub, state->slot, fd, self, starter);
+}
+
+/* Dropped without close(): as a socket, with a warning; and the record is told. */
+static void connection_finalize(PyObject *self) {
+    PyObject *type, *error, *trace, *record = *(PyObject **)((char *)self + record_offset);
+    if (record != NULL && record != Py_None) {
+        PyErr_Fetch(&type, &error, &trace);
+        PyObject *told = PyObject_CallMethod(record, "collected", NULL);
+        if (told == NULL)
+            PyErr_WriteUnraisable(record);
+        Py_XDECREF(told);
+        PyErr_Restore(type, error, trace);
+    }
+    if (Base_Type->tp_finalize != NULL)
+        Base_Type->tp_finalize(self);
+}
+
 static PyMethodDef connection_methods[] = {
     {"recv", FAST(connection_recv), METH_FASTCALL, "As socket.recv, waiting in the hub."},
     {"recv_into", FAST(connection_recv_into), METH_VARARGS | METH_KEYWORDS, "As socket.recv_into, likewise."},
@@ -465,6 +488,7 @@ static PyType_Slot connection_slots[] = {
     {Py_tp_methods, NULL},
     {Py_tp_getset, connection_attributes},
     {Py_tp_members, connection_members},
+    {Py_tp_finalize, connection_finalize},
     {0, NULL},
 };
 
@@ -501,6 +525,10 @@ int connection_ready(PyObject *module) {
     base_setblocking = PyObject_GetAttrString((PyObject *)Wire_Type, "setblocking");
     if (base_init == NULL || base_real_close == NULL || base_detach == NULL || base_setblocking == NULL)
         return -1;
+    if ((record_offset = slot_offset(Base_Type, "record")) <= 0) {
+        PyErr_SetString(PyExc_ImportError, "harken.connection.Connection has no slot `record`");
+        return -1;
+    }
     state_offset = (Base_Type->tp_basicsize + 15) & ~(Py_ssize_t)15;
     connection_members[0].offset = state_offset + (Py_ssize_t)offsetof(State, hub);
     connection_spec.basicsize = (int)(state_offset + (Py_ssize_t)sizeof(State));
@@ -511,5 +539,7 @@ int connection_ready(PyObject *module) {
     PyObject *bases = PyTuple_Pack(1, Base_Type);
     Connection_Type = bases == NULL ? NULL : (PyTypeObject *)PyType_FromSpecWithBases(&connection_spec, bases);
     Py_XDECREF(bases);
-    return Connection_Type == NULL ? -1 : PyModule_AddObjectRef(module, "Connection", (PyObject *)Connection_Type);
+    if (Connection_Type == NULL || PyObject_SetAttrString((PyObject *)Connection_Type, "tells_its_end", Py_True) < 0)
+        return -1;
+    return PyModule_AddObjectRef(module, "Connection", (PyObject *)Connection_Type);
 }

@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -179,6 +180,8 @@ class Hub:
                 wire.wet = True
             if mask & READABLE:
                 wire.dry = False
+                if wire.guest is not None:
+                    self.call_soon(self._dislodge(wire))
                 green = wire.reader
                 if green is not None and green in parked:
                     parked.discard(green)
@@ -339,6 +342,25 @@ class Hub:
         self._waker.drain()
         return False
 
+    def lodge(self, connection: Connection, starter: Callable[[Connection], object]) -> None:
+        """Let a Connection wait without a green thread; see the contract."""
+        wire = connection._wire
+        if wire.reader is not None or wire.guest is not None:
+            raise RuntimeError(BUSY)
+        if wire.hub is self:
+            self._poller.add(wire.fd)  # anew: tells its state of now
+        else:
+            self._take(wire)
+        wire.guest = partial(starter, connection)
+        self._poller.want(wire.fd, read=True, write=wire.writer is not None)
+
+    def _dislodge(self, wire: Wire) -> Callable[[], object]:
+        guest, wire.guest = wire.guest, None
+        assert guest is not None
+        if wire.hub is self:
+            self._poller.want(wire.fd, read=False, write=wire.writer is not None)
+        return guest
+
     def adopt(self, sock: Any) -> Connection:
         """Take over a socket; see the contract."""
         return adopt(sock, Connection)  # type: ignore[no-any-return]
@@ -362,7 +384,7 @@ class Hub:
 
     def wait_wire(self, wire: Wire, write: bool, timeout: float | None) -> None:
         """Park the calling green thread until ``wire`` may be ready; see :func:`harken._hub.wire.wait`."""
-        if (wire.writer if write else wire.reader) is not None:
+        if (wire.writer if write else wire.reader or wire.guest) is not None:
             raise RuntimeError(BUSY)
         if self.pending.sock is not None:
             self.pending.flush()  # it may wait as well
@@ -407,6 +429,8 @@ class Hub:
         if self._wires.get(wire.fd) is wire:
             del self._wires[wire.fd]
             self._poller.unwatch(wire.fd)
+        if wire.guest is not None:
+            self.call_soon_threadsafe(self._dislodge(wire))  # it will find that out by itself
         if wire.reader is None and wire.writer is None:
             return
         if self._thread == threading.get_ident():
@@ -424,7 +448,7 @@ class Hub:
     def after_fork(self) -> None:
         """In a child: nothing of the parent's is watched or runs here."""
         for wire in self._wires.values():
-            wire.hub = wire.reader = wire.writer = None
+            wire.hub = wire.reader = wire.writer = wire.guest = None
         for books in (self._wires, self._doors, self._fds, self._parked, self._waking, self._greens, self._ready):
             books.clear()
         self._timers.clear()

@@ -557,6 +557,14 @@ static PyObject *hub_wait(PyObject *self, PyObject *args, PyObject *words) {
     Py_RETURN_NONE;
 }
 
+static PyObject *hub_lodge(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    if (count != 2 || !PyObject_TypeCheck(args[0], Connection_Type) || !PyCallable_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "lodge() takes a Connection and a function");
+        return NULL;
+    }
+    return connection_lodge((Hub *)self, args[0], args[1]) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
 static PyObject *hub_adopt(PyObject *self, PyObject *sock) { return connection_adopt(sock); }
 
 /* -- life --------------------------------------------------------------------------------------------------------- */
@@ -692,6 +700,8 @@ static int hub_traverse(PyObject *self, visitproc visit, void *arg) {
         for (int i = 0; hub->pages[page] != NULL && i < SLOTS_A_PAGE; i++) {
             Py_VISIT(hub->pages[page][i].waiter[READ]);
             Py_VISIT(hub->pages[page][i].waiter[WRITE]);
+            Py_VISIT(hub->pages[page][i].guest);
+            Py_VISIT(hub->pages[page][i].starter);
         }
     return 0;
 }
@@ -754,6 +764,7 @@ static PyMethodDef hub_methods[] = {
     {"wait", FAST(hub_wait), METH_VARARGS | METH_KEYWORDS, "wait(fd, write=False, timeout=None): park until ready."},
     {"watch", FAST(hub_watch), METH_FASTCALL, "watch(door, on_readable): call while the door is readable."},
     {"unwatch", hub_unwatch, METH_O, "unwatch(door): stop calling."},
+    {"lodge", FAST(hub_lodge), METH_FASTCALL, "lodge(connection, starter): call starter(connection) at its first event."},
     {"adopt", hub_adopt, METH_O, "adopt(sock): take a socket over as a Connection."},
     {NULL},
 };

@@ -61,6 +61,7 @@ typedef struct {
 typedef struct Slot {
     PyGreenlet *waiter[2]; /* owned */
     SlotTimer *timer[2];   /* made at the first timeout */
+    PyObject *guest, *starter; /* a connection without a green thread, and what is called with it at its first event */
     uint32_t generation;   /* tells events of this registration from late ones of a closed descriptor */
     bool registered;       /* in the epoll set */
     bool owned;            /* by a Connection: stays registered when nobody waits */
@@ -185,6 +186,7 @@ HIDDEN Slot *slot_of(Hub *hub, int fd);
 HIDDEN void slot_renew(Hub *hub, Slot *slot);
 HIDDEN void slot_leave(Hub *hub, Slot *slot, int fd);
 HIDDEN int slot_wait(Hub *hub, PyGreenlet *me, Slot *slot, int fd, int direction, int64_t deadline);
+HIDDEN int slot_lodge(Hub *hub, Slot *slot, int fd, PyObject *guest, PyObject *starter);
 HIDDEN void slot_event(Hub *hub, struct epoll_event *event);
 HIDDEN int poll_wait(int fd, int direction, int64_t deadline);
 HIDDEN int wait_fd(Hub *hub, int fd, int direction, int64_t deadline);
@@ -201,18 +203,19 @@ typedef struct {
     PyObject *hub;  /* in which it last waited; a T_OBJECT_EX member, so that the type machinery visits it */
     Slot *slot;     /* there */
     uint32_t generation;
-    bool prepared;    /* O_NONBLOCK is set, and `stream` is known */
-    bool stream;      /* TCP: a short read tells that nothing is left */
-    bool large;       /* the last read was large: receive into the result itself */
-    bool nonblocking; /* a timeout of 0 */
-    bool ended;       /* the last thing that the peer did was to close its side; nothing was sent since */
-    bool broken;      /* it was reset */
-    bool exposed;     /* somebody has asked for the descriptor, and may have made another of it */
+    bool prepared : 1;    /* O_NONBLOCK is set, and `stream` is known */
+    bool stream : 1;      /* TCP: a short read tells that nothing is left */
+    bool large : 1;       /* the last read was large: receive into the result itself */
+    bool nonblocking : 1; /* a timeout of 0 */
+    bool ended : 1;       /* the last thing that the peer did was to close its side; nothing was sent since */
+    bool broken : 1;      /* it was reset */
+    bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it */
     double timeout;   /* seconds; 0: none */
 } State;
 
 HIDDEN int connection_ready(PyObject *module);
 HIDDEN PyObject *connection_adopt(PyObject *sock);
+HIDDEN int connection_lodge(Hub *hub, PyObject *self, PyObject *starter);
 HIDDEN PyObject *rebuild(PyObject *module, PyObject *args);
 HIDDEN State *state_of(PyObject *self);
 HIDDEN int begin(PyObject *self, State *state);
@@ -251,6 +254,7 @@ HIDDEN PyObject *accept_from(PyTypeObject *type, int fd, int family, int kind, i
 HIDDEN int quick_init(PyObject *self, PyObject *args, PyObject *words);
 HIDDEN int socket_parts(PyObject *sock, int *fd, int *family, int *kind, int *proto);
 HIDDEN int socket_fd(PyObject *sock);
+HIDDEN Py_ssize_t slot_offset(PyTypeObject *type, const char *name);
 extern HIDDEN PyTypeObject *Wire_Type;   /* _socket.socket */
 extern HIDDEN PyTypeObject *Socket_Type; /* socket.socket */
 

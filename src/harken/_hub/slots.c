@@ -51,12 +51,15 @@ static void each_slot(Hub *hub, void (*function)(Hub *, Slot *)) {
 static void forget_waiters(Hub *hub, Slot *slot) {
     Py_CLEAR(slot->waiter[READ]);
     Py_CLEAR(slot->waiter[WRITE]);
+    Py_CLEAR(slot->starter);
+    Py_CLEAR(slot->guest);
 }
 
 void slots_forget_waiters(Hub *hub) { each_slot(hub, forget_waiters); }
 
 static void abandon(Hub *hub, Slot *slot) {
     slot->waiter[READ] = slot->waiter[WRITE] = NULL;
+    slot->guest = slot->starter = NULL;
     slot->registered = slot->dry = false;
     slot->generation++;
 }
@@ -78,8 +81,49 @@ void slots_free(Hub *hub) {
     hub->page_count = 0;
 }
 
-/* Whoever waits there gets EBADF: its descriptor goes. */
+static int register_slot(Hub *hub, Slot *slot, int fd) {
+    struct epoll_event event = {.events = ALL, .data.u64 = (uint64_t)slot->generation << 32 | (uint32_t)fd};
+    if (epoll_ctl(hub->epoll, EPOLL_CTL_ADD, fd, &event) < 0 &&
+        (errno != EEXIST || epoll_ctl(hub->epoll, EPOLL_CTL_MOD, fd, &event) < 0)) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    slot->registered = true;
+    return 0;
+}
+
+/* The guest's time has come: its green thread is started, by the loop. */
+static int call_guest(Hub *hub, Slot *slot) {
+    PyObject *guest = slot->guest, *starter = slot->starter;
+    slot->guest = slot->starter = NULL;
+    PyObject *args = PyTuple_Pack(1, guest);
+    int result = args == NULL ? -1 : enqueue(hub, CALL, starter, args);
+    Py_XDECREF(args);
+    Py_DECREF(guest);
+    Py_DECREF(starter);
+    return result;
+}
+
+/* Let a connection wait for its first bytes without a green thread. */
+int slot_lodge(Hub *hub, Slot *slot, int fd, PyObject *guest, PyObject *starter) {
+    if (slot->waiter[READ] != NULL || slot->guest != NULL) {
+        PyErr_SetString(PyExc_RuntimeError, BUSY);
+        return -1;
+    }
+    slot->guest = Py_NewRef(guest);
+    slot->starter = Py_NewRef(starter);
+    /* Registered anew, the kernel tells of what is there already. */
+    if (register_slot(hub, slot, fd) == 0)
+        return 0;
+    Py_CLEAR(slot->guest);
+    Py_CLEAR(slot->starter);
+    return -1;
+}
+
+/* Whoever waits there gets EBADF: its descriptor goes. A guest will find that out by itself. */
 static void evict(Hub *hub, Slot *slot) {
+    if (slot->guest != NULL && call_guest(hub, slot) < 0)
+        PyErr_WriteUnraisable(NULL);
     for (int direction = READ; direction <= WRITE; direction++) {
         PyGreenlet *green = slot->waiter[direction];
         if (green == NULL)
@@ -105,17 +149,6 @@ void slot_leave(Hub *hub, Slot *slot, int fd) {
     if (slot->registered && hub->epoll >= 0)
         epoll_ctl(hub->epoll, EPOLL_CTL_DEL, fd, NULL);
     slot_renew(hub, slot);
-}
-
-static int register_slot(Hub *hub, Slot *slot, int fd) {
-    struct epoll_event event = {.events = ALL, .data.u64 = (uint64_t)slot->generation << 32 | (uint32_t)fd};
-    if (epoll_ctl(hub->epoll, EPOLL_CTL_ADD, fd, &event) < 0 &&
-        (errno != EEXIST || epoll_ctl(hub->epoll, EPOLL_CTL_MOD, fd, &event) < 0)) {
-        PyErr_SetFromErrno(PyExc_OSError);
-        return -1;
-    }
-    slot->registered = true;
-    return 0;
 }
 
 int timed_out(void) {
@@ -188,6 +221,11 @@ void slot_event(Hub *hub, struct epoll_event *event) {
     if (slot == NULL)
         return;
     note(slot, events);
+    if (slot->guest != NULL) {
+        if (events & (EPOLLIN | ENDS) && call_guest(hub, slot) < 0)
+            PyErr_WriteUnraisable(NULL);
+        return;
+    }
     if (events & (EPOLLIN | ENDS))
         wake_waiter(hub, slot, READ);
     /* Whoever was just resumed may have closed the descriptor. */
@@ -204,8 +242,8 @@ static PyObject *pass_on(Hub *hub, PyGreenlet *me) {
             break;
         Slot *slot = event_slot(hub, event);
         PyGreenlet *next = slot == NULL ? NULL : slot->waiter[READ];
-        if (slot != NULL && slot->waiter[WRITE] != NULL)
-            break; /* two may have to be woken: the hub's work */
+        if (slot != NULL && (slot->waiter[WRITE] != NULL || slot->guest != NULL))
+            break; /* two may have to be woken, or a guest: the hub's work */
         hub->next_event++;
         if (slot == NULL)
             continue;
@@ -224,7 +262,7 @@ static PyObject *pass_on(Hub *hub, PyGreenlet *me) {
 
 /* Park the running green thread until the descriptor may be ready. `deadline` 0 is never. The caller holds the hub. */
 int slot_wait(Hub *hub, PyGreenlet *me, Slot *slot, int fd, int direction, int64_t deadline) {
-    if (slot->waiter[direction] != NULL) {
+    if (slot->waiter[direction] != NULL || (direction == READ && slot->guest != NULL)) {
         PyErr_SetString(PyExc_RuntimeError, BUSY);
         return -1;
     }

@@ -7,6 +7,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from greenlet import getcurrent, greenlet
@@ -31,6 +32,7 @@ class Wire:
 
     Attributes:
         fd: the descriptor.
+        guest: what is to be called at the first event, while no green thread serves the connection; else None.
         hub: the hub in which it is registered, or None.
         reader: the green thread that waits to read, or None.
         writer: the green thread that waits to write, or None.
@@ -40,10 +42,11 @@ class Wire:
         timeout: seconds, None to wait without end, 0.0 not to wait.
     """
 
-    __slots__ = ("dry", "fd", "hub", "reader", "spent", "timeout", "wet", "writer")
+    __slots__ = ("dry", "fd", "guest", "hub", "reader", "spent", "timeout", "wet", "writer")
 
     def __init__(self, fd: int, timeout: float | None = None, wet: bool = True) -> None:
         self.fd = fd
+        self.guest: Callable[[], object] | None = None
         self.hub: Hub | None = None
         self.reader: greenlet | None = None
         self.writer: greenlet | None = None

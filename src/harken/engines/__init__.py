@@ -145,6 +145,13 @@ class Engine(ABC):
             Exception: nothing was started.
         """
 
+    def spawn_on_data(self, function: Callable[..., object], request: Any, *args: Any) -> None:
+        """Run ``function(request, *args)`` as ``spawn`` does, or once bytes of ``request``, or its end, have come.
+
+        For handlers that say that they wait for the client in any case (``lazy``).
+        """
+        self.spawn(function, request, *args)
+
     def adopt(self, request: Any) -> Any:
         """Make a connection fit for this engine's handlers, and return it.
 

@@ -121,6 +121,8 @@ class Engine(Contract):
         self._doors: dict[int, tuple[Door, Callable[[], bool]]] = {}
         self._loops: list[_Loop] = []
         self._jobs: set[_Job | greenlet] = set()
+        self._lodgers = 0  # handlers that will be started at the first bytes of their connections
+        self._starters: dict[Callable[..., object], Callable[[Any], None]] = {}
         self._bells: list[Bell] = []
         self._crew = Crew(self._are_daemons)
         self._hub: Any = None
@@ -206,7 +208,7 @@ class Engine(Contract):
             if loop in self._loops:
                 self._loops.remove(loop)
         self.wake()
-        if not self._loops and not self._jobs:
+        if not self._loops and not self._busy:
             self._await_thread(LEAVE_SECONDS)
 
     def _finish(self, loop: _Loop, error: BaseException | None = None) -> None:
@@ -302,10 +304,10 @@ class Engine(Contract):
             bell.ring()
         if self._lodging:
             return False
-        if not self._leaving and (self._loops or self._jobs):
+        if not self._leaving and (self._loops or self._busy):
             return False
         with self._guard:
-            if self._leaving or not (self._loops or self._jobs):
+            if self._leaving or not (self._loops or self._busy):
                 self._hub = None
         return self._hub is None
 
@@ -359,6 +361,28 @@ class Engine(Contract):
         job.begun.wait(START_SECONDS)
         return 0
 
+    def spawn_on_data(self, function: Callable[..., object], request: Any, *args: Any) -> None:
+        """Start the green thread of ``request`` when its first bytes have come."""
+        if self._hub is None or not self.in_loop_thread or not isinstance(request, _hub.Connection):
+            self.spawn(function, request, *args)
+            return
+        self._hub.lodge(request, self._starter(function, args))
+        self._lodgers += 1
+
+    def _starter(self, function: Callable[..., object], args: tuple[Any, ...]) -> Callable[[Any], None]:
+        """Return what starts a handler: one for all that differ in their connection alone, of whom there are many."""
+        if args:
+            return partial(self._start, function, args)
+        starter = self._starters.get(function)
+        if starter is None:
+            starter = self._starters[function] = partial(self._start, function, args)
+        return starter
+
+    def _start(self, function: Callable[..., object], args: tuple[Any, ...], request: Any) -> None:
+        jobs = self._jobs
+        self._lodgers -= 1
+        jobs.add(self._hub.spawn_then(jobs.discard, function, request, *args))
+
     def adopt(self, request: Any) -> Any:
         """Make a plain socket a connection of the hub's; anything else stays as it is."""
         return _hub.adopt(request) if type(request) in (socket.socket, Connection) else request
@@ -371,10 +395,15 @@ class Engine(Contract):
         finally:
             _caller.reset(token)
 
+    @property
+    def _busy(self) -> bool:
+        """Whether handlers are under way, or will be."""
+        return bool(self._jobs) or self._lodgers > 0
+
     def _others(self) -> int:
         """Handlers under way, not counting the caller."""
         own = _caller.get() or getcurrent()
-        return len(self._jobs) - (own in self._jobs)
+        return len(self._jobs) + self._lodgers - (own in self._jobs)
 
     def join(self, deadline: float | None) -> int:
         """Wait for the handlers; see :class:`harken.engines.Engine`. The hub's own greenlet cannot wait."""
@@ -414,7 +443,7 @@ class Engine(Contract):
         if self._thread is None or not self._thread.daemon:
             return  # the interpreter waits for it, and it ends with its last loop and handler
         if not self._are_daemons():
-            while self._jobs:
+            while self._busy:
                 self._await_end(None)
         self._leaving = True
         self.wake()
@@ -427,6 +456,7 @@ class Engine(Contract):
         self._doors.clear()
         self._loops.clear()
         self._jobs.clear()
+        self._lodgers = 0
         self._bells.clear()
         self._hub = self._thread = self._watchdog = None
         self._lodging = False
