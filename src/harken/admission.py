@@ -215,6 +215,11 @@ class Admission:
     # -- room ----------------------------------------------------------------------------------------------------------
 
     @property
+    def asks_datagrams(self) -> bool:
+        """Whether any limit has a say about datagrams, which leave as soon as they come."""
+        return bool(self._by_client) or self._rate.maximum is not None
+
+    @property
     def full(self) -> bool:
         """Whether the next connection must stay in the backlog for now."""
         return self.crowd.full and self.policy in ("wait", "shed")

@@ -35,6 +35,18 @@ class _Lazy(Generic[T]):
         return self if instance is None else self._function(instance)
 
 
+class _Kept(_Lazy[T]):
+    """The same, kept: it is worked out once."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: object | None, owner: type) -> Any:
+        if instance is None:
+            return self
+        return vars(instance).setdefault(self._name, self._function(instance))
+
+
 def _serving(handler: Any) -> Serving | None:
     """The running side of the handler's server; None on a server that is not harken's, and in unit tests on fakes."""
     serving = getattr(handler.server, "_harken", None)
@@ -235,10 +247,14 @@ class DatagramRequestHandler(BaseRequestHandler):
     """Serve a datagram by ``rfile`` and ``wfile``; what was written is sent back as one datagram by ``finish``."""
 
     def setup(self) -> None:
-        """Make ``packet``, ``socket``, ``rfile`` and ``wfile``."""
+        """Make ``packet``, ``socket`` and ``wfile``; ``rfile`` comes into being when it is first read."""
         self.packet, self.socket = self.request
-        self.rfile = BytesIO(self.packet)
         self.wfile = BytesIO()
+
+    @_Kept
+    def rfile(self) -> BytesIO:
+        """The datagram as a file."""
+        return BytesIO(self.packet)
 
     def finish(self) -> None:
         """Send the answer, empty or not. A client that has gone, or has no address to answer to, is no error."""

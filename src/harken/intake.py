@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from harken import straight
 from harken.acceptor import Readable, refuse, turn_away
+from harken.datagrams import DatagramIntake
 from harken.lifecycle import State
 from harken.shedding import Shedder
 
@@ -28,6 +29,7 @@ class Intake:
     """Takes the connections of one server when its engine says that there are some."""
 
     def __init__(self, serving: Serving) -> None:
+        self.datagrams = DatagramIntake(serving)
         self._serving = serving
         self.serve = partial(straight.serve_known, serving)
         self._readable = Readable()
@@ -94,7 +96,7 @@ class Intake:
             OSError: the door is no listener any more.
         """
         serving = self._serving
-        engine, server = serving.engine, serving.server
+        engine = serving.engine
         if engine.full and not self._make_room():
             return False
         admission = serving.admission
@@ -103,6 +105,11 @@ class Intake:
             return False
         if engine.bursts and not serving.shared and straight.is_straight(serving):
             return straight.take(serving)
+        return not self.datagrams.take() and self._take_one()
+
+    def _take_one(self) -> bool:
+        serving = self._serving
+        engine, server, admission = serving.engine, serving.server, serving.admission
         taken = server._handle_request_noblock()
         if serving.acceptor.troubled:
             serving.acceptor.settle(taken=bool(taken))

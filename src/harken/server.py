@@ -490,11 +490,16 @@ class UDPServer(TCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         """Take a datagram: ``((data, socket), client_address)``. May be overridden. Serving thread."""
+        intake = self._harken.intake
+        taken = intake.datagrams.fed()
+        if taken is not None:
+            return taken
         if self._harken.shared:
-            return self._harken.intake.take_turns(partial(_receive, self))
+            return intake.take_turns(partial(_receive, self))
         return _receive(self)
 
     get_request.bursts = True  # type: ignore[attr-defined]
+    get_request.batches = True  # type: ignore[attr-defined]  # several may be taken from the kernel at once
 
     def shutdown_request(self, request: Any) -> None:
         """Nothing to shut. May be overridden."""

@@ -46,6 +46,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     ``unpark(green, value=None) -> bool``
         Let a parked green thread go on at the next turn. The first one counts: False when it is not parked or is about
         to go on already.
+    ``resume(green)``
+        From the hub's own greenlet: let a parked green thread go on at once, and return when it waits or ends.
+        RuntimeError when it is not parked.
     ``throw(green, error) -> bool``
         Raise ``error`` out of a ``park()`` or a wait; takes the place of an ``unpark`` that is under way. False when
         the green thread is running or dead.
@@ -86,6 +89,19 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     raised by a later call.
     Fair: after :data:`TURN_OPERATIONS` operations that did not wait, or :data:`TURN_BYTES`, the others get their turn.
 
+``Batch(hub, sock)``, ``Answers``
+    Datagrams of one socket, taken together (where the kernel can) and served one by one, all in the hub's thread.
+    ``receive(size, cut) -> int`` takes at most 32 without waiting, and calls ``cut(address)`` for each that was longer
+    than ``size``; ``left`` says how many are not served yet. ``serve(serve, server, failed, lean=False) -> bool``, in a
+    green thread, calls ``serve((bytes, sock), address[, server])`` for each (no server when it is None), in a context
+    of its own, and ``failed(request, address, error)`` within ``except`` when it raises an Exception; ``lean`` is as in
+    :class:`harken.engines.DatagramService`. When the handler waits, whoever gets the turn then says so by
+    ``waits(green)``, and another green thread may call ``serve``; the first call returns when its handler has ended.
+    False: this is a forked child. ``flush()`` ends a batch: answers that were sent to the very address that a handler
+    was given may have been joined until then. ``close()`` lets the socket go.
+    A socket whose class has ``Answers`` before the socket's own class has a ``sendto`` that joins, that waits in the
+    hub, and that answers from the address that was asked when the socket is bound to all.
+
 ``hub.beat -> Beat``, ``Beat()``
     What a loop says of itself: the hub for itself, any other loop by ``enter()`` when a piece of work begins and
     ``leave()`` before it sleeps. A *piece* is what runs without giving others a turn. ``after`` is how many seconds
@@ -119,6 +135,8 @@ __all__ = [
     "LOOK_SECONDS",
     "TURN_BYTES",
     "TURN_OPERATIONS",
+    "Answers",
+    "Batch",
     "Beat",
     "Connection",
     "Hub",
@@ -146,6 +164,9 @@ Hub: Any
 """The hub of the kind in use."""
 Beat: Any
 """The beat of the kind in use."""
+Batch: Any
+Answers: Any
+"""Batches of datagrams of the kind in use."""
 Connection: Any
 """The connection of the kind in use."""
 current: Any
@@ -155,6 +176,7 @@ kind: str
 
 VARIABLE = "HARKEN_HUB"
 _NAMES = ("compiled", "fallback")  # the preferred one first
+_PARTS = ("Answers", "Batch", "Beat", "Connection", "Hub", "current")
 
 
 def kinds() -> dict[str, ModuleType]:
@@ -212,9 +234,9 @@ def is_connection(sock: object) -> bool:
 
 def __getattr__(name: str) -> Any:
     """Load the kind in use when one of its names is first used."""
-    if name not in ("Beat", "Hub", "Connection", "current", "kind"):
+    if name not in (*_PARTS, "kind"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = _chosen()
-    names = {name: getattr(module, name) for name in ("Beat", "Hub", "Connection", "current")}
+    names = {name: getattr(module, name) for name in _PARTS}
     globals().update(names, kind=module.KIND)
     return globals()[name]

@@ -174,8 +174,13 @@ static PyObject *describe(PyObject *connection, Address *address, socklen_t leng
     case AF_UNIX:
         return local_name(&address->local, length);
     default:
-        return PyObject_CallMethod(connection, "getpeername", NULL);
+        return connection == NULL ? Py_NewRef(Py_None) : PyObject_CallMethod(connection, "getpeername", NULL);
     }
+}
+
+/* The address of a datagram's sender; None for a Unix socket that has no name. */
+PyObject *address_of(const void *address, unsigned length) {
+    return length < sizeof(sa_family_t) ? Py_NewRef(Py_None) : describe(NULL, (Address *)address, length);
 }
 
 /* -- accepting ---------------------------------------------------------------------------------------------------- */

@@ -123,7 +123,8 @@ static int look(Beat *beat, int64_t *patience) {
         if (left < *patience)
             *patience = left > SHORTEST_NS ? left : SHORTEST_NS;
     }
-    return age >= LOOK_NS && beat->unsent != NULL && *beat->unsent > 0 ? UNSENT : -1;
+    bool owes = beat->unsent != NULL && (*beat->unsent > 0 || *beat->unanswered > 0);
+    return owes && age >= LOOK_NS ? UNSENT : -1;
 }
 
 static int watch(Beat *beat) {

@@ -18,6 +18,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 
 from harken._hub import BUSY, DOOR_BURST, adopt
 from harken._hub.beat import Beat
+from harken._hub.datagrams import Answers, Batch
 from harken._hub.pending import Pending
 from harken._hub.pollers import HUNG, READABLE, WRITABLE, poller
 from harken._hub.sockets import Connection
@@ -28,7 +29,7 @@ from harken.waker import Waker
 if TYPE_CHECKING:
     from harken.engines import Door
 
-__all__ = ["KIND", "Beat", "Connection", "Hub", "current"]
+__all__ = ["KIND", "Answers", "Batch", "Beat", "Connection", "Hub", "current"]
 
 KIND: Final = "fallback"
 _EXPIRED = object()
@@ -167,7 +168,7 @@ class Hub:
             try:
                 function(*args)
             except Exception:  # noqa: BLE001 - a callback's fault must not end everybody
-                _show()
+                show()
 
     def _dispatch(self, events: list[tuple[int, int]]) -> None:
         wires, parked, enter = self._wires, self._parked, self.beat.enter
@@ -225,7 +226,7 @@ class Hub:
         except GreenletExit:
             pass
         except BaseException:  # noqa: BLE001 - shown as a thread's would be
-            _show()
+            show()
         finally:
             try:
                 self.pending.flush()
@@ -249,6 +250,14 @@ class Hub:
         if type(got) is _Failure:
             raise got.error
         return got
+
+    def resume(self, green: greenlet) -> None:
+        """Let a parked green thread go on now; see the contract."""
+        if current() is self or here.hub is not self or green not in self._parked:
+            raise RuntimeError("only the hub itself can resume a green thread, and only a parked one")
+        self._parked.discard(green)
+        self.beat.enter()
+        green.switch()
 
     def unpark(self, green: greenlet, value: Any = None) -> bool:
         """Let a parked green thread go on; see the contract."""
@@ -485,5 +494,6 @@ def _end_process() -> None:
     os._exit(0)
 
 
-def _show() -> None:
+def show() -> None:
+    """Show what was raised as a thread's would be."""
     threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))

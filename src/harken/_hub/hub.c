@@ -334,7 +334,7 @@ static PyObject *hub_wake_method(PyObject *self, PyObject *none) {
 }
 
 static PyObject *hub_flush_pending_nowait(PyObject *self, PyObject *none) {
-    return PyLong_FromSize_t(flush_pending_nowait((Hub *)self));
+    return PyLong_FromSize_t(flush_pending_nowait((Hub *)self) + answers_nowait((Hub *)self));
 }
 
 static PyObject *hub_next_deadline(PyObject *self, PyObject *none) {
@@ -422,6 +422,20 @@ static int is_parked(PyGreenlet *green) {
     PyGreenlet *me = PyGreenlet_GetCurrent();
     Py_XDECREF(me);
     return PyGreenlet_ACTIVE(green) && green != me;
+}
+
+/* From the hub's own greenlet: let a parked green thread go on now, and return when it waits or ends. */
+static PyObject *hub_resume(PyObject *self, PyObject *green) {
+    Hub *hub = (Hub *)self;
+    int parked = is_parked((PyGreenlet *)green);
+    if (parked < 0)
+        return NULL;
+    if (current_hub != hub || !in_hub(hub) || !parked || is_due(hub, (PyGreenlet *)green)) {
+        PyErr_SetString(PyExc_RuntimeError, "only the hub itself can resume a green thread, and only a parked one");
+        return NULL;
+    }
+    resume(hub, (PyGreenlet *)green, NULL);
+    Py_RETURN_NONE;
 }
 
 static PyObject *hub_unpark(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -595,6 +609,7 @@ static PyObject *hub_new(PyTypeObject *type, PyObject *args, PyObject *words) {
         return NULL;
     }
     hub->beat->unsent = &hub->pending_size;
+    hub->beat->unanswered = &hub->answers;
     if ((hub->next = all_hubs) != NULL)
         all_hubs->previous = hub;
     all_hubs = hub;
@@ -735,7 +750,7 @@ static void hub_dealloc(PyObject *self) {
     PyMem_Free(hub->events);
     PyMem_Free(hub->pending);
     if (hub->beat != NULL)
-        hub->beat->unsent = NULL;
+        hub->beat->unsent = hub->beat->unanswered = NULL;
     Py_CLEAR(hub->beat);
     Py_CLEAR(hub->due);
     Py_CLEAR(hub->greens);
@@ -758,6 +773,7 @@ static PyMethodDef hub_methods[] = {
     {"call_soon_threadsafe", FAST(hub_call_soon), METH_FASTCALL, "The same, from any thread."},
     {"call_at", FAST(hub_call_at), METH_FASTCALL, "call_at(deadline, function, *args): call once after the deadline."},
     {"park", hub_park, METH_NOARGS, "Give up the calling green thread until unpark() or throw()."},
+    {"resume", hub_resume, METH_O, "resume(green): let a parked green thread go on now. The hub's own greenlet."},
     {"unpark", FAST(hub_unpark), METH_FASTCALL, "unpark(green, value=None): let a parked green thread go on."},
     {"throw", FAST(hub_throw), METH_FASTCALL, "throw(green, error): raise an exception in a parked green thread."},
     {"sleep", hub_sleep, METH_O, "sleep(seconds): park for so long."},

@@ -12,6 +12,7 @@
  *   accept.c      accept(2) straight into a Connection
  *   files.c       rfile and wfile
  *   beat.c        what the loop says of itself, and the watchdog that listens
+ *   datagrams.c   datagrams in batches
  *   chunks.c      the memory of Python stacks
  *
  * Everything here is guarded by the GIL, which is given up in epoll_wait, poll and sendfile alone; only a Beat is read
@@ -90,7 +91,8 @@ typedef struct {
     _Atomic int64_t caught; /* `since` of the piece that is late, while it runs */
     _Atomic int64_t ended;  /* when it ended, until the watchdog has seen that */
     _Atomic uint32_t parked, stopped, bell;
-    volatile size_t *unsent; /* how much the running green thread has written and not sent; NULL: no such thing */
+    /* How much the running green thread has written and not sent, and answered; NULL: no such thing. */
+    volatile size_t *unsent, *unanswered;
     /* The watchdog's own. */
     int64_t after, seen, suspect; /* how long is late, -1: never; `since` of the last look, and of the last late one */
     double seconds;               /* of what is told */
@@ -126,6 +128,7 @@ struct Hub {
     char *pending; /* what the running green thread has written and not sent, to pending_owner; see files.c */
     size_t pending_size;
     PyObject *pending_owner;
+    size_t answers; /* to datagrams, joined and not sent; see datagrams.c */
     Beat *beat;
 };
 
@@ -170,6 +173,7 @@ HIDDEN void queue_clear(Hub *hub, bool abandon);
 HIDDEN int give_way(Hub *hub);
 HIDDEN PyObject *spawn(Hub *hub, PyObject *done, PyObject *function, PyObject *const *args, Py_ssize_t count);
 HIDDEN int report(PyObject *function);
+HIDDEN void show_exception(PyObject *function);
 
 /* timers.c */
 HIDDEN int timers_ready(PyObject *module);
@@ -255,6 +259,7 @@ HIDDEN int quick_init(PyObject *self, PyObject *args, PyObject *words);
 HIDDEN int socket_parts(PyObject *sock, int *fd, int *family, int *kind, int *proto);
 HIDDEN int socket_fd(PyObject *sock);
 HIDDEN Py_ssize_t slot_offset(PyTypeObject *type, const char *name);
+HIDDEN PyObject *address_of(const void *address, unsigned length);
 extern HIDDEN PyTypeObject *Wire_Type;   /* _socket.socket */
 extern HIDDEN PyTypeObject *Socket_Type; /* socket.socket */
 
@@ -283,6 +288,10 @@ static inline void beat_wakes(Beat *beat) {
     if (atomic_load(&beat->parked))
         beat_wake(beat);
 }
+
+/* datagrams.c */
+HIDDEN int datagrams_ready(PyObject *module);
+HIDDEN size_t answers_nowait(Hub *hub);
 
 /* chunks.c */
 HIDDEN bool chunks_install(void);

@@ -168,7 +168,7 @@ typedef struct {
 HIDDEN PyTypeObject *Task_Type;
 
 /* Show the exception as a thread's is shown. What is no Exception leaves the loop instead, when a callback raised it. */
-static void show(PyObject *function) {
+void show_exception(PyObject *function) {
     PyObject *type, *error, *trace, *threading = NULL, *thread = NULL, *args = NULL, *shown = NULL;
     PyErr_Fetch(&type, &error, &trace);
     PyErr_NormalizeException(&type, &error, &trace);
@@ -193,7 +193,7 @@ static void show(PyObject *function) {
 int report(PyObject *function) {
     if (!PyErr_ExceptionMatches(PyExc_Exception))
         return -1;
-    show(function);
+    show_exception(function);
     return 0;
 }
 
@@ -219,7 +219,7 @@ static PyObject *task_call(PyObject *self, PyObject *none, PyObject *keywords) {
         if (PyErr_ExceptionMatches(PyExc_GreenletExit))
             PyErr_Clear();
         else
-            show(task->function);
+            show_exception(task->function);
     }
     Py_XDECREF(done);
     if (hub->pending_owner != NULL && current_hub == hub && flush_pending(hub) < 0)

@@ -7,15 +7,17 @@ and :func:`harken.testing.check_engine` tells whether it keeps the contract.
 
 from __future__ import annotations
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 from harken.connection import Connection
 from harken.errors import ConfigError
 from harken.settings import choice, setting
 
-__all__ = ["ENGINE", "LOOP", "Door", "Engine", "Options", "is_async"]
+__all__ = ["ENGINE", "LOOP", "DatagramService", "Datagrams", "Door", "Engine", "Options", "is_async"]
 
 ENGINE = setting(
     "engine",
@@ -65,6 +67,41 @@ def is_async(handler: Any) -> bool:
         return True
     code = getattr(getattr(handler, "handle", None), "__code__", None)
     return bool(getattr(code, "co_flags", 0) & _CO_COROUTINE)
+
+
+@dataclass(frozen=True, slots=True)
+class DatagramService:
+    """What becomes of datagrams; see :meth:`Engine.datagrams`.
+
+    Attributes:
+        size: the most bytes of one that are taken.
+        taken: called with the number of datagrams that were taken together, before they are served.
+        cut: called with the sender's address for each that was longer.
+        serve: called with ``((bytes, sock), address)``, and ``server`` unless that is None, for each.
+        server: a third argument for ``serve``.
+        failed: called with request, address and error, within ``except``, when ``serve`` raised an Exception, or an
+            answer could not be sent.
+        lean: ``serve`` is a handler class whose making is BaseRequestHandler's, with nothing to set up or finish.
+    """
+
+    size: int
+    taken: Callable[[int], object]
+    cut: Callable[[Any], object]
+    serve: Callable[..., object]
+    server: Any
+    failed: Callable[[Any, Any, BaseException], object]
+    lean: bool = False
+
+
+class Datagrams(Protocol):
+    """Takes the datagrams of one socket, and serves them where its engine runs handlers."""
+
+    def take(self, service: DatagramService) -> None:
+        """Take what is there without waiting, and see that it is served.
+
+        Raises:
+            OSError: as recvmsg(2).
+        """
 
 
 class Engine(ABC):
@@ -158,6 +195,16 @@ class Engine(ABC):
         When that takes another object, the old one must be detached; the caller moves its record.
         """
         return request
+
+    def datagrams(self, sock: socket.socket) -> Datagrams | None:
+        """Return what serves the datagrams of ``sock`` better than one ``spawn`` each, if there is such a thing here.
+
+        Called at the door, from ``on_readable``.
+        """
+        return None
+
+    def here(self, request: Any) -> None:
+        """The datagram ``request`` goes through the hooks where it will be served: ``spawn`` is to run it there."""
 
     def aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, which waits for other handlers, so that it does not keep them from running."""

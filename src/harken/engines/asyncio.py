@@ -6,6 +6,7 @@ futures, timers, other tasks. Handlers with a plain ``def handle`` run in thread
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +47,12 @@ class Engine(Green):
         if self._threads:
             self.refresh()
 
+    def datagrams(self, sock: socket.socket) -> None:
+        """Each datagram has a task, or a thread, of its own."""
+
     def refresh(self) -> None:
-        """Read ``pool_size`` and ``pool_queue`` anew, as the pool engine does."""
+        """Read ``pool_size`` and ``pool_queue`` anew, as the pool engine does, and ``stall_after``."""
+        super().refresh()
         self._pool.resize(self.options("pool_size"), self.options("pool_queue"))
         self.wake()
 

@@ -12,6 +12,7 @@ import contextvars
 import itertools
 import os
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 
 from harken import _hub
 from harken._hub import hosts
@@ -27,6 +28,7 @@ from harken._hub.bell import Bell
 from harken.connection import Connection
 from harken.engines import Door, Engine as Contract, Options
 from harken.engines._crew import Crew
+from harken.engines._datagrams import Datagrams
 from harken.green import offload, release_threads
 from harken.lifecycle import at_exit
 from harken.stalls import Tally, Watchdog
@@ -123,6 +125,10 @@ class Engine(Contract):
         self._jobs: set[_Job | greenlet] = set()
         self._lodgers = 0  # handlers that will be started at the first bytes of their connections
         self._starters: dict[Callable[..., object], Callable[[Any], None]] = {}
+        self._datagrams: dict[int, Datagrams] = {}
+        self._served: Any = None  # a datagram on its way through the hooks, in the green thread that will serve it
+        self._at = 0  # the door that is being served
+        self._crowds = 0  # sockets with as many datagram handlers that wait as may
         self._bells: list[Bell] = []
         self._crew = Crew(self._are_daemons)
         self._hub: Any = None
@@ -171,6 +177,7 @@ class Engine(Contract):
             _, on_readable = self._doors.get(number, (None, None))
             if on_readable is None or not self._loops:
                 return False
+            self._at = number
             try:
                 more = on_readable()
             except BaseException as error:  # noqa: BLE001 - raised again by the loop's caller
@@ -278,6 +285,7 @@ class Engine(Contract):
                 self._finish(loop, error)
         finally:
             watchdog.stop()
+            self._close_datagrams()
 
     def lodge(self) -> Callable[[], None]:
         """Let the hub be a guest in the loop of this thread; see :class:`harken.engines.Engine`."""
@@ -295,6 +303,7 @@ class Engine(Contract):
                 self._lodging = False
             lodger.leave()
             watchdog.stop()
+            self._close_datagrams()
 
         return leave
 
@@ -350,6 +359,10 @@ class Engine(Contract):
         if args and not isinstance(args[0], _FIT) and hasattr(args[0], "recv"):
             self._crew.submit(function, *args)
             return 0
+        if self._served is not None and args and args[0] is self._served:
+            self._served = None
+            _run_here(function, args)
+            return 0
         hub, jobs = self._hub, self._jobs
         if hub is not None and self._ident == _thread.get_ident():
             jobs.add(hub.spawn_then(jobs.discard, function, *args))
@@ -386,6 +399,61 @@ class Engine(Contract):
     def adopt(self, request: Any) -> Any:
         """Make a plain socket a connection of the hub's; anything else stays as it is."""
         return _hub.adopt(request) if type(request) in (socket.socket, Connection) else request
+
+    # -- datagrams -----------------------------------------------------------------------------------------------------
+
+    def datagrams(self, sock: socket.socket) -> Datagrams | None:
+        """Serve datagrams in green threads that are used again; see :class:`harken.engines.Engine`."""
+        found = self._datagrams.get(id(sock))
+        if found is None or found.sock is not sock:
+            if not self.in_loop_thread:
+                return None
+            found = self._datagrams[id(sock)] = Datagrams(
+                self._hub,
+                sock,
+                begin=self._jobs.add,
+                end=self._rest,
+                crowded=self._crowd,
+                more=partial(self._take_more, self._at),
+            )
+        return found
+
+    def here(self, request: Any) -> None:
+        """The datagram ``request`` goes through the hooks in a green thread that will serve it: ``spawn`` is to."""
+        self._served = request
+
+    def _rest(self, runner: greenlet) -> None:
+        """A green thread has no datagrams to serve any more."""
+        self._jobs.discard(runner)
+        hub = self._hub
+        if hub is not None and (self._bells or not self._loops):
+            hub.wake()  # somebody waits for that; see _is_over
+
+    def _take_more(self, number: int, take: Callable[[], object]) -> None:
+        """Take more datagrams of a door, while somebody wants that; what goes wrong is the next turn's to see."""
+        with self._turns:
+            self._drop_stopped()
+            if self._loops and number in self._doors and not self._crowds:
+                try:
+                    take()
+                except OSError:
+                    pass
+
+    def _crowd(self, change: int) -> None:
+        self._crowds += change
+        if self._hub is not None:
+            self._hub.wake()  # so that the loops look whether there is room
+
+    @property
+    def full(self) -> bool:
+        """Whether as many datagram handlers wait as may."""
+        return self._crowds > 0
+
+    def _close_datagrams(self) -> None:
+        for served in self._datagrams.values():
+            served.close()
+        self._datagrams.clear()
+        self._crowds = 0
 
     def aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``; in a green thread it runs in a plain one meanwhile."""
@@ -458,11 +526,24 @@ class Engine(Contract):
         self._jobs.clear()
         self._lodgers = 0
         self._bells.clear()
+        self._datagrams.clear()
+        self._crowds = 0
+        self._served = None
         self._hub = self._thread = self._watchdog = None
         self._lodging = False
         self._ident = 0
         self._turns = threading.RLock()
         self._guard = threading.RLock()
+
+
+def _run_here(function: Callable[..., object], args: tuple[Any, ...]) -> None:
+    """Run a handler in this green thread, which serves another one after it."""
+    try:
+        function(*args)
+    except GreenletExit:
+        raise
+    except BaseException:  # noqa: BLE001 - shown as a thread's would be
+        threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
