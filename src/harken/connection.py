@@ -485,7 +485,7 @@ class Registry:
 
     def rename(self, record: Record, key: int) -> None:
         """File an open record under another key."""
-        if self.holds(record):
+        if key != record.key and self.holds(record):
             self._records[key] = record
             del self._records[record.key]
             record.key = key
