@@ -21,7 +21,7 @@ from harken.entry import refuse_unentered
 from harken.errors import PreambleError
 from harken.foreign import foreign_loop
 from harken.lifecycle import Latch
-from harken.listener import note_inode, unlink_if_own
+from harken.listener import Listener, note_inode, unlink_if_own
 from harken.serving import RunningSide, serving_of
 from harken.transports import bind_options, for_socket
 
@@ -514,7 +514,9 @@ def _receive(server: UDPServer) -> tuple[Any, Any]:
     serving = serving_of(server)
     size = serving.packet_size(server.max_packet_size)
     if hasattr(listener, "recvmsg"):
-        data, _, flags, address = listener.recvmsg(size)
+        # Of several processes that wait for one datagram all wake, and only one gets it; a program's own socket waits.
+        wait = socket.MSG_DONTWAIT if isinstance(listener, Listener) else 0
+        data, _, flags, address = listener.recvmsg(size, 0, wait)
         if flags & socket.MSG_TRUNC:
             serving.books.truncated(address, size)
     else:

@@ -190,7 +190,7 @@ def test_threads_that_outlive_the_last_line_still_have_their_main(python, write)
         (("empty",), "harken: '{tmp_path}/empty' holds no __main__.py to run", 1),
         ((), "harken run: name a script, or a module by -m (see harken run --help)", 2),
         (("--engine", "thred", "prog.py"), "harken run: engine = 'thred' (flag --engine) is not one of", 2),
-        (("--engin", "thread", "prog.py"), "harken run: No such option '--engin'. Did you mean '--engine'?", 2),
+        (("--engin", "thread", "prog.py"), "harken run: No such option '--engin'. (Did you mean one of: ", 2),
     ],
 )
 def test_what_is_misspelt_is_one_line(python, tmp_path, words, line, status):

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from harken.errors import ConfigError
+from harken.listener import Listener
 from harken.networks import Networks
 from harken.settings import Kind, choice, listing, seconds, setting, text
 
@@ -173,8 +174,12 @@ def resolve(values: Settings, listener: Any) -> tuple[Preamble, ...]:
     return tuple(
         cast("Module", importlib.import_module(_home(name))).make(values, listener)
         for name, asking in PREAMBLES.items()
-        if getattr(listener, name, None) is not None or any(values[each] not in (None, "off") for each in asking)
+        if _asks(listener, name) or any(values[each] not in (None, "off") for each in asking)
     )
+
+
+def _asks(listener: object, name: str) -> bool:
+    return isinstance(listener, Listener) and getattr(listener, name, None) is not None
 
 
 def _home(name: str) -> str:
