@@ -88,10 +88,13 @@ def serve(
     options = options or parse()
     name = datagram if options.work == "udp" else stream
     attributes = {"request_queue_size": BACKLOG, "daemon_threads": daemon}
+    knows_tls = hasattr(module, "TLS")
+    if options.work == "tls" and knows_tls:
+        keywords["tls"] = module.TLS(options.certificate, options.key)
     server_class = type(name, (getattr(module, name),), attributes)
     with server_class((HOST, 0), handler or make_handler(module, options.work), **keywords) as server:
         context = tls_context(options)
-        if context is not None:
+        if context is not None and not knows_tls:
             server.socket = context.wrap_socket(server.socket, server_side=True)
         print(server.server_address[1], flush=True)
         server.serve_forever()

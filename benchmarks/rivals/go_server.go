@@ -14,6 +14,8 @@ import (
 
 const (
 	receiveBytes  = 65536 // as the handlers of the other servers
+	recordBytes   = 16384 // the largest that TLS knows
+	smallBytes    = 4096  // for short and idle connections: what costs less to clear and to hold
 	datagramBytes = 8192  // as socketserver's max_packet_size
 )
 
@@ -24,24 +26,9 @@ func check(err error) {
 	}
 }
 
-func echo(conn net.Conn) {
+func echo(conn net.Conn, size int) {
 	defer conn.Close()
-	buffer := make([]byte, receiveBytes)
-	for {
-		n, err := conn.Read(buffer)
-		if err != nil {
-			return
-		}
-		if _, err := conn.Write(buffer[:n]); err != nil {
-			return
-		}
-	}
-}
-
-// Short connections carry small messages: as echo, with a buffer that costs less to clear.
-func churn(conn net.Conn) {
-	defer conn.Close()
-	buffer := make([]byte, 4096)
+	buffer := make([]byte, size)
 	for {
 		n, err := conn.Read(buffer)
 		if err != nil {
@@ -117,7 +104,11 @@ func main() {
 	listener, err := net.Listen("tcp4", "127.0.0.1:0")
 	check(err)
 	fmt.Println(listener.Addr().(*net.TCPAddr).Port)
-	serve := map[string]func(net.Conn){"echo": echo, "tls": echo, "churn": churn, "lines": lines}[*work]
+	sizes := map[string]int{"echo": receiveBytes, "tls": recordBytes, "churn": smallBytes}
+	serve := func(conn net.Conn) { echo(conn, sizes[*work]) }
+	if *work == "lines" {
+		serve = lines
+	}
 	if *tuned && *work == "lines" {
 		serve = tunedLines
 	}
