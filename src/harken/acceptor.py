@@ -25,6 +25,7 @@ from typing import Any
 
 from harken import events
 from harken.settings import choice, setting, text
+from harken.unpatched import Socket, original
 
 __all__ = ["ACCEPT_ERRORS", "Acceptor", "Readable", "Verdict", "judge", "refuse", "turn_away"]
 
@@ -95,14 +96,14 @@ def judge(error: OSError) -> Verdict:
 
 def refuse(request: object, reply: bytes = b"") -> None:
     """Close a connection that is not wanted: with ``reply``, or with a reset, which no client takes for an answer."""
-    if isinstance(request, socket.socket):
+    if isinstance(request, (Socket, socket.socket)):
         turn_away(request, reply)
         request.close()
 
 
 def turn_away(request: object, reply: bytes = b"") -> None:
     """Do all of :func:`refuse` but the closing, which then sends the reset, or what ends the reply."""
-    if not isinstance(request, socket.socket):
+    if not isinstance(request, (Socket, socket.socket)):
         return
     try:
         if reply:
@@ -285,7 +286,7 @@ class Readable:
     def __call__(self, fd: int) -> bool:
         """Ask for the listener whose descriptor is ``fd`` at the moment; -1 is never readable."""
         if fd != self._fd:
-            poller = select.poll()
+            poller = original("select", "poll")()
             if fd >= 0:
                 poller.register(fd, select.POLLIN)
             self._fd, self._poll = fd, poller.poll

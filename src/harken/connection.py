@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from harken.peer import Peer, behind
+from harken.unpatched import Socket
 
 if TYPE_CHECKING:
     from harken.admission import Ticket
@@ -81,7 +82,7 @@ MAX_BACKLOG_GUESS = 64
 _LAST_DATA_SENT, _LAST_DATA_RECV, _TCP_INFO_BYTES = 44, 52, 56
 
 
-class Connection(socket.socket):
+class Connection(Socket):
     """One accepted connection: a ``socket.socket`` that tells its record when it closes.
 
     No method that moves data is overridden, so a read costs what it costs on a plain socket.
@@ -127,16 +128,23 @@ def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tupl
     Raises:
         OSError: as accept(2).
     """
-    if getattr(type(listener), "accept", None) is not socket.socket.accept:
+    accepts = getattr(type(listener), "accept", None)
+    if accepts is not Socket.accept and (accepts is not socket.socket.accept or kind is Connection):
         return listener.accept()
+    door = door_of(listener)
     take = getattr(kind, "take", None)
-    for connection, address in take(listener, 1) if take is not None else ():
+    for connection, address in take(door, 1) if take is not None else ():
         return connection, shown(listener, address)
-    fd, address = listener._accept()  # type: ignore[attr-defined]
-    connection = kind(_family(listener), _type(listener), _proto(listener), fd)
+    fd, address = door._accept()
+    connection = kind(_family(door), _type(door), _proto(door), fd)
     if not _LINUX or (listener.gettimeout() and socket.getdefaulttimeout() is None):
         connection.setblocking(True)  # BSD's accept() hands O_NONBLOCK on
     return connection, shown(listener, address)
+
+
+def door_of(listener: Any) -> Any:
+    """Return the socket that accepts: ``listener``, or the one in it where gevent has made it."""
+    return listener if isinstance(listener, _socket.socket) else listener._sock
 
 
 def shown(listener: object, address: Any) -> Any:
@@ -150,15 +158,22 @@ def _rebuild(duplicate: Any, family: int, kind: int, proto: int) -> socket.socke
     return socket.socket(family, kind, proto, fileno=duplicate.detach())
 
 
-def shut(request: object) -> None:
+# What the programs' `socket.socket` may be: ours, and gevent's where that patched it after us.
+_SOCKETS: Any = (Socket, socket.socket)
+
+
+def shut(request: Any) -> None:
     """Wake whoever reads or writes on ``request`` by shutting the socket both ways; never raises.
 
     The raw call is used on every type: ``SSLSocket.shutdown`` would drop its TLS state, and a handler's next ``recv``
     would return ciphertext.
     """
-    if isinstance(request, socket.socket):
+    if isinstance(request, _SOCKETS):
         try:
-            socket.socket.shutdown(request, socket.SHUT_RDWR)
+            if isinstance(request, Socket):
+                Socket.shutdown(request, socket.SHUT_RDWR)
+            else:  # gevent's
+                socket.socket.shutdown(request, socket.SHUT_RDWR)
         except OSError:
             pass  # it has closed already
 
@@ -368,7 +383,7 @@ class Record:
 
 
 def _tcp_info(request: object, length: int) -> bytes:
-    if not isinstance(request, socket.socket) or _TCP_INFO is None:
+    if not isinstance(request, (Socket, socket.socket)) or _TCP_INFO is None:
         return b""
     try:
         return request.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, length)
@@ -386,7 +401,7 @@ def peer_fault(request: object) -> str | None:
         if state == _TCP_CLOSE:
             return "peer_reset"
         return "peer_closed" if state in (_TCP_CLOSE_WAIT, _TCP_LAST_ACK) else None
-    if not isinstance(request, socket.socket):
+    if not isinstance(request, Socket):
         return None
     try:
         seen = receive_now(request, 1, socket.MSG_PEEK)

@@ -22,6 +22,7 @@ from harken._hub.bell import Bell
 from harken._hub.locks import Event, Lock, Queue, Semaphore
 from harken.engines._crew import Crew
 from harken.errors import ConfigError, DeadlineExceeded
+from harken.unpatched import patched
 
 __all__ = [
     "Empty",
@@ -145,6 +146,17 @@ def offload(function: Callable[..., Any], *args: Any) -> Any:
     Raises:
         BaseException: what the function raised.
     """
+    if _hub.current() is None:
+        return function(*args)
+    if patched():
+        from harken._hub.hosts import gevent
+
+        return gevent.offload(contextvars.copy_context().run, function, *args)
+    return aside(function, *args)
+
+
+def aside(function: Callable[..., Any], *args: Any) -> Any:
+    """As ``offload``, but under gevent in a thread that gevent patched: for what waits and does not block."""
     if _hub.current() is None:
         return function(*args)
     bell = Bell()

@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from harken.acceptor import MAX_ACCEPT
-from harken.connection import shown
+from harken.connection import door_of, shown
 
 if TYPE_CHECKING:
     from harken.serving import Serving
@@ -65,7 +65,7 @@ def take(serving: Serving) -> bool:
     """Take what waits at the door, at most a burst; tell whether there may be more."""
     server, acceptor, books, engine = serving.server, serving.acceptor, serving.books, serving.engine
     try:
-        taken = engine.connection.take(server.socket, MAX_ACCEPT)
+        taken = engine.connection.take(door_of(server.socket), MAX_ACCEPT)
     except OSError as error:
         acceptor.failed(error)
         taken = []

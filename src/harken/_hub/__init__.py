@@ -23,6 +23,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     ``fileno() -> int``
         A descriptor that is readable when ``step(0)`` has something to do, for a host's loop; -1 where there is none.
         Timers do not show there: a host asks ``next_deadline() -> float | None`` (0.0: something is due already).
+    ``occupy(yes)``
+        The thread is the hub's between its turns, too, and the calling greenlet its own: for a host whose loop may
+        resume green threads by itself. Connections then wait in whatever greenlet of the thread uses them.
     ``wake()``
         End the sleep. *Any thread*; harmless on a closed hub.
     ``flush_pending_nowait() -> int``

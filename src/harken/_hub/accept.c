@@ -352,11 +352,11 @@ static bool look_up(void) {
 
 int accept_ready(void) {
     static const char *names[] = {"family", "type", "proto"};
-    PyObject *wire = PyImport_ImportModule("_socket"), *module = PyImport_ImportModule("socket");
+    PyObject *wire = PyImport_ImportModule("_socket"), *module = PyImport_ImportModule("harken.unpatched");
     if (wire != NULL)
         Wire_Type = (PyTypeObject *)PyObject_GetAttrString(wire, "socket");
     if (module != NULL)
-        Socket_Type = (PyTypeObject *)PyObject_GetAttrString(module, "socket");
+        Socket_Type = (PyTypeObject *)PyObject_GetAttrString(module, "Socket");
     get_default_timeout = wire == NULL ? NULL : PyObject_GetAttrString(wire, "getdefaulttimeout");
     Py_XDECREF(wire);
     Py_XDECREF(module);

@@ -40,7 +40,9 @@ LONGEST = 86400.0
 def current() -> Hub | None:
     """The hub whose green thread calls; None in its own greenlet and in plain threads."""
     hub = here.hub
-    return hub if hub is not None and getcurrent() is not hub.own else None
+    if hub is None or getcurrent() is hub.own or (hub._occupies and getcurrent() not in hub._greens):
+        return None
+    return hub
 
 
 class _Failure:
@@ -79,6 +81,7 @@ class Hub:
         self._waking: dict[greenlet, Any] = {}
         self._wires: dict[int, Wire] = {}
         self._doors: dict[int, _Door] = {}  # by the identity of the door
+        self._turning = self._occupies = False
         self._lent = False  # whether a fork carried this hub's green thread into a child
         self._open()
         _hubs.add(self)
@@ -139,12 +142,22 @@ class Hub:
     def _on_stage(self) -> Iterator[None]:
         before, here.hub = here.hub, self
         self.own = getcurrent()
+        self._turning = True
         self.beat.enter()
         try:
             yield
         finally:
             self.beat.leave()
-            here.hub = before
+            self._turning = False
+            if not self._occupies:
+                here.hub = before
+
+    def occupy(self, yes: bool) -> None:
+        """Keep the thread between turns, too; see the contract."""
+        self._occupies = yes
+        if not self._turning:
+            self.own = getcurrent()
+            here.hub = self if yes else None
 
     def _turn(self, timeout: float) -> None:
         ready = self._ready
@@ -274,6 +287,9 @@ class Hub:
         if green in self._waking:
             self._waking[green] = failure
             return True
+        if self._occupies and green and green not in self._parked and green is not getcurrent():
+            self._make_due(_throw, (green, error))  # it waits in the host
+            return True
         return self.unpark(green, failure)
 
     def _resume(self, green: greenlet) -> None:
@@ -314,13 +330,13 @@ class Hub:
     def call_at(self, deadline: float, function: Callable[..., object], *args: Any) -> Timer:
         """Call once after ``deadline``."""
         timer = self._timers.add(deadline, function, args)
-        if here.hub is not self:
+        if here.hub is not self or not self._turning:
             self._waker.wake()  # whoever hosts the loop asks for the next deadline then
         return timer
 
     def _make_due(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
         self._ready.append((function, args))
-        if here.hub is not self:
+        if here.hub is not self or not self._turning:
             self._waker.wake()  # between two turns: a host has to be told
 
     # -- descriptors ---------------------------------------------------------------------------------------------------
@@ -482,6 +498,11 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def _throw(green: greenlet, error: BaseException) -> None:
+    if not green.dead:
+        green.throw(error)
 
 
 def _end_process() -> None:

@@ -12,6 +12,9 @@ HIDDEN Hub *all_hubs;
 HIDDEN bool forked;
 HIDDEN PyTypeObject *Hub_Type;
 
+/* Whether what is added now is seen without waking anybody: the turn under way looks again before it sleeps. */
+bool in_turn(Hub *hub) { return current_hub == hub && hub->turning; }
+
 bool in_hub(Hub *hub) {
     PyGreenlet *me = PyGreenlet_GetCurrent();
     Py_XDECREF(me); /* the running greenlet lives */
@@ -223,14 +226,18 @@ static int turn(Hub *hub, int64_t latest) {
 
 static Hub *enter(Hub *hub) {
     Hub *before = current_hub;
-    hub->greenlet = PyGreenlet_GetCurrent();
+    Py_XSETREF(hub->greenlet, PyGreenlet_GetCurrent());
     current_hub = hub;
+    hub->turning = true;
     beat_wakes(hub->beat);
     return before;
 }
 
 static void leave(Hub *hub, Hub *before) {
     beat_sleeps(hub->beat);
+    hub->turning = false;
+    if (hub->occupies)
+        return;
     Py_CLEAR(hub->greenlet);
     current_hub = before;
 }
@@ -238,7 +245,7 @@ static void leave(Hub *hub, Hub *before) {
 static int may_run(Hub *hub) {
     if (hub->closed)
         PyErr_SetString(PyExc_RuntimeError, "this hub is closed");
-    else if (hub->greenlet != NULL)
+    else if (hub->turning)
         PyErr_SetString(PyExc_RuntimeError, "this hub is running already");
     else
         return 0;
@@ -323,10 +330,34 @@ static PyObject *hub_step(PyObject *self, PyObject *timeout) {
 PyObject *hub_current(PyObject *module, PyObject *none) {
     if (current_hub == NULL || in_hub(current_hub))
         Py_RETURN_NONE;
+    if (current_hub->occupies) { /* in a thread that others share, not every greenlet is a green thread */
+        PyGreenlet *me = PyGreenlet_GetCurrent();
+        int found = PySet_Contains(current_hub->greens, (PyObject *)me);
+        Py_DECREF(me);
+        if (found <= 0)
+            return found < 0 ? NULL : Py_NewRef(Py_None);
+    }
     return Py_NewRef(current_hub);
 }
 
 static PyObject *hub_fileno(PyObject *self, PyObject *none) { return PyLong_FromLong(((Hub *)self)->epoll); }
+
+static PyObject *hub_occupy(PyObject *self, PyObject *yes) {
+    Hub *hub = (Hub *)self;
+    int wanted = PyObject_IsTrue(yes);
+    if (wanted < 0)
+        return NULL;
+    if (wanted && !hub->turning) {
+        Py_XSETREF(hub->greenlet, PyGreenlet_GetCurrent());
+        current_hub = hub;
+    } else if (!wanted && !hub->turning && hub->occupies) {
+        Py_CLEAR(hub->greenlet);
+        if (current_hub == hub)
+            current_hub = NULL;
+    }
+    hub->occupies = wanted;
+    Py_RETURN_NONE;
+}
 
 static PyObject *hub_wake_method(PyObject *self, PyObject *none) {
     hub_wake((Hub *)self);
@@ -391,7 +422,7 @@ static PyObject *hub_call_at(PyObject *self, PyObject *const *args, Py_ssize_t c
     PyObject *tuple = rest(args + 2, count - 2);
     PyObject *timer = tuple == NULL ? NULL : timer_new((Hub *)self, deadline, args[1], tuple);
     Py_XDECREF(tuple);
-    if (timer != NULL && current_hub != (Hub *)self)
+    if (timer != NULL && !in_turn((Hub *)self))
         hub_wake((Hub *)self); /* whoever hosts the loop asks for the next deadline then */
     return timer;
 }
@@ -532,7 +563,7 @@ static PyObject *hub_watch(PyObject *self, PyObject *const *args, Py_ssize_t cou
     door->fd = fd;
     door->door = Py_NewRef(args[0]);
     door->on_readable = Py_NewRef(args[1]);
-    if (current_hub != hub)
+    if (!in_turn(hub))
         hub_wake(hub);
     Py_RETURN_NONE;
 }
@@ -764,6 +795,7 @@ static PyMethodDef hub_methods[] = {
     {"step", hub_step, METH_O, "step(timeout): take one turn."},
     {"fileno", hub_fileno, METH_NOARGS, "The epoll descriptor."},
     {"next_deadline", hub_next_deadline, METH_NOARGS, "When a turn is wanted without a descriptor's being ready."},
+    {"occupy", hub_occupy, METH_O, "occupy(yes): this thread is the hub's between its turns, too."},
     {"wake", hub_wake_method, METH_NOARGS, "End the sleep. Any thread."},
     {"flush_pending_nowait", hub_flush_pending_nowait, METH_NOARGS, "Send what was written and not sent. Any thread."},
     {"close", hub_close, METH_NOARGS, "End the green threads that are left, and give the descriptors back."},

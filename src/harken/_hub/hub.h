@@ -108,6 +108,8 @@ struct Hub {
     PyGreenlet *greenlet; /* the one that runs the loop; NULL outside a turn */
     int epoll, wakeup;
     bool woken;  /* the eventfd has been written and not read */
+    bool turning; /* inside run() or step() */
+    bool occupies; /* this thread is the hub's between turns too: see occupy() */
     bool lent;   /* in a forked child, whose green thread ran here: it ends with that one */
     bool closed;
     bool news;   /* something has happened that run()'s caller wants to know of: a door, a wake-up, an end */
@@ -144,6 +146,7 @@ extern HIDDEN PyTypeObject *Hub_Type, *Timer_Type, *Task_Type, *Connection_Type,
 
 HIDDEN int64_t now_ns(void);
 HIDDEN int seconds_to_ns(PyObject *seconds, int64_t *ns);
+HIDDEN bool in_turn(Hub *hub);
 HIDDEN bool in_hub(Hub *hub); /* whether the loop itself is running, rather than a green thread */
 
 /* What epoll hands back for descriptors that are not in a slot: doors have this bit and their place. */

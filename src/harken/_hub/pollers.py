@@ -6,9 +6,10 @@ on. By ``selectors`` it is registered for the time of each wait.
 
 from __future__ import annotations
 
-import select
 import selectors
 from typing import Protocol
+
+from harken.unpatched import original
 
 __all__ = ["HUNG", "READABLE", "WRITABLE", "EdgePoller", "LevelPoller", "Poller", "poller"]
 
@@ -51,7 +52,7 @@ class EdgePoller:
     _CHANGES = _IN | _OUT | _RDHUP | _PRI | (1 << 31)  # EPOLLET
 
     def __init__(self) -> None:
-        self._epoll = select.epoll()
+        self._epoll = original("select", "epoll")()
         self.fileno = self._epoll.fileno
         self.poll = self._epoll.poll
         self.close = self._epoll.close
@@ -82,7 +83,7 @@ class LevelPoller:
     """``selectors``: kqueue, or poll()."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
+        self._selector = original("selectors", "DefaultSelector")()
 
     def fileno(self) -> int:
         inner = getattr(self._selector, "fileno", None)
@@ -121,4 +122,7 @@ class LevelPoller:
 
 def poller() -> Poller:
     """Make the best poller of this system."""
-    return EdgePoller() if hasattr(select, "epoll") else LevelPoller()
+    try:
+        return EdgePoller()
+    except AttributeError:  # a system without epoll
+        return LevelPoller()

@@ -31,7 +31,7 @@ int enqueue(Hub *hub, int kind, PyObject *target, PyObject *value) {
     if (hub->count == hub->capacity && grow(hub) < 0)
         return -1;
     *entry_at(hub, hub->count++) = (Entry){kind, Py_NewRef(target), Py_XNewRef(value)};
-    return current_hub == hub ? 0 : hub_wake(hub);
+    return in_turn(hub) ? 0 : hub_wake(hub);
 }
 
 /* Forget what is due. In a forked child (`abandon`) nothing is given back: see hubs_after_fork. */

@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import select
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from greenlet import getcurrent, greenlet
+
+from harken.unpatched import original
 
 if TYPE_CHECKING:
     from harken._hub.fallback import Hub
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Wire", "closed", "give_way", "here", "wait"]
 
 
-class _Here(threading.local):
+class _Here(original("threading", "local")):  # type: ignore[misc]
     """The hub that runs in this thread at the moment."""
 
     hub: Hub | None = None
@@ -96,7 +97,7 @@ def _block(fd: int, write: bool, timeout: float | None) -> None:
     """Wait as a plain thread does."""
     if fd < 0:
         raise closed()
-    poller = select.poll()
+    poller = original("select", "poll")()
     poller.register(fd, select.POLLOUT if write else select.POLLIN | select.POLLPRI)
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:

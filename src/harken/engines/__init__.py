@@ -215,7 +215,7 @@ class Engine(ABC):
         """Whether the calling thread is one of the engine's own in which doors are watched (*any thread*)."""
         return False
 
-    def lodge(self) -> Callable[[], None]:
+    def move_in(self) -> Callable[[], None]:
         """Run handlers in the asyncio loop that runs in this thread, if this engine has a loop for them.
 
         Returns:

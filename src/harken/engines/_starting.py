@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from harken.lifecycle import at_exit
+from harken.unpatched import patched
 
 __all__ = ["has_begun", "new_thread", "start"]
 
@@ -65,7 +66,7 @@ def start(thread: threading.Thread) -> None:
     Raises:
         RuntimeError: the system starts no more threads.
     """
-    if _KNOWN:
+    if _KNOWN and not patched():  # gevent's threads and events are others
         begun = getattr(thread, "_started", None)
         if type(begun) is threading.Event:
             begun.__class__ = _Begun

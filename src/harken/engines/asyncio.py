@@ -21,7 +21,6 @@ __all__ = ["Engine"]
 class Engine(Green):
     """A task for each connection, in one event loop in a thread of the engine's own."""
 
-    bursts = False  # handlers that run in threads wait for room
     host = "asyncio"
 
     def __init__(self, options: Options) -> None:
@@ -57,6 +56,11 @@ class Engine(Green):
         self.wake()
 
     @property
+    def bursts(self) -> bool:  # type: ignore[override]
+        """Not where handlers run in threads, of which there may be too few."""
+        return not self._threads
+
+    @property
     def full(self) -> bool:
         """Whether handlers run in threads, and all threads and places in the queue are taken."""
         return self._threads and self._pool.full
@@ -67,6 +71,13 @@ class Engine(Green):
             return super().spawn(function, *args)
         self._pool.submit(function, *args)
         return 0
+
+    def spawn_on_data(self, function: Callable[..., object], request: Any, *args: Any) -> None:
+        """Start the green thread of ``request`` when its first bytes have come; a thread at once."""
+        if self._threads:
+            self.spawn(function, request, *args)
+        else:
+            super().spawn_on_data(function, request, *args)
 
     def join(self, deadline: float | None) -> int:
         """Wait for the handlers, in threads and in the loop; see :class:`harken.engines.Engine`."""

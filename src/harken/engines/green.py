@@ -29,9 +29,10 @@ from harken.connection import Connection
 from harken.engines import Door, Engine as Contract, Options
 from harken.engines._crew import Crew
 from harken.engines._datagrams import Datagrams
-from harken.green import offload, release_threads
+from harken.green import aside, release_threads
 from harken.lifecycle import at_exit
 from harken.stalls import Tally, Watchdog
+from harken.unpatched import Socket, patched
 
 __all__ = ["Engine"]
 
@@ -137,7 +138,7 @@ class Engine(Contract):
         self._thread: threading.Thread | None = None
         self._ident = 0  # of that thread
         self._leaving = False
-        self._lodging = False
+        self._moved_in = False
         # Held while a door's or a loop's callable runs. Taken before the guard, never after it.
         self._turns = threading.RLock()
         # Held while the hub comes and goes.
@@ -287,12 +288,12 @@ class Engine(Contract):
             watchdog.stop()
             self._close_datagrams()
 
-    def lodge(self) -> Callable[[], None]:
+    def move_in(self) -> Callable[[], None]:
         """Let the hub be a guest in the loop of this thread; see :class:`harken.engines.Engine`."""
         from harken._hub.hosts.asyncio import Lodger
 
         with self._guard:
-            self._lodging = True
+            self._moved_in = True
             stage, watchdog = self._make_hub()
             lodger = Lodger(stage)
 
@@ -300,7 +301,7 @@ class Engine(Contract):
             with self._guard:
                 self._hub = self._thread = None
                 self._ident = 0
-                self._lodging = False
+                self._moved_in = False
             lodger.leave()
             watchdog.stop()
             self._close_datagrams()
@@ -311,7 +312,7 @@ class Engine(Contract):
         """Whether the hub's thread may end; asked by the hub when a green thread has ended, for one."""
         for bell in tuple(self._bells):
             bell.ring()
-        if self._lodging:
+        if self._moved_in:
             return False
         if not self._leaving and (self._loops or self._busy):
             return False
@@ -322,13 +323,19 @@ class Engine(Contract):
 
     def _await_thread(self, seconds: float | None) -> None:
         thread = self._thread
-        if thread is not None and not self._lodging and thread is not threading.current_thread():
+        if thread is not None and not self._moved_in and thread is not threading.current_thread():
             thread.join(seconds)
 
     @property
     def in_loop_thread(self) -> bool:
-        """Whether the calling thread is the hub's."""
-        return self._ident == _thread.get_ident() and self._hub is not None
+        """Whether the calling thread is the hub's; under gevent, where all share one, whether the hub's code calls."""
+        if self._hub is None:
+            return False
+        if patched():
+            from harken._hub.hosts.gevent import is_inside
+
+            return is_inside(self._hub)
+        return self._ident == _thread.get_ident()
 
     # -- stalls --------------------------------------------------------------------------------------------------------
 
@@ -338,7 +345,8 @@ class Engine(Contract):
             hub.beat, thread=threading.get_ident(), tally=self._stalls, send=hub.flush_pending_nowait
         )
         self.refresh()
-        watchdog.start()
+        if not patched():  # a thread of gevent's is none, and would keep everybody waiting
+            watchdog.start()
         return watchdog
 
     @property
@@ -364,7 +372,7 @@ class Engine(Contract):
             _run_here(function, args)
             return 0
         hub, jobs = self._hub, self._jobs
-        if hub is not None and self._ident == _thread.get_ident():
+        if hub is not None and self.in_loop_thread:
             jobs.add(hub.spawn_then(jobs.discard, function, *args))
             return 0
         job = _Job(self, function, args)
@@ -398,12 +406,14 @@ class Engine(Contract):
 
     def adopt(self, request: Any) -> Any:
         """Make a plain socket a connection of the hub's; anything else stays as it is."""
-        return _hub.adopt(request) if type(request) in (socket.socket, Connection) else request
+        return _hub.adopt(request) if type(request) in (Socket, socket.socket, Connection) else request
 
     # -- datagrams -----------------------------------------------------------------------------------------------------
 
-    def datagrams(self, sock: socket.socket) -> Datagrams | None:
+    def datagrams(self, sock: Any) -> Datagrams | None:
         """Serve datagrams in green threads that are used again; see :class:`harken.engines.Engine`."""
+        if not isinstance(sock, Socket):  # gevent's, which waits by itself
+            return None
         found = self._datagrams.get(id(sock))
         if found is None or found.sock is not sock:
             if not self.in_loop_thread:
@@ -459,7 +469,7 @@ class Engine(Contract):
         """Return ``function(*args)``; in a green thread it runs in a plain one meanwhile."""
         token = _caller.set(getcurrent())
         try:
-            return offload(function, *args)
+            return aside(function, *args)
         finally:
             _caller.reset(token)
 
@@ -530,7 +540,7 @@ class Engine(Contract):
         self._crowds = 0
         self._served = None
         self._hub = self._thread = self._watchdog = None
-        self._lodging = False
+        self._moved_in = False
         self._ident = 0
         self._turns = threading.RLock()
         self._guard = threading.RLock()

@@ -66,7 +66,7 @@ class Started:
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._over = asyncio.Event()
-        self._leave = self._engine.lodge()
+        self._leave = self._engine.move_in()
         self._thread.start()
         try:
             await self._ready

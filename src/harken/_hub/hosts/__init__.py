@@ -15,14 +15,13 @@ asyncio loop in which the hub is, or None.
 from __future__ import annotations
 
 import importlib
-import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from harken import _hub
 from harken.errors import ConfigError
+from harken.unpatched import original, patched
 
 __all__ = ["Host", "Stage", "any_host", "enter", "event_loop", "first", "host_of", "leave", "loop_factory", "run"]
 
@@ -61,7 +60,7 @@ class Host(Protocol):
         """Ask that the hub move to an event loop; tell whether it will. From a green thread, which then gives way."""
 
 
-class _Here(threading.local):
+class _Here(original("threading", "local")):  # type: ignore[misc]
     """The hosts of the hubs that live in this thread; mostly one. By the identity of the hub."""
 
     def __init__(self) -> None:
@@ -100,8 +99,7 @@ def any_host() -> Host:
 
 def first() -> str:
     """Name the host that a hub begins with in this process."""
-    monkey = sys.modules.get("gevent.monkey")
-    return "gevent" if monkey is not None and monkey.is_module_patched("socket") else "alone"
+    return "gevent" if patched() else "alone"
 
 
 def run(name: str | None, stage: Stage) -> None:

@@ -1,0 +1,195 @@
+"""The hub inside gevent's, in processes that gevent has patched: before harken was imported, and after."""
+
+from __future__ import annotations
+
+import pytest
+
+PROLOGUE = {
+    "before": "from gevent import monkey; monkey.patch_all()\nimport harken\n",
+    "after": "import harken.engines.green, harken.server, harken.green\n"
+    "from gevent import monkey; monkey.patch_all()\nimport harken\n",
+}
+
+SERVE = """
+import contextlib, faulthandler, http.server, os, signal, socket, sys, threading, time, urllib.request
+import gevent, requests
+from harken import green
+faulthandler.dump_traceback_later(40, exit=True)
+
+@contextlib.contextmanager
+def serving(function, server=harken.GreenTCPServer):
+    class Handler(harken.StreamRequestHandler):
+        def handle(self):
+            for line in self.rfile:
+                self.wfile.write(f"{function(self, line.strip().decode())}\\n".encode())
+    with harken.background(server(("127.0.0.1", 0), Handler)) as running:
+        yield running
+
+def ask(server, word="x"):
+    with socket.create_connection(server.server_address, 20) as client, client.makefile("rb") as answers:
+        client.sendall(word.encode() + b"\\n")
+        return answers.readline().strip().decode()
+
+def ask_at_once(server, count=10):
+    began = time.monotonic()
+    asking = [gevent.spawn(ask, server, str(number)) for number in range(count)]
+    gevent.joinall(asking, timeout=20)
+    return [one.value for one in asking], time.monotonic() - began
+"""
+
+LIBRARIES = """
+class Slow(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        time.sleep(0.3)
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"hi")
+    def log_message(self, *words):
+        pass
+
+def fetch(handler, word):
+    if int(word) % 2:
+        return requests.get(url, timeout=20).text
+    with urllib.request.urlopen(url, timeout=20) as answer:
+        return answer.read().decode()
+
+with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Slow)) as web:
+    url = "http://127.0.0.1:{}/".format(web.server_address[1])
+    with serving(fetch) as server:
+        answers, seconds = ask_at_once(server)
+        print(set(answers), seconds < 10 * 0.3)
+"""
+
+WAITS = """
+import queue
+things = queue.Queue()
+def work(handler, word):
+    before = green.current()
+    match int(word) % 6:
+        case 0: time.sleep(0.01)
+        case 1: green.sleep(0.01)
+        case 2: assert green.offload(sum, [1, 2]) == 3
+        case 3:
+            try:
+                with green.timeout(0.02):
+                    time.sleep(30)
+            except TimeoutError:
+                pass
+        case 4:
+            try:
+                with gevent.Timeout(0.02):
+                    handler.rfile.readline()
+            except gevent.Timeout:
+                pass
+        case 5:
+            threading.Thread(target=things.put, args=(word,)).start()
+            assert things.get(timeout=20)
+    assert green.current() is before
+    return word
+
+with serving(work) as server:
+    for _ in range(3):
+        answers, seconds = ask_at_once(server, 30)
+        assert answers == [str(number) for number in range(30)], answers
+print("done", threading.active_count() < 10)
+"""
+
+COROUTINE = """
+import asyncio
+with serving(lambda handler, word: green.wait(asyncio.sleep(0.01, word))) as server:
+    print(ask(server, "waited"), ask(server, "again"))
+"""
+
+FORK = """
+def fork(handler, word):
+    pid = os.fork()
+    if pid == 0:
+        handler.wfile.write(b"child ")
+        os._exit(0)
+    monkey.get_original("os", "waitpid")(pid, 0)  # gevent's own misses a child that ends at once, now and then
+    return "parent"
+
+with serving(fork) as server:
+    print(ask(server), ask(server))
+"""
+
+SIGNALS = """
+def term(signum, frame):
+    print("heeded", flush=True)
+    server.shutdown()
+
+signal.signal(signal.SIGTERM, term)
+with harken.GreenTCPServer(("127.0.0.1", 0), harken.StreamRequestHandler) as server:
+    print(os.getpid(), flush=True)
+    server.serve_forever(30)
+print("over")
+"""
+
+CHECKS = """
+from harken.engines.green import Engine
+from harken.testing import ENGINE_CHECKS
+wanted = ("echo", "half_close", "slow_reader", "handler_raises", "close_connection", "shutdown_while_busy",
+          "shutdown_from_handler", "shutdown_from_signal_handler", "close_waits_for_handlers", "several_loops",
+          "suspend_and_resume", "drain_cuts", "datagram_echo")
+done = [check(Engine, check.transports[0]) for check in ENGINE_CHECKS if str(check) in wanted]
+print(len(done) == len(wanted))
+"""
+
+OTHERS = """
+with serving(lambda handler, word: time.sleep(0.1) or word, harken.ThreadingTCPServer) as server:
+    answers, seconds = ask_at_once(server)
+    print(answers == [str(number) for number in range(10)], seconds < 1)
+"""
+
+
+def run(run_program, order, text, kind=None):
+    """Run a program in a patched process; return its output."""
+    program = PROLOGUE[order] + SERVE + text
+    process = run_program("-W", "ignore", "-c", program, env={"HARKEN_HUB": kind} if kind else {})
+    out, errors = process.communicate(timeout=50)
+    assert process.returncode == 0, out + errors
+    return out.strip()
+
+
+@pytest.mark.parametrize("order", PROLOGUE)
+def test_requests_and_urllib_give_way(run_program, order):
+    """Ten handlers that ask a slow web server wait at the same time."""
+    assert run(run_program, order, LIBRARIES) == "{'hi'} True"
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+@pytest.mark.parametrize("order", PROLOGUE)
+def test_whatever_waits_gives_way(run_program, order, kind):
+    """gevent's waits and harken's, interrupted by either's timeouts, in one handler after the other."""
+    assert run(run_program, order, WAITS, kind) == "done True"
+
+
+def test_coroutines_run_elsewhere(run_program):
+    """There is no asyncio loop under the hub, and ``green.wait`` works all the same."""
+    assert run(run_program, "before", COROUTINE) == "waited again"
+
+
+def test_a_handler_may_fork(run_program):
+    """The child has the connection, the parent's hub goes on."""
+    assert run(run_program, "before", FORK) == "child parent child parent"
+
+
+def test_signals_are_heeded_at_once(run_program):
+    """``shutdown()`` in a signal handler ends ``serve_forever()``, whose turns are 30 s apart."""
+    process = run_program("-W", "ignore", "-c", PROLOGUE["before"] + SERVE + SIGNALS)
+    assert int(process.stdout.readline()) == process.pid
+    process.terminate()
+    out, errors = process.communicate(timeout=20)
+    assert out.splitlines() == ["heeded", "over"], errors
+
+
+def test_the_contract_of_an_engine(run_program):
+    """The checks of what gevent might break: stops, drains, cuts, several loops."""
+    assert run(run_program, "before", CHECKS) == "True"
+
+
+@pytest.mark.parametrize("order", PROLOGUE)
+def test_the_thread_engine_is_gevents_own(run_program, order):
+    """Threads are gevent's greenlets and connections gevent's sockets, as under ``socketserver``."""
+    assert run(run_program, order, OTHERS) == "True True"
