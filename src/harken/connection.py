@@ -90,8 +90,6 @@ class Connection(Socket):
 
     __slots__ = ("record",)
     record: Record | None
-    tells_its_end = False
-    """Whether one that is dropped unclosed tells its record itself; else a weak reference does."""
 
     def _real_close(self, *_: Any) -> None:  # the one place through which close() and the last makefile() end a socket
         record = getattr(self, "record", None)
@@ -227,8 +225,9 @@ class _Reference(weakref.ref[Any]):
 
 
 def _refer(record: Record, request: object) -> Callable[[], Any]:
-    if getattr(type(request), "tells_its_end", False):
-        return weakref.ref(request)
+    handle = getattr(type(request), "handle", None)
+    if handle is not None:
+        return handle(request)  # type: ignore[no-any-return]
     reference = _Reference(request, _collected)
     reference.record = record
     return reference

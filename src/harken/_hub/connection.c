@@ -438,8 +438,58 @@ int connection_lodge(Hub *hub, PyObject *self, PyObject *starter) {
     return slot_lodge(hub, state->slot, fd, self, starter);
 }
 
-/* Dropped without close(): as a socket, with a warning; and the record is told. */
+/* -- Handle: a reference that does not keep the connection, at a third of a weak reference's size ------------------ */
+
+typedef struct Handle {
+    PyObject_HEAD
+    PyObject *target; /* borrowed; NULL once it is gone */
+} Handle;
+
+static PyTypeObject *Handle_Type;
+
+static PyObject *handle_call(PyObject *self, PyObject *args, PyObject *words) {
+    PyObject *target = ((Handle *)self)->target;
+    return Py_NewRef(target == NULL ? Py_None : target);
+}
+
+static void handle_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyType_Slot handle_slots[] = {
+    {Py_tp_doc, "Called, it returns its connection, or None when that is gone."},
+    {Py_tp_call, handle_call},
+    {Py_tp_dealloc, handle_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec handle_spec = {
+    .name = "harken._hub.compiled.Handle",
+    .basicsize = sizeof(Handle),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = handle_slots,
+};
+
+static PyObject *connection_handle(PyObject *self, PyObject *none) {
+    State *state = state_of(self);
+    if (state->handle == NULL) {
+        if ((state->handle = (Handle *)Handle_Type->tp_alloc(Handle_Type, 0)) == NULL)
+            return NULL;
+        state->handle->target = PyObject_GC_IsFinalized(self) ? NULL : self; /* nothing would tell of its end */
+    }
+    return Py_NewRef(state->handle);
+}
+
+/* The connection goes: as a socket does, with a warning if nobody closed it; and its record is told. */
 static void connection_finalize(PyObject *self) {
+    Handle *handle = state_of(self)->handle;
+    if (handle != NULL) {
+        state_of(self)->handle = NULL;
+        handle->target = NULL;
+        Py_DECREF(handle);
+    }
     PyObject *type, *error, *trace, *record = *(PyObject **)((char *)self + record_offset);
     if (record != NULL && record != Py_None) {
         PyErr_Fetch(&type, &error, &trace);
@@ -460,6 +510,7 @@ static PyMethodDef connection_methods[] = {
     {"sendall", FAST(connection_sendall), METH_FASTCALL, "As socket.sendall, likewise."},
     {"take", FAST(connection_take), METH_FASTCALL | METH_CLASS, "take(listener, most): accept what is there."},
     {"end", connection_end, METH_NOARGS, "Tell the peer that nothing more comes, and close; return whether it is closed."},
+    {"handle", connection_handle, METH_NOARGS, "Return a callable that returns this connection as long as it is there."},
     {"open_reader", FAST(connection_open_reader), METH_FASTCALL, "open_reader(size=-1): a buffered file to read."},
     {"open_writer", FAST(connection_open_writer), METH_FASTCALL, "open_writer(reader=None): a file to write."},
     {"settimeout", connection_settimeout, METH_O, "Set the seconds that one operation may take."},
@@ -539,7 +590,8 @@ int connection_ready(PyObject *module) {
     PyObject *bases = PyTuple_Pack(1, Base_Type);
     Connection_Type = bases == NULL ? NULL : (PyTypeObject *)PyType_FromSpecWithBases(&connection_spec, bases);
     Py_XDECREF(bases);
-    if (Connection_Type == NULL || PyObject_SetAttrString((PyObject *)Connection_Type, "tells_its_end", Py_True) < 0)
+    Handle_Type = (PyTypeObject *)PyType_FromSpec(&handle_spec);
+    if (Connection_Type == NULL || Handle_Type == NULL)
         return -1;
     return PyModule_AddObjectRef(module, "Connection", (PyObject *)Connection_Type);
 }

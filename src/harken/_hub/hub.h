@@ -209,6 +209,7 @@ HIDDEN void slots_free(Hub *hub);
 typedef struct {
     PyObject *hub;  /* in which it last waited; a T_OBJECT_EX member, so that the type machinery visits it */
     Slot *slot;     /* there */
+    struct Handle *handle; /* owned; or NULL */
     uint32_t generation;
     bool prepared : 1;    /* O_NONBLOCK is set, and `stream` is known */
     bool stream : 1;      /* TCP: a short read tells that nothing is left */
