@@ -67,7 +67,9 @@ class _Runner:
 
     def run(self, scenario: Scenario, rivals: Sequence[Rival]) -> dict[str, Any]:
         """Return what a result file says of a scenario."""
-        about: dict[str, Any] = {name: getattr(scenario, name) for name in ("asked", "held", "seconds", "targets")}
+        about: dict[str, Any] = {
+            name: getattr(scenario, name) for name in ("asked", "held", "processes", "seconds", "targets")
+        }
         about |= machine.describe_moment()
         names = [rival.name for rival in rivals if rival.name in self._commands]
         taken: dict[str, list[dict[str, Any] | None]] = {name: [] for name in names}

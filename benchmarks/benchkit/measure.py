@@ -17,6 +17,7 @@ from benchkit.server import START_SECONDS, Server, ServerError, Usage, pinned
 
 GRACE_SECONDS = 90.0  # beyond warm-up and window: idle may need a minute to open its connections
 WARMUP_SHARE = 0.25  # of the window
+ACQUAINTANCES = 20  # connections before memory is measured
 MOST_WARMUP = 0.5  # seconds: threads are started and caches warm well before
 
 
@@ -51,6 +52,8 @@ class Bench:
         try:
             for _ in range(scenario.processes):
                 servers.append(Server(command, self.cores[0], environment, self.patience))  # noqa: PERF401 - all that started are ended
+            if scenario.held:
+                self._acquaint(scenario, servers)
             fresh = _usage(servers)
             reports, begin, end = self._run_loads(scenario, servers)
         except ServerError as error:
@@ -60,6 +63,11 @@ class Bench:
                 server.end()
         complaints = "\n".join(filter(None, (server.complaints for server in servers)))[-2000:]
         return {**_figures(scenario, reports, fresh, begin, end), "complaints": complaints}
+
+    def _acquaint(self, scenario: Scenario, servers: Sequence[Server]) -> None:
+        """Let servers serve a few connections, so that what is made once is not counted as a connection's."""
+        changes = {"mode": "echo", "connections": ACQUAINTANCES * scenario.processes, "idle": 0, "seconds": 0.1}
+        self._run_loads(dataclasses.replace(scenario, **changes), servers)
 
     def _run_loads(self, scenario: Scenario, servers: Sequence[Server]) -> tuple[list[dict[str, Any]], Usage, Usage]:
         with contextlib.ExitStack() as stack:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchkit import targets
@@ -24,6 +24,29 @@ def render(result: Mapping[str, Any], baseline: str) -> str:
     if result["left_out"]:
         parts.append("\n".join(f"Left out: {name}: {reason}." for name, reason in result["left_out"].items()) + "\n")
     return "\n".join(parts)
+
+
+def summary(result: Mapping[str, Any], baseline: str, columns: Sequence[str]) -> str:
+    """Return one table of a result: a row a scenario, a column a server, with its rate by the baseline's.
+
+    The baseline's own column has its rate per CPU second. Rows about memory have bytes a connection.
+    """
+    head = ["", f"{baseline}, per CPU second", *columns]
+    rows = [f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    for name, scenario in result["scenarios"].items():
+        rivals: Mapping[str, Figures] = scenario["rivals"]
+        own = next((each for each in (baseline, f"{baseline}_tls") if each in rivals), None)
+        if own is None or scenario["processes"] > 1:
+            continue
+        figure = "rss_per_connection" if scenario["held"] else "rate_per_cpu"
+        cells = [f"`{name}`", "" if scenario["held"] else _cell(rivals[own], figure)]
+        for column in columns:
+            mine = rivals.get(column, {})
+            times = [] if scenario["held"] else ratios(mine, rivals[own], figure)
+            ratio = f"{statistics.median(times):.2f}" if times else ""
+            cells.append(f"{_cell(mine, figure)} B" if scenario["held"] and mine else ratio)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
 
 
 def scenario_lines(result: Mapping[str, Any], name: str, baseline: str) -> Iterator[str]:

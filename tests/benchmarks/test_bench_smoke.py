@@ -117,6 +117,12 @@ def test_counts_a_wrong_answer_as_an_error():
     assert (report["errors"], report["messages"]) == (1, 0)
 
 
+def test_the_page_shows_the_current_result():
+    """docs/explanation/performance.md has the table that benchmarks/report.py makes of results/current.json."""
+    command = [sys.executable, "-c", "import report; page = report.PAGE.read_text(); assert report.write(page) == page"]
+    subprocess.run(command, cwd=HOME, check=True, timeout=50)
+
+
 def test_every_rival_file_is_declared():
     """A server file that rivals.toml does not name would never be measured."""
     declared = (HOME / "rivals.toml").read_text()
