@@ -6,6 +6,7 @@ a handler go on that keeps its thread; ``moved`` prints how many bytes the flood
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import hashlib
@@ -54,6 +55,37 @@ class HashedFiles(harken.StreamRequestHandler):
             message = self.rfile.read(LENGTH.unpack(head)[0])
             self.wfile.write(hashlib.sha256(message).digest())
             self.wfile.write(message)
+
+
+class AsyncHashes(harken.AsyncStreamRequestHandler):
+    """The same by ``await``."""
+
+    disable_nagle_algorithm = True
+
+    async def handle(self) -> None:
+        while head := await self.rfile.read(1):
+            head += await self.rfile.readexactly(LENGTH.size - 1)
+            message = await self.rfile.readexactly(LENGTH.unpack(head)[0])
+            self.wfile.write(hashlib.sha256(message).digest())
+            self.wfile.write(message)
+            await self.wfile.drain()
+
+
+class AsyncEnds(harken.AsyncStreamRequestHandler):
+    """Ends in the ways of ``Ends`` that are another's here."""
+
+    async def handle(self) -> None:
+        word = (await self.rfile.readline()).strip()
+        if word == b"raise":
+            raise ValueError("asked to")
+        if word == b"echo":
+            self.wfile.write(await self.rfile.readline())
+        elif word == b"wait":
+            await self.request.recv(1)
+        elif word == b"timeout":
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.001):
+                    await self.request.recv(1)
 
 
 class Ends(harken.StreamRequestHandler):
@@ -131,9 +163,9 @@ class Crowd(harken.StreamRequestHandler):
                 Flood.moved += len(data)
 
 
-WORKS = {each.__name__.lower(): each for each in (Hashes, HashedFiles, Ends, Processes, Crowd)}
+WORKS = {each.__name__.lower(): each for each in (Hashes, HashedFiles, AsyncHashes, Ends, AsyncEnds, Processes, Crowd)}
 # What a connection that leaks would hold on to.
-WATCHED: tuple[Any, ...] = (None, True, b"", (), harken.BaseRequestHandler, Ends, contextlib, time)
+WATCHED: tuple[Any, ...] = (None, True, b"", (), harken.BaseRequestHandler, Ends, AsyncEnds, contextlib, time)
 
 
 class Server(harken.TCPServer):

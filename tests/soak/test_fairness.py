@@ -13,7 +13,7 @@ import pytest
 from .conftest import FULL, HOSTS, PATIENCE, Serve, Served
 
 QUIET = 99
-ROUNDS = 20 if FULL else 2
+ROUNDS = 20 if FULL else 1
 COUNT = struct.Struct(">Q")
 # Bytes that the flood may move while all the quiet ones are answered. A turn is at most TURN_BYTES (256 KiB), and 99
 # events fit two waits of the hub's: some turns, far fewer than the hundred that a quiet one after the other would make.

@@ -58,8 +58,10 @@ async def converse_all(served: Served, seed: int) -> int:
         return sum(await asyncio.gather(*(converse(served, seed + number) for number in range(CONNECTIONS))))
 
 
-@pytest.mark.parametrize("work", ["hashes", "hashedfiles"])
-@pytest.mark.parametrize("engine, hub", HOSTS)
+CASES = [(*host.values, work) for host in HOSTS for work in ("hashes", "hashedfiles")]
+
+
+@pytest.mark.parametrize("engine, hub, work", [*CASES, ("asyncio", None, "asynchashes")])
 def test_every_hash_is_right(engine: str, hub: str | None, work: str, serve: Serve) -> None:
     """Of all messages over 200 connections each comes back unharmed, and the server saw the bytes that were sent."""
     seed = random.randrange(1 << 32)

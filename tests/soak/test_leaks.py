@@ -51,10 +51,12 @@ def settled(served: Served) -> dict[str, Any]:
     return census
 
 
-@pytest.mark.parametrize("engine, hub", HOSTS)
-def test_nothing_is_left_of_a_connection(engine: str, hub: str | None, serve: Serve) -> None:
+@pytest.mark.parametrize(
+    "engine, hub, work", [(*host.values, "ends") for host in HOSTS] + [("asyncio", None, "asyncends")]
+)
+def test_nothing_is_left_of_a_connection(engine: str, hub: str | None, work: str, serve: Serve) -> None:
     """Descriptors, threads, objects, memory and the references to what is shared are as many afterwards as before."""
-    served = serve(engine, hub, "ends")
+    served = serve(engine, hub, work)
     for number in range(WARM):
         pass_through(served, number)
     before = settled(served)
