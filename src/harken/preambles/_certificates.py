@@ -25,6 +25,9 @@ _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 # Bytes of a passphrase's file that are read: OpenSSL takes no longer one (PEM_BUFSIZE).
 MAX_PASSPHRASE = 1024
 
+# What OpenSSL finds wrong after it could read the key.
+_NOT_THE_PASSPHRASE = ("KEY_VALUES_MISMATCH", "EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK")
+
 Stamp = tuple[tuple[int, int, int, int] | None, ...]
 
 
@@ -149,22 +152,32 @@ def _load_pair(context: ssl.SSLContext, cert: File, key: File | None, password: 
     for file, what in ((cert, "certificate"), (key, "key")):
         if file is not None:
             _expect_readable(file, what)
+    asked = False
+
+    def ask() -> str | bytes:
+        nonlocal asked
+        asked = True
+        return password()
+
     try:
-        context.load_cert_chain(cert, key, password)
+        context.load_cert_chain(cert, key, ask)
     except ssl.SSLError as error:
-        raise ConfigError(_why(error, cert, key)) from None
-    except ValueError as error:
+        wrong = _why(error, cert, key)
+        if asked and error.reason not in _NOT_THE_PASSPHRASE:
+            wrong = f"TLS key {_name(key or cert)}: the passphrase is wrong (tls_password)"
+        raise ConfigError(wrong) from None
+    except (TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"TLS key {_name(key or cert)}: OpenSSL takes {MAX_PASSPHRASE} bytes of passphrase") from None
+        raise ConfigError(
+            f"TLS key {_name(key or cert)}: the passphrase is no text of at most {MAX_PASSPHRASE} bytes"
+        ) from None
 
 
 def _why(error: ssl.SSLError, cert: File, key: File | None) -> str:
     reason = error.reason or ""
     if reason == "KEY_VALUES_MISMATCH":
         return f"TLS key {_name(key or cert)} is not the key of the certificate {_name(cert)}"
-    if reason in ("BAD_DECRYPT", "BAD_PASSWORD_READ", "CIPHER_OPERATION_FAILED", "MAYBE_WRONG_PASSWORD"):
-        return f"TLS key {_name(key or cert)}: the passphrase is wrong (tls_password)"
     if reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
         return f"TLS certificate {_name(cert)} is too weak for OpenSSL: {reason.lower().replace('_', ' ')}"
     for wrong in _not_pem(cert, key):
@@ -220,12 +233,19 @@ def _passphrase(tls: TLS) -> Callable[[], str | bytes]:
         if password is None:
             raise ConfigError(f"TLS key {_name(tls.key or tls.cert)} is encrypted: set tls_password")
         if callable(password):
-            return password()  # type: ignore[no-any-return]
+            return _call(password)
         if isinstance(password, bytes):
             return password
         return _first_line(password)
 
     return ask
+
+
+def _call(password: Callable[[], str | bytes]) -> str | bytes:
+    try:
+        return password()
+    except Exception as error:
+        raise ConfigError(f"tls_password: the function raised {type(error).__name__}") from error
 
 
 def _first_line(file: str) -> bytes:
