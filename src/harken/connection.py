@@ -325,7 +325,7 @@ class Record:
             peer = replace(peer, certificate=self.certificate)
         return peer if self.proxy is None else behind(peer, self.proxy)
 
-    def judge(self, request: object) -> str:
+    def judge(self, request: Any) -> str:
         """Settle the reason, while the socket is still open, from what the kernel says; the first judgement holds."""
         if self.reason is None:
             far_end = getattr(request, "far_end", None) or peer_fault(request)

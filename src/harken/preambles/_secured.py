@@ -11,6 +11,8 @@ import socket
 import ssl
 from typing import Any
 
+from harken.connection import peer_fault
+
 __all__ = ["Secured"]
 
 # What the peer has sent and nobody has read when our side ends: so much is kept for the handler, which may read on.
@@ -38,6 +40,29 @@ class Secured(ssl.SSLSocket):
         plain = super().unwrap()
         self._ended = True
         return plain
+
+    @property
+    def far_end(self) -> str | None:
+        """Why the peer is gone, if it is: by the kernel, or by close_notify, of which the kernel hears a moment later.
+
+        For when nothing more will be read.
+        """
+        return peer_fault(self) or ("peer_closed" if self._peer_has_ended() else None)
+
+    def _peer_has_ended(self) -> bool:
+        if self._sslobj is None:
+            return False
+        timeout = socket.socket.gettimeout(self)
+        try:
+            socket.socket.settimeout(self, 0.0)
+            return not self._sslobj.read(1)
+        except ssl.SSLZeroReturnError:
+            return True
+        except (OSError, ValueError):  # it has not; or the connection is broken
+            return False
+        finally:
+            if self.fileno() >= 0:
+                socket.socket.settimeout(self, timeout)
 
     def broken_by(self, error: BaseException) -> bool:
         """Tell whether ``error`` is this connection's own: TLS was broken off or violated, which nobody here did.

@@ -23,15 +23,17 @@ class EngineCheck:
         meaning: what it demands.
         transports: on which it can be run, among ``tcp, unix, udp, unixgram``.
         run: runs it on one of them.
+        behind: on which it can also be run with preambles before the handler: ``tcp+tls``, ``unix+proxy+tls`` ….
     """
 
     name: str
     meaning: str
     transports: tuple[str, ...]
     run: Callable[[Make, str], None]
+    behind: tuple[str, ...] = ()
 
     def __call__(self, make: Make, transport: str | None = None) -> None:
-        """Run the check, on one transport or on all of its own.
+        """Run the check, on one transport (also one of ``behind``) or on all of its own.
 
         Raises:
             AssertionError: the engine breaks this clause.
@@ -43,12 +45,18 @@ class EngineCheck:
         return self.name
 
 
-def on(*transports: str) -> Callable[[Callable[[Make, str], None]], EngineCheck]:
-    """Make a function that runs on ``transports`` a check of its own name."""
+def on(*transports: str, behind: tuple[str, ...] = ()) -> Callable[[Callable[[Make, str], None]], EngineCheck]:
+    """Make a function that runs on ``transports`` a check of its own name.
+
+    Args:
+        transports: among ``tcp, unix, udp, unixgram``.
+        behind: preambles with which it runs on each of them too.
+    """
 
     def name(function: Callable[[Make, str], None]) -> EngineCheck:
         meaning = (function.__doc__ or "").partition("\n")[0]
-        return EngineCheck(function.__name__, meaning, transports, function)
+        both = tuple(f"{transport}+{wire}" for transport in transports for wire in behind)
+        return EngineCheck(function.__name__, meaning, transports, function, both)
 
     return name
 

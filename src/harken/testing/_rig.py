@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import os
 import select
 import socket
+import ssl
 import struct
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from harken.settings import Settings
 from harken.testing._census import Census, wait_until
 from harken.testing._check import DATAGRAMS, Make, expect
 from harken.testing._obedient import Obedient, ObedientToDatagrams
+from harken.testing._wires import connected, settings_of
 
 __all__ = ["PATIENCE", "Rig", "bounded", "reset", "rig"]
 
@@ -70,6 +73,7 @@ def bounded(what: str, function: Callable[..., T], *args: Any) -> T:
 def reset(client: socket.socket) -> None:
     """Close a connection so that the other end gets RST."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    _socket.socket.close(client)  # without TLS's goodbye
     client.close()
 
 
@@ -81,7 +85,7 @@ _forking = threading.RLock()
 
 def _forget_clients() -> None:
     for client in list(_open_clients):
-        client.close()
+        _socket.socket.close(client)  # without TLS's goodbye, which would be the parent's too
     _forking.release()
 
 
@@ -100,6 +104,8 @@ class Rig:
     def __init__(
         self, make: Make, transport: str, handler: type[BaseRequestHandler] | None, keywords: dict[str, Any]
     ) -> None:
+        transport, _, self._wire = transport.partition("+")
+        keywords = settings_of(self._wire) | keywords
         self._folder = tempfile.TemporaryDirectory(prefix="harken-") if transport.startswith("unix") else None
         address: Any = os.path.join(self._folder.name, "server") if self._folder else ("127.0.0.1", 0)
         if handler is None:
@@ -223,14 +229,28 @@ class Rig:
             self._count += 1
             client.bind(os.path.join(self._folder.name, f"client-{self._count}"))
         client.connect(self.server.server_address)
+        if self._wire:
+            client = self._prepared(client)
         for command in commands:
             client.sendall(command.encode() + b"\n")
+        return client
+
+    def _prepared(self, client: socket.socket) -> socket.socket:
+        with _forking:
+            self._clients.remove(client)
+            client = connected(client, self._wire)
+            _open_clients.add(client)
+            self._clients.append(client)
+        if isinstance(client, ssl.SSLSocket):
+            client.do_handshake()
         return client
 
     def held(self, count: int = 1) -> list[socket.socket]:
         """Return clients whose handlers are under way: ``count`` of them, or one if the engine runs one at a time."""
         first = self.client("hold")
         expect(receive(first, 5) == b"held\n", "a handler did not start")
+        if self._wire and self.engine.in_loop:  # a handshake beside it would wait for its end
+            return [first]
         rest = [self.client("hold") for _ in range(count - 1)]
         if rest and not select.select([rest[0]], [], [], BESIDE_SECONDS)[0]:
             for client in rest:
@@ -286,7 +306,7 @@ def rig(
 
     Args:
         make: makes the engine.
-        transport: ``tcp``, ``unix``, ``udp`` or ``unixgram``.
+        transport: ``tcp``, ``unix``, ``udp`` or ``unixgram``, and behind a ``+`` what stands before the handler.
         handler: the handler class; by default the obedient one.
         start: whether it serves already.
         keywords: settings.

@@ -13,6 +13,7 @@ from harken.testing._census import wait_until
 from harken.testing._check import STREAMS, EngineCheck, Make, expect, on
 from harken.testing._rig import PATIENCE, TURN_SECONDS, Rig, bounded, receive, rig
 from harken.testing._streams import at_once, expect_end
+from harken.testing._wires import WIRES
 
 __all__ = ["CHECKS"]
 
@@ -22,7 +23,7 @@ QUIET_SECONDS = 0.2
 DRAIN_SECONDS = 0.5
 
 
-@on(*STREAMS)
+@on(*STREAMS, behind=WIRES)
 def shutdown_while_busy(make: Make, transport: str) -> None:
     """``shutdown()`` from another thread ends the loop at once, and leaves open connections to their handlers."""
     with rig(make, transport) as tested:
@@ -136,7 +137,7 @@ def close_waits_for_handlers(make: Make, transport: str) -> None:
         expect(not closer.is_alive(), "server_close() did not return after the handlers had ended")
 
 
-@on(*STREAMS)
+@on(*STREAMS, behind=WIRES)
 def several_loops(make: Make, transport: str) -> None:
     """Several threads in ``serve_forever()`` serve together, and one ``shutdown()`` ends them all."""
     with rig(make, transport, start=False) as tested:
@@ -164,7 +165,7 @@ def suspend_and_resume(make: Make, transport: str) -> None:
             client.close()
 
 
-@on(*STREAMS)
+@on(*STREAMS, behind=WIRES)
 def drain_in_time(make: Make, transport: str) -> None:
     """A drain waits for handlers that end in time, and cuts nobody."""
     with rig(make, transport) as tested:
@@ -182,7 +183,7 @@ def drain_in_time(make: Make, transport: str) -> None:
         expect(report.seconds < PATIENCE / 2, "drain() waited although nothing was open")
 
 
-@on(*STREAMS)
+@on(*STREAMS, behind=WIRES)
 def drain_cuts(make: Make, transport: str) -> None:
     """A drain cuts what is still open at its deadline, says which, and their handlers are gone."""
     with rig(make, transport) as tested:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from harken.testing._census import wait_until
 from harken.testing._check import STREAMS, EngineCheck, Make, expect, on
 from harken.testing._rig import PATIENCE, Rig, receive, reset, rig
+from harken.testing._wires import WIRES
 
 __all__ = ["CHECKS"]
 
@@ -44,7 +45,7 @@ def at_once(count: int, work: Callable[[int], None]) -> None:
     expect(not wrong, "; ".join(wrong[:3]))
 
 
-@on(*STREAMS)
+@on(*STREAMS, behind=WIRES)
 def echo(make: Make, transport: str) -> None:
     """Many clients at once, and each gets its own answers."""
     with rig(make, transport) as tested:
@@ -60,7 +61,7 @@ def echo(make: Make, transport: str) -> None:
         tested.wait_closed(CLIENTS)
 
 
-@on(*STREAMS)
+@on(*STREAMS, behind=WIRES)
 def half_close(make: Make, transport: str) -> None:
     """A client that ends its side still gets all that the handler writes after that."""
     with rig(make, transport) as tested, tested.client("say_after_end 1000000") as client:
@@ -84,7 +85,7 @@ def slow_reader(make: Make, transport: str) -> None:
         expect(receive(others, 2) == b"ok", "another client was not served")
 
 
-@on(*STREAMS)
+@on(*STREAMS, behind=WIRES)
 def handler_raises(make: Make, transport: str) -> None:
     """A handler that raises ends its own connection; ``handle_error`` hears of it once, and others go on."""
     with rig(make, transport) as tested:
@@ -108,7 +109,7 @@ def short_connections(make: Make, transport: str) -> None:
         tested.wait_closed(SHORT_CONNECTIONS)
 
 
-@on(*STREAMS)
+@on(*STREAMS, behind=WIRES)
 def reset_in_the_middle(make: Make, transport: str) -> None:
     """Clients that vanish while a handler reads or writes disturb nobody."""
     with rig(make, transport) as tested:
@@ -141,7 +142,7 @@ def reset_before_accept(make: Make, transport: str) -> None:
         tested.expect_serves()
 
 
-@on("tcp")
+@on("tcp", behind=WIRES)
 def reasons(make: Make, transport: str) -> None:
     """Each opened connection is closed once, for the reason that is true."""
     for reason, end in _ENDS.items():
@@ -197,7 +198,7 @@ def expect_end(client: socket.socket) -> None:
     expect(rest == b"", "a connection that was cut still brings data")
 
 
-@on(*STREAMS)
+@on(*STREAMS, behind=WIRES)
 def close_connection(make: Make, transport: str) -> None:
     """``connections()`` lists who is served, and ``close_connection()`` wakes a handler blocked in ``recv``."""
     with rig(make, transport) as tested:
