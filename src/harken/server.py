@@ -456,8 +456,12 @@ class TCPServer(BaseServer):
             request = record.successor or request
             if record.reason is None:
                 record.judge(request)
+        part = getattr(type(request), "part", None)  # under TLS there is a goodbye
         try:
-            request.shutdown(socket.SHUT_WR)
+            if part is None:
+                request.shutdown(socket.SHUT_WR)
+            else:
+                part(request)
         except OSError:
             pass  # the peer, or the handler, was quicker
         self.close_request(request)

@@ -283,6 +283,9 @@ class Hubbed(Secured):
         self._sslobj = None
         return self
 
+    def _end_and_read_on(self) -> None:
+        self._end()
+
     def _end(self) -> None:
         if self._ended or self._sslobj is None:
             return

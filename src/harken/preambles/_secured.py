@@ -7,19 +7,17 @@ waits for the peer's.
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from typing import Any
 
-from harken.connection import peer_fault
+from harken.connection import peer_fault, shut
 
 __all__ = ["Secured"]
 
-# What the peer has sent and nobody has read when our side ends: so much is kept for the handler, which may read on.
-# More is lost, since OpenSSL takes data that it meets after our close_notify for an error.
-MAX_AHEAD = 64 << 10
-# OpenSSL gives at most one record a read.
-RECORD = 16384
+# A close_notify on the wire is 31 bytes at the most (TLS 1.2 with CBC pads it to some more).
+MAX_NOTIFY = 1024
 
 
 class Secured(ssl.SSLSocket):
@@ -31,9 +29,16 @@ class Secured(ssl.SSLSocket):
 
     def shutdown(self, how: int) -> None:
         """End one side or both. With SHUT_WR the peer is told by close_notify, and its data can still be read."""
-        if how != socket.SHUT_RD:
+        if how == socket.SHUT_WR:
+            self._end_and_read_on()
+        elif how == socket.SHUT_RDWR:
             self._end()
         socket.socket.shutdown(self, how)
+
+    def part(self) -> None:
+        """End our side when nobody will read on."""
+        self._end()
+        socket.socket.shutdown(self, socket.SHUT_WR)
 
     def unwrap(self) -> socket.socket:
         """End TLS and go on in plain text, which takes the peer's close_notify too; see ``ssl.SSLSocket.unwrap``."""
@@ -77,34 +82,65 @@ class Secured(ssl.SSLSocket):
         return trace is not None and trace.tb_frame.f_locals.get("self") is self
 
     def _end(self) -> None:
-        """Send close_notify, if that can be done at once: a peer that does not read must not keep us."""
+        """Send close_notify, if that can be done at once: a peer that does not read must not keep us.
+
+        OpenSSL then looks for the peer's. Data that it meets instead is lost, and with it what comes behind.
+        """
         if self._ended or self._sslobj is None:
             return
         self._ended = True
         timeout = self.gettimeout()
-        ahead: list[bytes] = []
         try:
             socket.socket.settimeout(self, 0.0)
-            self._read_ahead(ahead)
-            self._sslobj.shutdown()  # which then looks for the peer's: there is none, or we do not care
+            self._sslobj.shutdown()
         except (OSError, ValueError):  # the usual end; or the connection has gone
             pass
         finally:
             if self.fileno() >= 0:
                 socket.socket.settimeout(self, timeout)
-        if type(self) is Secured:
-            self.__class__ = _HalfClosed
-            self._ahead = b"".join(ahead)
 
-    def _read_ahead(self, ahead: list[bytes]) -> None:
+    def _end_and_read_on(self) -> None:
+        """Send close_notify without letting OpenSSL look for the peer's.
+
+        Python's ``ssl`` cannot send it alone. So for that moment the descriptor leads to a pair of sockets of our own,
+        where nothing can be read, and what was written there is sent on.
+        """
+        if self._ended or self._sslobj is None:
+            return
         try:
-            for _ in range(MAX_AHEAD // RECORD):
-                piece = self._sslobj.read(RECORD)
-                if not piece:
-                    return
-                ahead.append(piece)
-        except OSError:  # nothing more is there
-            pass
+            inner, outer = socket.socketpair()
+        except OSError:  # no descriptor is left
+            self._end()
+            return
+        self._ended = True
+        ahead = b""
+        while more := self._sslobj.pending():  # the rest of a record, which OpenSSL would stumble over
+            ahead += self._sslobj.read(more)
+        timeout, fd = self.gettimeout(), self.fileno()
+        with inner, outer:
+            outer.setblocking(False)
+            wire = os.dup(fd)
+            try:
+                os.dup2(inner.fileno(), fd, inheritable=False)
+                socket.socket.settimeout(self, 0.0)
+                self._sslobj.shutdown()
+            except OSError:  # the usual
+                pass
+            finally:
+                os.dup2(wire, fd, inheritable=False)
+                os.close(wire)
+                socket.socket.settimeout(self, timeout)
+            self._send_on(outer)
+        if self.record is not None and self.record.reason is not None:
+            shut(self)  # who cut it in that moment met the pair
+        self.__class__ = _HalfClosed
+        self._ahead = ahead
+
+    def _send_on(self, outer: socket.socket) -> None:
+        try:
+            socket.socket.sendall(self, outer.recv(MAX_NOTIFY))
+        except OSError:
+            pass  # TLS was broken and had nothing to say, or the peer has gone
 
     def _real_close(self) -> None:
         record, self.record = self.record, None
@@ -122,7 +158,7 @@ class Secured(ssl.SSLSocket):
 
 
 class _HalfClosed(Secured):
-    """After our end: what was read ahead comes first, and the peer's end is an end like any other."""
+    """After our end: what OpenSSL held comes first, and the peer's end is an end like any other."""
 
     _ahead = b""
 
