@@ -34,6 +34,8 @@ def entry_of(serving: Serving) -> Entry | None:
     listener = getattr(serving.server, "socket", None)
     if getattr(listener, "type", socket.SOCK_STREAM) == socket.SOCK_DGRAM:
         _ = serving.datagram_proxy  # checks its settings; datagrams have nothing that comes first
+        if serving.settings.find("tls").source == "keyword argument" and serving.settings.profile == "drop-in":
+            raise ConfigError("tls is for streams: this server takes datagrams, which would go in plain text")
         return None
     wanted = preambles.resolve(serving.settings, listener)
     if not wanted:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from harken import plugins, transports
+from harken import plugins, preambles, transports
 from harken.cli import options
 from harken.cli.target import is_server, load_target, require_handler
 from harken.errors import ConfigError
@@ -52,8 +52,12 @@ def _settings_of(found: Any, target: str) -> Settings:
 def _try(place: str, values: Settings) -> list[str]:
     """Bind an address and close it again; return what it stood for."""
     listeners = transports.listen(place, transports.bind_options(values))
-    for listener in listeners:
-        listener.close()
+    try:
+        for listener in listeners:
+            preambles.resolve(values, listener)  # reads certificates, and says what is wrong with them
+    finally:
+        for listener in listeners:
+            listener.close()
     return [place] if len(listeners) == 1 else [listener.url for listener in listeners]
 
 
