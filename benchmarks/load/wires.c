@@ -18,7 +18,7 @@
 #include "load.h"
 
 #define OPENING_AT_ONCE 64           /* well under the default backlog of 128, so that no handshake is dropped */
-#define OPENING_SECONDS 5.0          /* after the warm-up: begins without the connections that have no answer by then */
+#define OPENING_SECONDS 5.0          /* begins without the connections that have no answer by then */
 #define MANY 2000                    /* connections that take longer than that to open */
 #define HOLD_SECONDS 60.0            /* the same for idle and for so many; and how long a word on stdin is awaited */
 #define LEAVING_SECONDS 0.5          /* for the answers still under way at the end; a reset would be the server's trouble */
@@ -46,7 +46,8 @@ static struct tally *tally;
 static struct wire *wires;
 static char *pool, *buffer;
 static size_t pool_messages, pool_bytes;
-static unsigned total, opened, answered, next_source;
+static unsigned total, opened, answered, broken, next_source;
+static bool opening;      /* not all have had their first answer: those that have wait, or the later ones would wait for them */
 static bool leaving;      /* the window is over: no new messages */
 static uint64_t birth;
 static int poller;
@@ -115,7 +116,7 @@ static ssize_t transmit(struct wire *wire, const char *data, size_t length, bool
 /* Sends what the depth allows. False: the wire is broken. */
 static bool push(struct wire *wire, uint64_t now) {
     uint64_t goal = (wire->received / plan->size + plan->depth) * plan->size;
-    if (is_held(wire))
+    if (is_held(wire) || opening)
         goal = speaks(wire) ? plan->size : 0;
     if (leaving && goal > wire->sent)
         goal = (wire->sent + plan->size - 1) / plan->size * plan->size;
@@ -165,18 +166,20 @@ static void open_wire(struct wire *wire, uint64_t now) {
     wire->sent = wire->received = 0;
     tally->connects++;
     register_wire(wire, EPOLL_CTL_ADD, false);
-    bool broken = connect(wire->fd, (const struct sockaddr *)&plan->address, plan->address_length) &&
-                  errno != EINPROGRESS;
-    if (plan->tls && !broken)
+    bool refused = connect(wire->fd, (const struct sockaddr *)&plan->address, plan->address_length) &&
+                   errno != EINPROGRESS;
+    if (plan->tls && !refused)
         wire->tls = tls_open(wire->fd);
     /* On the loopback the handshake is over by now, as a rule: the first send needs no wait. */
-    if (broken || !push(wire, now))
+    if (refused || !push(wire, now))
         fail(wire);
 }
 
 /* Counts an error; the wire stays closed, but for churn, where the loop opens it again. */
 static void fail(struct wire *wire) {
     tally->errors++;
+    if (!wire->answered && !plan->reopen)
+        broken++;
     drop(wire);
 }
 
@@ -262,7 +265,7 @@ static void resend_lost(uint64_t now) {
     }
 }
 
-static bool all_answered(void) { return answered == total; }
+static bool all_answered(void) { return answered + broken == total; }
 
 static bool has_word(void) {
     struct pollfd word = {.fd = STDIN_FILENO, .events = POLLIN};
@@ -292,6 +295,13 @@ static void turn_until(uint64_t deadline, bool (*done)(void)) {
     }
 }
 
+static void set_going(void) {
+    opening = false;
+    for (unsigned i = 0; i < opened; i++)
+        if (wires[i].fd >= 0 && !push(&wires[i], nanoseconds()))
+            fail(&wires[i]);
+}
+
 void run_plan(const struct plan *the_plan, struct tally *the_tally) {
     plan = the_plan, tally = the_tally;
     poller = epoll_create1(EPOLL_CLOEXEC);
@@ -305,11 +315,13 @@ void run_plan(const struct plan *the_plan, struct tally *the_tally) {
     for (unsigned i = 0; i < total; i++)
         wires[i] = (struct wire){.fd = -1, .start = i % (unsigned)pool_messages, .stamps = stamps + i * plan->depth};
     bool many = plan->hold || plan->idle || total > MANY;
+    opening = true;
     for (unsigned i = 0; i < (plan->silent ? 1 : OPENING_AT_ONCE); i++)
         open_next(nanoseconds());
+    turn_until(birth + (uint64_t)((many ? HOLD_SECONDS : OPENING_SECONDS) * 1e9), all_answered);
+    set_going();
     if (!plan->hold)
-        turn_until(birth + (uint64_t)(plan->warmup * 1e9), NULL);
-    turn_until(nanoseconds() + (uint64_t)((many ? HOLD_SECONDS : OPENING_SECONDS) * 1e9), all_answered);
+        turn_until(nanoseconds() + (uint64_t)(plan->warmup * 1e9), NULL);
     if (plan->on_word) {
         fputs("ready\n", stderr);
         turn_until(nanoseconds() + (uint64_t)(HOLD_SECONDS * 1e9), has_word);
