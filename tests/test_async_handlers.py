@@ -14,6 +14,7 @@ import threading
 import pytest
 
 import harken
+from harken.testing._census import wait_until
 
 PATIENCE = 10.0  # seconds
 LOCAL = ("127.0.0.1", 0)
@@ -446,3 +447,138 @@ def test_called_where_no_loop_is():
     near, far = socket.socketpair()
     with near, far, pytest.raises(harken.ConfigError, match="engine='asyncio'"):
         Handler(near, "", None)
+
+
+# -- awaiting ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_awaited_is_a_coroutine():
+    """To ``create_task``, ``wait_for`` and ``gather``; it can be awaited once, and closed."""
+
+    async def handle(self):
+        waiting = self.rfile.readline()
+        assert asyncio.iscoroutine(waiting)
+        first = await waiting
+        with pytest.raises(RuntimeError, match=r"cannot reuse"):
+            await waiting
+        self.rfile.readline().close()
+        done = self.wfile.drain()
+        await done
+        await asyncio.wait_for(self.wfile.drain(), PATIENCE)
+        return first, await asyncio.wait_for(self.rfile.read(3), PATIENCE)
+
+    assert talk(handle, b"line\nabc")[0] == (b"line\n", b"abc")
+
+
+def test_a_read_that_nobody_awaited_is_told():
+    """Like a coroutine: it has not been done."""
+
+    async def handle(self):
+        with pytest.warns(RuntimeWarning, match="never awaited"):
+            self.rfile.readline()
+        return await self.rfile.readline()
+
+    assert talk(handle, b"line\n")[0] == b"line\n"
+
+
+def test_readuntil_gives_back():
+    """What came behind the separator, and, when it is interrupted, all."""
+
+    async def handle(self):
+        parts = [await self.rfile.readuntil(b"--"), await self.rfile.readuntil(b"--")]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await self.rfile.readuntil(b"--")
+        rest = await self.rfile.read(100)
+        await self.request.sendall(b"go")
+        with pytest.raises(asyncio.IncompleteReadError):
+            await self.rfile.readuntil(b"--")
+        return parts, rest
+
+    def say(client):
+        client.sendall(b"a--b--rest")
+        client.recv(2)
+        client.shutdown(socket.SHUT_WR)
+        return b""
+
+    assert talk(handle, say)[0] == ([b"a--", b"b--"], b"rest")
+
+
+def test_another_handlers_connection():
+    """Handlers write to and read from each other's, each in its own task."""
+    here = []
+
+    async def handle(self):
+        here.append(self)
+        if len(here) == 1:
+            await self.rfile.readline()
+            return None
+        other = here[0]
+        await other.request.sendall(b"one ")
+        await other.wfile.write(b"two")
+        return other.peer != self.peer
+
+    outcome = []
+
+    class Handler(harken.AsyncStreamRequestHandler):
+        async def handle(self):
+            outcome.append(await handle(self))
+
+    with harken.background(harken.AsyncTCPServer(LOCAL, Handler)) as server:
+        with socket.create_connection(server.server_address, PATIENCE) as first:
+            assert wait_until(lambda: here)
+            with socket.create_connection(server.server_address, PATIENCE) as second:
+                got = b""
+                while got != b"one two":
+                    got += first.recv(100)
+                assert second.recv(1) == b""
+            first.sendall(b"\n")
+            assert first.recv(1) == b""
+    assert outcome[0] is True
+
+
+FALLBACK = """
+import asyncio, socket
+import harken
+seen = []
+
+class Handler(harken.AsyncStreamRequestHandler):
+    async def handle(self):
+        async for line in self.rfile:
+            try:
+                async with asyncio.timeout(0.02):
+                    await self.rfile.readline()
+            except TimeoutError:
+                pass
+            async with asyncio.TaskGroup() as group:
+                other = group.create_task(self.rfile.readexactly(3))
+                group.create_task(self.request.sendall(b"more?"))
+            self.wfile.write(line)
+            await self.wfile.write(other.result())
+            await self.wfile.drain()
+            asyncio.get_running_loop().call_later(0.01, asyncio.current_task().cancel)
+            try:
+                await self.request.recv(1)
+            except asyncio.CancelledError:
+                seen.append(asyncio.current_task().uncancel())
+
+with harken.background(harken.AsyncTCPServer(("127.0.0.1", 0), Handler)) as server:
+    with socket.create_connection(server.server_address, 10) as client:
+        client.sendall(b"line\\n")
+        assert client.recv(5) == b"more?"
+        client.sendall(b"abc")
+        got = b""
+        while len(got) < 8:
+            got += client.recv(8)
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""
+from harken import _hub
+print(_hub.kind, got, seen)
+"""
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_both_hubs_do_the_same(run_program, kind):
+    """Timeouts, other tasks, cancelling, on the hub in C and on the one in Python."""
+    out, errors = run_program("-c", FALLBACK, env={"HARKEN_HUB": kind}).communicate(timeout=40)
+    assert out == f"{kind} b'line\\nabc' [0]\n", errors

@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 from typing import Any
 
 from harken import preambles
-from harken._hub.awaited import AsyncConnection, AsyncReader, AsyncWriter
+from harken._hub.awaited import AsyncConnection, files
 from harken._hub.task import drive
 from harken.entry import refuse_unentered
 from harken.handlers import BaseRequestHandler
@@ -38,7 +38,7 @@ class AsyncRequestHandler(BaseRequestHandler):
             ConfigError: the engine is another.
         """
         self._carried = request
-        self.request = request if isinstance(request, tuple) else AsyncConnection(request)
+        self.request = request
         self.client_address = client_address
         self.server = server
         if preambles.armed:
@@ -52,6 +52,8 @@ class AsyncRequestHandler(BaseRequestHandler):
     async def _serve(self) -> None:
         task: Any = asyncio.current_task()
         self._cancelled = False
+        if not isinstance(self.request, tuple):
+            self.request = AsyncConnection(self.request, task.driver)
         try:
             await _settle(self.setup())
             try:
@@ -99,13 +101,12 @@ class AsyncStreamRequestHandler(AsyncRequestHandler):
             self.connection.settimeout(self.timeout)
         if self.disable_nagle_algorithm:
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.rfile = AsyncReader(self.connection)
-        self.wfile = AsyncWriter(self.connection, self.rfile)
+        self.rfile, self.wfile = files(self.connection)
 
     async def finish(self) -> None:  # type: ignore[override]
         """Send what ``wfile`` still holds, and close both files."""
         try:
-            await self.wfile.drain(0)
+            await self.wfile.sent()
         except OSError:
             pass  # the peer has gone; the handler has said what it had to say
         self.wfile.close()

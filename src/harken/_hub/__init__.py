@@ -19,7 +19,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
         ``run``; the hub can be run again. In the main thread signal handlers run within milliseconds; what one raises
         leaves ``run``, or ends the green thread that it interrupted.
     ``step(timeout)``
-        One turn, sleeping at most ``timeout`` seconds: what is due, then what is ready. Not from a green thread.
+        One turn, sleeping at most ``timeout`` seconds: what is due, then what is ready. Not from a green thread. It may
+        take a few more while sockets are ready. Returns False when nothing has happened for which ``run`` would ask
+        ``until`` and call ``tick``.
     ``fileno() -> int``
         A descriptor that is readable when ``step(0)`` has something to do, for a host's loop; -1 where there is none.
         Timers do not show there: a host asks ``next_deadline() -> float | None`` (0.0: something is due already).

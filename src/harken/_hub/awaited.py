@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from typing import Any
 
+from harken import _hub
 from harken._hub import hosts
+from harken._hub.files import Reader
 from harken._hub.task import Task, aside, own
 
 __all__ = ["AsyncConnection", "AsyncReader", "AsyncWriter"]
 
-# Bytes that one read asks for, and that are joined or sent at once: as the hub's own files.
+# Bytes that are sent at once, and that are joined at the most: as the hub's own files.
 CHUNK = 65536
 # Bytes that the peer has not taken, beyond which drain() waits until it has: asyncio's high-water mark.
 HIGH_WATER = 65536
@@ -29,41 +31,43 @@ class AsyncConnection:
         socket: the connection below.
     """
 
-    __slots__ = ("_left_over", "socket")
+    __slots__ = ("_driver", "_left_over", "_recv", "_sendall", "socket")
 
-    def __init__(self, sock: Any) -> None:
+    def __init__(self, sock: Any, driver: Any) -> None:
         self.socket = sock
+        self._driver = driver
+        self._recv = sock.recv
+        self._sendall = sock.sendall
         self._left_over = b""  # received for a task that was cancelled before it got it
 
-    async def recv(self, bufsize: int) -> bytes:
+    def recv(self, bufsize: int) -> Awaitable[bytes]:
         """Receive at most ``bufsize`` bytes, waiting for the first; nothing is the end.
 
         Raises:
             OSError: as on a socket; TimeoutError after its timeout.
         """
-        task = own()
-        if task is not None and not self._left_over:
-            return task.call(self.socket.recv, bufsize)  # type: ignore[no-any-return]
-        if not self._left_over:
-            await aside(self._receive, bufsize)
-        data = self._left_over[:bufsize]
-        self._left_over = self._left_over[bufsize:]
-        return data
+        if self._left_over:
+            data, self._left_over = self._left_over[:bufsize], self._left_over[bufsize:]
+            return self._driver.done(data)  # type: ignore[no-any-return]
+        return self._driver.wait(self, self._recv, bufsize)  # type: ignore[no-any-return]
 
-    def _receive(self, bufsize: int) -> None:
-        self._left_over = self.socket.recv(bufsize)
-
-    async def sendall(self, data: Any) -> None:
+    def sendall(self, data: Any) -> Awaitable[None]:
         """Send all of ``data``.
 
         Raises:
             OSError: as on a socket.
         """
+        return self._driver.wait(self, self._sendall, data)  # type: ignore[no-any-return]
+
+    async def elsewhere(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Do what a task asks for in which this connection's handler does not run."""
         task = own()
-        if task is not None:
-            task.call(self.socket.sendall, data)
-        else:
-            await aside(self.socket.sendall, data)
+        if task is not None:  # another handler's
+            return task.driver.call(function, *args)
+        return await aside(function, *args, give_back=self._give_back)
+
+    def _give_back(self, result: Any) -> None:
+        self._left_over += result or b""
 
     def close(self) -> None:
         """Close the connection; whoever waits for it gets OSError."""
@@ -79,52 +83,29 @@ class AsyncConnection:
 class AsyncReader:
     """``rfile`` under ``async def handle``. Its sizes are asyncio's: ``read(n)`` gives what is there, at most ``n``."""
 
-    def __init__(self, connection: AsyncConnection) -> None:
-        self._connection = connection
-        self._data = b""  # received; what is before `_at` was read
-        self._at = 0
-        self.closed = False
+    def __init__(self, connection: AsyncConnection, file: Any) -> None:
+        """Read by ``file``: the hub's own, which loses nothing when a read is interrupted."""
+        self._file = file
+        self._driver = connection._driver
+        self._readline = file.readline
 
     @property
     def unread(self) -> int:
         """Bytes that were received and not yet read."""
-        return len(self._data) - self._at
+        return len(self._file)
 
-    async def readline(self, limit: int = -1) -> bytes:
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return bool(self._file.closed)
+
+    def readline(self, limit: int = -1) -> Awaitable[bytes]:
         """Read one line, of at most ``limit`` bytes unless that is negative; what there is of it at the end."""
-        return await self._until(b"\n", limit)
+        return self._driver.wait(self, self._readline, limit)  # type: ignore[no-any-return]
 
-    async def readuntil(self, separator: bytes = b"\n") -> bytes:
-        """Read up to and with ``separator``.
-
-        Raises:
-            asyncio.IncompleteReadError: the end came before it.
-        """
-        data = await self._until(separator)
-        if not data.endswith(separator):
-            raise asyncio.IncompleteReadError(data, None)
-        return data
-
-    async def _until(self, separator: bytes, limit: int = -1) -> bytes:
-        searched = 0  # unread bytes in which it is not
-        while True:
-            found = self._data.find(separator, self._at + searched)
-            if found >= 0:
-                size = found + len(separator) - self._at
-                return self._take(size if limit < 0 else min(size, limit))
-            if 0 <= limit <= self.unread:
-                return self._take(limit)
-            searched = max(0, self.unread - len(separator) + 1)
-            if not await self._more():
-                return self._take(self.unread)
-
-    async def read(self, n: int = -1) -> bytes:
+    def read(self, n: int = -1) -> Awaitable[bytes]:
         """Read at most ``n`` bytes, waiting for the first; all until the end if ``n`` is negative."""
-        if n < 0:
-            return await self._gather(-1)
-        if n and not self.unread:
-            await self._more()
-        return self._take(min(n, self.unread))
+        return self._driver.wait(self, self._file.read if n < 0 else self._file.read1, n)  # type: ignore[no-any-return]
 
     async def readexactly(self, n: int) -> bytes:
         """Read ``n`` bytes.
@@ -132,66 +113,48 @@ class AsyncReader:
         Raises:
             asyncio.IncompleteReadError: the end came before; ``partial`` has what there was.
         """
-        if n <= self.unread:
-            return self._take(n)
-        data = await self._gather(n)
+        data: bytes = await self._driver.wait(self, self._file.read, n)
         if len(data) < n:
             raise asyncio.IncompleteReadError(data, n)
         return data
 
-    async def _gather(self, size: int) -> bytes:
-        """Read ``size`` bytes, all if that is negative, or to the end; when interrupted, nothing is lost."""
-        pieces = [self._take(self.unread)]
-        have = len(pieces[0])
+    async def readuntil(self, separator: bytes = b"\n") -> bytes:
+        """Read up to and with ``separator``.
+
+        Raises:
+            asyncio.IncompleteReadError: the end came before it.
+        """
+        data = bytearray()
         try:
-            while (size < 0 or have < size) and await self._more():
-                pieces.append(self._take(self.unread if size < 0 else min(self.unread, size - have)))
-                have += len(pieces[-1])
-        except BaseException:
-            self._data = b"".join([*pieces, self._data[self._at :]])
-            self._at = 0
+            while (found := data.find(separator, max(0, len(data) - CHUNK - len(separator)))) < 0:
+                piece = await self._driver.wait(self, self._file.read1, CHUNK)
+                if not piece:
+                    raise asyncio.IncompleteReadError(bytes(data), None)
+                data += piece
+        except asyncio.IncompleteReadError:
             raise
-        return b"".join(pieces)
-
-    async def _more(self) -> bool:
-        """Receive once; tell whether it was not the end."""
-        if self.closed:
-            raise ValueError("I/O operation on closed file.")
-        connection = self._connection
-        task = own()
-        if task is not None and not connection._left_over:  # spares a coroutine
-            data = task.call(connection.socket.recv, CHUNK)
-        else:
-            data = await connection.recv(CHUNK)
-        if data:
-            self._data = self._data[self._at :] + data if self.unread else data
-            self._at = 0
-        return bool(data)
-
-    def _take(self, size: int) -> bytes:
-        data, at = self._data, self._at
-        end = at + size
-        if end < len(data):
-            self._at = end
-        else:
-            self._data = b""
-            self._at = 0
-        return data if at == 0 and end >= len(data) else data[at:end]
+        except BaseException:
+            self._file.give_back(bytes(data))
+            raise
+        self._file.give_back(bytes(data[found + len(separator) :]))
+        return bytes(data[: found + len(separator)])
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 
-    async def __anext__(self) -> bytes:
-        line = await self._until(b"\n")
-        if not line:
-            raise StopAsyncIteration
-        return line
+    def __anext__(self) -> Awaitable[bytes]:
+        return self._driver.next(self, self._readline)  # type: ignore[no-any-return]
+
+    async def elsewhere(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Do what a task asks for in which this connection's handler does not run."""
+        task = own()
+        if task is not None:
+            return task.driver.call(function, *args)
+        return await aside(function, *args, give_back=self._file.give_back)
 
     def close(self) -> None:
         """Read no more; the connection stays open."""
-        self.closed = True
-        self._data = b""
-        self._at = 0
+        self._file.close()
 
 
 class AsyncWriter:
@@ -201,9 +164,13 @@ class AsyncWriter:
     While ``rfile`` holds unread requests, answers are joined; they are sent before the handler's task waits.
     """
 
-    def __init__(self, connection: AsyncConnection, reader: AsyncReader) -> None:
+    def __init__(self, connection: AsyncConnection, reader: AsyncReader, file: Any = None) -> None:
+        """Write by ``file``, the compiled hub's, which joins; without one, here."""
         self._connection = connection
         self._reader = reader
+        self._file = file
+        self._offer = None if file is None else file.offer
+        self._done = connection._driver.done(None)
         self._joined: list[bytes] = []
         self._joined_size = 0
         self._unsent = bytearray()
@@ -212,14 +179,27 @@ class AsyncWriter:
         self._waiting: list[asyncio.Future[None]] = []
         self.closed = False
 
-    def write(self, data: Any) -> AsyncWriter:
+    def write(self, data: Any) -> Awaitable[None]:
         """Send ``data``. The result may be awaited, which is ``drain()``, or be left.
 
         When the peer has gone, that is raised where it is awaited.
         """
+        if self._offer is not None and not self._unsent and self._error is None:
+            try:
+                rest = self._offer(data)
+            except OSError as error:
+                self._error = error
+                return self
+            if rest is None:
+                return self._done  # type: ignore[no-any-return]
+            self._keep(rest)
+            return self
+        return self._write(data)
+
+    def _write(self, data: Any) -> Awaitable[None]:
         if self.closed:
             raise ValueError("I/O operation on closed file.")
-        if self._joined or self._reader.unread:
+        if self._offer is None and (self._joined or self._reader.unread):
             task = own()
             if task is not None:
                 self._join(task, bytes(data))
@@ -228,7 +208,7 @@ class AsyncWriter:
         self._send(data)
         return self
 
-    def writelines(self, lines: Iterable[Any]) -> AsyncWriter:
+    def writelines(self, lines: Iterable[Any]) -> Awaitable[None]:
         """Write each."""
         for line in lines:
             self.write(line)
@@ -237,11 +217,12 @@ class AsyncWriter:
     def _join(self, task: Task, data: bytes) -> None:
         self._joined.append(data)
         self._joined_size += len(data)
+        driver = task.driver
         if not self._reader.unread or self._joined_size >= CHUNK:
             self._flush()
-        elif task.before_wait is None:
-            task.before_wait = self._flush
-        elif task.before_wait != self._flush:  # of another connection, to which this handler writes too
+        elif driver.before_wait is None:
+            driver.before_wait = self._flush
+        elif driver.before_wait != self._flush:  # of another connection, to which this handler writes too
             self._flush()
 
     def _flush(self) -> None:
@@ -267,9 +248,12 @@ class AsyncWriter:
                 self._error = error
                 return
         with memoryview(data) as view:
-            if sent == view.nbytes:
-                return
-            self._unsent += view.cast("B")[sent:]
+            if sent < view.nbytes:
+                self._keep(view.cast("B")[sent:])
+
+    def _keep(self, rest: Any) -> None:
+        """Leave ``rest`` to a green thread."""
+        self._unsent += rest
         if not self._sending:
             self._sending = True
             hosts.any_host().stage.hub.spawn(self._send_rest)
@@ -296,27 +280,52 @@ class AsyncWriter:
             if not future.done():
                 future.set_result(None)
 
-    async def drain(self, at_most: int = HIGH_WATER) -> None:
-        """Wait until the peer has taken all but ``at_most`` bytes of what was written.
+    def drain(self) -> Awaitable[None]:
+        """Wait until the peer has taken all but 64 KiB of what was written.
 
         Raises:
             OSError: the peer has gone.
         """
-        if not at_most:
+        if self._error is None and len(self._unsent) <= HIGH_WATER:
+            return self._done  # type: ignore[no-any-return]
+        return self.sent(HIGH_WATER)
+
+    async def sent(self, all_but: int = 0) -> None:
+        """Wait until the kernel has taken all but so many bytes of what was written.
+
+        Raises:
+            OSError: the peer has gone.
+        """
+        if not all_but:
             self._flush()
-        while len(self._unsent) > at_most and self._sending:
+        while len(self._unsent) > all_but and self._sending:
             room = asyncio.get_running_loop().create_future()
             self._waiting.append(room)
             await room
         if self._error is not None:
             raise self._error
 
-    def __await__(self) -> Generator[Any, None, None] | Iterator[None]:
-        if self._error is None and len(self._unsent) <= HIGH_WATER:
-            return iter(())
+    def __await__(self) -> Generator[Any, Any, None]:
         return self.drain().__await__()
 
     def close(self) -> None:
         """Write no more. What was written before is sent; the connection stays open."""
         self._flush()
         self.closed = True
+        self._offer = None
+        if self._file is not None:
+            self._file.close()
+
+
+def files(connection: AsyncConnection) -> tuple[AsyncReader, AsyncWriter]:
+    """Make ``rfile`` and ``wfile``: the compiled hub's own below them, where it can wait for the connection itself."""
+    sock = connection.socket
+    if _hub.kind == "compiled" and type(sock) is _hub.Connection:
+        from importlib import import_module
+
+        compiled = import_module("harken._hub.compiled")
+        inner = compiled.Reader(sock)
+        reader = AsyncReader(connection, inner)
+        return reader, AsyncWriter(connection, reader, compiled.Writer(sock, inner))
+    reader = AsyncReader(connection, Reader(sock))
+    return reader, AsyncWriter(connection, reader)

@@ -101,10 +101,11 @@ class Hub:
                 self._turn(patience())
                 tick()
 
-    def step(self, timeout: float) -> None:
+    def step(self, timeout: float) -> bool:
         """Take one turn; see the contract."""
         with self._on_stage():
             self._turn(timeout)
+        return True
 
     def fileno(self) -> int:
         """The poller's descriptor, or -1."""

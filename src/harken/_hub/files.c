@@ -336,6 +336,27 @@ static PyObject *read_into(PyObject *self, PyObject *target, bool once) {
     return got < 0 ? NULL : PyLong_FromSsize_t(done);
 }
 
+/* Put back what was read last. */
+static PyObject *reader_give_back(PyObject *self, PyObject *data) {
+    Reader *reader = (Reader *)self;
+    if (!PyBytes_Check(data)) {
+        PyErr_SetString(PyExc_TypeError, "bytes are needed");
+        return NULL;
+    }
+    Py_ssize_t size = PyBytes_GET_SIZE(data), there = held(reader);
+    if (size == 0)
+        Py_RETURN_NONE;
+    PyObject *behind = PyBytes_FromStringAndSize(there > 0 ? start(reader) : NULL, there);
+    if (behind == NULL)
+        return NULL;
+    reader->at = reader->end = 0;
+    int result = keep(reader, PyBytes_AS_STRING(data), size);
+    if (result == 0)
+        result = keep(reader, PyBytes_AS_STRING(behind), there);
+    Py_DECREF(behind);
+    return result < 0 ? NULL : Py_NewRef(Py_None);
+}
+
 static PyObject *reader_readinto(PyObject *self, PyObject *target) { return read_into(self, target, false); }
 static PyObject *reader_readinto1(PyObject *self, PyObject *target) { return read_into(self, target, true); }
 
@@ -358,6 +379,48 @@ static int put(Writer *writer, const char *data, size_t size) {
         result = flush_of(sock) < 0 || transmit(sock, state, data, size, 0, true) < 0 ? -1 : 0;
     Py_DECREF(sock);
     return result;
+}
+
+/* As put(), without waiting: returns how much of the data was sent or joined. What is joined is sent where this green
+ * thread next waits, and may wait there. */
+static ssize_t try_put(Writer *writer, const char *data, size_t size) {
+    PyObject *sock = open_sock(writer->sock);
+    int fd = sock == NULL ? -1 : begin(sock, state_of(sock));
+    if (fd < 0)
+        return -1;
+    Hub *hub = current_hub;
+    bool more = writer->reader != NULL && held(writer->reader) > 0;
+    bool mine = hub != NULL && hub->pending_owner == sock;
+    if (mine && hub->pending_size + size > PENDING) {
+        flush_pending_nowait(hub);
+        if ((mine = hub->pending_owner == sock) && hub->pending_size + size > PENDING)
+            return 0;
+    }
+    if (hub != NULL && (mine || (more && size <= PENDING && hub->pending_owner == NULL && !in_hub(hub)))) {
+        if (join(hub, sock, data, size) < 0)
+            return -1;
+        if (!more)
+            flush_pending_nowait(hub);
+        return (ssize_t)size;
+    }
+    ssize_t sent = send(fd, data, size, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
+        return fail(errno);
+    return sent < 0 ? 0 : sent;
+}
+
+static PyObject *writer_offer(PyObject *self, PyObject *data) {
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
+        return NULL;
+    ssize_t done = try_put((Writer *)self, buffer.buf, (size_t)buffer.len);
+    PyObject *rest = NULL;
+    if (done == buffer.len)
+        rest = Py_NewRef(Py_None);
+    else if (done >= 0)
+        rest = PyBytes_FromStringAndSize((char *)buffer.buf + done, buffer.len - done);
+    PyBuffer_Release(&buffer);
+    return rest;
 }
 
 static PyObject *writer_write(PyObject *self, PyObject *data) {
@@ -552,6 +615,7 @@ static PyMethodDef reader_methods[] = {
     {"readline", FAST(reader_readline), METH_FASTCALL, "readline(size=-1): one line, or what there is of it."},
     {"readlines", FAST(reader_readlines), METH_FASTCALL, "readlines(hint=-1): lines until the end."},
     {"read", FAST(reader_read), METH_FASTCALL, "read(size=-1): so many bytes, or all until the end."},
+    {"give_back", reader_give_back, METH_O, "give_back(data): put back what was read last."},
     {"read1", FAST(reader_read1), METH_FASTCALL, "read1(size=-1): what is there, or comes first."},
     {"readinto", reader_readinto, METH_O, "readinto(buffer): fill it."},
     {"readinto1", reader_readinto1, METH_O, "readinto1(buffer): what is there, or comes first."},
@@ -562,6 +626,7 @@ static PyMethodDef reader_methods[] = {
 static PyMethodDef writer_methods[] = {
     SHARED{"readable", file_no, METH_NOARGS, "False."},
     {"writable", file_yes, METH_NOARGS, "True."},
+    {"offer", writer_offer, METH_O, "offer(data): as write, without waiting; what is left of the data, or None."},
     {"write", writer_write, METH_O, "write(data): send it, at once or before this green thread waits."},
     {"writelines", writer_writelines, METH_O, "writelines(lines): write each."},
     {"flush", writer_flush, METH_NOARGS, "Send what was written."},

@@ -134,6 +134,10 @@ class Reader(_File):
             self._fill()
         return self._take(len(self) if size < 0 else min(size, len(self)))
 
+    def give_back(self, data: bytes, /) -> None:
+        """Put back what was read last."""
+        self._unread, self._at = data + self._take(len(self)), 0
+
     def readinto(self, buffer: Any, /) -> int:
         """Fill ``buffer``."""
         with memoryview(buffer) as view, view.cast("B") as target:

@@ -11,6 +11,7 @@
  *   rare.c        what a Connection does less often
  *   accept.c      accept(2) straight into a Connection
  *   files.c       rfile and wfile
+ *   awaited.c     what coroutines await of their connection
  *   beat.c        what the loop says of itself, and the watchdog that listens
  *   datagrams.c   datagrams in batches
  *   chunks.c      the memory of Python stacks
@@ -245,6 +246,9 @@ HIDDEN int flush_of(PyObject *sock);
 HIDDEN size_t flush_pending_nowait(Hub *hub);
 HIDDEN PyObject *connection_open_reader(PyObject *self, PyObject *const *args, Py_ssize_t count);
 HIDDEN PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize_t count);
+
+/* awaited.c */
+HIDDEN int awaited_ready(PyObject *module);
 
 /* rare.c */
 HIDDEN int rare_ready(void);

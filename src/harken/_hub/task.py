@@ -11,41 +11,54 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import itertools
-from asyncio import _enter_task, _leave_task, _register_task, _unregister_task
+from asyncio import _leave_task, _register_task, _unregister_task
 from collections.abc import Callable, Coroutine
+from functools import cache
+from importlib import import_module
 from typing import Any
 
-from greenlet import getcurrent
+from greenlet import GreenletExit, getcurrent
 
 from harken import _hub
 from harken._hub import hosts
 from harken.errors import ConfigError
 
-__all__ = ["Task", "aside", "drive", "own", "sweep"]
+__all__ = ["Task", "aside", "drive", "own", "sweep", "tasks"]
+
+tasks: set[int] = set()
+"""By identity, the tasks that green threads run now. Without any there is nothing to sweep after a turn."""
 
 _numbers = itertools.count(1)
 _mine: contextvars.ContextVar[Task | None] = contextvars.ContextVar("harken_task", default=None)
+
+
+@cache
+def _driver_kind() -> Any:
+    """The Driver in C, where the hub in use is; the one in Python beside it."""
+    if _hub.kind == "compiled":
+        return import_module("harken._hub.compiled").Driver
+    from harken._hub.driver import Driver
+
+    return Driver
 
 
 class Task(asyncio.Future[Any]):
     """Runs a coroutine in the calling green thread; ``asyncio.current_task()`` inside.
 
     Attributes:
-        before_wait: called once before the green thread next gives up its turn, or None.
+        driver: its part in the green thread.
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any], loop: asyncio.AbstractEventLoop, hub: Any) -> None:
         super().__init__(loop=loop)
-        self.before_wait: Callable[[], None] | None = None
-        self.green = getcurrent()
+        self.driver = _driver_kind()(loop, self)
         self._hub = hub
         self._own_loop = loop
         self._coro = coroutine
         self._name = f"harken-{next(_numbers)}"
         self._requests = 0
-        self._must_cancel = False
-        self._in_call = False
         self._fut_waiter: Any = None  # asyncio's name, which anyio reads
+        tasks.add(id(self))
         _register_task(self)  # type: ignore[arg-type]
 
     # -- running -------------------------------------------------------------------------------------------------------
@@ -62,71 +75,35 @@ class Task(asyncio.Future[Any]):
             self.exception()  # it is raised here as well: nobody need be told that it was not looked at
             raise
         finally:
+            tasks.discard(id(self))
             _unregister_task(self)  # type: ignore[arg-type]
+            self.driver.release()
         asyncio.Future.set_result(self, result)
         return result
 
     def _run(self) -> Any:
+        driver = self.driver
         error: BaseException | None = None
         while True:
-            if self._must_cancel:
-                self._must_cancel = False
+            if driver.must_cancel:
+                driver.must_cancel = False
                 error = asyncio.CancelledError()
-            self.enter()
+            driver.enter()
             try:
                 waited = self._coro.send(None) if error is None else self._coro.throw(error)
             except StopIteration as stop:
                 return stop.value
             finally:
-                self.leave()
+                driver.leave()
             error = self._wait(waited)
-
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Return ``function(*args)``, which waits as green threads do. Only for this task's own coroutine.
-
-        Raises:
-            CancelledError: the task was cancelled.
-        """
-        if self._must_cancel:
-            self._must_cancel = False
-            raise asyncio.CancelledError
-        if self.before_wait is not None:
-            self._flush()
-        self.leave()
-        self._in_call = True
-        try:
-            return function(*args)
-        finally:
-            self._in_call = False
-            self.enter()
-
-    def enter(self) -> None:
-        """Be the current task."""
-        try:
-            _enter_task(self._own_loop, self)  # type: ignore[arg-type]
-        except RuntimeError:  # a task waited by a call that it did not await: harken.green's, a server's drain()
-            sweep(self._own_loop)
-            _enter_task(self._own_loop, self)  # type: ignore[arg-type]
-
-    def leave(self) -> None:
-        """Be the current task no more."""
-        try:
-            _leave_task(self._own_loop, self)  # type: ignore[arg-type]
-        except RuntimeError:
-            pass  # it was swept away while it waited
-
-    def _flush(self) -> None:
-        before, self.before_wait = self.before_wait, None
-        if before is not None:
-            before()
 
     def _wait(self, waited: Any) -> BaseException | None:
         """Wait for what the coroutine yielded; return what to throw into it, or None."""
-        self._flush()
-        if waited is not None:
-            wrong = self._fault(waited)
-            return wrong if wrong is not None else self._wait_future(waited)
         try:
+            self.driver.flush()
+            if waited is not None:
+                wrong = self._fault(waited)
+                return wrong if wrong is not None else self._wait_future(waited)
             self._hub.sleep(0)
         except BaseException as error:  # noqa: BLE001 - thrown into the coroutine
             return error
@@ -146,8 +123,8 @@ class Task(asyncio.Future[Any]):
         waited._asyncio_future_blocking = False
         waited.add_done_callback(self._wake)
         self._fut_waiter = waited
-        if self._must_cancel and waited.cancel():
-            self._must_cancel = False
+        if self.driver.must_cancel and waited.cancel():
+            self.driver.must_cancel = False
         try:
             while not waited.done():
                 self._hub.park()
@@ -163,7 +140,7 @@ class Task(asyncio.Future[Any]):
 
     def _wake(self, waited: Any) -> None:
         if self._fut_waiter is waited:
-            self._hub.unpark(self.green)
+            self._hub.unpark(self.driver.green)
 
     # -- what asyncio.Task has -----------------------------------------------------------------------------------------
 
@@ -175,10 +152,14 @@ class Task(asyncio.Future[Any]):
         if self._fut_waiter is not None:
             if self._fut_waiter.cancel(msg=msg):
                 return True
-        elif self._in_call and self._hub.throw(self.green, asyncio.CancelledError()):
+        elif self.driver.in_call and self._hub.throw(self.driver.green, asyncio.CancelledError()):
             return True
-        self._must_cancel = True
+        self.driver.must_cancel = True
         return True
+
+    @property
+    def _must_cancel(self) -> bool:  # asyncio's name, which anyio reads
+        return bool(self.driver.must_cancel)
 
     def cancelling(self) -> int:
         """Return how many requests to cancel it are pending."""
@@ -189,7 +170,7 @@ class Task(asyncio.Future[Any]):
         if self._requests > 0:
             self._requests -= 1
             if self._requests == 0:
-                self._must_cancel = False
+                self.driver.must_cancel = False
         return self._requests
 
     def get_coro(self) -> Coroutine[Any, Any, Any]:
@@ -244,7 +225,7 @@ def sweep(loop: asyncio.AbstractEventLoop) -> None:
 def own() -> Task | None:
     """Return the task of the calling green thread, whose coroutine calls; None in a task of asyncio's."""
     task = _mine.get()
-    return task if task is not None and task.green is getcurrent() else None
+    return task if task is not None and task.driver.green is getcurrent() else None
 
 
 def drive(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -264,10 +245,12 @@ def drive(coroutine: Coroutine[Any, Any, Any]) -> Any:
     return task.run()
 
 
-async def aside(function: Callable[..., Any], *args: Any) -> Any:
+async def aside(
+    function: Callable[..., Any], *args: Any, give_back: Callable[[Any], object] = lambda result: None
+) -> Any:
     """Return ``function(*args)``, which waits as green threads do, from a coroutine that is no green thread's own.
 
-    When it is cancelled, ``function`` is ended by GreenletExit.
+    When it is cancelled, ``function`` is ended by GreenletExit; what it had returned already is given back.
     """
     hub = hosts.any_host().stage.hub
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
@@ -279,14 +262,17 @@ async def aside(function: Callable[..., Any], *args: Any) -> Any:
             if not future.done():
                 future.set_exception(error)
         else:
-            if not future.done():
+            if future.done():
+                give_back(result)
+            else:
                 future.set_result(result)
 
     green = hub.spawn(work)
     try:
         return await future
     except asyncio.CancelledError:
-        from greenlet import GreenletExit
-
-        hub.throw(green, GreenletExit())
+        if future.done() and not future.cancelled() and future.exception() is None:
+            give_back(future.result())
+        else:
+            hub.throw(green, GreenletExit())
         raise

@@ -139,6 +139,7 @@ class Engine(Contract):
         self._ident = 0  # of that thread
         self._leaving = False
         self._moved_in = False
+        self._failure: BaseException | None = None
         # Held while a door's or a loop's callable runs. Taken before the guard, never after it.
         self._turns = threading.RLock()
         # Held while the hub comes and goes.
@@ -261,6 +262,9 @@ class Engine(Contract):
                 daemon=self._are_daemons() or threading.current_thread().daemon,
             ).start()
             started.wait()
+            if self._failure is not None:
+                failure, self._failure = self._failure, None
+                raise failure
         return self._hub
 
     def _make_hub(self) -> tuple[hosts.Stage, Watchdog]:
@@ -275,8 +279,13 @@ class Engine(Contract):
         return stage, self._watch_for_stalls(hub)
 
     def _run_hub(self, started: Bell) -> None:
-        stage, watchdog = self._make_hub()
-        started.ring()
+        try:
+            stage, watchdog = self._make_hub()
+        except BaseException as error:  # noqa: BLE001 - raised again by who needs the hub
+            self._failure = error
+            return
+        finally:
+            started.ring()
         try:
             hosts.run(self.host or hosts.first(), stage)
         except BaseException as error:  # noqa: BLE001 - raised again by the loops' callers

@@ -8,7 +8,7 @@ from typing import Any
 
 from harken._hub import hosts
 from harken._hub.hosts import Stage, loop_factory
-from harken._hub.task import sweep
+from harken._hub.task import sweep, tasks
 
 __all__ = ["Guest", "Host", "Lodger"]
 
@@ -57,13 +57,15 @@ class Guest:
         if self.over.done():
             return
         try:
-            stage.hub.step(0.0)
-            sweep(self._loop)
-            stage.tick()
-            if stage.until():
-                self._end()
-            else:
-                self._arm(stage.hub.next_deadline())
+            news = stage.hub.step(0.0) or self._timer is None
+            if tasks:
+                sweep(self._loop)
+            if news:
+                stage.tick()
+                if stage.until():
+                    self._end()
+                    return
+            self._arm(stage.hub.next_deadline(), news)
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for the end
             self._end(error)
 
@@ -84,11 +86,13 @@ class Guest:
         self._timer = None
         self._turn()
 
-    def _arm(self, deadline: float | None) -> None:
-        """See to it that the next turn is in time."""
+    def _arm(self, deadline: float | None, news: bool) -> None:
+        """See to it that the next turn is in time; without news, that the hub's own deadline is."""
         if deadline == 0.0:
             if self._soon is None:
                 self._soon = self._loop.call_soon(self._at_once)
+            return
+        if not news and (deadline is None or deadline >= self._armed):
             return
         now = time.monotonic()
         wanted = now + (self._stage.patience() if self._fd >= 0 else POLL_SECONDS)

@@ -76,12 +76,13 @@ class Host:
             if not self._occupies:
                 self._occupies = True
                 stage.hub.occupy(True)
-            stage.hub.step(0.0)
-            stage.tick()
-            if stage.until():
-                self._end()
-            else:
-                self._arm(stage.hub.next_deadline())
+            news = stage.hub.step(0.0) or self._timer is None
+            if news:
+                stage.tick()
+                if stage.until():
+                    self._end()
+                    return
+            self._arm(stage.hub.next_deadline(), news)
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for the end
             self._error = error
             self._end()
@@ -90,12 +91,14 @@ class Host:
         self._ended = True
         self._over.set()
 
-    def _arm(self, deadline: float | None) -> None:
-        """See to it that the next turn is in time."""
-        now = time.monotonic()
+    def _arm(self, deadline: float | None, news: bool) -> None:
+        """See to it that the next turn is in time; without news, that the hub's own deadline is."""
         if deadline == 0.0:
             self._home.loop.run_callback(self._turn)
             return
+        if not news and (deadline is None or deadline >= self._armed):
+            return
+        now = time.monotonic()
         wanted = now + (self.stage.patience() if self._watched else POLL_SECONDS)
         if deadline is not None and deadline < wanted:
             wanted = deadline
