@@ -11,6 +11,7 @@ from harken import preambles
 from harken._hub.awaited import AsyncConnection, files
 from harken._hub.task import drive
 from harken.entry import refuse_unentered
+from harken.expiry import introduce
 from harken.handlers import BaseRequestHandler
 
 __all__ = ["AsyncRequestHandler", "AsyncStreamRequestHandler"]
@@ -43,6 +44,8 @@ class AsyncRequestHandler(BaseRequestHandler):
         self.server = server
         if preambles.armed:
             refuse_unentered(server, request)
+        if self._is_called_from_outside:
+            introduce(self, request)
         try:
             drive(self._serve())
         except asyncio.CancelledError as error:
@@ -68,6 +71,9 @@ class AsyncRequestHandler(BaseRequestHandler):
 
     def handle(self) -> Any:
         """Do the work. To be overridden, mostly by ``async def``."""
+
+    def on_timeout(self, which: str) -> Any:
+        """Say a last word before a deadline closes the connection. May be overridden, also by ``async def``."""
 
     def finish(self) -> Any:
         """Clean up. May be overridden, also by ``async def``. Called even when ``handle`` raised."""

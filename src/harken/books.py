@@ -32,6 +32,7 @@ class Books:
         counts: what happened how often, by the event's name.
         reasons: closed connections by reason.
         refusals: connections refused before their handler, by reason.
+        on_open: told of each connection that goes to its handler or its preambles, if anybody must know.
         interrupted: whether Ctrl-C shut the connections, and may have closed them under their handlers.
     """
 
@@ -47,6 +48,7 @@ class Books:
         self.reasons = Counts()
         self.refusals = Counts()
         self.interrupted = False
+        self.on_open: Callable[[Record], None] | None = None
         self._server = server
 
     def accepted(self, request: Any, client_address: Any) -> Record | None:
@@ -64,6 +66,8 @@ class Books:
         for request, client_address in taken:
             record = registry.begin(request, client_address)
             record.opened = True
+            if self.on_open is not None:
+                self.on_open(record)
             if wanted["accepted"]:
                 self._tell("accepted", record, client_address)
             if wanted["opened"]:
@@ -85,6 +89,8 @@ class Books:
         """A connection goes to its handler."""
         if record is not None:
             record.opened = True
+            if self.on_open is not None and not record.held:
+                self.on_open(record)
             record.held = False
         if events.subscribers["opened"]:
             self._tell("opened", record, client_address)
@@ -93,6 +99,8 @@ class Books:
         """A connection goes to its preambles: ``opened`` is said when they know whose it is, or when it ends."""
         if record is not None:
             record.opened = record.held = True
+            if self.on_open is not None:
+                self.on_open(record)
 
     def moved(self, request: Any, adopted: Any) -> None:
         """The engine made another object of a connection, for its handlers."""
@@ -127,6 +135,14 @@ class Books:
     def alarm(self, open_now: int) -> None:
         """``alarm_connections`` are open."""
         events.emit("alarm", server=self._server, open=open_now)
+
+    def timed_out(self, record: Record | None, client_address: Any, which: str, seconds: float) -> None:
+        """A deadline is over: the setting ``which``, after ``seconds``."""
+        if record is not None and record.silent:
+            return  # the exit status tells our parent
+        self.counts["timed_out"] += 1
+        if events.subscribers["timed_out"]:
+            self._tell("timed_out", record, client_address, which=which, seconds=seconds)
 
     def truncated(self, client_address: Any, size: int) -> None:
         """A datagram was longer than ``size`` bytes, and its end is lost."""

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from harken.peer import Peer, behind
+from harken.stamps import Stamps, stamp
 from harken.unpatched import Socket
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ CHILD_STATUS = {
     "peer_reset": 11,
     "preamble_failed": 12,
     "rejected": 13,
+    "idle_timeout": 14,
+    "read_timeout": 15,
+    "write_timeout": 16,
+    "lifetime": 17,
+    "handler_timeout": 18,  # its reason is "killed"
 }
 
 _LINUX = sys.platform == "linux"
@@ -259,6 +265,11 @@ class Record:
         successor: what the connection went on as in the middle of its handler, which hooks do not know; or None.
         report: how a forked child tells its parent what the preambles learned; else None.
         ticket: what limits let it in by, or None. Whoever takes it out of ``__dict__`` gives it back: nobody else can.
+        handler: the handler, if it has hooks that may be called from outside its thread.
+        in_preamble: whether its preambles run at the moment.
+        stamps: what is known of its traffic beside what the kernel knows, or None.
+        seen: the deadlines' own: what moved last, and when.
+        cut_already: whether its deadline has cut it.
     """
 
     # What each record has costs a place in it; the rest is the class's, and the record's own once it happens.
@@ -288,6 +299,11 @@ class Record:
     successor: Any = None
     report: Report | None = None
     ticket: Ticket | None = None
+    handler: Any = None
+    in_preamble = False
+    stamps: Stamps | None = None
+    seen: tuple[object, float] = (None, 0.0)
+    cut_already = False
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
         self._number = next(_count)
@@ -325,6 +341,11 @@ class Record:
             peer = replace(peer, certificate=self.certificate)
         return peer if self.proxy is None else behind(peer, self.proxy)
 
+    def stamped(self) -> Stamps | None:
+        """Return the stamps of its traffic: the connection's own where it keeps some."""
+        own = getattr(self.request, "stamps", None)
+        return Stamps.of(own()) if own is not None else self.stamps
+
     def judge(self, request: Any) -> str:
         """Settle the reason, while the socket is still open, from what the kernel says; the first judgement holds."""
         if self.reason is None:
@@ -341,6 +362,8 @@ class Record:
         self._request = _refer(self, request)
         if hasattr(type(request), "record"):
             request.record = self
+        if self.stamps is not None and not self.in_preamble:
+            stamp(request, self)
         if self.reason is not None:
             shut(request)  # who cut it meanwhile found the old object, which has nothing to shut any more
 
@@ -530,7 +553,11 @@ class Registry:
         """The child that served this connection has exited."""
         if record is not None:
             told = {code: reason for reason, code in CHILD_STATUS.items()}
-            record.reason = record.reason or told.get(status, "handler_failed")
+            reason = told.get(status, "handler_failed")
+            if reason == "handler_timeout":
+                record.detail = record.detail or reason
+                reason = "killed"
+            record.reason = record.reason or reason
             self.strike(record)
 
     def wait_empty(self, timeout: float | None, *, besides: int = 0) -> bool:

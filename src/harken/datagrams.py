@@ -77,12 +77,13 @@ class DatagramIntake:
 
     def _is_plain(self, server: Any) -> bool:
         """Whether nobody would see the hooks being left out."""
-        listened, admission = events.subscribers, self._serving.admission
+        listened, admission, deadlines = events.subscribers, self._serving.admission, self._serving.deadlines
         return not (
             listened["accepted"]
             or listened["opened"]
             or preambles.armed
             or (admission is not None and admission.asks_datagrams)
+            or (deadlines is not None and deadlines.times_datagrams)
             or not _ours().are_those_of(type(server))
             or not _HOOKS.isdisjoint(vars(server))
         )

@@ -119,10 +119,14 @@ class Entry:
                 f"a preamble (TLS, PROXY) needs a socket, and get_request() returned {type(request).__name__}; "
                 "return the accepted socket, or serve without preambles"
             )
+        record.in_preamble = True
         deadline = monotonic() + self.timeout
         for preamble in self.preambles:
             request = preamble(request, deadline)
         record.entered = True
+        record.in_preamble = False
+        if self._serving.deadlines is not None:
+            self._serving.deadlines.entered(record)
         return request
 
     def _known(self, record: Record | None, address: Any) -> None:

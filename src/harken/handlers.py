@@ -11,6 +11,7 @@ import harken
 from harken import preambles
 from harken.connection import Record
 from harken.entry import refuse_unentered
+from harken.expiry import introduce
 from harken.peer import Peer
 from harken.serving import Serving
 from harken.transports import for_socket
@@ -18,6 +19,9 @@ from harken.transports import for_socket
 __all__ = ["BaseRequestHandler", "DatagramRequestHandler", "StreamRequestHandler"]
 
 T = TypeVar("T")
+
+# Where the hooks stand that do nothing.
+_OWN = ("harken.handlers", "harken.async_handlers")
 
 
 class _Lazy(Generic[T]):
@@ -93,11 +97,30 @@ class BaseRequestHandler:
         self.server = server
         if preambles.armed:
             refuse_unentered(server, request)
+        if self._is_called_from_outside:
+            introduce(self, request)
         self.setup()
         try:
             self.handle()
         finally:
             self.finish()
+
+    _is_called_from_outside = False
+    """Whether the class overrides a hook that others than its own thread call."""
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        cls._is_called_from_outside = cls.on_timeout.__module__ not in _OWN
+
+    def on_timeout(self, which: str) -> Any:
+        """Say a last word before the connection is closed because a deadline is over. May be overridden.
+
+        It is called beside ``handle``, which still waits: in a thread of harken's own, or in a green thread. After it
+        has returned, or after a second, the connection is closed, and ``handle`` reads the end.
+
+        Args:
+            which: ``idle_timeout``, ``read_timeout``, ``write_timeout``, ``lifetime`` or ``handler_timeout``.
+        """
 
     def setup(self) -> None:
         """Prepare. May be overridden. When it raises, ``handle`` and ``finish`` are not called."""

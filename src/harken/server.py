@@ -251,7 +251,15 @@ class BaseServer:
         """Call ``RequestHandlerClass(request, client_address, self)``. May be overridden. The handler's thread."""
         if preambles.armed:
             refuse_unentered(self, request)
-        self.RequestHandlerClass(request, client_address, self)
+        deadlines = self._harken.deadlines
+        if deadlines is None or not isinstance(request, tuple):
+            self.RequestHandlerClass(request, client_address, self)
+            return
+        number = deadlines.begin_datagram(client_address)
+        try:
+            self.RequestHandlerClass(request, client_address, self)
+        finally:
+            deadlines.end_datagram(number)
 
     def shutdown_request(self, request: Any) -> None:
         """End a request. May be overridden. The handler's thread; after the handler and ``handle_error``."""

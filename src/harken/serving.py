@@ -21,10 +21,12 @@ from harken.acceptor import Acceptor
 from harken.admission import Admission, wanted
 from harken.books import Books
 from harken.connection import CHILD_STATUS, REASONS, ConnectionInfo, Record
+from harken.deadlines import NAMES as DEADLINES, Deadlines
 from harken.drain import DrainReport, drain
 from harken.engines import ENGINE, Engine
 from harken.entry import Entry, entry_of
 from harken.errors import ConfigError, LifecycleError
+from harken.expiry import Expiry, child_status
 from harken.intake import Intake
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
 from harken.report import Report
@@ -60,6 +62,7 @@ class Serving:
         self.left = Latch(owned=True)
         self.left.set()
         self.books = Books(server, self._end_child)
+        self.books.on_open = self._first_open
         self.connections = self.books.connections
         self.intake = Intake(self)
         self.acceptor = Acceptor(
@@ -96,6 +99,37 @@ class Serving:
 
     def _prepare(self, engine: Engine) -> None:
         engine.prepare(getattr(self.server, "RequestHandlerClass", None))
+
+    @cached_property
+    def deadlines(self) -> Deadlines | None:
+        """The deadlines of its connections; None when none is set."""
+        if all(self.settings[name] is None for name in DEADLINES):
+            return None
+        made = Deadlines(lambda: self.connections, Expiry(self))
+        made.report = lambda address, which, seconds: self.books.timed_out(None, address, which, seconds)
+        made.refresh(self.settings)
+        self.books.on_open = self._watch
+        return made
+
+    def _first_open(self, record: Record) -> None:
+        """Look whether there are deadlines to watch; only once, and once more when settings change."""
+        self.books.on_open = None
+        if self.deadlines is not None:
+            self._watch(record)
+
+    def _watch(self, record: Record) -> None:
+        if self.deadlines is not None and not self.engine.in_child:
+            if self.entry is not None and not record.entered:
+                record.in_preamble = True
+            self.deadlines.watch(record)
+
+    def _refresh_deadlines(self) -> None:
+        """Follow settings that may have changed."""
+        if vars(self).get("deadlines") is None:
+            vars(self).pop("deadlines", None)
+        elif self.deadlines is not None:
+            self.deadlines.refresh(self.settings)
+        _ = self.deadlines
 
     @cached_property
     def entry(self) -> Entry | None:
@@ -211,6 +245,7 @@ class Serving:
                 self.books.interrupted = False
                 self.acceptor.open()
                 self._refresh_admission()
+                self._refresh_deadlines()
                 self.intake.watch()
                 events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
         self.ready.set()
@@ -287,10 +322,15 @@ class Serving:
                 report.hear()
             return False
 
+        limits = self.deadlines.limits if self.deadlines is not None else dict.fromkeys(DEADLINES)
+
         def done(status: int) -> None:
             heard()
             if CHILD_STATUS["rejected"] == status and record is not None:
                 self.books.rejected(record, record.client_address, record.detail or "verify_request")
+            which = next((name for name in DEADLINES if CHILD_STATUS[name] == status), None)
+            if which is not None and record is not None:
+                self.books.timed_out(record, record.client_address, which, limits[which] or 0.0)
             self.connections.child_ended(record, status)
 
         try:
@@ -319,10 +359,12 @@ class Serving:
         record = self.connections.find(request)
         if record is not None:
             record.silent = True
+        if self.deadlines is not None:
+            self.deadlines.after_fork(record)
         if not isinstance(request, tuple) and hasattr(self.server, "socket"):
             self.server.socket.close()
         function(request, client_address)
-        return CHILD_STATUS.get((record and record.reason) or "handler_returned", 0)
+        return child_status(record)
 
     def _end_child(self, pid: int) -> None:
         end = getattr(self.engine, "end_child", None)
@@ -342,6 +384,9 @@ class Serving:
             self.cut("shutdown")
         block = self.option("block_on_close") and not self.option("daemon_threads") and not self.abandoned
         self.engine.join(None if block else time.monotonic())
+        deadlines = vars(self).get("deadlines")
+        if deadlines is not None and not self.connections:
+            deadlines.stop()
 
     def cut(self, reason: str, besides: list[Record] | None = None) -> list[Record]:
         """Shut the sockets of all open connections, so that their handlers wake; return the records not cut before."""
@@ -390,6 +435,7 @@ class Serving:
         """
         self.settings.configure(changes)
         self._refresh_admission()
+        self._refresh_deadlines()
         if self.started:
             self.engine.refresh()
 

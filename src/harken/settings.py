@@ -265,6 +265,7 @@ DECLARED_IN = (
     "harken.engines.pool",
     "harken.engines.fork",
     "harken.stalls",
+    "harken.deadlines",
     "harken.limits",
     "harken.limits.connections",
     "harken.limits.peers",

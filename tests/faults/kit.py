@@ -39,6 +39,8 @@ def wait_until(condition: Callable[[], object], patience: float = PATIENCE) -> N
 class Seen(list[events.Event]):
     """The events of one server, as they come."""
 
+    engine = ""
+
     def of(self, name: str) -> list[events.Event]:
         """Return those of one name."""
         return [event for event in list(self) if event.name == name]

@@ -110,10 +110,25 @@ void let_go(PyObject *self, State *state) {
     state->slot = NULL;
 }
 
+static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *deadline);
+
 /* Wait until the connection may be ready. `deadline` is 0 at first, and kept over the waits of one operation. */
 int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline) {
     if (state->nonblocking)
         return fail(EAGAIN);
+    Marks *marks = marks_of(state);
+    if (marks == NULL)
+        return wait_somewhere(self, state, direction, deadline);
+    if (marks->since[direction] == 0)
+        marks->since[direction] = now_ns();
+    marks->waits[direction] = true;
+    int result = wait_somewhere(self, state, direction, deadline);
+    if ((marks = marks_of(state)) != NULL)
+        marks->waits[direction] = false;
+    return result;
+}
+
+static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *deadline) {
     if (*deadline == 0 && state->timeout > 0)
         *deadline = now_ns() + (state->timeout > 4e9 ? (int64_t)4e18 : (int64_t)(state->timeout * 1e9));
     int fd = socket_fd(self);
@@ -157,10 +172,35 @@ static void mark_dry(State *state, int fd) {
     state->slot->dry = !state->slot->sticky;
 }
 
+/* The marks, which are made when first needed; NULL with an exception when there is no memory for them. */
+Marks *marks_made(State *state) {
+    if (state->marked == NULL) {
+        Marks new = {.moved = now_ns()};
+        state->marked = PyBytes_FromStringAndSize((char *)&new, sizeof new);
+    }
+    return marks_of(state);
+}
+
+/* Bytes have moved. */
+void note_moved(State *state, int direction, size_t size) {
+    Marks *marks = state->stream ? marks_of(state) : marks_made(state);
+    if (marks == NULL) {
+        PyErr_Clear();
+        return;
+    }
+    marks->count[direction] += size;
+    if (!state->stream)
+        marks->moved = now_ns();
+    if (direction == READ && marks->first == 0)
+        marks->first = state->stream ? now_ns() : marks->moved;
+}
+
 /* recv(2) that waits. A connection that was read empty is not asked again before an event says that there is more. */
 ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags) {
     int64_t deadline = 0;
     size_t have = 0;
+    if (state->marked != NULL && !marks_of(state)->whole)
+        begin_reading(state);
     if (spend(1) < 0)
         return -1;
     for (;;) {
@@ -178,6 +218,8 @@ ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags
                     mark_dry(state, fd);
                 if (current_hub != NULL)
                     current_hub->budget -= (int)(got >> 12);
+                if (got > 0 && !(flags & MSG_PEEK))
+                    note_moved(state, READ, have);
                 return (ssize_t)have;
             }
             if (errno == EINTR) {
@@ -268,6 +310,7 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
         ssize_t sent = send(fd, data + done, size - done, flags | MSG_NOSIGNAL);
         if (sent >= 0) {
             done += (size_t)sent;
+            note_moved(state, WRITE, (size_t)sent);
             if (!all || done == size) {
                 if (current_hub != NULL)
                     current_hub->budget -= (int)(done >> 12);
@@ -292,6 +335,7 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
 }
 
 static ssize_t give(PyObject *self, PyObject *const *args, Py_ssize_t count, bool all) {
+    begin_writing(state_of(self));
     if (flush_of(self) < 0)
         return -1;
     if (count < 1 || count > 2) {
@@ -320,6 +364,22 @@ static PyObject *connection_sendall(PyObject *self, PyObject *const *args, Py_ss
     if (give(self, args, count, true) < 0)
         return NULL;
     Py_RETURN_NONE;
+}
+
+/* -- stamps; see harken.stamps ------------------------------------------------------------------------------------ */
+
+static PyObject *connection_keep_stamps(PyObject *self, PyObject *none) {
+    return marks_made(state_of(self)) == NULL ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *connection_stamps(PyObject *self, PyObject *none) {
+    Marks *marks = marks_of(state_of(self)), nothing = {0};
+    if (marks == NULL)
+        marks = &nothing;
+    int64_t reading = marks->waits[READ] ? marks->since[READ] : 0, writing = marks->waits[WRITE] ? marks->since[WRITE] : 0;
+    return Py_BuildValue("ddddKK", (double)reading / 1e9, (double)writing / 1e9, (double)marks->first / 1e9,
+                         (double)marks->moved / 1e9, (unsigned long long)marks->count[READ],
+                         (unsigned long long)marks->count[WRITE]);
 }
 
 /* -- timeouts, kept beside the descriptor ------------------------------------------------------------------------- */
@@ -513,6 +573,8 @@ static PyMethodDef connection_methods[] = {
     {"handle", connection_handle, METH_NOARGS, "Return a callable that returns this connection as long as it is there."},
     {"open_reader", FAST(connection_open_reader), METH_FASTCALL, "open_reader(size=-1): a buffered file to read."},
     {"open_writer", FAST(connection_open_writer), METH_FASTCALL, "open_writer(reader=None): a file to write."},
+    {"keep_stamps", connection_keep_stamps, METH_NOARGS, "Stamp from now on when calls begin, requests, and what moves."},
+    {"stamps", connection_stamps, METH_NOARGS, "(reading, writing, first, moved, received, sent); see harken.stamps."},
     {"settimeout", connection_settimeout, METH_O, "Set the seconds that one operation may take."},
     {"gettimeout", connection_gettimeout, METH_NOARGS, "Return what settimeout() was given."},
     {"setblocking", connection_setblocking, METH_O, "As settimeout(None) or settimeout(0)."},
@@ -530,6 +592,7 @@ static PyGetSetDef connection_attributes[] = {
 /* Not READONLY, or subtype_dealloc would not clear it; no name that a program could write by accident. */
 static PyMemberDef connection_members[] = {
     {"<hub>", T_OBJECT_EX, 0, 0, NULL},
+    {"<marks>", T_OBJECT_EX, 0, 0, NULL},
     {NULL},
 };
 
@@ -582,6 +645,7 @@ int connection_ready(PyObject *module) {
     }
     state_offset = (Base_Type->tp_basicsize + 15) & ~(Py_ssize_t)15;
     connection_members[0].offset = state_offset + (Py_ssize_t)offsetof(State, hub);
+    connection_members[1].offset = state_offset + (Py_ssize_t)offsetof(State, marked);
     connection_spec.basicsize = (int)(state_offset + (Py_ssize_t)sizeof(State));
     if ((connection_slots[2].pfunc = all_methods()) == NULL) {
         PyErr_NoMemory();

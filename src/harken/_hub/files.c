@@ -44,7 +44,9 @@ int flush_pending(Hub *hub) {
     ssize_t sent = send(fd, hub->pending, size, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent < 0 && errno != EAGAIN && errno != EINTR)
         result = fail(errno);
-    else if (sent < (ssize_t)size) { /* others will use the buffer while we wait */
+    if (sent > 0)
+        note_moved(state_of(owner), WRITE, (size_t)sent);
+    if (result == 0 && sent < (ssize_t)size) { /* others will use the buffer while we wait */
         size_t done = sent > 0 ? (size_t)sent : 0;
         PyObject *rest = PyBytes_FromStringAndSize(hub->pending + done, (Py_ssize_t)(size - done));
         result = rest == NULL || transmit(owner, state_of(owner), PyBytes_AS_STRING(rest), size - done, 0, true) < 0
@@ -146,13 +148,30 @@ static int keep(Reader *reader, const char *data, Py_ssize_t size) {
     return 0;
 }
 
+/* A call begins. If bytes lie here after an answer, they are the next request, which has come already. */
+static int asked(Reader *reader) {
+    PyObject *sock = open_sock(reader->sock);
+    if (sock == NULL)
+        return -1;
+    State *state = state_of(sock);
+    begin_reading(state);
+    if (state->marked != NULL && marks_of(state)->first == 0 && held(reader) > 0)
+        marks_of(state)->first = now_ns();
+    return 0;
+}
+
 /* Receive once; the target may be the scratch buffer, which is good until anybody waits again. */
 static ssize_t get(Reader *reader, char *into, Py_ssize_t size) {
     PyObject *sock = open_sock(reader->sock);
     if (sock == NULL)
         return -1;
     Py_INCREF(sock); /* somebody may close us meanwhile */
-    ssize_t got = receive(sock, state_of(sock), into, (size_t)size, 0);
+    State *state = state_of(sock);
+    if (state->marked != NULL)
+        marks_of(state)->whole = true; /* however often a call receives, it is one operation; see asked() */
+    ssize_t got = receive(sock, state, into, (size_t)size, 0);
+    if (state->marked != NULL)
+        marks_of(state)->whole = false;
     Py_DECREF(sock);
     return got;
 }
@@ -254,13 +273,13 @@ static int size_of(PyObject *const *args, Py_ssize_t count, Py_ssize_t *size) {
 
 static PyObject *reader_readline(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Py_ssize_t limit;
-    if (size_of(args, count, &limit) < 0 || open_sock(((Reader *)self)->sock) == NULL)
+    if (size_of(args, count, &limit) < 0 || asked((Reader *)self) < 0)
         return NULL;
     return read_line((Reader *)self, limit);
 }
 
 static PyObject *reader_next(PyObject *self) {
-    PyObject *line = open_sock(((Reader *)self)->sock) == NULL ? NULL : read_line((Reader *)self, -1);
+    PyObject *line = asked((Reader *)self) < 0 ? NULL : read_line((Reader *)self, -1);
     if (line != NULL && PyBytes_GET_SIZE(line) == 0)
         Py_CLEAR(line);
     return line;
@@ -283,7 +302,7 @@ static PyObject *reader_readlines(PyObject *self, PyObject *const *args, Py_ssiz
 
 static PyObject *reader_read(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Py_ssize_t size;
-    if (size_of(args, count, &size) < 0 || open_sock(((Reader *)self)->sock) == NULL)
+    if (size_of(args, count, &size) < 0 || asked((Reader *)self) < 0)
         return NULL;
     return read_exactly((Reader *)self, size);
 }
@@ -291,7 +310,7 @@ static PyObject *reader_read(PyObject *self, PyObject *const *args, Py_ssize_t c
 static PyObject *reader_read1(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Reader *reader = (Reader *)self;
     Py_ssize_t size;
-    if (size_of(args, count, &size) < 0 || open_sock(reader->sock) == NULL)
+    if (size_of(args, count, &size) < 0 || asked(reader) < 0)
         return NULL;
     if (size < 0)
         size = reader->most;
@@ -305,7 +324,7 @@ static PyObject *reader_read1(PyObject *self, PyObject *const *args, Py_ssize_t 
 
 static PyObject *reader_peek(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Reader *reader = (Reader *)self;
-    if (open_sock(reader->sock) == NULL || (held(reader) == 0 && fill(reader) < 0))
+    if (asked(reader) < 0 || (held(reader) == 0 && fill(reader) < 0))
         return NULL;
     return PyBytes_FromStringAndSize(held(reader) > 0 ? start(reader) : NULL, held(reader));
 }
@@ -313,7 +332,7 @@ static PyObject *reader_peek(PyObject *self, PyObject *const *args, Py_ssize_t c
 static PyObject *read_into(PyObject *self, PyObject *target, bool once) {
     Reader *reader = (Reader *)self;
     Py_buffer buffer;
-    if (open_sock(reader->sock) == NULL || PyObject_GetBuffer(target, &buffer, PyBUF_WRITABLE) < 0)
+    if (asked(reader) < 0 || PyObject_GetBuffer(target, &buffer, PyBUF_WRITABLE) < 0)
         return NULL;
     Py_ssize_t done = 0;
     ssize_t got = 1;
@@ -372,6 +391,7 @@ static int put(Writer *writer, const char *data, size_t size) {
     bool joins = hub != NULL && (more || hub->pending_owner == sock) && size <= PENDING && !state->nonblocking &&
                  !in_hub(hub);
     Py_INCREF(sock);
+    begin_writing(state);
     int result;
     if (joins)
         result = join(hub, sock, data, size) < 0 || (!more && flush_pending(hub) < 0) ? -1 : 0;

@@ -206,6 +206,17 @@ HIDDEN void slots_free(Hub *hub);
 
 /* connection.c */
 
+/* What a Connection notes of its traffic, for deadlines and books. Times are nanoseconds of CLOCK_MONOTONIC; 0: never. */
+typedef struct {
+    int64_t since[2];  /* when the operation that waits, or waited last, began to */
+    int64_t first;     /* when the first byte of the request came */
+    int64_t moved;     /* when bytes last moved, on what is no TCP */
+    uint64_t count[2]; /* bytes received and sent */
+    bool whole;        /* a call of a file goes on: its next receive() is no new operation */
+    bool waits[2];     /* somebody waits at the moment, by direction */
+    bool answered;     /* something was sent since the first byte of the request */
+} Marks;
+
 /* What a Connection keeps behind its socket.socket. */
 typedef struct {
     PyObject *hub;  /* in which it last waited; a T_OBJECT_EX member, so that the type machinery visits it */
@@ -220,7 +231,35 @@ typedef struct {
     bool broken : 1;      /* it was reset */
     bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it */
     double timeout;   /* seconds; 0: none */
+    PyObject *marked; /* bytes that hold Marks, and a member as `hub` is; NULL: nobody wants to know */
 } State;
+
+static inline Marks *marks_of(State *state) {
+    return state->marked == NULL ? NULL : (Marks *)PyBytes_AS_STRING(state->marked);
+}
+HIDDEN Marks *marks_made(State *state);
+HIDDEN void note_moved(State *state, int direction, size_t size);
+
+/* A call that reads begins: after an answer that means the next request. */
+static inline void begin_reading(State *state) {
+    Marks *marks = marks_of(state);
+    if (marks == NULL)
+        return;
+    marks->since[READ] = 0;
+    if (marks->answered) {
+        marks->answered = false;
+        marks->first = 0;
+    }
+}
+
+/* A call that writes begins. */
+static inline void begin_writing(State *state) {
+    Marks *marks = marks_of(state);
+    if (marks == NULL)
+        return;
+    marks->since[WRITE] = 0;
+    marks->answered = true;
+}
 
 HIDDEN int connection_ready(PyObject *module);
 HIDDEN PyObject *connection_adopt(PyObject *sock);

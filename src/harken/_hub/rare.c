@@ -27,6 +27,10 @@ static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int whic
     State *state = state_of(self);
     int64_t deadline = 0;
     int direction = which >= SENDTO ? WRITE : READ;
+    if (direction == READ)
+        begin_reading(state);
+    else
+        begin_writing(state);
     PyObject *method = PyObject_CallMethod(base_method[which], "__get__", "O", self), *done = NULL;
     if (flush_of(self) < 0)
         Py_CLEAR(method);
@@ -155,6 +159,7 @@ static PyObject *rare_connect_ex(PyObject *self, PyObject *address) {
 static int64_t send_pieces(PyObject *self, int file, int64_t offset, int64_t most) {
     State *state = state_of(self);
     int64_t deadline = 0, sent = 0;
+    begin_writing(state);
     while (sent < most) {
         int fd = begin(self, state), error;
         if (fd < 0)
@@ -169,6 +174,7 @@ static int64_t send_pieces(PyObject *self, int file, int64_t offset, int64_t mos
             break;
         if (done > 0) {
             sent += done;
+            note_moved(state, WRITE, (size_t)done);
             if (current_hub != NULL && (current_hub->budget -= (int)(done >> 12) + 1) < 0 && give_way(current_hub) < 0)
                 return -1;
         } else if (error == EAGAIN) {

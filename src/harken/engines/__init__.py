@@ -210,6 +210,12 @@ class Engine(ABC):
         """Return ``function(*args)``, which waits for other handlers, so that it does not keep them from running."""
         return function(*args)
 
+    def attend(self, function: Callable[..., object], *args: Any) -> None:
+        """Run a short hook beside the handlers, where it may use a connection of theirs (*any thread*)."""
+        from harken.engines._crew import beside
+
+        beside(function, *args)
+
     @property
     def in_loop_thread(self) -> bool:
         """Whether the calling thread is one of the engine's own in which doors are watched (*any thread*)."""

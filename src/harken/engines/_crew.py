@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 import weakref
@@ -12,7 +13,7 @@ from typing import Any
 
 from harken.lifecycle import at_exit
 
-__all__ = ["Crew"]
+__all__ = ["Crew", "beside"]
 
 Job = tuple[Callable[..., object], tuple[Any, ...]]
 
@@ -202,7 +203,34 @@ def _show() -> None:
     threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
+# Hooks that may run beside the handlers at once; each is short, and bounded by whoever has it called.
+MOST_BESIDE = 8
+
+
+def beside(function: Callable[..., object], *args: Any) -> None:
+    """Run ``function(*args)`` in a thread that goes when there is nothing more to do."""
+    _beside.submit(_then_leave, function, args)
+
+
+def _then_leave(function: Callable[..., object], args: tuple[Any, ...]) -> None:
+    try:
+        function(*args)
+    finally:
+        _beside.release()
+
+
 _crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+
+_beside = Crew(lambda: True, limit=MOST_BESIDE)
+
+
+def _after_fork() -> None:
+    global _beside
+    _beside = Crew(lambda: True, limit=MOST_BESIDE)  # the threads stayed in the parent
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 @at_exit

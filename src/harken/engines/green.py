@@ -32,6 +32,7 @@ from harken.engines._datagrams import Datagrams
 from harken.green import aside, release_threads
 from harken.lifecycle import at_exit
 from harken.stalls import Tally, Watchdog
+from harken.stamps import plain_kind
 from harken.unpatched import Socket, patched
 
 __all__ = ["Engine"]
@@ -415,7 +416,16 @@ class Engine(Contract):
 
     def adopt(self, request: Any) -> Any:
         """Make a plain socket a connection of the hub's; anything else stays as it is."""
-        return _hub.adopt(request) if type(request) in (Socket, socket.socket, Connection) else request
+        return _hub.adopt(request) if plain_kind(type(request)) in (Socket, socket.socket, Connection) else request
+
+    def attend(self, function: Callable[..., object], *args: Any) -> None:
+        """Run ``function`` in a green thread; see :class:`harken.engines.Engine`."""
+        with self._guard:
+            hub = self._hub
+            if hub is not None:
+                hub.call_soon_threadsafe(hub.spawn, partial(function, *args))
+                return
+        super().attend(function, *args)
 
     # -- datagrams -----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,104 @@
+"""What becomes of a connection whose deadline is over: an event, perhaps a last word of its handler, the end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any
+
+from harken.connection import CHILD_STATUS, REASONS, Record
+from harken.reaper import reaper
+from harken.unpatched import Socket
+
+if TYPE_CHECKING:
+    from harken.serving import Serving
+
+__all__ = ["Expiry", "introduce"]
+
+# Seconds that on_timeout() gets for its last word; a peer that reads takes it in milliseconds.
+GOODBYE_SECONDS = 1.0
+# Seconds that a child of the fork engine gets to leave after its connection was closed, before it is ended.
+CHILD_SECONDS = 1.0
+
+
+def introduce(handler: Any, request: Any) -> None:
+    """Note who handles a connection, so that its hooks can be called from outside its own thread."""
+    serving = getattr(handler.server, "_harken", None)
+    connections = getattr(serving, "connections", None)
+    record = connections.find(request) if connections is not None else None
+    if record is not None:
+        record.handler = handler
+
+
+class Expiry:
+    """Ends the connections of one server whose time is over."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    def __call__(self, record: Record, which: str, seconds: float) -> None:
+        """End a connection. The reaper's thread."""
+        if record.reason is not None:
+            return  # it is on its way out
+        record.reason, record.detail = (which, record.detail) if which in REASONS else ("killed", which)
+        self._serving.books.timed_out(record, record.client_address, which, seconds)
+        if which == "write_timeout":
+            _forget_unsent(record.request)
+        handler = record.handler
+        if handler is None:
+            self._end(record)
+            return
+        if which == "write_timeout":
+            self._end(record)  # who does not read has no last word read either; and its handler is in a write
+        else:
+            reaper.call_at(time.monotonic() + GOODBYE_SECONDS, lambda: self._end(record))
+        self._serving.engine.attend(self._say_goodbye, record, handler, which)
+
+    def _say_goodbye(self, record: Record, handler: Any, which: str) -> None:
+        try:
+            result = handler.on_timeout(which)
+            if isinstance(result, Awaitable):
+                from harken._hub.task import drive
+
+                drive(_settle(result))
+            flush = getattr(getattr(handler, "wfile", None), "flush", None)
+            if flush is not None and not isinstance(result, Awaitable):
+                flush()  # what is joined with later writes would wait for them
+        except OSError:
+            pass  # the peer has gone, or does not read: there is nobody to be told
+        except Exception as error:  # noqa: BLE001 - as a handler's own
+            self._serving.books.failed(record.request, record.client_address, error)
+            self._serving.server.handle_error(record.request, record.client_address)
+        finally:
+            self._end(record)
+
+    def _end(self, record: Record) -> None:
+        if not record.is_open or record.cut_already:
+            return
+        record.cut_already = True
+        record.cut(record.reason or "killed")
+        if record.silent:  # in a child: its slot is wanted, whatever its handler does
+            reaper.call_at(time.monotonic() + CHILD_SECONDS, lambda: os._exit(child_status(record)))
+
+
+async def _settle(result: Awaitable[Any]) -> None:
+    await result
+
+
+def child_status(record: Record | None) -> int:
+    """Return the exit status by which a child tells its parent why its connection ended."""
+    reason = (record and record.reason) or "handler_returned"
+    if reason == "killed" and record is not None and record.detail in CHILD_STATUS:
+        reason = record.detail
+    return CHILD_STATUS.get(reason, 0)
+
+
+def _forget_unsent(request: Any) -> None:
+    """Let close() throw away what the peer will not take; else the kernel would keep it for minutes."""
+    try:
+        Socket.setsockopt(request, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except (OSError, TypeError):
+        pass  # it has closed

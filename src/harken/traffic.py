@@ -1,0 +1,114 @@
+"""What the kernel tells of a connection's traffic, at no cost to those who read and write.
+
+Linux counts the bytes of each TCP connection and stamps the last; TCP_INFO reads it at the time of one system call.
+Offsets are those of ``struct tcp_info`` in linux/tcp.h, which only ever grows at its end.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from harken.unpatched import Socket
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # no Unix
+    _ioctl: Callable[[int, int, bytes], Any] | None = None
+    _FIONREAD = _TIOCOUTQ = 0
+else:
+    _ioctl, _FIONREAD, _TIOCOUTQ = fcntl.ioctl, termios.FIONREAD, termios.TIOCOUTQ
+
+__all__ = ["Traffic", "queued", "traffic", "unread"]
+
+_TCP_INFO = getattr(socket, "TCP_INFO", None)
+# Up to tcpi_bytes_retrans, which Linux has since 4.19.
+_BYTES = 216
+_STATE = struct.Struct("=B")
+_TIMES = struct.Struct("=I4xI")  # tcpi_last_data_sent, tcpi_last_data_recv: milliseconds
+_TIMES_AT = 44
+_COUNTS = struct.Struct("=QQ8xI")  # tcpi_bytes_acked, tcpi_bytes_received, …, tcpi_notsent_bytes
+_COUNTS_AT = 120
+_SENT = struct.Struct("=QQ")  # tcpi_bytes_sent, tcpi_bytes_retrans
+_SENT_AT = 200
+# States in which the peer's FIN has come, which counts as a byte received: CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT.
+_FINISHED = {8, 9, 11, 6}
+_NOTHING = b"\0\0\0\0"
+
+
+class Traffic(NamedTuple):
+    """What has moved on one TCP connection.
+
+    Attributes:
+        state: the kernel's number for its state.
+        received: bytes that came.
+        sent: bytes that the handler gave to the kernel.
+        out: bytes that left for the peer at least once.
+        acked: bytes that the peer's kernel has.
+        since_sent: seconds since data was last sent; that is also tried when a peer does not read.
+        since_received: seconds since data last came.
+    """
+
+    state: int
+    received: int
+    sent: int
+    out: int
+    acked: int
+    since_sent: float
+    since_received: float
+
+
+def traffic(request: Any) -> Traffic | None:
+    """Ask the kernel; None where it does not tell: no TCP, no Linux, closed already."""
+    if _TCP_INFO is None or not isinstance(request, Socket):
+        return None
+    try:
+        info = request.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES)
+    except OSError:
+        return None
+    return decode(info)
+
+
+def decode(info: bytes) -> Traffic | None:
+    """Read what TCP_INFO returned."""
+    if len(info) < _BYTES:
+        return None
+    (state,) = _STATE.unpack_from(info)
+    since_sent, since_received = _TIMES.unpack_from(info, _TIMES_AT)
+    acked, received, unsent = _COUNTS.unpack_from(info, _COUNTS_AT)
+    sent, again = _SENT.unpack_from(info, _SENT_AT)
+    return Traffic(
+        state,
+        received - (state in _FINISHED),
+        sent - again + unsent,
+        sent - again,
+        acked,
+        since_sent / 1000,
+        since_received / 1000,
+    )
+
+
+def queued(request: Any) -> int:
+    """Bytes that were sent and that the peer has not taken; 0 where the kernel does not tell."""
+    return _ask(request, _TIOCOUTQ)
+
+
+def unread(request: Any) -> int:
+    """Bytes that came and that the handler has not read; 0 where the kernel does not tell."""
+    return _ask(request, _FIONREAD)
+
+
+def _ask(request: Any, number: int) -> int:
+    if _ioctl is None:
+        return 0
+    try:
+        told = _ioctl(request.fileno(), number, _NOTHING)
+    except (OSError, AttributeError, ValueError):  # no socket, or closed
+        return 0
+    return 0 if told == _NOTHING else int.from_bytes(told, _ORDER)
+
+
+_ORDER: Any = "little" if struct.pack("=H", 1) == b"\1\0" else "big"
