@@ -196,5 +196,7 @@ class Books:
                 record.client_address,
                 reason=reason,
                 detail=record.detail,
+                bytes_in=record.moved[0] if record.moved is not None else None,
+                bytes_out=record.moved[1] if record.moved is not None else None,
                 seconds=time.monotonic() - record.started,
             )

@@ -21,8 +21,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from harken import events
 from harken.peer import Peer, behind
 from harken.stamps import Stamps, stamp
+from harken.traffic import queued, traffic, unread
 from harken.unpatched import Socket
 
 if TYPE_CHECKING:
@@ -193,6 +195,10 @@ class ConnectionInfo:
         seconds: how long it has been open.
         idle_seconds: how long no byte moved either way, as far as the kernel tells; None when it does not.
         process: the pid of the process that serves it.
+        bytes_in: bytes that came; None where nobody counts (a child's connection, a Unix socket without deadlines).
+        bytes_out: bytes that its handler sent; None as before.
+        waits_for: ``preamble``, ``reading`` (for the client to speak), ``writing`` (for the client to read) or
+            ``handler``; on blocking engines as far as the kernel tells.
     """
 
     id: str
@@ -201,6 +207,9 @@ class ConnectionInfo:
     seconds: float
     idle_seconds: float | None
     process: int
+    bytes_in: int | None = None
+    bytes_out: int | None = None
+    waits_for: str = "handler"
 
 
 # Ids that no other process and no other start of this one gives: a random prefix, and a count. A forked child counts on
@@ -270,6 +279,7 @@ class Record:
         stamps: what is known of its traffic beside what the kernel knows, or None.
         seen: the deadlines' own: what moved last, and when.
         cut_already: whether its deadline has cut it.
+        moved: the bytes that had come and been sent at its end, if ``closed`` has subscribers and they are counted.
     """
 
     # What each record has costs a place in it; the rest is the class's, and the record's own once it happens.
@@ -304,6 +314,7 @@ class Record:
     stamps: Stamps | None = None
     seen: tuple[object, float] = (None, 0.0)
     cut_already = False
+    moved: tuple[int, int] | None = None
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
         self._number = next(_count)
@@ -341,6 +352,28 @@ class Record:
             peer = replace(peer, certificate=self.certificate)
         return peer if self.proxy is None else behind(peer, self.proxy)
 
+    def bytes_moved(self) -> tuple[int, int] | None:
+        """Return the bytes that came and that were sent, if anybody counts them."""
+        told = traffic(self.request)
+        if told is not None:
+            return told.received, told.sent
+        stamps = self.stamped()
+        return (stamps.received, stamps.sent) if stamps is not None else None
+
+    def waits_for(self) -> str:
+        """Tell for what it waits; see :class:`ConnectionInfo`."""
+        if self.in_preamble:
+            return "preamble"
+        request, stamps = self.request, self.stamped()
+        if (stamps and stamps.writing) or queued(request):
+            return "writing"
+        if stamps and stamps.reading:
+            return "reading"
+        told = traffic(request)
+        if told is None or unread(request):
+            return "handler"
+        return "handler" if told.received and told.since_received < told.since_sent else "reading"
+
     def stamped(self) -> Stamps | None:
         """Return the stamps of its traffic: the connection's own where it keeps some."""
         own = getattr(self.request, "stamps", None)
@@ -349,6 +382,8 @@ class Record:
     def judge(self, request: Any) -> str:
         """Settle the reason, while the socket is still open, from what the kernel says; the first judgement holds."""
         if self.reason is None:
+            if events.subscribers["closed"]:
+                self.moved = self.bytes_moved()
             far_end = getattr(request, "far_end", None) or peer_fault(request)
             self.reason = "handler_failed" if self.failed and far_end != "peer_reset" else far_end or "handler_returned"
         return self.reason
@@ -380,6 +415,8 @@ class Record:
         """End the connection from outside its handler; any thread may call it."""
         if self.reason is None:
             self.reason = reason
+        if events.subscribers["closed"]:
+            self.moved = self.bytes_moved()
         if self.process:
             self._registry.end_child(self.process)
         else:
@@ -399,8 +436,17 @@ class Record:
     def info(self) -> ConnectionInfo:
         """Describe the connection for ``connections()``."""
         seconds = time.monotonic() - self.started
+        received, sent = self.bytes_moved() or (None, None)
         return ConnectionInfo(
-            self.id, self.peer, time.time() - seconds, seconds, self.idle_seconds(), self.process or os.getpid()
+            id=self.id,
+            peer=self.peer,
+            opened_at=time.time() - seconds,
+            seconds=seconds,
+            idle_seconds=self.idle_seconds(),
+            process=self.process or os.getpid(),
+            bytes_in=received,
+            bytes_out=sent,
+            waits_for=self.waits_for(),
         )
 
 

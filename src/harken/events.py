@@ -21,7 +21,8 @@ NAMES: dict[str, str] = {
     "accepted": "a connection or datagram was taken from the kernel: `connection`, `peer`",
     "rejected": "a connection, or a datagram, was refused before its handler: `connection`, `peer`, `reason`, `detail`",
     "opened": "a connection goes to its handler: `connection`, `peer`",
-    "closed": "an opened connection has ended, exactly once: `connection`, `peer`, `reason`, `seconds`",
+    "closed": "an opened connection has ended, exactly once: `connection`, `peer`, `reason`, `detail`, `seconds`, "
+    "`bytes_in`, `bytes_out`",
     "handler_failed": "a handler raised: `connection`, `peer`, `error`",
     "timed_out": "a deadline closed a connection: `connection`, `peer`, `which`, `seconds`",
     "stalled": "a handler kept the loop from other connections for `stall_after`, told when it has ended, and before "
