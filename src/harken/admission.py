@@ -46,6 +46,17 @@ def wanted(settings: Settings) -> bool:
     return any(settings[name] not in (None, ()) for name in _NAMES)
 
 
+def share(total: int | None, settings: Settings) -> int | None:
+    """Return one worker's part of a number that holds over all of them; at least one.
+
+    Workers share their listeners evenly, and know of each other only how many they are when they start.
+    """
+    if total is None or settings.profile != "serve":
+        return total
+    workers: int = settings["workers"]
+    return max(1, total // max(1, workers))
+
+
 class Ticket:
     """What a connection was let in by; given back when it ends.
 
@@ -114,11 +125,11 @@ class Admission:
         value, source = settings.find("max_connections")
         if engine_name == "thread" and value is not None and source.startswith("default"):
             value = min(value, THREAD_MAX_CONNECTIONS)
-        self.crowd.maximum = value
+        self.crowd.maximum = share(value, settings)
         self.policy = settings["overload"]
         reply = settings["overload_reply"] if self.policy == "reply" else b""
         self.reply = reply.encode() if isinstance(reply, str) else reply
-        self._rate.maximum = settings["max_accept_rate"]
+        self._rate.maximum = share(settings["max_accept_rate"], settings)
         self._alarm.threshold = settings["alarm_connections"]
         self._per_peer.maximum = settings["max_connections_per_peer"]
         lists = settings["allow"], settings["deny"]
