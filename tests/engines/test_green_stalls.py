@@ -183,3 +183,22 @@ def test_an_answer_does_not_wait_for_what_comes_after_it() -> None:
             client.sendall(b"one\ntwo\n")
             assert client.recv(100) == b"one\n"
             assert time.monotonic() - began < 0.7
+
+
+def test_finds_a_coroutine_too(stalled: Ear) -> None:
+    """On the engine asyncio, ``async def handle`` that blocks is told of by its own line and connection."""
+
+    class Async(harken.AsyncStreamRequestHandler):
+        async def handle(self) -> None:
+            line = await self.rfile.readline()
+            time.sleep(STALL)  # noqa: ASYNC251 - it is what is tested
+            await self.wfile.write(line)
+
+    with harken.background(harken.AsyncTCPServer(LOCAL, Async, stall_after=0.1)) as server:
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            client.sendall(b"hello\n")
+            assert client.recv(100) == b"hello\n"
+        told = stalled.wait(1)[0]
+        assert (told.file, told.function) == (__file__, "handle")
+        assert told.connection is not None
+        assert server.stats()["stalled_total"] == {told.place: 1}
