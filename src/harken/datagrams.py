@@ -35,7 +35,8 @@ class DatagramIntake:
         self._serving = serving
         self._fed: tuple[int, Any, Any] | None = None
         self._fed_one = self._feed  # one object, to be compared
-        self._service: DatagramService | None = None
+        self._made: object = None  # of what the service was made
+        self._service: Any = None
 
     def take(self) -> bool:
         """Take what is there, if several may be taken at once; tell whether that was so.
@@ -46,36 +47,35 @@ class DatagramIntake:
         server = serving.server
         if not getattr(server.get_request, "batches", False) or serving.datagram_proxy is not None:
             return False
-        if type(server)._handle_request_noblock is not _ours().step:
+        ours = _ours()
+        if type(server)._handle_request_noblock is not ours.step:
             return False
         size = serving.packet_size(server.max_packet_size)
         served = serving.engine.datagrams(server.socket) if size <= MOST_BYTES else None
         if served is None:
             return False
+        handler = server.RequestHandlerClass if self._is_plain(server, ours) else self._fed_one
+        made = (handler, size, ours.is_bare(handler))
+        if made != self._made:
+            self._made, self._service = made, self._make(*made)
         try:
-            served.take(self._service_of(server, size))
+            served.take(self._service)
         except OSError as error:
             serving.acceptor.failed(error)
         return True
 
-    def _service_of(self, server: Any, size: int) -> DatagramService:
-        """Return what becomes of a batch; the last one's, unless something has changed."""
-        handler = server.RequestHandlerClass if self._is_plain(server) else self._fed_one
-        lean = _ours().make(handler)
-        service = self._service
-        if service is None or service.serve is not handler or service.size != size or service.lean != lean:
-            service = self._service = DatagramService(
-                size=size,
-                taken=self._taken,
-                cut=lambda address: self._serving.books.truncated(address, size),
-                serve=handler,
-                server=None if handler is self._fed_one else server,
-                failed=self._failed,
-                lean=lean,
-            )
-        return service
+    def _make(self, handler: Any, size: int, bare: bool) -> DatagramService:
+        return DatagramService(
+            size=size,
+            taken=self._taken,
+            cut=lambda address: self._serving.books.truncated(address, size),
+            serve=handler,
+            server=None if handler is self._fed_one else self._serving.server,
+            failed=self._failed,
+            lean=bare,
+        )
 
-    def _is_plain(self, server: Any) -> bool:
+    def _is_plain(self, server: Any, ours: _Ours) -> bool:
         """Whether nobody would see the hooks being left out."""
         listened, admission, deadlines = events.subscribers, self._serving.admission, self._serving.deadlines
         return not (
@@ -84,7 +84,7 @@ class DatagramIntake:
             or preambles.armed
             or (admission is not None and admission.asks_datagrams)
             or (deadlines is not None and deadlines.times_datagrams)
-            or not _ours().are_those_of(type(server))
+            or not ours.are_those_of(type(server))
             or not _HOOKS.isdisjoint(vars(server))
         )
 
@@ -123,27 +123,25 @@ class _Ours:
         from harken.mixins import ThreadingMixIn
         from harken.server import BaseServer, UDPServer
 
-        self._handler = BaseRequestHandler
         self.step = BaseServer._handle_request_noblock
         self._starts = (BaseServer.process_request, ThreadingMixIn.process_request)
-        self._others = attrgetter(*(_HOOKS - {"process_request"}))
-        self._hooks = self._others(UDPServer)
+        self._read = attrgetter(*sorted(_HOOKS))
+        self._hooks = tuple(
+            tuple(start if name == "process_request" else getattr(UDPServer, name) for name in sorted(_HOOKS))
+            for start in self._starts
+        )
+        self._base = BaseRequestHandler
+        names = ("__new__", "__init__", "setup", "finish", "on_timeout")
+        self._make = attrgetter(*(name for name in names if hasattr(BaseRequestHandler, name)))
+        self._bare = self._make(BaseRequestHandler)
 
     def are_those_of(self, kind: Any) -> bool:
         """Whether a server class overrides none."""
-        return kind.process_request in self._starts and bool(self._others(kind) == self._hooks)
+        return self._read(kind) in self._hooks
 
-    def make(self, handler: Any) -> bool:
+    def is_bare(self, handler: Any) -> bool:
         """Whether making a handler of this class does nothing besides BaseRequestHandler's own constructor."""
-        ours = self._handler
-        return (
-            type(handler) is type
-            and issubclass(handler, ours)
-            and handler.__new__ is object.__new__
-            and handler.__init__ is ours.__init__
-            and handler.setup is ours.setup
-            and handler.finish is ours.finish
-        )
+        return type(handler) is type and issubclass(handler, self._base) and bool(self._make(handler) == self._bare)
 
 
 @cache

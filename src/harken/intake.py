@@ -30,6 +30,7 @@ class Intake:
 
     def __init__(self, serving: Serving) -> None:
         self.datagrams = DatagramIntake(serving)
+        self._has_datagrams = hasattr(serving.server, "max_packet_size")
         self._serving = serving
         self.serve = partial(straight.serve_known, serving)
         self._readable = Readable()
@@ -103,9 +104,11 @@ class Intake:
         if admission is not None and admission.full:
             self._wait_for_room(admission)
             return False
+        if self._has_datagrams and self.datagrams.take():
+            return False
         if engine.bursts and not serving.shared and straight.is_straight(serving):
             return straight.take(serving)
-        return not self.datagrams.take() and self._take_one()
+        return self._take_one()
 
     def _take_one(self) -> bool:
         serving = self._serving

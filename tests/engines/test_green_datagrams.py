@@ -16,6 +16,7 @@ import pytest
 
 import harken
 from harken import events, green
+from harken._hub import DOOR_BURST
 from harken.engines import _datagrams
 
 PATIENCE = 10.0  # seconds
@@ -354,7 +355,7 @@ def test_a_flood_of_handlers_that_wait_is_bounded(monkeypatch: pytest.MonkeyPatc
         kept.gate.set()
         assert {client.recv(10) for _ in range(150)} == {b"%d" % number for number in range(150)}
     unsubscribe()
-    assert kept.most < 5 + _datagrams.MOST_IN_A_TURN + 32
+    assert kept.most < 5 + DOOR_BURST + 32
     assert heard[:2] == ["paused", "resumed"]
 
 
@@ -505,3 +506,30 @@ def test_datagrams_beside_connections(tmp_path: Path) -> None:
         with socket.create_connection(stream, PATIENCE) as connection:
             connection.sendall(b"hello")
             assert connection.recv(10) == b"hello"
+
+
+def test_a_hook_that_is_overridden_meanwhile_is_heeded() -> None:
+    """While datagrams come without a pause; also an observer, and the server's suspension."""
+
+    class Server(harken.GreenUDPServer):
+        pass
+
+    heard: list[str] = []
+    with harken.background(Server(LOCAL, Echo)) as server, clients(server.server_address) as (client,):
+        assert [ask(client, b"%d" % number) for number in range(200)] == [b"%d" % number for number in range(200)]
+        unsubscribe = events.subscribe(lambda event: heard.append(event.name), "opened")
+        soon(lambda: ask(client, b"x") == b"x" and heard != [])
+        unsubscribe()
+        refused: list[object] = []
+        Server.verify_request = lambda self, *args: refused.append(args) or True  # type: ignore[assignment, func-returns-value]
+        soon(lambda: ask(client, b"x") == b"x" and refused != [])
+        del Server.verify_request
+        assert [ask(client, b"y") for _ in range(100)] == [b"y"] * 100
+        server.suspend()
+        client.send(b"suspended")
+        client.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            client.recv(10)
+        client.settimeout(PATIENCE)
+        server.resume()
+        assert client.recv(10) == b"suspended"

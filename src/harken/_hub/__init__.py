@@ -96,18 +96,19 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     raised by a later call.
     Fair: after :data:`TURN_OPERATIONS` operations that did not wait, or :data:`TURN_BYTES`, the others get their turn.
 
-``Batch(hub, sock)``, ``Answers``
-    Datagrams of one socket, taken together (where the kernel can) and served one by one, all in the hub's thread.
-    ``receive(size, cut) -> int`` takes at most 32 without waiting, and calls ``cut(address)`` for each that was longer
-    than ``size``; ``left`` says how many are not served yet. ``serve(serve, server, failed, lean=False) -> bool``, in a
-    green thread, calls ``serve((bytes, sock), address[, server])`` for each (no server when it is None), in a context
-    of its own, and ``failed(request, address, error)`` within ``except`` when it raises an Exception; ``lean`` is as in
-    :class:`harken.engines.DatagramService`. When the handler waits, whoever gets the turn then says so by
-    ``waits(green)``, and another green thread may call ``serve``; the first call returns when its handler has ended.
-    False: this is a forked child. ``flush()`` ends a batch: answers that were sent to the very address that a handler
-    was given may have been joined until then. ``close()`` lets the socket go.
-    A socket whose class has ``Answers`` before the socket's own class has a ``sendto`` that joins, that waits in the
-    hub, and that answers from the address that was asked when the socket is bound to all.
+``Batch(hub, sock, busy, crowded, more, most_waiting)``, ``Answers``
+    Datagrams of one socket, taken together (where the kernel can), served one by one in green threads that are used
+    again, and answered together; all in the hub's thread. ``take(service)``, at the door, takes at most 32 without
+    waiting, and sees that they are served this turn as a :class:`harken.engines.DatagramService` says, each in a
+    context of its own, ``failed`` being called within ``except``; BaseException ends that handler alone. While a
+    handler waits another green thread goes on. The set ``busy`` holds the green threads that have work; with
+    ``most_waiting`` that wait, ``crowded(1)`` is called, and ``crowded(-1)`` when there is room again. After a full
+    batch ``more(again)`` is called, which calls ``again()`` if more is to be taken at once. ``trust(door)`` allows to
+    take what is there without asking for a moment (10 ms), ``distrust()`` (*any thread*) ends that. ``run`` and
+    ``work`` are its own. ``close()`` lets the socket go.
+    A socket whose class has ``Answers`` before the socket's own class has a ``sendto`` that may wait for the end of the
+    batch when it is given the very address that the handler was given, that waits in the hub, and that answers from the
+    address that was asked when the socket is bound to all.
 
 ``hub.beat -> Beat``, ``Beat()``
     What a loop says of itself: the hub for itself, any other loop by ``enter()`` when a piece of work begins and

@@ -1,325 +1,22 @@
 /* SPDX-License-Identifier: MIT
  *
- * Batch: datagrams of one socket, taken from the kernel together, served one by one, and answered together.
+ * Batch: datagrams of one socket, taken from the kernel together, served one by one, and answered together (answers.c).
  *
- * Answers join while the handler that they are of runs: sendto() on the batch's socket with the very address that the
- * handler was given costs no system call. They are sent when the batch is done, when a handler waits, and by the
- * watchdog when one computes on. Anything else that is sent goes at once, after what was joined.
- *
- * On a socket that is bound to every address the kernel is asked to which one a datagram came, and told to answer from
- * there: a client takes no answer from another. */
-#include "hub.h"
+ * Handlers run in green threads that are used again: one that does not wait costs none of its own, and while one waits
+ * another goes on with the batch. On a socket that is bound to every address the kernel is asked to which one a datagram
+ * came. */
+#include "datagrams.h"
 #include <errno.h>
-#include <netinet/in.h>
-#include <poll.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 
-#define MOST 32       /* in a batch: of some 7 us each, so the first answer waits a quarter of a millisecond */
-#define JOINED 1472   /* bytes: more than one Ethernet frame may be refused, which the handler has to be told */
-#define ROOM 65536    /* for one datagram; max_packet_size is at most that */
-#define OLDEST 1000000 /* ns that an answer waits for others, by the coarse clock: one tick of it */
-#define WAIT_MS 1     /* between two tries to send when the kernel has no room */
+#define ROOM 65536          /* for one datagram; max_packet_size is at most that */
+#define OLDEST 1000000      /* ns that an answer waits for others, by the coarse clock: one tick of it */
+#define MOST_IDLE 16        /* green threads that are kept for the next batch */
+#define ENOUGH 4            /* a batch after which it is worth asking at once whether more has come */
+#define TRUSTED_NS 10000000 /* a hook that is overridden while datagrams come is seen so late at most */
 
-typedef union {
-    struct sockaddr any;
-    struct sockaddr_storage room;
-} Address;
-
-#define ANY (-1)
-
-/* The way back: where a datagram came from, and to which of our addresses. */
-typedef struct {
-    Address address;
-    socklen_t length;
-    int level; /* IPPROTO_IP, which is 0, or IPPROTO_IPV6; ANY: the kernel chooses our address */
-    union {
-        struct in_pktinfo v4;
-        struct in6_pktinfo v6;
-    } own;
-} Way;
-
-typedef struct {
-    PyObject *request, *address; /* owned */
-    Way way;
-} Piece;
-
-typedef struct {
-    PyObject *data; /* owned */
-    int piece;
-} Answer;
-
-#define KNOWN_BITS 6
-
-/* A client that was here. */
-typedef struct {
-    in_addr_t host;
-    in_port_t port;
-    PyObject *address; /* owned, or NULL */
-} Known;
-
-typedef struct Batch {
-    PyObject_HEAD
-    struct Batch *next; /* of all batches */
-    Hub *hub;
-    PyObject *sock;
-    int fd, family;
-    bool wildcard, joins, lean;
-    Piece pieces[MOST];
-    int count, at; /* pieces that are there, and the first that is not served */
-    int current;   /* the one whose handler runs; -1: none, or it waits */
-    long turn;     /* counts who serves; see batch_serve */
-    Answer answers[MOST];
-    volatile size_t answer_count;
-    int64_t oldest;
-    PyObject *waiting; /* dict: green threads whose handler waits, to (address, Way as bytes) */
-    Known known[1 << KNOWN_BITS];
-    PyObject *failed;  /* told of what could not be sent, while a batch is served */
-} Batch;
-
-static PyTypeObject *Batch_Type, *Answers_Type;
-static Batch *batches;
-static PyObject *base_sendto, *no_args, *words[4]; /* of a handler: request, client_address, server, handle */
+static PyTypeObject *Batch_Type;
+static PyObject *no_args, *words[4]; /* of a handler: request, client_address, server, handle */
 static char *space; /* for MOST datagrams of ROOM bytes; the kernel touches what it fills */
-
-/* -- sending ------------------------------------------------------------------------------------------------------ */
-
-/* Let a message leave from the address that it was asked at. `control` has room for CMSG_SPACE of a Way's `own`. */
-static void set_own(struct msghdr *message, Way *way, char *control) {
-    if (way->level == ANY)
-        return;
-    bool v4 = way->level == IPPROTO_IP;
-    size_t size = v4 ? sizeof way->own.v4 : sizeof way->own.v6;
-    message->msg_control = control;
-    message->msg_controllen = CMSG_SPACE(size);
-    struct cmsghdr *header = CMSG_FIRSTHDR(message);
-    header->cmsg_level = way->level;
-    header->cmsg_type = v4 ? IP_PKTINFO : IPV6_PKTINFO;
-    header->cmsg_len = CMSG_LEN(size);
-    memcpy(CMSG_DATA(header), &way->own, size);
-}
-
-#define CONTROL CMSG_SPACE(sizeof(struct in6_pktinfo))
-
-static void count_answers(Batch *batch, size_t count) {
-    batch->hub->answers += count - batch->answer_count;
-    batch->answer_count = count;
-}
-
-static void drop_answers(Batch *batch) {
-    for (size_t i = 0; i < batch->answer_count; i++)
-        Py_CLEAR(batch->answers[i].data);
-    count_answers(batch, 0);
-}
-
-/* The answer that the kernel refused is its handler's fault, or its client's: told as if the handler had raised. */
-static void tell_unsent(Batch *batch, int piece, int error) {
-    PyObject *failed = batch->failed, *request = batch->pieces[piece].request, *address = batch->pieces[piece].address;
-    if (failed == NULL || request == NULL)
-        return;
-    errno = error;
-    PyErr_SetFromErrno(PyExc_OSError);
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    PyErr_NormalizeException(&type, &value, &trace);
-    PyObject *done = PyObject_CallFunctionObjArgs(failed, request, address, value, NULL);
-    if (done == NULL)
-        PyErr_WriteUnraisable(failed);
-    Py_XDECREF(done);
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(trace);
-}
-
-/* Send the joined answers: all of them, waiting for the kernel where it must, or (`nowait`) as many as it takes. */
-static size_t send_answers(Batch *batch, bool nowait) {
-    struct mmsghdr messages[MOST];
-    struct iovec parts[MOST];
-    _Alignas(struct cmsghdr) char controls[MOST][CONTROL];
-    int count = (int)batch->answer_count, sent = 0, pieces[MOST];
-    if (count == 0)
-        return 0;
-    memset(messages, 0, sizeof messages[0] * (size_t)count);
-    for (int i = 0; i < count; i++) {
-        PyObject *data = batch->answers[i].data;
-        Way *way = &batch->pieces[pieces[i] = batch->answers[i].piece].way;
-        parts[i] = (struct iovec){PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data)};
-        messages[i].msg_hdr = (struct msghdr){
-            .msg_name = &way->address, .msg_namelen = way->length, .msg_iov = &parts[i], .msg_iovlen = 1};
-        set_own(&messages[i].msg_hdr, way, controls[i]);
-    }
-    PyObject *held[MOST];
-    for (int i = 0; i < count; i++)
-        held[i] = batch->answers[i].data;
-    count_answers(batch, 0); /* from here on they are ours: nobody sends one twice while we wait */
-    int saved = errno;
-    while (sent < count) {
-        int done = sendmmsg(batch->fd, messages + sent, (unsigned)(count - sent), MSG_NOSIGNAL | MSG_DONTWAIT);
-        if (done > 0) {
-            sent += done;
-        } else if (nowait && errno != EINTR) {
-            break; /* also what was refused: the hub's own thread will tell */
-        } else if (errno == EAGAIN) { /* the card is slower than we: as blocking sockets do, wait for it */
-            struct pollfd ready = {.fd = batch->fd, .events = POLLOUT};
-            Py_BEGIN_ALLOW_THREADS;
-            poll(&ready, 1, WAIT_MS);
-            Py_END_ALLOW_THREADS;
-        } else if (errno != EINTR) {
-            tell_unsent(batch, pieces[sent++], errno);
-        }
-    }
-    errno = saved;
-    for (int i = 0; i < sent; i++)
-        Py_DECREF(held[i]);
-    for (int i = sent; i < count; i++)
-        batch->answers[i - sent] = (Answer){held[i], pieces[i]};
-    if (sent < count)
-        count_answers(batch, (size_t)(count - sent));
-    return (size_t)sent;
-}
-
-/* For the watchdog: what handlers of this hub answered goes out although one of them computes on. */
-size_t answers_nowait(Hub *hub) {
-    size_t sent = 0;
-    for (Batch *batch = batches; batch != NULL; batch = batch->next)
-        if (batch->hub == hub)
-            sent += send_answers(batch, true);
-    return sent;
-}
-
-static Batch *batch_of(PyObject *sock) {
-    for (Batch *batch = batches; batch != NULL; batch = batch->next)
-        if (batch->sock == sock)
-            return batch->hub == current_hub ? batch : NULL;
-    return NULL;
-}
-
-/* What the calling green thread's handler is known by, if it has waited since its batch; borrowed, or NULL. */
-static PyObject *has_waited(Batch *batch) {
-    if (PyDict_GET_SIZE(batch->waiting) == 0)
-        return NULL;
-    PyGreenlet *me = PyGreenlet_GetCurrent();
-    PyObject *known = PyDict_GetItemWithError(batch->waiting, (PyObject *)me);
-    Py_DECREF(me);
-    return known;
-}
-
-/* Let the answer wait for others. 1: it does; 0: it has to go at once; -1: an exception. */
-static int join(Batch *batch, PyObject *data, PyObject *address) {
-    if (!batch->joins || batch->current < 0 || !PyObject_CheckBuffer(data) || has_waited(batch))
-        return 0;
-    Piece *piece = &batch->pieces[batch->current];
-    int same = address == piece->address ? 1 : PyObject_RichCompareBool(address, piece->address, Py_EQ);
-    if (same <= 0)
-        return same;
-    PyObject *bytes = PyBytes_CheckExact(data) ? Py_NewRef(data) : PyBytes_FromObject(data);
-    if (bytes == NULL || PyBytes_GET_SIZE(bytes) > JOINED) {
-        Py_XDECREF(bytes);
-        PyErr_Clear(); /* sendto() itself will say what is wrong with it */
-        return 0;
-    }
-    if (batch->answer_count == MOST)
-        send_answers(batch, false);
-    if (batch->answer_count == 0)
-        batch->oldest = coarse_ns();
-    batch->answers[batch->answer_count] = (Answer){bytes, batch->current};
-    count_answers(batch, batch->answer_count + 1);
-    return 1;
-}
-
-/* The way of a handler that has waited in between, if `address` is its client's: true, and `*way` is filled. */
-static bool old_way(Batch *batch, PyObject *address, Way *way) {
-    if (!batch->wildcard)
-        return false;
-    PyObject *known = has_waited(batch);
-    if (known != NULL && PyObject_RichCompareBool(PyTuple_GET_ITEM(known, 0), address, Py_EQ) > 0) {
-        memcpy(way, PyBytes_AS_STRING(PyTuple_GET_ITEM(known, 1)), sizeof *way);
-        return true;
-    }
-    if (known == NULL && batch->current >= 0) {
-        Piece *piece = &batch->pieces[batch->current];
-        if (PyObject_RichCompareBool(piece->address, address, Py_EQ) > 0) {
-            *way = piece->way;
-            return true;
-        }
-    }
-    PyErr_Clear();
-    return false;
-}
-
-static ssize_t send_one(Batch *batch, PyObject *data, Way *way) {
-    _Alignas(struct cmsghdr) char control[CONTROL];
-    Py_buffer buffer;
-    if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
-        return -1;
-    struct iovec part = {buffer.buf, (size_t)buffer.len};
-    struct msghdr message = {
-        .msg_name = &way->address, .msg_namelen = way->length, .msg_iov = &part, .msg_iovlen = 1};
-    set_own(&message, way, control);
-    ssize_t sent = sendmsg(batch->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
-    PyBuffer_Release(&buffer);
-    if (sent < 0)
-        PyErr_SetFromErrno(PyExc_OSError);
-    return sent;
-}
-
-/* socket.sendto with what a green thread must not do, to block, left to the caller. */
-static PyObject *send_plainly(PyObject *self, PyObject *const *args, Py_ssize_t count, bool wait) {
-    long flags = 0;
-    if (count == 3 && (flags = PyLong_AsLong(args[1])) == -1 && PyErr_Occurred())
-        return NULL;
-    PyObject *number = PyLong_FromLong(wait ? flags : flags | MSG_DONTWAIT);
-    if (number == NULL)
-        return NULL;
-    PyObject *all[] = {self, args[0], number, args[count - 1]};
-    PyObject *sent = PyObject_Vectorcall(base_sendto, all, 4, NULL);
-    Py_DECREF(number);
-    return sent;
-}
-
-/* sendto(data[, flags], address) on the socket of a datagram server. */
-static PyObject *answers_sendto(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    Batch *batch = current_hub == NULL || count < 2 || count > 3 ? NULL : batch_of(self);
-    if (batch == NULL || in_hub(batch->hub)) {
-        PyObject *all[4] = {self};
-        if (count > 3) {
-            PyErr_Format(PyExc_TypeError, "sendto() takes 2 or 3 arguments (%zd given)", count);
-            return NULL;
-        }
-        for (Py_ssize_t i = 0; i < count; i++)
-            all[i + 1] = args[i];
-        return PyObject_Vectorcall(base_sendto, all, (size_t)count + 1, NULL);
-    }
-    if (count == 2) {
-        int joined = join(batch, args[0], args[1]);
-        if (joined != 0)
-            return joined < 0 ? NULL : PyLong_FromSsize_t(PyBytes_GET_SIZE(
-                                           batch->answers[batch->answer_count - 1].data));
-    }
-    send_answers(batch, false);
-    Way way;
-    bool known = count == 2 && old_way(batch, args[1], &way);
-    for (;;) {
-        ssize_t size = known ? send_one(batch, args[0], &way) : 0;
-        PyObject *sent = known ? (size < 0 ? NULL : PyLong_FromSsize_t(size)) : send_plainly(self, args, count, false);
-        if (sent != NULL || !PyErr_ExceptionMatches(PyExc_BlockingIOError))
-            return sent;
-        PyObject *kind, *value, *trace;
-        PyErr_Fetch(&kind, &value, &trace);
-        PyObject *limit = PyObject_CallMethod(self, "gettimeout", NULL);
-        bool patient = limit == Py_None && (count == 2 || !(PyLong_AsLong(args[1]) & MSG_DONTWAIT));
-        Py_XDECREF(limit);
-        if (!patient) {
-            PyErr_Restore(kind, value, trace);
-            return NULL;
-        }
-        Py_XDECREF(kind);
-        Py_XDECREF(value);
-        Py_XDECREF(trace);
-        if (sleep_until(batch->hub, now_ns() + (int64_t)WAIT_MS * 1000000) < 0)
-            return NULL;
-    }
-}
 
 /* -- receiving ---------------------------------------------------------------------------------------------------- */
 
@@ -385,73 +82,82 @@ static int make_piece(Batch *batch, int i, struct mmsghdr *message, const char *
     return piece->request == NULL || piece->address == NULL ? -1 : 0;
 }
 
-/* receive(size, cut): take what is there, without waiting; the number of datagrams. `cut(address)` is told of each that
- * was longer than `size`. Not while some of the last are left. */
-static PyObject *batch_receive(PyObject *self, PyObject *args) {
-    Batch *batch = (Batch *)self;
-    Py_ssize_t size;
-    PyObject *cut;
-    if (!PyArg_ParseTuple(args, "nO:receive", &size, &cut))
-        return NULL;
-    if (batch->at < batch->count) {
-        PyErr_SetString(PyExc_RuntimeError, "the last batch is not served");
-        return NULL;
+/* What recvmmsg(2) is given, and has overwritten. */
+static void prepare(Batch *batch, int i) {
+    batch->parts[i] = (struct iovec){space + (size_t)i * ROOM, batch->room};
+    batch->messages[i].msg_hdr = (struct msghdr){.msg_name = &batch->pieces[i].way.address,
+                                                 .msg_namelen = sizeof(Address),
+                                                 .msg_iov = &batch->parts[i],
+                                                 .msg_iovlen = 1,
+                                                 .msg_control = batch->wildcard ? batch->controls[i] : NULL,
+                                                 .msg_controllen = batch->wildcard ? sizeof batch->controls[i] : 0};
+}
+
+/* Tell of each that was longer than there was room. */
+static int tell_cut(Batch *batch) {
+    for (int i = 0; i < batch->count; i++)
+        if (batch->messages[i].msg_hdr.msg_flags & MSG_TRUNC) {
+            PyObject *done = PyObject_CallOneArg(batch->service.cut, batch->pieces[i].address);
+            if (done == NULL)
+                return -1;
+            Py_DECREF(done);
+        }
+    return 0;
+}
+
+static int count_taken(Batch *batch) {
+    PyObject *number = PyLong_FromLong(batch->count);
+    PyObject *done = number == NULL ? NULL : PyObject_CallOneArg(batch->service.taken, number);
+    Py_XDECREF(number);
+    Py_XDECREF(done);
+    return done == NULL || tell_cut(batch) < 0 ? -1 : batch->count;
+}
+
+/* Take what is there, without waiting; how many. Not while some of the last are left. */
+static int receive_batch(Batch *batch) {
+    if (batch->at < batch->count || batch->sock == NULL)
+        return 0;
+    if (space == NULL && (space = PyMem_RawMalloc((size_t)MOST * ROOM)) == NULL) {
+        PyErr_NoMemory();
+        return -1;
     }
-    if (space == NULL && (space = PyMem_RawMalloc((size_t)MOST * ROOM)) == NULL)
-        return PyErr_NoMemory();
     for (int i = 0; i < batch->count; i++)
         drop_piece(&batch->pieces[i]);
     batch->count = batch->at = 0;
-    struct mmsghdr messages[MOST];
-    struct iovec parts[MOST];
-    _Alignas(struct cmsghdr) char controls[MOST][CONTROL + CMSG_SPACE(sizeof(struct in_pktinfo))];
-    size_t room = size < 0 ? 0 : size < ROOM ? (size_t)size : ROOM;
-    for (int i = 0; i < MOST; i++) {
-        parts[i] = (struct iovec){space + (size_t)i * ROOM, room};
-        messages[i].msg_hdr = (struct msghdr){.msg_name = &batch->pieces[i].way.address,
-                                              .msg_namelen = sizeof(Address),
-                                              .msg_iov = &parts[i],
-                                              .msg_iovlen = 1,
-                                              .msg_control = batch->wildcard ? controls[i] : NULL,
-                                              .msg_controllen = batch->wildcard ? sizeof controls[i] : 0};
-    }
-    batch->fd = socket_fd(batch->sock);
-    if (batch->fd < 0) {
-        if (!PyErr_Occurred())
-            fail(EBADF);
-        return NULL;
-    }
+    size_t room = batch->service.size < 0 ? 0 : batch->service.size < ROOM ? (size_t)batch->service.size : ROOM;
+    if (room != batch->room)
+        batch->used = MOST;
+    batch->room = room;
+    for (int i = 0; i < batch->used; i++)
+        prepare(batch, i);
+    batch->used = 0;
+    if ((batch->fd = socket_fd(batch->sock)) < 0)
+        return PyErr_Occurred() ? -1 : fail(EBADF);
     int count;
-    while ((count = recvmmsg(batch->fd, messages, MOST, MSG_DONTWAIT, NULL)) < 0) {
+    while ((count = recvmmsg(batch->fd, batch->messages, MOST, MSG_DONTWAIT, NULL)) < 0) {
         if (errno == EAGAIN)
-            return PyLong_FromLong(0);
+            return 0;
         if (errno != EINTR)
-            return PyErr_SetFromErrno(PyExc_OSError);
+            return fail(errno);
         if (PyErr_CheckSignals() < 0)
-            return NULL;
+            return -1;
     }
+    batch->used = count;
     for (int i = 0; i < count; i++) {
         batch->count = i + 1;
-        if (make_piece(batch, i, &messages[i], parts[i].iov_base) < 0) {
+        if (make_piece(batch, i, &batch->messages[i], batch->parts[i].iov_base) < 0) {
             batch->at = batch->count;
-            return NULL;
+            return -1;
         }
     }
-    for (int i = 0; i < count; i++)
-        if (messages[i].msg_hdr.msg_flags & MSG_TRUNC) {
-            PyObject *done = PyObject_CallOneArg(cut, batch->pieces[i].address);
-            if (done == NULL)
-                return NULL;
-            Py_DECREF(done);
-        }
-    return PyLong_FromLong(count);
+    return count_taken(batch);
 }
 
 /* -- serving ------------------------------------------------------------------------------------------------------ */
 
 /* A handler raised. What is no Exception ends it without a word to handle_error(), as in a thread; GreenletExit goes
  * on: the hub is being closed. */
-static int tell_failure(PyObject *failed, PyObject *request, PyObject *address) {
+int tell_failure(PyObject *failed, PyObject *request, PyObject *address) {
     if (PyErr_ExceptionMatches(PyExc_GreenletExit))
         return -1;
     if (!PyErr_ExceptionMatches(PyExc_Exception)) {
@@ -490,15 +196,17 @@ static PyObject *handle_plainly(PyTypeObject *type, PyObject *const *args) {
     return done;
 }
 
-/* Call serve(request, address[, server]) in a context of its own. */
-static int serve_piece(Batch *batch, PyObject *serve, PyObject *server, PyObject *failed, int place) {
+/* Call the service's function in a context of its own. */
+static int serve_piece(Batch *batch, int place) {
     Piece *piece = &batch->pieces[place];
+    PyObject *serve = Py_NewRef(batch->service.serve), *server = Py_NewRef(batch->service.server);
+    PyObject *failed = Py_NewRef(batch->service.failed);
     PyObject *request = Py_NewRef(piece->request), *address = Py_NewRef(piece->address);
     PyObject *args[] = {request, address, server};
     PyObject *context = PyContext_CopyCurrent(), *done = NULL;
     int result = -1;
     if (context != NULL && PyContext_Enter(context) == 0) {
-        if (batch->lean)
+        if (batch->service.lean)
             done = handle_plainly((PyTypeObject *)serve, args);
         else
             done = PyObject_Vectorcall(serve, args, server == Py_None ? 2 : 3, NULL);
@@ -512,73 +220,258 @@ static int serve_piece(Batch *batch, PyObject *serve, PyObject *server, PyObject
     Py_XDECREF(context);
     Py_DECREF(address);
     Py_DECREF(request);
+    Py_DECREF(failed);
+    Py_DECREF(server);
+    Py_DECREF(serve);
     return result;
 }
 
-/* serve(serve, server, failed, lean=False): serve what is left, in the calling green thread. When a handler waits, and somebody has
- * said so by waits(), others go on with the batch; this call then returns as soon as that handler has ended. False: this is
- * a forked child, in which nothing more is served. */
-static PyObject *batch_serve(PyObject *self, PyObject *args) {
-    Batch *batch = (Batch *)self;
-    PyObject *serve, *server, *failed;
-    int lean = 0;
-    if (!PyArg_ParseTuple(args, "OOO|p:serve", &serve, &server, &failed, &lean))
-        return NULL;
-    batch->lean = lean && PyType_Check(serve);
+/* Serve what is left, in the calling green thread. When a handler waits, others go on with the batch, which is seen by
+ * another turn: then this one is done when its handler is. 1: it has waited. */
+static int serve_left(Batch *batch) {
     Hub *hub = batch->hub;
     long turn = ++batch->turn;
-    int result = 0;
-    Py_XSETREF(batch->failed, Py_NewRef(failed));
-    while (result == 0 && batch->at < batch->count && batch->turn == turn) {
+    while (batch->at < batch->count) {
         int place = batch->current = batch->at++;
         beat_piece(hub->beat);
-        result = serve_piece(batch, serve, server, failed, place);
-        if (batch->turn != turn || hub->lent)
-            break;
+        int result = serve_piece(batch, place);
+        if (hub->lent) { /* a handler forked, this is the child: what was joined is the parent's to send */
+            drop_answers(batch);
+            batch->at = batch->count;
+            return result;
+        }
+        if (batch->turn != turn)
+            return result < 0 ? -1 : 1;
         batch->current = -1;
+        if (result < 0)
+            return -1;
         if (batch->answer_count > 0 && coarse_ns() - batch->oldest >= OLDEST)
             send_answers(batch, false);
     }
-    if (hub->lent) { /* a handler forked: what was joined is the parent's to send */
-        drop_answers(batch);
-        batch->at = batch->count;
-    }
-    if (PyDict_GET_SIZE(batch->waiting) > 0) {
-        PyObject *type, *value, *trace;
-        PyErr_Fetch(&type, &value, &trace);
-        PyGreenlet *me = PyGreenlet_GetCurrent();
-        if (PyDict_DelItem(batch->waiting, (PyObject *)me) < 0)
-            PyErr_Clear(); /* it never waited */
-        Py_DECREF(me);
-        PyErr_Restore(type, value, trace);
-    }
-    return result < 0 ? NULL : PyBool_FromLong(!hub->lent);
+    return 0;
 }
 
-/* waits(green): the handler that was being served waits in that green thread; send what it has answered. */
-static PyObject *batch_waits(PyObject *self, PyObject *green) {
-    Batch *batch = (Batch *)self;
+static int call_crowded(Batch *batch, long change) {
+    PyObject *done = PyObject_CallFunction(batch->crowded, "l", change);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* The handler that was being served waits, in that green thread; send what it has answered. */
+static int note_wait(Batch *batch, PyGreenlet *runner) {
     int current = batch->current;
     batch->turn++;
     batch->current = -1;
+    batch->active = NULL;
     send_answers(batch, false);
-    if (current < 0)
-        Py_RETURN_NONE;
     Piece *piece = &batch->pieces[current];
     PyObject *way = PyBytes_FromStringAndSize((char *)&piece->way, sizeof piece->way);
     PyObject *known = way == NULL ? NULL : PyTuple_Pack(2, piece->address, way);
-    int result = known == NULL ? -1 : PyDict_SetItem(batch->waiting, green, known);
+    int result = known == NULL ? -1 : PyDict_SetItem(batch->waiting, (PyObject *)runner, known);
     Py_XDECREF(known);
     Py_XDECREF(way);
+    if (result == 0 && PyDict_GET_SIZE(batch->waiting) == batch->most_waiting) {
+        batch->trusted = 0;
+        result = call_crowded(batch, 1);
+    }
+    return result;
+}
+
+static void forget_wait(Batch *batch, PyGreenlet *runner) {
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    bool full = PyDict_GET_SIZE(batch->waiting) == batch->most_waiting;
+    if (PyDict_DelItem(batch->waiting, (PyObject *)runner) < 0 || (full && call_crowded(batch, -1) < 0))
+        PyErr_WriteUnraisable((PyObject *)batch);
+    batch->hub->news = true;
+    PyErr_Restore(type, value, trace);
+}
+
+/* One rest of a runner, and one batch. 0: go on; 1: end; -1: an exception. */
+static int one_batch(Batch *batch, PyGreenlet *me) {
+    Hub *hub = batch->hub;
+    if (PyList_GET_SIZE(batch->idle) >= MOST_IDLE)
+        return 1;
+    if (flush_pending(hub) < 0)
+        PyErr_Clear(); /* of a connection that a handler left: it does not learn that its peer has gone */
+    if (PyList_Append(batch->idle, (PyObject *)me) < 0 || PySet_Discard(batch->busy, (PyObject *)me) < 0)
+        return -1;
+    PyObject *back = PyGreenlet_Switch(hub->greenlet, NULL, NULL);
+    if (back == NULL)
+        return -1;
+    Py_DECREF(back);
+    int result = serve_left(batch);
+    if (hub->lent)
+        return result < 0 ? -1 : 1;
+    if (batch->active == me)
+        batch->active = NULL;
+    else
+        forget_wait(batch, me);
+    return result < 0 ? -1 : 0;
+}
+
+/* The life of a green thread that serves datagrams: idle until it is resumed, once for each batch. */
+static PyObject *batch_work(PyObject *self, PyObject *none) {
+    Batch *batch = (Batch *)self;
+    PyGreenlet *me = PyGreenlet_GetCurrent();
+    int result;
+    while ((result = one_batch(batch, me)) == 0)
+        ;
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    if (PySet_Discard(batch->busy, (PyObject *)me) < 0)
+        PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+    Py_DECREF(me);
     return result < 0 ? NULL : Py_NewRef(Py_None);
 }
 
-static PyObject *batch_flush(PyObject *self, PyObject *none) {
-    return PyLong_FromSize_t(send_answers((Batch *)self, false));
+/* Call the batch's method of that name at the next turn, in a green thread of its own or in the hub's. */
+static int later(Batch *batch, const char *name, bool green) {
+    PyObject *method = PyObject_GetAttrString((PyObject *)batch, name), *made = NULL;
+    int result = -1;
+    if (method != NULL && green) {
+        made = spawn(batch->hub, NULL, method, NULL, 0);
+        result = made == NULL ? -1 : PySet_Add(batch->busy, made); /* or the hub might end before it has started */
+    } else if (method != NULL)
+        result = enqueue(batch->hub, CALL, method, no_args);
+    Py_XDECREF(made);
+    Py_XDECREF(method);
+    return result;
 }
 
-static PyObject *get_left(PyObject *self, void *closure) {
-    return PyLong_FromLong(((Batch *)self)->count - ((Batch *)self)->at);
+static PyGreenlet *an_idle_one(Batch *batch) {
+    Py_ssize_t last = PyList_GET_SIZE(batch->idle) - 1;
+    PyObject *green = Py_NewRef(PyList_GET_ITEM(batch->idle, last));
+    if (PyList_SetSlice(batch->idle, last, last + 1, NULL) < 0 || PySet_Add(batch->busy, green) < 0)
+        Py_CLEAR(green);
+    return (PyGreenlet *)green;
+}
+
+static bool is_trusted(Batch *batch) { return batch->trusted != 0 && coarse_ns() < batch->trusted; }
+
+/* A batch was served, and not just a few: more may have come meanwhile. */
+static int ask_for_more(Batch *batch) {
+    send_answers(batch, false);
+    if (is_trusted(batch)) {
+        if (receive_batch(batch) < 0) {
+            PyErr_Clear(); /* the next turn will see */
+            batch->trusted = 0;
+        }
+        return 0;
+    }
+    PyObject *again = PyObject_GetAttrString((PyObject *)batch, "again");
+    PyObject *done = again == NULL ? NULL : PyObject_CallOneArg(batch->more, again);
+    Py_XDECREF(again);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* Serve what was taken, and what has come meanwhile. In the hub's own greenlet: a runner comes back when it is done, or
+ * when its handler waits. */
+static int run_batch(Batch *batch) {
+    int served = 0;
+    while (batch->at < batch->count) {
+        int left = batch->count - batch->at;
+        if (PyList_GET_SIZE(batch->idle) == 0)
+            return later(batch, "work", true) < 0 || later(batch, "run", false) < 0 ? -1 : 0;
+        PyGreenlet *runner = batch->active = an_idle_one(batch);
+        if (runner == NULL)
+            return -1;
+        served += left;
+        resume(batch->hub, runner, NULL);
+        bool waits = batch->active == runner;
+        int result = waits ? note_wait(batch, runner) : 0;
+        Py_DECREF(runner);
+        if (result == 0 && !waits && left >= ENOUGH && served < DOOR_BURST)
+            result = ask_for_more(batch);
+        if (result < 0)
+            return -1;
+    }
+    send_answers(batch, false);
+    return 0;
+}
+
+static PyObject *batch_run(PyObject *self, PyObject *none) {
+    ((Batch *)self)->hub->news = true;
+    return run_batch((Batch *)self) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* Its door is readable. 1: that is seen to, as the last time; 0: it has to be asked what is wanted; -1. */
+int batch_shortcut(PyObject *self) {
+    Batch *batch = (Batch *)self;
+    if (!is_trusted(batch) || batch->at < batch->count || PyList_GET_SIZE(batch->idle) == 0)
+        return 0;
+    if (receive_batch(batch) < 0) {
+        PyErr_Clear(); /* it will be met again */
+        batch->trusted = 0;
+        return 0;
+    }
+    Py_INCREF(self);
+    int result = run_batch(batch) < 0 ? -1 : 1;
+    Py_DECREF(self);
+    return result;
+}
+
+/* -- what Python sees --------------------------------------------------------------------------------------------- */
+
+static void drop_service(Service *service) {
+    Py_CLEAR(service->object);
+    Py_CLEAR(service->cut);
+    Py_CLEAR(service->taken);
+    Py_CLEAR(service->serve);
+    Py_CLEAR(service->server);
+    Py_CLEAR(service->failed);
+}
+
+static int read_service(Batch *batch, PyObject *object) {
+    if (batch->service.object == object)
+        return 0;
+    Service made = {.object = Py_NewRef(object)};
+    PyObject *size = PyObject_GetAttrString(object, "size"), *lean = PyObject_GetAttrString(object, "lean");
+    made.cut = PyObject_GetAttrString(object, "cut");
+    made.taken = PyObject_GetAttrString(object, "taken");
+    made.serve = PyObject_GetAttrString(object, "serve");
+    made.server = PyObject_GetAttrString(object, "server");
+    made.failed = PyObject_GetAttrString(object, "failed");
+    made.size = size == NULL ? -1 : PyLong_AsSsize_t(size);
+    made.lean = lean != NULL && made.serve != NULL && PyType_Check(made.serve) ? PyObject_IsTrue(lean) : 0;
+    Py_XDECREF(size);
+    Py_XDECREF(lean);
+    if (PyErr_Occurred()) {
+        drop_service(&made);
+        return -1;
+    }
+    Service before = batch->service;
+    batch->service = made;
+    drop_service(&before);
+    return 0;
+}
+
+static PyObject *batch_take(PyObject *self, PyObject *service) {
+    Batch *batch = (Batch *)self;
+    if (batch->at < batch->count) /* a green thread that serves them is about to start */
+        Py_RETURN_NONE;
+    int taken = read_service(batch, service) < 0 ? -1 : receive_batch(batch);
+    if (taken < 0 || (taken > 0 && later(batch, "run", false) < 0))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *batch_again(PyObject *self, PyObject *none) {
+    return receive_batch((Batch *)self) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *batch_trust(PyObject *self, PyObject *door) {
+    Batch *batch = (Batch *)self;
+    hub_set_shortcut(batch->hub, door, self);
+    batch->trusted = coarse_ns() + TRUSTED_NS;
+    Py_RETURN_NONE;
+}
+
+static PyObject *batch_distrust(PyObject *self, PyObject *none) {
+    ((Batch *)self)->trusted = 0;
+    Py_RETURN_NONE;
 }
 
 /* -- the types ---------------------------------------------------------------------------------------------------- */
@@ -600,9 +493,11 @@ static bool ask_for_own(int fd, int family) {
 }
 
 static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *words) {
-    PyObject *hub, *sock;
+    PyObject *hub, *sock, *busy, *crowded, *more;
+    Py_ssize_t most;
     int fd, family, kind, proto;
-    if (!PyArg_ParseTuple(args, "O!O!:Batch", Hub_Type, &hub, Wire_Type, &sock) ||
+    if (!PyArg_ParseTuple(args, "O!O!O!OOn:Batch", Hub_Type, &hub, Wire_Type, &sock, &PySet_Type, &busy, &crowded, &more,
+                          &most) ||
         socket_parts(sock, &fd, &family, &kind, &proto) < 0)
         return NULL;
     Batch *batch = (Batch *)type->tp_alloc(type, 0);
@@ -613,11 +508,18 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *words) 
     batch->fd = fd;
     batch->family = family;
     batch->current = -1;
+    batch->used = MOST;
     batch->wildcard = fd >= 0 && ask_for_own(fd, family);
     batch->joins = family == AF_INET || family == AF_INET6; /* a Unix client that has gone is told of at once */
     batch->next = batches;
     batches = batch;
-    if ((batch->waiting = PyDict_New()) == NULL)
+    batch->busy = Py_NewRef(busy);
+    batch->crowded = Py_NewRef(crowded);
+    batch->more = Py_NewRef(more);
+    batch->most_waiting = most;
+    batch->waiting = PyDict_New();
+    batch->idle = PyList_New(0);
+    if (batch->waiting == NULL || batch->idle == NULL)
         Py_CLEAR(batch);
     return (PyObject *)batch;
 }
@@ -625,15 +527,20 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *words) 
 static int batch_clear(PyObject *self) {
     Batch *batch = (Batch *)self;
     drop_answers(batch);
+    batch->trusted = 0;
     for (int i = 0; i < batch->count; i++)
         drop_piece(&batch->pieces[i]);
     batch->count = batch->at = 0;
     for (int i = 0; i < 1 << KNOWN_BITS; i++)
         Py_CLEAR(batch->known[i].address);
-    Py_CLEAR(batch->failed);
+    drop_service(&batch->service);
     Py_CLEAR(batch->sock);
+    Py_CLEAR(batch->crowded);
+    Py_CLEAR(batch->more);
     if (batch->waiting != NULL)
         PyDict_Clear(batch->waiting);
+    if (batch->idle != NULL)
+        PyList_SetSlice(batch->idle, 0, PyList_GET_SIZE(batch->idle), NULL);
     return 0;
 }
 
@@ -649,7 +556,16 @@ static int batch_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(batch->hub);
     Py_VISIT(batch->sock);
     Py_VISIT(batch->waiting);
-    Py_VISIT(batch->failed);
+    Py_VISIT(batch->service.object);
+    Py_VISIT(batch->service.cut);
+    Py_VISIT(batch->service.taken);
+    Py_VISIT(batch->service.serve);
+    Py_VISIT(batch->service.server);
+    Py_VISIT(batch->service.failed);
+    Py_VISIT(batch->idle);
+    Py_VISIT(batch->busy);
+    Py_VISIT(batch->crowded);
+    Py_VISIT(batch->more);
     for (int i = 0; i < batch->count; i++) {
         Py_VISIT(batch->pieces[i].request);
         Py_VISIT(batch->pieces[i].address);
@@ -668,22 +584,21 @@ static void batch_dealloc(PyObject *self) {
         }
     batch_clear(self);
     Py_CLEAR(batch->waiting);
+    Py_CLEAR(batch->idle);
+    Py_CLEAR(batch->busy);
     Py_CLEAR(batch->hub);
     type->tp_free(self);
     Py_DECREF(type);
 }
 
 static PyMethodDef batch_methods[] = {
-    {"receive", batch_receive, METH_VARARGS, "receive(size, cut): take what is there; how many."},
-    {"serve", batch_serve, METH_VARARGS, "serve(serve, server, failed): serve what is left."},
-    {"waits", batch_waits, METH_O, "waits(green): the handler that was being served waits in that green thread."},
-    {"flush", batch_flush, METH_NOARGS, "Send the answers that were joined."},
+    {"take", batch_take, METH_O, "take(service): take what is there, to be served this turn."},
+    {"again", batch_again, METH_NOARGS, "again(): take more, for the same service."},
+    {"run", batch_run, METH_NOARGS, "run(): serve what was taken."},
+    {"work", batch_work, METH_NOARGS, "work(): what the green threads run that serve."},
+    {"trust", batch_trust, METH_O, "trust(door): what is there may be taken without asking, for a moment."},
+    {"distrust", batch_distrust, METH_NOARGS, "distrust(): no more. Any thread."},
     {"close", batch_close, METH_NOARGS, "Let the socket go."},
-    {NULL},
-};
-
-static PyGetSetDef batch_attributes[] = {
-    {"left", get_left, NULL, "Datagrams that were taken and not served yet.", NULL},
     {NULL},
 };
 
@@ -694,7 +609,6 @@ static PyType_Slot batch_slots[] = {
     {Py_tp_traverse, batch_traverse},
     {Py_tp_clear, batch_clear},
     {Py_tp_methods, batch_methods},
-    {Py_tp_getset, batch_attributes},
     {0, NULL},
 };
 
@@ -705,34 +619,14 @@ static PyType_Spec batch_spec = {
     .slots = batch_slots,
 };
 
-static PyMethodDef answers_methods[] = {
-    {"sendto", FAST(answers_sendto), METH_FASTCALL, "As socket.sendto; answers to a datagram may go out together."},
-    {NULL},
-};
-
-static PyType_Slot answers_slots[] = {
-    {Py_tp_doc, "What the socket of a datagram server has besides, while a hub serves it."},
-    {Py_tp_methods, answers_methods},
-    {0, NULL},
-};
-
-static PyType_Spec answers_spec = {
-    .name = "harken._hub.compiled.Answers",
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
-    .slots = answers_slots,
-};
-
 int datagrams_ready(PyObject *module) {
-    Batch_Type = (PyTypeObject *)PyType_FromSpec(&batch_spec);
-    Answers_Type = (PyTypeObject *)PyType_FromSpec(&answers_spec);
     static const char *names[] = {"request", "client_address", "server", "handle"};
     for (int i = 0; i < 4; i++)
         if ((words[i] = PyUnicode_InternFromString(names[i])) == NULL)
             return -1;
     no_args = PyTuple_New(0);
-    base_sendto = PyObject_GetAttrString((PyObject *)Wire_Type, "sendto");
-    if (Batch_Type == NULL || Answers_Type == NULL || base_sendto == NULL ||
-        PyModule_AddObjectRef(module, "Batch", (PyObject *)Batch_Type) < 0)
+    Batch_Type = (PyTypeObject *)PyType_FromSpec(&batch_spec);
+    if (no_args == NULL || Batch_Type == NULL || PyModule_AddObjectRef(module, "Batch", (PyObject *)Batch_Type) < 0)
         return -1;
-    return PyModule_AddObjectRef(module, "Answers", (PyObject *)Answers_Type);
+    return answers_ready(module);
 }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
+from harken._hub import DOOR_BURST
 from harken._hub.wire import here
 
 if TYPE_CHECKING:
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Answers", "Batch"]
 
-MOST = 32  # as in the compiled hub
+# As in the compiled hub.
+MOST = 32  # in a batch
+MOST_IDLE = 16  # green threads that are kept for the next batch
+ENOUGH = 4  # a batch after which it is worth asking at once whether more has come
 WAIT_SECONDS = 0.001  # between two tries to send when the kernel has no room
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _sendto = socket.socket.sendto
@@ -29,81 +33,160 @@ _PKTINFO = getattr(socket, "IPV6_PKTINFO", None)
 _ROOM = 128  # bytes of ancillary data: one address of either kind, with its header
 
 Ancillary = list[tuple[int, int, bytes]]
-Serve = Callable[..., object]
 
 
 class Batch:
     """See :mod:`harken._hub`."""
 
-    def __init__(self, hub: Hub, sock: socket.socket) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        sock: socket.socket,
+        busy: set[Any],
+        crowded: Callable[[int], object],
+        more: Callable[[Callable[[], object]], object],
+        most_waiting: int,
+    ) -> None:
         self._hub = hub
         self._sock: Any = sock
+        self._busy, self._crowded, self._more, self._most_waiting = busy, crowded, more, most_waiting
+        self._service: Any = None
         self._pieces: list[tuple[Any, Any, Ancillary]] = []
         self._turn = 0
+        self._idle: list[greenlet] = []
+        self._active: greenlet | None = None
+        self._waiting = 0
         self._wildcard = _ask_for_own(sock)
         self._ways: dict[greenlet, tuple[Any, Ancillary]] = {}
         _batches[id(sock)] = self
 
-    @property
-    def left(self) -> int:
-        """Datagrams that were taken and not served yet."""
-        return len(self._pieces)
+    # -- taking --------------------------------------------------------------------------------------------------------
 
-    def receive(self, size: int, cut: Callable[[Any], object]) -> int:
-        """Take what is there; see the contract."""
+    def take(self, service: Any) -> None:
+        """Take what is there, to be served this turn; see the contract."""
+        if self._pieces:
+            return  # a green thread that serves them is about to start
+        self._service = service
+        self.again()
+        if self._pieces:
+            self._hub.call_soon(self.run)
+
+    def again(self) -> None:
+        """Take more, for the same service."""
+        if self._pieces or self._sock is None:
+            return
         for _ in range(MOST):
-            try:
-                data, ancillary, flags, address = self._sock.recvmsg(size, _ROOM if self._wildcard else 0, _DONTWAIT)
-            except (BlockingIOError, InterruptedError):
+            if not self._take_one():
                 break
-            except OSError:
-                if self._pieces:
-                    break
-                raise
-            if flags & socket.MSG_TRUNC:
-                cut(address)
-            self._pieces.append(((data, self._sock), address, _own(ancillary)))
         self._pieces.reverse()  # they are popped
-        return len(self._pieces)
+        if self._pieces:
+            self._service.taken(len(self._pieces))
 
-    def serve(self, serve: Serve, server: Any, failed: Callable[..., object], lean: bool = False) -> bool:
-        """Serve what is left; see the contract."""
-        self._turn += 1
-        turn, me = self._turn, getcurrent()
-        more = () if server is None else (server,)
+    def _take_one(self) -> bool:
+        room = _ROOM if self._wildcard else 0
         try:
-            while self._pieces and self._turn == turn:
+            data, ancillary, flags, address = self._sock.recvmsg(self._service.size, room, _DONTWAIT)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            if self._pieces:
+                return False
+            raise
+        if flags & socket.MSG_TRUNC:
+            self._service.cut(address)
+        self._pieces.append(((data, self._sock), address, _own(ancillary)))
+        return True
+
+    # -- serving -------------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Serve what was taken, and what has come meanwhile; see the contract.
+
+        A runner comes back when it is done, or when its handler waits.
+        """
+        served = 0
+        while self._pieces:
+            left = len(self._pieces)
+            if not self._idle:
+                self._busy.add(self._hub.spawn(self.work))  # or the hub might end before it has started
+                self._hub.call_soon(self.run)
+                return
+            served += left
+            runner = self._active = self._idle.pop()
+            self._busy.add(runner)
+            self._hub.resume(runner)
+            if self._active is runner:
+                self._note_wait()
+            elif left >= ENOUGH and served < DOOR_BURST:
+                self._more(self.again)
+
+    def _note_wait(self) -> None:
+        self._active = None
+        self._turn += 1
+        self._waiting += 1
+        if self._waiting == self._most_waiting:
+            self._crowded(1)
+
+    def work(self) -> None:
+        """The life of a green thread that serves datagrams: idle until it is resumed, once for each batch."""
+        runner = getcurrent()
+        try:
+            while len(self._idle) < MOST_IDLE:
+                self._idle.append(runner)
+                self._busy.discard(runner)
+                self._hub.park()
+                self._serve_as(runner)
+                if here.hub is not self._hub:  # a handler forked, and this is the child
+                    return
+        finally:
+            self._busy.discard(runner)
+
+    def _serve_as(self, runner: greenlet) -> None:
+        try:
+            self._serve_left(runner)
+        finally:
+            if self._active is runner:
+                self._active = None
+            else:
+                if self._waiting == self._most_waiting:
+                    self._crowded(-1)
+                self._waiting -= 1
+                self._hub.wake()  # for those who wait for its end
+
+    def _serve_left(self, me: greenlet) -> None:
+        """Serve what is left. When a handler waits, others go on; then this is done when that handler is."""
+        self._turn += 1
+        turn, service = self._turn, self._service
+        more = () if service.server is None else (service.server,)
+        try:
+            while self._pieces and self._turn == turn and here.hub is self._hub:
                 request, address, ancillary = self._pieces.pop()
                 self._ways[me] = address, ancillary
                 self._hub.beat.enter()
-                contextvars.copy_context().run(self._serve_one, serve, failed, request, address, more)
+                contextvars.copy_context().run(self._serve_one, service, request, address, more)
         finally:
             self._ways.pop(me, None)
-        if here.hub is not self._hub:  # a handler forked, and this is the child
-            self._pieces.clear()
-            return False
-        return True
 
-    def _serve_one(self, serve: Serve, failed: Callable[..., object], request: Any, address: Any, more: Any) -> None:
+    def _serve_one(self, service: Any, request: Any, address: Any, more: tuple[Any, ...]) -> None:
         from harken._hub.fallback import show
 
         try:
             try:
-                serve(request, address, *more)
+                service.serve(request, address, *more)
             except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
-                failed(request, address, error)
+                service.failed(request, address, error)
         except GreenletExit:
             raise
         except BaseException:  # noqa: BLE001 - shown as a thread's would be
             show()
 
-    def waits(self, green: greenlet) -> None:
-        """The handler that was being served waits; others go on."""
-        self._turn += 1
+    # -- the rest ------------------------------------------------------------------------------------------------------
 
-    def flush(self) -> int:
-        """Nothing: each answer went at once."""
-        return 0
+    def trust(self, door: Any) -> None:
+        """Nothing: this hub asks each time."""
+
+    def distrust(self) -> None:
+        """Nothing."""
 
     def close(self) -> None:
         """Let the socket go."""
@@ -111,6 +194,7 @@ class Batch:
             del _batches[id(self._sock)]
         self._sock = None
         self._pieces.clear()
+        self._idle.clear()
 
     def way(self, address: Any) -> Ancillary:
         """Return what makes an answer leave from the address that the calling handler's client asked."""

@@ -134,6 +134,12 @@ static void drain_signals(Hub *hub) {
 /* -- the loop ----------------------------------------------------------------------------------------------------- */
 
 static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
+    if ((int)place < hub->door_count && hub->doors[place].shortcut != NULL &&
+        hub->doors[place].generation == generation) {
+        int seen = batch_shortcut(hub->doors[place].shortcut);
+        if (seen != 0)
+            return seen < 0 ? -1 : 0;
+    }
     hub->news = true;
     for (int i = 0; i < DOOR_BURST; i++) {
         Door *door = (int)place < hub->door_count ? &hub->doors[place] : NULL;
@@ -531,7 +537,8 @@ static int find_door(Hub *hub, PyObject *door) {
 static void remove_door(Hub *hub, int place) {
     Door *door = &hub->doors[place];
     PyObject *object = door->door, *function = door->on_readable;
-    door->door = door->on_readable = NULL;
+    PyObject *shortcut = door->shortcut;
+    door->door = door->on_readable = door->shortcut = NULL;
     door->generation++;
     /* Its number may be another's by now: then the kernel has dropped the door with its file. */
     PyObject *type, *error, *trace;
@@ -539,8 +546,16 @@ static void remove_door(Hub *hub, int place) {
     if (hub->epoll >= 0 && PyObject_AsFileDescriptor(object) == door->fd)
         epoll_ctl(hub->epoll, EPOLL_CTL_DEL, door->fd, NULL);
     PyErr_Restore(type, error, trace);
+    Py_XDECREF(shortcut);
     Py_DECREF(object);
     Py_DECREF(function);
+}
+
+/* Let a Batch see to a door that is watched. */
+void hub_set_shortcut(Hub *hub, PyObject *door, PyObject *shortcut) {
+    int place = find_door(hub, door);
+    if (place >= 0 && hub->doors[place].shortcut != shortcut)
+        Py_XSETREF(hub->doors[place].shortcut, Py_NewRef(shortcut));
 }
 
 static PyObject *hub_watch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -665,6 +680,7 @@ static void drop_doors(Hub *hub) {
         Door door = hub->doors[--hub->door_count];
         Py_XDECREF(door.door);
         Py_XDECREF(door.on_readable);
+        Py_XDECREF(door.shortcut);
     }
 }
 
@@ -747,6 +763,7 @@ static int hub_traverse(PyObject *self, visitproc visit, void *arg) {
     for (int i = 0; i < hub->door_count; i++) {
         Py_VISIT(hub->doors[i].door);
         Py_VISIT(hub->doors[i].on_readable);
+        Py_VISIT(hub->doors[i].shortcut);
     }
     for (int page = 0; page < hub->page_count; page++)
         for (int i = 0; hub->pages[page] != NULL && i < SLOTS_A_PAGE; i++) {

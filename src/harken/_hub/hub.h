@@ -14,6 +14,7 @@
  *   awaited.c     what coroutines await of their connection
  *   beat.c        what the loop says of itself, and the watchdog that listens
  *   datagrams.c   datagrams in batches
+ *   answers.c     what is sent to their senders
  *   chunks.c      the memory of Python stacks
  *
  * Everything here is guarded by the GIL, which is given up in epoll_wait, poll and sendfile alone; only a Beat is read
@@ -81,6 +82,7 @@ typedef struct {
 
 typedef struct {
     PyObject *door, *on_readable; /* NULL: free */
+    PyObject *shortcut;           /* a Batch that may see to it, or NULL */
     int fd;
     uint32_t generation;
 } Door;
@@ -162,6 +164,7 @@ extern HIDDEN bool forked;
 HIDDEN int hub_ready(PyObject *module);
 HIDDEN PyObject *hub_current(PyObject *module, PyObject *none);
 HIDDEN int hub_wake(Hub *hub);
+HIDDEN void hub_set_shortcut(Hub *hub, PyObject *door, PyObject *shortcut);
 HIDDEN void hubs_after_fork(void);
 HIDDEN void resume(Hub *hub, PyGreenlet *green, PyObject *value);
 
@@ -338,6 +341,8 @@ static inline void beat_wakes(Beat *beat) {
 
 /* datagrams.c */
 HIDDEN int datagrams_ready(PyObject *module);
+HIDDEN int batch_shortcut(PyObject *batch);
+/* answers.c */
 HIDDEN size_t answers_nowait(Hub *hub);
 
 /* chunks.c */

@@ -1,7 +1,6 @@
 """Datagrams on a hub: taken together, and served one after the other in a green thread that is used again.
 
-A handler that does not wait costs no green thread of its own. One that waits keeps the green thread that it runs in,
-and another one goes on with the rest.
+How that goes is the hub's (see ``Batch`` in :mod:`harken._hub`); here is what an engine has to do with it.
 """
 
 from __future__ import annotations
@@ -10,31 +9,25 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from greenlet import GreenletExit, getcurrent, greenlet
-
 from harken import _hub
-from harken.engines import DatagramService
+from harken.engines import DatagramService, Door
 
 __all__ = ["Datagrams"]
 
-# Datagrams that are taken in one turn before others have theirs: as many as connections from one door.
-MOST_IN_A_TURN = _hub.DOOR_BURST
-# Green threads that are kept for the next batch.
-MOST_IDLE = 16
 # Handlers that may wait at once: some 10 KiB each. Beyond, datagrams stay in the kernel, which drops what does not fit.
 MOST_WAITING = 1000
 
 
 class Datagrams:
-    """Serves the datagrams of one socket; see :class:`harken.engines.Engine`. All in the hub's thread."""
+    """Serves the datagrams of one socket; see :class:`harken.engines.Engine`. In the hub's thread, but for one verb."""
 
     def __init__(
         self,
         hub: Any,
         sock: socket.socket,
+        door: Door,
         *,
-        begin: Callable[[greenlet], object],
-        end: Callable[[greenlet], object],
+        busy: set[Any],
         crowded: Callable[[int], object],
         more: Callable[[Callable[[], object]], object],
     ) -> None:
@@ -43,27 +36,23 @@ class Datagrams:
         Args:
             hub: that serves.
             sock: whose class is a subclass of its own from now on, until ``close``.
-            begin: called with a green thread that has work from now on, also while its handler waits.
-            end: called with it when it has none any more.
+            door: at which the datagrams are seen.
+            busy: holds green threads that serve, also while their handlers wait.
             crowded: called with 1 when as many handlers wait as may, and with -1 when there is room again.
             more: calls what it is given, which takes more, if anybody wants more at the moment; never raises.
         """
         self.sock = sock
-        self.service: DatagramService | None = None
-        self._hub = hub
+        self.distrust: Callable[[], object]
+        """Look at the door again before anything more is taken. Any thread."""
+        self._door = door
         self._kind = type(sock)
-        self._batch = _hub.Batch(hub, sock)
-        self._begin, self._end, self._crowded = begin, end, crowded
-        self._more = more
-        self._idle: list[greenlet] = []
-        self._active: greenlet | None = None
-        self._waiting = 0
+        self._batch = _hub.Batch(hub, sock, busy, crowded, more, MOST_WAITING)
+        self.distrust = self._batch.distrust
         _answer_by_batches(sock)
 
     def close(self) -> None:
         """Give the socket its class back."""
         self._batch.close()
-        self._idle.clear()
         if isinstance(self.sock, _hub.Answers):
             self.sock.__class__ = self._kind
 
@@ -73,82 +62,9 @@ class Datagrams:
         Raises:
             OSError: as recvmsg(2).
         """
-        if self._batch.left:
-            return  # a green thread that serves them is about to start
-        self.service = service
-        if self._receive():
-            self._hub.call_soon(self._go_on)
-
-    def _receive(self) -> int:
-        service = self.service
-        assert service is not None
-        taken: int = self._batch.receive(service.size, service.cut)
-        if taken:
-            service.taken(taken)
-        return taken
-
-    def _go_on(self) -> None:
-        """Serve what was taken, and what has come meanwhile. In the hub's own greenlet.
-
-        A runner comes back when it is done, or when its handler waits.
-        """
-        served = 0
-        while left := self._batch.left:
-            if not self._idle:
-                self._start()
-                self._hub.call_soon(self._go_on)
-                return
-            served += left
-            runner = self._active = self._idle.pop()
-            self._begin(runner)
-            self._hub.resume(runner)
-            if self._active is runner:
-                self._active = None
-                self._wait(runner)
-            elif served < MOST_IN_A_TURN:
-                self._batch.flush()
-                self._more(self._receive)
-        self._batch.flush()
-
-    def _wait(self, runner: greenlet) -> None:
-        self._waiting += 1
-        if self._waiting == MOST_WAITING:
-            self._crowded(1)
-        self._batch.waits(runner)
-
-    def _start(self) -> None:
-        self._begin(self._hub.spawn(self._run))  # or the hub might end before it has started
-
-    def _run(self) -> None:
-        """A runner's life: idle until it is resumed, once for each batch."""
-        runner = getcurrent()
-        try:
-            while len(self._idle) < MOST_IDLE:
-                self._idle.append(runner)
-                self._end(runner)
-                self._hub.park()
-                if not self._serve_as(runner):
-                    return
-        except GreenletExit:
-            pass  # the hub is being closed
-        finally:
-            self._end(runner)
-
-    def _serve_as(self, runner: greenlet) -> bool:
-        try:
-            return self._serve()
-        finally:
-            if self._active is runner:
-                self._active = None
-            else:
-                if self._waiting == MOST_WAITING:
-                    self._crowded(-1)
-                self._waiting -= 1
-
-    def _serve(self) -> bool:
-        service = self.service
-        assert service is not None
-        return self._batch.serve(service.serve, service.server, service.failed, service.lean)  # type: ignore[no-any-return]
+        self._batch.take(service)
+        if service.server is not None:  # no hook has a say
+            self._batch.trust(self._door)
 
 
 def _answer_by_batches(sock: socket.socket) -> None:

@@ -165,6 +165,7 @@ class Engine(Contract):
 
     def unwatch(self, door: Door) -> None:
         """Stop watching ``door``; when this returns nothing of its is under way, unless the caller is that itself."""
+        self._distrust()
         with self._turns, self._guard:
             self._doors.pop(id(door), None)
             if self._hub is not None:
@@ -207,6 +208,7 @@ class Engine(Contract):
 
     def wake(self) -> None:
         """Make the hub and every thread in ``run`` take a turn."""
+        self._distrust()
         for loop in list(self._loops):
             loop.nudge()
         hub = self._hub
@@ -224,6 +226,7 @@ class Engine(Contract):
     def _finish(self, loop: _Loop, error: BaseException | None = None) -> None:
         if loop in self._loops:
             self._loops.remove(loop)
+        self._distrust()
         loop.finish(error)
 
     def _drop_stopped(self) -> None:
@@ -365,7 +368,8 @@ class Engine(Contract):
         return dict(self._stalls.counts)
 
     def refresh(self) -> None:
-        """Take over ``stall_after``."""
+        """Take over ``stall_after``, and let datagrams be taken as the settings say now."""
+        self._distrust()
         watchdog = self._watchdog
         if watchdog is not None:
             watchdog.after = self.options("stall_after")
@@ -437,13 +441,14 @@ class Engine(Contract):
         if found is None or found.sock is not sock:
             if not self.in_loop_thread:
                 return None
+            number = self._at
             found = self._datagrams[id(sock)] = Datagrams(
                 self._hub,
                 sock,
-                begin=self._jobs.add,
-                end=self._rest,
+                self._doors[number][0],
+                busy=self._jobs,
                 crowded=self._crowd,
-                more=partial(self._take_more, self._at),
+                more=partial(self._take_more, number),
             )
         return found
 
@@ -451,12 +456,10 @@ class Engine(Contract):
         """The datagram ``request`` goes through the hooks in a green thread that will serve it: ``spawn`` is to."""
         self._served = request
 
-    def _rest(self, runner: greenlet) -> None:
-        """A green thread has no datagrams to serve any more."""
-        self._jobs.discard(runner)
-        hub = self._hub
-        if hub is not None and (self._bells or not self._loops):
-            hub.wake()  # somebody waits for that; see _is_over
+    def _distrust(self) -> None:
+        """Something may have changed: ask before more datagrams are taken. Any thread."""
+        for served in tuple(self._datagrams.values()) if self._datagrams else ():
+            served.distrust()
 
     def _take_more(self, number: int, take: Callable[[], object]) -> None:
         """Take more datagrams of a door, while somebody wants that; what goes wrong is the next turn's to see."""
@@ -521,6 +524,7 @@ class Engine(Contract):
         """Wait until some handler has ended."""
         bell = Bell()
         self._bells.append(bell)
+        self.wake()  # it rings at the end of the turn
         try:
             if self._others():
                 bell.wait(seconds)
