@@ -27,7 +27,7 @@ sys.path.insert(0, str(HERE))
 
 from suites import SUITES
 
-ENGINES = ("default", "thread", "pool", "fork", "green", "inline")
+ENGINES = ("default", "thread", "pool", "fork", "green", "asyncio", "inline")
 CASE_SECONDS = 60.0  # twice the longest wait in the suites themselves (test.support.SHORT_TIMEOUT, 30 s)
 MODULE_SECONDS = 400.0  # a bound for what the clock of a case does not see: imports, and the end of the process
 

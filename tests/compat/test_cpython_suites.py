@@ -23,7 +23,7 @@ MODULES = (
     "test_urllib2_localnet",
     "test_logging",
 )
-ENGINES = ("default", "thread", "pool", "inline", "fork", "green")
+ENGINES = ("default", "thread", "pool", "inline", "fork", "green", "asyncio")
 
 # As the classes say; every server moved as `harken run --engine` does; ThreadingMixIn servers moved by HARKEN_ENGINE.
 # test_logging is not run on fork: each of its cases looks at what the handler left in memory, so each is excused.

@@ -43,6 +43,7 @@ class Engine(Green):
         """Handlers with ``async def handle`` will run in the loop, all others in threads."""
         self.fit(handler)
         self._threads = not is_async(handler)
+        self.host = None if self._threads else type(self).host  # threads need no event loop
         if self._threads:
             self.refresh()
 
