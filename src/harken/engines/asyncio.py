@@ -21,7 +21,7 @@ __all__ = ["Engine"]
 class Engine(Green):
     """A task for each connection, in one event loop in a thread of the engine's own."""
 
-    host = "asyncio"
+    host: str | None = "asyncio"
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
