@@ -418,10 +418,11 @@ def door():
         yield receiver
 
 
-def test_a_door_is_level_triggered(stage, door):
-    """What was not taken is told again at the next turn."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_door_is_level_triggered(stage, door, shared):
+    """What was not taken is told again at the next turn, also when other processes watch the door too."""
     seen = []
-    stage.hub.watch(door, lambda: seen.append(door.recv(10)))
+    stage.hub.watch(door, lambda: seen.append(door.recv(10)), shared)
     for _ in range(4):
         stage.hub.step(0)
     assert seen == [b"1", b"2"]

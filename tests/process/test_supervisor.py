@@ -310,3 +310,17 @@ def test_without_workers_an_upgrade_starts_a_second_process(service, load, tmp_p
     assert not clients.failures
     os.kill(heir, signal.SIGTERM)
     wait_gone([heir])
+
+
+@pytest.mark.parametrize("engine", ["thread", "green"])
+def test_connections_spread_over_the_workers(service, engine):
+    """Long ones, one after the other: every worker gets its part, by whichever queue the kernel wakes them from."""
+    running = service("--workers", "4", "--engine", engine)
+    workers = running.workers(4)
+    clients = [running.connect() for _ in range(400)]
+    try:
+        served = [int(client.recv(100).split()[1]) for client in clients]
+    finally:
+        for client in clients:
+            client.close()
+    assert min(served.count(worker) for worker in workers) >= 20, [served.count(worker) for worker in workers]

@@ -63,9 +63,10 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
         Park until the descriptor, or socket, is readable (writable). TimeoutError("timed out") after ``timeout``
         seconds; OSError(EBADF) when a Connection is closed meanwhile; RuntimeError(:data:`BUSY`) when another green
         thread waits for the same direction. May return early. Outside a green thread: ``poll()``.
-    ``watch(door, on_readable)``, ``unwatch(door)`` (*any thread*; both hold when they return)
+    ``watch(door, on_readable, shared=False)``, ``unwatch(door)`` (*any thread*; both hold when they return)
         As in :class:`harken.engines.Engine`: level-triggered, by the door's identity, at most :data:`DOOR_BURST` calls
-        a turn while ``on_readable`` returns true. A second ``watch`` of a door replaces the first.
+        a turn while ``on_readable`` returns true. A second ``watch`` of a door replaces the first. Of the processes
+        that watch a door as ``shared`` one wakes at a time, and each in its turn (by epoll; elsewhere all wake).
     ``lodge(connection, starter)``
         Let a Connection wait without a green thread: at its first event (bytes, an end, its being closed)
         ``starter(connection)`` is called once, in the hub's own greenlet. The hub keeps the connection until then.

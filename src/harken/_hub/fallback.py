@@ -55,9 +55,10 @@ class _Failure:
 class _Door:
     """A watched door."""
 
-    def __init__(self, fd: int, on_readable: Callable[[], bool]) -> None:
+    def __init__(self, fd: int, on_readable: Callable[[], bool], shared: bool) -> None:
         self.fd = fd
         self.on_readable = on_readable
+        self.shared = shared
 
 
 class Hub:
@@ -90,7 +91,7 @@ class Hub:
         self._waker = Waker()
         self._poller = poller()
         self._poller.watch(self._waker.fileno())
-        self._fds: dict[int, _Door] = {self._waker.fileno(): _Door(self._waker.fileno(), self._drain)}
+        self._fds: dict[int, _Door] = {self._waker.fileno(): _Door(self._waker.fileno(), self._drain, False)}
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -342,11 +343,11 @@ class Hub:
 
     # -- descriptors ---------------------------------------------------------------------------------------------------
 
-    def watch(self, door: Door, on_readable: Callable[[], bool]) -> None:
+    def watch(self, door: Door, on_readable: Callable[[], bool], shared: bool = False) -> None:
         """Call ``on_readable`` while ``door`` is readable; see :class:`harken.engines.Engine`."""
         self.unwatch(door)
-        entry = _Door(door.fileno(), on_readable)
-        self._poller.watch(entry.fd)
+        entry = _Door(door.fileno(), on_readable, shared)
+        self._poller.watch(entry.fd, shared)
         self._doors[id(door)] = self._fds[entry.fd] = entry
 
     def unwatch(self, door: Door) -> None:
@@ -359,6 +360,12 @@ class Hub:
 
     def _open_door(self, fd: int) -> None:
         entry = self._fds.get(fd)
+        self._take_from_door(fd, entry)
+        if entry is not None and entry.shared and self._fds.get(fd) is entry:
+            self._poller.unwatch(fd)  # and to the end of the queue of those who wait
+            self._poller.watch(fd, entry.shared)
+
+    def _take_from_door(self, fd: int, entry: _Door | None) -> None:
         for _ in range(DOOR_BURST):
             self.beat.enter()
             if entry is None or self._fds.get(fd) is not entry or not entry.on_readable():

@@ -44,6 +44,22 @@ static int add(Hub *hub, int fd, uint64_t tag) {
     return epoll_ctl(hub->epoll, EPOLL_CTL_ADD, fd, &event);
 }
 
+static int add_door(Hub *hub, int place) {
+    Door *door = &hub->doors[place];
+    struct epoll_event event = {
+        .events = EPOLLIN | (door->shared ? EPOLLEXCLUSIVE : 0),
+        .data.u64 = (uint64_t)door->generation << 32 | DOOR_BIT | (uint32_t)place,
+    };
+    return epoll_ctl(hub->epoll, EPOLL_CTL_ADD, door->fd, &event);
+}
+
+/* EPOLLEXCLUSIVE wakes one process, and always the same one while that can keep up: the first in the queue of the
+ * door's waiters. Added anew we stand at its end. (epoll_ctl(2): an exclusive entry cannot be modified.) */
+static void go_to_the_end(Hub *hub, int place) {
+    if (epoll_ctl(hub->epoll, EPOLL_CTL_DEL, hub->doors[place].fd, NULL) == 0)
+        add_door(hub, place);
+}
+
 static void close_fd(int *fd) {
     if (*fd >= 0)
         close(*fd);
@@ -133,14 +149,7 @@ static void drain_signals(Hub *hub) {
 
 /* -- the loop ----------------------------------------------------------------------------------------------------- */
 
-static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
-    if ((int)place < hub->door_count && hub->doors[place].shortcut != NULL &&
-        hub->doors[place].generation == generation) {
-        int seen = batch_shortcut(hub->doors[place].shortcut);
-        if (seen != 0)
-            return seen < 0 ? -1 : 0;
-    }
-    hub->news = true;
+static int take_from_door(Hub *hub, uint32_t place, uint32_t generation) {
     for (int i = 0; i < DOOR_BURST; i++) {
         Door *door = (int)place < hub->door_count ? &hub->doors[place] : NULL;
         if (door == NULL || door->door == NULL || door->generation != generation)
@@ -155,6 +164,23 @@ static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
             return again;
     }
     return 0;
+}
+
+static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
+    int seen = 0, result = 0;
+    if ((int)place < hub->door_count && hub->doors[place].shortcut != NULL &&
+        hub->doors[place].generation == generation)
+        seen = batch_shortcut(hub->doors[place].shortcut);
+    if (seen == 0) {
+        hub->news = true;
+        result = take_from_door(hub, place, generation);
+    }
+    else if (seen < 0)
+        result = -1;
+    Door *door = (int)place < hub->door_count ? &hub->doors[place] : NULL;
+    if (door != NULL && door->door != NULL && door->generation == generation && door->shared)
+        go_to_the_end(hub, (int)place);
+    return result;
 }
 
 static int dispatch(Hub *hub, struct epoll_event *event) {
@@ -560,10 +586,13 @@ void hub_set_shortcut(Hub *hub, PyObject *door, PyObject *shortcut) {
 
 static PyObject *hub_watch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Hub *hub = (Hub *)self;
-    if (count != 2 || !PyCallable_Check(args[1])) {
-        PyErr_SetString(PyExc_TypeError, "watch() takes a door and a function");
+    if (count < 2 || count > 3 || !PyCallable_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "watch() takes a door, a function and whether the door is shared");
         return NULL;
     }
+    int shared = count == 3 ? PyObject_IsTrue(args[2]) : 0;
+    if (shared < 0)
+        return NULL;
     int place = find_door(hub, args[0]);
     if (place >= 0)
         remove_door(hub, place);
@@ -579,9 +608,10 @@ static PyObject *hub_watch(PyObject *self, PyObject *const *args, Py_ssize_t cou
         doors[place] = (Door){.fd = -1};
     }
     Door *door = &hub->doors[place];
-    if (add(hub, fd, (uint64_t)door->generation << 32 | DOOR_BIT | (uint32_t)place) < 0)
-        return PyErr_SetFromErrno(PyExc_OSError);
     door->fd = fd;
+    door->shared = shared;
+    if (add_door(hub, place) < 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
     door->door = Py_NewRef(args[0]);
     door->on_readable = Py_NewRef(args[1]);
     if (!in_turn(hub))
@@ -833,7 +863,7 @@ static PyMethodDef hub_methods[] = {
     {"throw", FAST(hub_throw), METH_FASTCALL, "throw(green, error): raise an exception in a parked green thread."},
     {"sleep", hub_sleep, METH_O, "sleep(seconds): park for so long."},
     {"wait", FAST(hub_wait), METH_VARARGS | METH_KEYWORDS, "wait(fd, write=False, timeout=None): park until ready."},
-    {"watch", FAST(hub_watch), METH_FASTCALL, "watch(door, on_readable): call while the door is readable."},
+    {"watch", FAST(hub_watch), METH_FASTCALL, "watch(door, on_readable, shared=False): call while the door is readable."},
     {"unwatch", hub_unwatch, METH_O, "unwatch(door): stop calling."},
     {"lodge", FAST(hub_lodge), METH_FASTCALL, "lodge(connection, starter): call starter(connection) at its first event."},
     {"adopt", hub_adopt, METH_O, "adopt(sock): take a socket over as a Connection."},

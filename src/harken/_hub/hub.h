@@ -84,6 +84,7 @@ typedef struct {
     PyObject *door, *on_readable; /* NULL: free */
     PyObject *shortcut;           /* a Batch that may see to it, or NULL */
     int fd;
+    bool shared; /* with other processes: one of them wakes, and goes to the end of their queue */
     uint32_t generation;
 } Door;
 

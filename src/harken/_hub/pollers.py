@@ -27,8 +27,8 @@ class Poller(Protocol):
     def fileno(self) -> int:
         """A descriptor that is readable when something is ready, or -1."""
 
-    def watch(self, fd: int) -> None:
-        """Report, while it lasts, that ``fd`` is readable."""
+    def watch(self, fd: int, shared: bool = False) -> None:
+        """Report, while it lasts, that ``fd`` is readable; if it is ``shared`` with other processes, to one of them."""
 
     def unwatch(self, fd: int) -> None:
         """Forget ``fd``, whatever it was registered for; a closed one is ignored."""
@@ -57,8 +57,8 @@ class EdgePoller:
         self.poll = self._epoll.poll
         self.close = self._epoll.close
 
-    def watch(self, fd: int) -> None:
-        self._register(fd, _IN)
+    def watch(self, fd: int, shared: bool = False) -> None:
+        self._register(fd, _IN | (shared and select.EPOLLEXCLUSIVE))
 
     def unwatch(self, fd: int) -> None:
         try:
@@ -89,7 +89,7 @@ class LevelPoller:
         inner = getattr(self._selector, "fileno", None)
         return int(inner()) if inner is not None else -1
 
-    def watch(self, fd: int) -> None:
+    def watch(self, fd: int, shared: bool = False) -> None:
         self.want(fd, read=True, write=False)
 
     def unwatch(self, fd: int) -> None:

@@ -112,12 +112,15 @@ class Engine(ABC):
         in_loop: whether ``spawn`` runs the handler at once, in the loop.
         bursts: whether connections are to be taken many at a time, by ``connection.take``; ``spawn`` then never waits.
         connection: what accepted connections are made of, unless a program accepts by itself; see ``adopt``.
+        shares_doors: whether other processes accept from the same doors, so that one of them should wake at a time, and
+            each in its turn.
     """
 
     in_child: ClassVar[bool] = False
     in_loop: ClassVar[bool] = False
     bursts: ClassVar[bool] = False
     connection: Any = Connection
+    shares_doors: bool = False
 
     def __init__(self, options: Options) -> None:
         self.options = options

@@ -6,6 +6,7 @@ import selectors
 from collections.abc import Callable
 
 from harken.engines import Door, Engine, Options
+from harken.engines._exclusive import ExclusiveSelector
 from harken.waker import Waker
 
 __all__ = ["SelectorEngine"]
@@ -46,7 +47,7 @@ class SelectorEngine(Engine):
         waker = Waker()
         self._wakers.append(waker)
         try:
-            with self.options("selector")() as selector:
+            with ExclusiveSelector() if self.shares_doors else self.options("selector")() as selector:
                 selector.register(waker, selectors.EVENT_READ)
                 generation = -1
                 while not stopped():

@@ -172,7 +172,7 @@ class Engine(Contract):
                 self._hub.unwatch(door)
 
     def _watch(self, hub: Any, door: Door) -> None:
-        hub.watch(door, partial(self._serve, id(door)))
+        hub.watch(door, partial(self._serve, id(door)), self.shares_doors)
 
     def _serve(self, number: int) -> bool:
         """Take one connection from a door, while somebody wants that."""

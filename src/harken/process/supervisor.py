@@ -207,7 +207,8 @@ class Supervisor:
         listeners = self.listeners
         for listener in listeners:
             listener.disown()
-        worker = Worker(self._load(), (), self._keywords, listeners=listeners)
+        shared = self.workers.wanted > 1
+        worker = Worker(self._load(), (), self._keywords, listeners=listeners, shares_listeners=shared)
         # What these mean is the supervisor's affair; a terminal, though, sends some to every process.
         worker.obeys.update(dict.fromkeys(_WORKERS_IGNORE, lambda: None))
         worker.obeys[signal.SIGUSR1] = self._reopen

@@ -73,6 +73,8 @@ class Worker:
         addresses: tuple[str, ...],
         settings: dict[str, Any],
         listeners: Sequence[Listener] = (),
+        *,
+        shares_listeners: bool = False,
     ) -> None:
         """Bind every address.
 
@@ -81,6 +83,7 @@ class Worker:
             addresses: URLs to bind.
             settings: settings by name.
             listeners: sockets that are open already; they are the worker's from now on.
+            shares_listeners: whether other processes accept from them too.
 
         Raises:
             ConfigError: an address, a setting or the handler is wrong; nothing stays open.
@@ -100,6 +103,7 @@ class Worker:
         make = plugins.find("engines", self.settings["engine"] or "inline", "Engine")
         make.fit(handler)
         self._engine: Engine = make(self._option)
+        self._engine.shares_doors = shares_listeners
         options = bind_options(self.settings)
         with ExitStack() as undo:
             for listener in chain(listeners, chain.from_iterable(listen(address, options) for address in addresses)):
