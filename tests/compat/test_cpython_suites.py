@@ -26,8 +26,8 @@ MODULES = (
 ENGINES = ("default", "thread", "pool", "inline", "fork", "green", "asyncio")
 
 # As the classes say; every server moved as `harken run --engine` does; ThreadingMixIn servers moved by HARKEN_ENGINE.
-# test_logging is not run on fork, where each of its cases looks at what the handler left in memory, nor on asyncio, which
-# logs itself: nearly all of its cases are excused there.
+# Two engines leave test_logging out, where nearly all of its cases are excused: fork, since they look at what the
+# handler left in memory, and asyncio, which logs lines of its own.
 RUNS = [
     *[("default", "threading", module) for module in MODULES],
     *[

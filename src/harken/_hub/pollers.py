@@ -50,6 +50,7 @@ class EdgePoller:
     """epoll, edge-triggered."""
 
     _CHANGES = _IN | _OUT | _RDHUP | _PRI | (1 << 31)  # EPOLLET
+    _EXCLUSIVE = 1 << 28  # EPOLLEXCLUSIVE
 
     def __init__(self) -> None:
         self._epoll = original("select", "epoll")()
@@ -58,7 +59,7 @@ class EdgePoller:
         self.close = self._epoll.close
 
     def watch(self, fd: int, shared: bool = False) -> None:
-        self._register(fd, _IN | (shared and select.EPOLLEXCLUSIVE))
+        self._register(fd, _IN | (shared and self._EXCLUSIVE))
 
     def unwatch(self, fd: int) -> None:
         try:
