@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -145,7 +146,7 @@ def test_finds_a_blocking_look_up(kind: ModuleType, tmp_path: Path) -> None:
             text=True,
             timeout=PATIENCE,
             check=False,
-            env={"HARKEN_HUB": kind.KIND, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+            env={**os.environ, "HARKEN_HUB": kind.KIND, "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"},
         )
     except FileNotFoundError:
         pytest.skip("needs unshare")
