@@ -257,15 +257,28 @@ def test_by_id_and_iteration(books):
     assert books.by_id("nobody") is None
 
 
-def test_wait_empty_waits_for_the_last(books, pair):
+def test_who_waits_asks_whenever_a_connection_ends(books, pair):
     """It returns when the last connection closes, and tells False when the time is over first."""
     taken, address, _ = pair
-    assert books.wait_empty(0)
+
+    def is_empty():
+        return not len(books)
+
+    assert books.wait_for(is_empty, 0)
     books.add(taken, address)
-    assert not books.wait_empty(0.01)
+    assert not books.wait_for(is_empty, 0.01)
     timer = threading.Timer(0.02, taken.close)
     timer.start()
-    assert books.wait_empty(PATIENCE)
+    assert books.wait_for(is_empty, PATIENCE)
+    timer.join()
+
+
+def test_who_waits_may_be_nudged(books, pair):
+    """For a condition that does not hang on connections alone."""
+    said = []
+    timer = threading.Timer(0.02, lambda: (said.append(1), books.nudge()))
+    timer.start()
+    assert books.wait_for(lambda: bool(said), PATIENCE)
     timer.join()
 
 

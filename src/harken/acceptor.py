@@ -150,6 +150,10 @@ class Acceptor:
         self._exhausted = False
         self._shed = 0
         self.fatal: OSError | None = None
+        self.last = False
+        """Whether the door is to close: nobody found there means that nobody is left, or that others will care."""
+        self.emptied = False
+        """Whether an error has told so."""
         self.paused = False
         """Whether the door is not watched at the moment."""
         self.troubled = False
@@ -158,7 +162,7 @@ class Acceptor:
     def open(self) -> None:
         """Forget earlier trouble and take the reserved descriptor; called when a loop begins to watch the door."""
         self.fatal = None
-        self.troubled = self._exhausted = self.paused = False
+        self.troubled = self._exhausted = self.paused = self.last = self.emptied = False
         self._take_reserve()
 
     def _take_reserve(self) -> None:
@@ -190,12 +194,21 @@ class Acceptor:
     def failed(self, error: OSError) -> bool:
         """Deal with an error of ``get_request``; never raises. Returns False: no connection was taken."""
         verdict = judge(error)
+        if self.last and verdict in (Verdict.STOP, Verdict.FAIL):
+            self.found_empty()
+            return False
         if verdict is Verdict.PAUSE:
             self._exhaust(error)
         elif verdict is Verdict.FAIL:
             self.fatal = error
             self.troubled = True
         return False
+
+    def found_empty(self) -> None:
+        """Nobody was there although the door is readable: when the door is to close, it may."""
+        if self.last:
+            self.emptied = True
+            self._pause()
 
     def hold(self, reason: str) -> None:
         """Stop watching the door until :meth:`turn` finds room again."""

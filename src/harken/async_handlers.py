@@ -78,6 +78,10 @@ class AsyncRequestHandler(BaseRequestHandler):
     def finish(self) -> Any:
         """Clean up. May be overridden, also by ``async def``. Called even when ``handle`` raised."""
 
+    def call_hook(self, name: str) -> None:
+        """Call a hook that runs beside ``handle``, and wait for it if it is to be waited for. In a green thread."""
+        drive(_settle(getattr(self, name)()))
+
 
 async def _settle(result: Any) -> None:
     """Wait for what a hook returned, if it is to be waited for."""

@@ -5,12 +5,13 @@ The running side (``serving.py``) and the hooks (``server.py``) say here what ha
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 from harken import events
-from harken.connection import Connection, Record, Registry, peer_fault
+from harken.connection import Connection, Record, Registry, peer_fault, read_off, shut
 from harken.peer import behind
 from harken.transports import for_socket
 
@@ -79,8 +80,11 @@ class Books:
         if record is None:  # the handler has closed it
             request.end()  # type: ignore[attr-defined]
             return
-        if record.reason is None:
-            record.judge(request)
+        early = record.was_ended
+        record.judge(request)
+        if early:
+            shut(request, socket.SHUT_WR)
+            read_off(request)
         if request.end():  # type: ignore[attr-defined]
             request.record = None
             record.ended()
@@ -143,6 +147,15 @@ class Books:
         self.counts["timed_out"] += 1
         if events.subscribers["timed_out"]:
             self._tell("timed_out", record, client_address, which=which, seconds=seconds)
+
+    def hook_failed(self, record: Record, error: BaseException) -> bool:
+        """A hook that is called beside a handler raised; tell whether that is anybody's fault."""
+        if self.excused(record.request, error):
+            return False
+        self.counts["handler_failed"] += 1
+        if events.subscribers["handler_failed"]:
+            self._tell("handler_failed", record, record.client_address, error=error)
+        return True
 
     def truncated(self, client_address: Any, size: int) -> None:
         """A datagram was longer than ``size`` bytes, and its end is lost."""

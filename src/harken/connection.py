@@ -41,9 +41,11 @@ __all__ = [
     "Registry",
     "accept",
     "backlog_length",
+    "read_off",
     "receive_now",
     "shown",
     "shut",
+    "tcp_info",
 ]
 
 REASONS: dict[str, str] = {
@@ -77,6 +79,7 @@ CHILD_STATUS = {
     "write_timeout": 16,
     "lifetime": 17,
     "handler_timeout": 18,  # its reason is "killed"
+    "drained": 19,
 }
 
 _LINUX = sys.platform == "linux"
@@ -88,6 +91,9 @@ _UNACKED = 24  # of a listener: sk_ack_backlog, tcp_get_info() in net/ipv4/tcp.c
 # Connections to take from a queue of unknown length before it is closed: who keeps coming must not hold it open.
 MAX_BACKLOG_GUESS = 64
 _LAST_DATA_SENT, _LAST_DATA_RECV, _TCP_INFO_BYTES = 44, 52, 56
+# What is read off before a connection that harken ended is closed: more than a receive buffer holds at rest
+# (net.ipv4.tcp_rmem: 128 KiB, at most 6 MiB); who sends on and on is reset all the same.
+READ_OFF_TURNS, _READ_OFF_BYTES = 16, 1 << 18
 
 
 class Connection(Socket):
@@ -168,8 +174,8 @@ def _rebuild(duplicate: Any, family: int, kind: int, proto: int) -> socket.socke
 _SOCKETS: Any = (Socket, socket.socket)
 
 
-def shut(request: Any) -> None:
-    """Wake whoever reads or writes on ``request`` by shutting the socket both ways; never raises.
+def shut(request: Any, how: int = socket.SHUT_RDWR) -> None:
+    """Wake whoever reads or writes on ``request`` by shutting the socket both ways, or one; never raises.
 
     The raw call is used on every type: ``SSLSocket.shutdown`` would drop its TLS state, and a handler's next ``recv``
     would return ciphertext.
@@ -177,11 +183,26 @@ def shut(request: Any) -> None:
     if isinstance(request, _SOCKETS):
         try:
             if isinstance(request, Socket):
-                Socket.shutdown(request, socket.SHUT_RDWR)
+                Socket.shutdown(request, how)
             else:  # gevent's
-                socket.socket.shutdown(request, socket.SHUT_RDWR)
+                socket.socket.shutdown(request, how)
         except OSError:
             pass  # it has closed already
+
+
+def read_off(request: object) -> None:
+    """Take out what the client has sent and nobody will read, so that closing does not reset the connection.
+
+    Linux answers unread input by a reset, at which the client's kernel may throw away the last of what was sent to it.
+    """
+    if not isinstance(request, Socket):
+        return
+    try:
+        for _ in range(READ_OFF_TURNS):
+            if not receive_now(request, _READ_OFF_BYTES):
+                return
+    except OSError:
+        pass  # nothing left, or it has closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +220,7 @@ class ConnectionInfo:
         bytes_out: bytes that its handler sent; None as before.
         waits_for: ``preamble``, ``reading`` (for the client to speak), ``writing`` (for the client to read) or
             ``handler``; on blocking engines as far as the kernel tells.
+        reason: why harken ended it, in the report of a drain; None while it is open.
     """
 
     id: str
@@ -210,6 +232,7 @@ class ConnectionInfo:
     bytes_in: int | None = None
     bytes_out: int | None = None
     waits_for: str = "handler"
+    reason: str | None = None
 
 
 # Ids that no other process and no other start of this one gives: a random prefix, and a count. A forked child counts on
@@ -402,6 +425,11 @@ class Record:
         if self.reason is not None:
             shut(request)  # who cut it meanwhile found the old object, which has nothing to shut any more
 
+    @property
+    def was_ended(self) -> bool:
+        """Whether harken ends it, or its server: its handler may leave unread what its client has sent."""
+        return self.reason is not None or self._registry.careful
+
     def ended(self) -> None:
         """The connection is closed: strike it off. Only the first call counts."""
         self._registry.strike(self)
@@ -422,9 +450,15 @@ class Record:
         else:
             shut(self.request)
 
+    def leave(self, reason: str) -> None:
+        """Ask the handler to come to its end: it reads the end of what its client sent. Any thread may call it."""
+        if self.reason is None:
+            self.reason = reason
+        shut(self.request, socket.SHUT_RD)
+
     def idle_seconds(self) -> float | None:
         """How long no byte moved either way; None where the kernel does not tell (Unix sockets)."""
-        times = _tcp_info(self.request, _TCP_INFO_BYTES)
+        times = tcp_info(self.request, _TCP_INFO_BYTES)
         if len(times) < _TCP_INFO_BYTES:
             return None
         sent: int
@@ -450,7 +484,8 @@ class Record:
         )
 
 
-def _tcp_info(request: object, length: int) -> bytes:
+def tcp_info(request: object, length: int) -> bytes:
+    """Return the first ``length`` bytes of the kernel's struct tcp_info; none where there is no such thing."""
     if not isinstance(request, (Socket, socket.socket)) or _TCP_INFO is None:
         return b""
     try:
@@ -499,7 +534,7 @@ def receive_now(request: socket.socket, size: int, flags: int = 0) -> bytes:
 
 def backlog_length(listener: object) -> int:
     """How many connections wait to be accepted; where the kernel does not tell (Unix sockets), the most to assume."""
-    info = _tcp_info(listener, _TCP_INFO_BYTES)
+    info = tcp_info(listener, _TCP_INFO_BYTES)
     return int(struct.unpack_from("=I", info, _UNACKED)[0]) if len(info) == _TCP_INFO_BYTES else MAX_BACKLOG_GUESS
 
 
@@ -523,7 +558,9 @@ class Registry:
         self.end_child = end_child
         self._on_close = on_close
         self._records: dict[int, Record] = {}
-        self._empty = threading.Condition()
+        self._changed = threading.Condition()
+        self.careful = False
+        """Whether a connection is closed only after what its client sent was read off, since the server drains."""
         self._waiting = 0
 
     def __len__(self) -> int:
@@ -580,9 +617,7 @@ class Registry:
             return
         self._on_close(record)
         record._request = _gone  # or its callback would run for nothing when the request object goes
-        if self._waiting:
-            with self._empty:
-                self._empty.notify_all()
+        self.nudge()
 
     def hand_over(self, record: Record | None, pid: int) -> None:
         """Child ``pid`` serves this connection from now on; the caller closes its own copy."""
@@ -606,11 +641,17 @@ class Registry:
             record.reason = record.reason or reason
             self.strike(record)
 
-    def wait_empty(self, timeout: float | None, *, besides: int = 0) -> bool:
-        """Wait until only ``besides`` connections are open; tell whether that came true within ``timeout`` seconds."""
-        with self._empty:
+    def wait_for(self, condition: Callable[[], bool], timeout: float | None) -> bool:
+        """Wait until ``condition()``, asked whenever a connection ends; tell whether it came true in time."""
+        with self._changed:
             self._waiting += 1
             try:
-                return self._empty.wait_for(lambda: len(self._records) <= besides, timeout)
+                return self._changed.wait_for(condition, timeout)
             finally:
                 self._waiting -= 1
+
+    def nudge(self) -> None:
+        """Let those who wait ask their condition."""
+        if self._waiting:
+            with self._changed:
+                self._changed.notify_all()

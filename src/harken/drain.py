@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from harken import events
-from harken.connection import ConnectionInfo, Record, backlog_length
+from harken.closing import DOOR_SECONDS, Closing
+from harken.connection import ConnectionInfo, Record
+from harken.farewell import Farewell
+from harken.lifecycle import Latch
 from harken.settings import seconds, setting
 
 if TYPE_CHECKING:
     from harken.serving import Serving
 
-__all__ = ["CUT_GRACE", "Drain", "DrainReport", "drain", "hurry"]
+__all__ = ["CUT_GRACE", "Drain", "DrainReport", "drain", "run"]
 
 DRAIN_TIMEOUT = setting(
     "drain_timeout",
@@ -27,11 +30,23 @@ DRAIN_TIMEOUT = setting(
     meaning="how long a drain waits for connections before it cuts what is left",
     origin="gunicorn's graceful_timeout; the drop-in classes have no drain of their own",
 )
+DRAIN_JITTER = setting(
+    "drain_jitter",
+    seconds(),
+    0.0,
+    unit="seconds",
+    live=True,
+    meaning="over how long a drain spreads its goodbyes, so that clients do not all come back at once",
+    origin="at once, unless asked: how soon clients come back is known to who runs them",
+)
 
 # Seconds that a cut handler gets to notice that its socket is shut: it wakes within milliseconds.
 CUT_GRACE = 1.0
-# Seconds that a drain gives the loop to leave its poll(): it takes one turn.
-LEAVE_SECONDS = 0.2
+# Seconds between the end of what a handler can read, at the deadline, and the end of its connection: time for a last
+# word, which is sent in less.
+LAST_WORD_SECONDS = 0.2
+# Seconds between looks at handlers that work on although their connections have ended.
+_SLICE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +54,12 @@ class DrainReport:
     """How a drain went.
 
     Attributes:
-        finished: connections that ended by themselves in time.
-        left: handlers that still run although their connection was cut.
+        finished: connections that ended by themselves in time, or when what they had under way was done.
+        left: connections that were idle, and left when they were asked to.
         cut: connections that were closed at the deadline.
         seconds: how long it took.
-        connections: those that were cut.
+        connections: those that were cut; ``reason`` says why.
+        running: handlers that still run although their connections have ended.
     """
 
     finished: int
@@ -51,84 +67,219 @@ class DrainReport:
     cut: int
     seconds: float
     connections: list[ConnectionInfo]
+    running: int = 0
+
+    @classmethod
+    def of_all(cls, reports: Sequence[DrainReport]) -> DrainReport:
+        """Return one report for servers that share an engine and were drained together."""
+        return cls(
+            sum(report.finished for report in reports),
+            sum(report.left for report in reports),
+            sum(report.cut for report in reports),
+            max(report.seconds for report in reports),
+            [info for report in reports for info in report.connections],
+            max(report.running for report in reports),
+        )
 
     def __str__(self) -> str:
-        return f"{self.finished} finished, {self.cut} cut, {self.left} handlers left, {self.seconds:.2f} s"
+        running = f", {self.running} handlers still run" if self.running else ""
+        return f"{self.finished} finished, {self.left} left, {self.cut} cut{running}, {self.seconds:.2f} s"
 
 
 class Drain:
-    """A drain under way.
+    """A drain of one server that is under way.
 
     Attributes:
-        since: ``time.monotonic()`` at its begin.
+        deadline: ``time.monotonic()`` when what is left is cut.
+        over: set when there is a report.
+        report: how it went, at the end.
     """
 
-    def __init__(self, serving: Serving) -> None:
-        self.since = time.monotonic()
-        self._serving = serving
-        self._open = len(serving.connections)
-
-    def begin(self, timeout: float, stop: Callable[[], None]) -> None:
-        """Stop accepting and close the listener.
+    def __init__(self, serving: Serving, timeout: float, own: Iterable[Record] = ()) -> None:
+        """Begin none yet.
 
         Args:
+            serving: the server's running side.
             timeout: seconds until the deadline.
-            stop: asks the loop to end, without waiting for it.
+            own: the connections of the handler that asks, which waits for the drain and so is not waited for.
         """
+        self.since = time.monotonic()
+        self.deadline = self.since + timeout
+        self.over = Latch(owned=True)
+        self.report: DrainReport | None = None
+        self._serving = serving
+        self._timeout = timeout
+        self._own = set(own)
+        self._joined = 0
+        self._open = len(serving.connections)
+        self._closed_before = Counter(serving.books.reasons)
+        self._cut: list[ConnectionInfo] = []
+        self._closing = Closing(serving)
+        self._farewell = Farewell(serving, serving.settings["drain_jitter"])
+        serving.under_way = self
+
+    def begin(self) -> None:
+        """Let nobody new come, and tell everybody who asks that the server drains."""
         serving = self._serving
+        self.over.clear()
         serving.lifecycle.move("drain")
-        events.emit("draining", server=serving.server, open=self._open, timeout=timeout)
+        serving.connections.careful = True
+        if self._timeout:
+            self._closing.shut_out()
+        events.emit("draining", server=serving.server, open=self._open, timeout=self._timeout)
+        serving.tell_children()
+
+    def turn(self) -> float:
+        """Say the goodbyes that are due; return how many seconds the next turn may wait."""
+        others = self._others() if time.monotonic() < self.deadline else []
+        return self._farewell.turn(others)
+
+    def may_close(self) -> bool:
+        """Let in who waits at the door; tell whether it may be closed."""
+        now = time.monotonic()
+        return now >= self.deadline or self._closing.is_empty(now)
+
+    def close_door(self) -> None:
+        """Close the listener, once the loop was asked to end."""
+        self._closing.close()
+
+    def is_done(self) -> bool:
+        """Tell whether nobody is waited for any more."""
+        return time.monotonic() >= self.deadline or not self._others()
+
+    def wait(self, timeout: float) -> None:
+        """Wait until nobody is waited for, or something calls for another look; at most ``timeout`` seconds."""
+        serving = self._serving
+        timeout = max(0.0, min(timeout, self.deadline - time.monotonic()))
+        if serving.started and serving.engine.in_child and serving.last_loop:
+            serving.engine.join(time.monotonic() + timeout)  # nobody else reaps children now
+        else:
+            serving.connections.wait_for(self.is_done, timeout)
+
+    def end(self) -> DrainReport:
+        """Cut what is left, and report."""
+        try:
+            self._cut_others()
+            self._farewell.end()
+            running = self._await_handlers()
+            self._serving.abandoned = running > 0
+            self.report = self._report(running)
+            events.emit("drained", server=self._serving.server, report=self.report)
+            return self.report
+        finally:
+            self.over.set()
+
+    def hurry(self, reason: str) -> None:
+        """Cut what is open now. Any thread; the report will count them."""
+        self.deadline = self.since
+        self._note(self._others(), reason)
+        self._serving.cut(reason)
+        self._serving.connections.nudge()
+
+    def join(self, timeout: float, own: Iterable[Record]) -> DrainReport:
+        """Wait for its end with somebody else, who may be more in a hurry. The thread that drains does not wait."""
+        own = set(own)
+        self._joined += bool(own)
+        self._own |= own
+        self.deadline = min(self.deadline, time.monotonic() + timeout)
+        self._serving.connections.nudge()
+        self.over.wait()
+        return self.report or self._report(0)
+
+    def _others(self) -> list[Record]:
+        return [record for record in self._serving.connections if record not in self._own]
+
+    def _note(self, records: Iterable[Record], reason: str) -> None:
+        """Give the reason to those that have none, or that were asked to leave and did not; and put them on record."""
+        for record in records:
+            if record.reason in (None, "drained", "handler_returned"):
+                record.reason = reason
+                self._cut.append(replace(record.info(), reason=reason))
+
+    def _cut_others(self) -> None:
+        others = self._others()
+        self._note(others, "drain_deadline")
+        if others and self.deadline > self.since:
+            for record in others:
+                record.leave("drain_deadline")
+            self._serving.connections.wait_for(lambda: not self._others(), LAST_WORD_SECONDS)
+        for record in self._others():
+            record.cut("drain_deadline")
+        if others and self._serving.started:
+            self._serving.engine.terminate()
+
+    def _await_handlers(self) -> int:
+        """Wait for handlers, which may outlive their connections and serve datagrams; return how many still run."""
+        serving = self._serving
+        end = max(self.deadline, time.monotonic() + CUT_GRACE)
+        running = 0
+        while serving.started:
+            running = serving.engine.join(min(end, time.monotonic() + _SLICE_SECONDS))
+            if running <= self._joined or time.monotonic() >= end:
+                break
+        running = max(0, running - self._joined)
+        if running and serving.started and serving.engine.in_child:
+            running = serving.engine.kill()
+        return running + (not serving.left.wait(max(0.0, end - time.monotonic())) and not serving.in_loop)
+
+    def _report(self, running: int) -> DrainReport:
+        closed = Counter(self._serving.books.reasons)
+        closed.subtract(self._closed_before)
+        ended_by_us = {"drained", "drain_deadline", "shutdown"}
+        finished = sum(count for reason, count in closed.items() if reason not in ended_by_us)
+        cut = list(self._cut)
+        return DrainReport(max(0, finished), closed["drained"], len(cut), time.monotonic() - self.since, cut, running)
+
+
+def run(drains: list[Drain], stop: Callable[[], None]) -> list[DrainReport]:
+    """Drain servers whose loop is one.
+
+    Args:
+        drains: none of them begun.
+        stop: asks the loop to end, without waiting for it.
+    """
+    try:
+        for each in drains:
+            each.begin()
+        _await_closing(drains)
         stop()
-        serving.wake()
-        # Its poll() would hold the listener's port; a loop that is inside a handler holds nothing, and may stay there.
-        serving.left.wait(LEAVE_SECONDS)
-        self._serve_backlog(self.since + timeout)
-        listener = getattr(serving.server, "socket", None)
-        if listener is not None:
-            listener.close()
-
-    def _serve_backlog(self, deadline: float) -> None:
-        """Take what has reached the backlog, which closing would reset; inline there is no place to serve it."""
-        serving = self._serving
-        if not serving.started or serving.engine.in_loop or not serving.intake.bursts:
-            return
-        for _ in range(backlog_length(getattr(serving.server, "socket", None))):
-            if serving.engine.full or time.monotonic() >= deadline or not serving.intake.readable():
-                return
-            serving.server._handle_request_noblock()
-
-    def end(self, deadline: float) -> DrainReport:
-        """Wait for connections until ``deadline`` (``time.monotonic()``), then cut what is left."""
-        serving = self._serving
-        if serving.started and serving.engine.in_child:
-            serving.engine.join(deadline)  # nobody else reaps now, and a connection lasts until its child is reaped
-        own = self._own()
-        serving.connections.wait_empty(max(0.0, deadline - time.monotonic()), besides=len(own))
-        cut = [record.info() for record in serving.cut("drain_deadline", besides=own)]
-        left = serving.engine.join(time.monotonic() + CUT_GRACE) if serving.started else 0
-        left += not serving.left.wait(CUT_GRACE) and not serving.in_loop
-        serving.abandoned = left > 0
-        cut += serving.hurried
-        finished = max(0, self._open - len(cut) - len(own))
-        report = DrainReport(finished, left, len(cut), time.monotonic() - self.since, cut)
-        events.emit("drained", server=serving.server, report=report)
-        return report
-
-    def _own(self) -> list[Record]:
-        """The connections whose handler is the caller: a verb that a handler calls does not wait for that handler."""
-        here = threading.get_ident()
-        return [record for record in self._serving.connections if record.thread == here]
+        for each in drains:
+            each.close_door()
+        while waited_for := [each for each in drains if not each.is_done()]:
+            pause = min(each.turn() for each in drains)
+            waited_for[0].wait(pause)
+        return [each.end() for each in drains]
+    finally:
+        for each in drains:
+            each.over.set()
 
 
-def drain(serving: Serving, timeout: float, stop: Callable[[], None]) -> DrainReport:
-    """Begin a drain and end it within ``timeout`` seconds; ``stop`` asks the loop to end."""
-    under_way = Drain(serving)
-    under_way.begin(timeout, stop)
-    return under_way.end(under_way.since + timeout)
+def _await_closing(drains: list[Drain]) -> None:
+    """Go on until every door may be closed.
+
+    Goodbyes are said meanwhile: who waits at a door may wait for a handler to be free.
+    """
+    due = 0.0
+    while sum(each.may_close() for each in drains) < len(drains):  # not all(): each lets in who waits
+        now = time.monotonic()
+        if now >= due:
+            due = now + min(each.turn() for each in drains)
+        time.sleep(DOOR_SECONDS)
 
 
-def hurry(serving: Serving, reason: str) -> None:
-    """Cut what is open now, before a drain's time is over; its report will count them. Any thread."""
-    # Noted before their handlers wake, and with them whoever reports the drain.
-    serving.hurried += [record.info() for record in serving.connections if record.reason is None]
-    serving.cut(reason)
+def drain(serving: Serving, timeout: float, stop: Callable[[], None], own: Iterable[Record]) -> DrainReport:
+    """Drain one server, or wait for the end of the drain that is under way.
+
+    Args:
+        serving: its running side.
+        timeout: seconds to wait before what is left is cut.
+        stop: asks the loop to end, without waiting for it.
+        own: the connections of the handler that asks.
+    """
+    with serving.guard:
+        under_way = serving.under_way
+        first = under_way is None or under_way.report is not None
+        if first:
+            under_way = Drain(serving, timeout, own)
+    assert under_way is not None
+    return run([under_way], stop)[0] if first else under_way.join(timeout, own)

@@ -110,7 +110,7 @@ class BaseRequestHandler:
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        cls._is_called_from_outside = cls.on_timeout.__module__ not in _OWN
+        cls._is_called_from_outside = any(hook.__module__ not in _OWN for hook in (cls.on_timeout, cls.on_drain))
 
     def on_timeout(self, which: str) -> Any:
         """Say a last word before the connection is closed because a deadline is over. May be overridden.
@@ -151,6 +151,19 @@ class BaseRequestHandler:
         from harken.starttls import start_tls
 
         return start_tls(self, tls)
+
+    def on_drain(self) -> Any:
+        """The server drains: say goodbye to the client, or note that ``handle`` is to end soon. May be overridden.
+
+        It is called once for each open connection, while ``handle`` goes on: on the green engine in a green thread
+        beside the handler's, with ``asyncio`` in a task of the loop, elsewhere in another thread; so it may send on
+        ``request``, and must not read. After it, an idle connection is asked to leave. What it raises is reported as
+        what ``handle`` raises, and ends nothing.
+        """
+
+    def call_hook(self, name: str) -> None:
+        """Call a hook that runs beside ``handle``."""
+        getattr(self, name)()
 
     @_Lazy
     def connection_id(self) -> str | None:

@@ -41,7 +41,8 @@ class Intake:
     def watch(self) -> None:
         """Watch the door, unless the server is suspended: room in the pool does not end a suspension."""
         serving = self._serving
-        if serving.lifecycle.state is State.SERVING:
+        state = serving.lifecycle.state
+        if state is State.SERVING or (state is State.DRAINING and not serving.last_loop):
             serving.engine.watch(serving.server, self._accept_ready)
 
     def readable(self) -> bool:

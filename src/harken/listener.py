@@ -6,11 +6,22 @@ import contextlib
 import os
 import socket
 import stat
+import threading
+import weakref
 from typing import NamedTuple
 
 from harken.errors import ConfigError
 
-__all__ = ["AddressInUse", "BindError", "Inode", "Listener", "note_inode", "unlink_if_own"]
+__all__ = [
+    "AddressInUse",
+    "BindError",
+    "Holding",
+    "Inode",
+    "Listener",
+    "fork_without_listeners",
+    "note_inode",
+    "unlink_if_own",
+]
 
 
 class BindError(ConfigError, OSError):
@@ -71,6 +82,54 @@ def unlink_if_own(path: str | bytes, inode: Inode | None) -> bool:
     return False
 
 
+# How often this process has forked children that may hold its listeners.
+_forks = 0
+
+
+# Threads that fork a child of the other kind at this moment.
+_apart: set[int] = set()
+
+
+def _count_fork() -> None:
+    global _forks
+    if threading.get_ident() not in _apart:
+        _forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_parent=_count_fork)
+
+
+def fork_without_listeners() -> int:
+    """As ``os.fork()``, for a child that will close its copies of all listeners at once."""
+    here = threading.get_ident()
+    _apart.add(here)
+    try:
+        return os.fork()
+    finally:
+        _apart.discard(here)
+
+
+class Holding:
+    """Tells whether a socket that this process bound is still held by it alone, as far as that can be known."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = weakref.ref(sock)
+        self._process = os.getpid()
+        self._forks = _forks
+
+    def alone(self, sock: object) -> bool:
+        """Whether ``sock`` is that socket, and neither a child nor a program that was started can have it as well."""
+        own = self._sock()
+        if own is None or own is not sock or getattr(own, "shared", False):
+            return False
+        try:
+            inheritable = own.get_inheritable()
+        except OSError:  # closed
+            return False
+        return not inheritable and (self._process, self._forks) == (os.getpid(), _forks)
+
+
 class Listener(socket.socket):
     """An open, bound socket that takes connections or datagrams.
 
@@ -81,14 +140,16 @@ class Listener(socket.socket):
 
     Attributes:
         url: the address with the real port, as users write addresses (``tcp://127.0.0.1:8800``).
+        shared: whether others hold the socket too: it was inherited, or is being handed on.
         owned_path: the Unix path that :meth:`close` removes, or None.
         tls: how TLS is to be spoken here, True as the settings say, None as they say whether at all.
     """
 
-    __slots__ = ("_inode", "_owner_pid", "owned_path", "tls", "url")
+    __slots__ = ("_inode", "_owner_pid", "holding", "owned_path", "shared", "tls", "url")
 
     url: str
     tls: object
+    shared: bool
     owned_path: str | None
     _inode: Inode | None
     _owner_pid: int
@@ -97,6 +158,8 @@ class Listener(socket.socket):
         super().__init__(family, type, proto, fileno)
         self.url = ""
         self.tls = None
+        self.shared = False
+        self.holding = Holding(self)
         self.disown()
         self.settimeout(None)  # socket.setdefaulttimeout() may be in force
         if self.type != socket.SOCK_DGRAM:
@@ -127,6 +190,7 @@ class Listener(socket.socket):
         finally:
             probe.detach()
         listener = cls(fileno=fd)
+        listener.shared = True
         listener.set_inheritable(False)
         return listener
 
@@ -136,6 +200,7 @@ class Listener(socket.socket):
         A forked child has it in any case; this is for ``exec``.
         """
         self.set_inheritable(True)
+        self.shared = True
         return self.fileno()
 
     def own(self, path: str) -> None:

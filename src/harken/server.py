@@ -15,14 +15,14 @@ from time import monotonic
 from typing import Any
 
 from harken import preambles, straight
-from harken.connection import Connection, ConnectionInfo, accept, shut
+from harken.connection import Connection, ConnectionInfo, accept, read_off, shut
 from harken.drain import DrainReport
 from harken.entry import refuse_unentered
 from harken.errors import PreambleError
-from harken.foreign import foreign_loop
 from harken.lifecycle import Latch
-from harken.listener import Listener, note_inode, unlink_if_own
+from harken.listener import Holding, Listener, note_inode, unlink_if_own
 from harken.serving import RunningSide, serving_of
+from harken.stacks import foreign_loop
 from harken.transports import bind_options, for_socket
 
 __all__ = ["BaseServer", "TCPServer", "UDPServer", "UnixDatagramServer", "UnixStreamServer"]
@@ -423,6 +423,7 @@ class TCPServer(BaseServer):
             for_socket(self.socket).tune(self.socket, bind_options(settings))
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
+        self._harken.holding = Holding(self.socket)
 
     def server_activate(self) -> None:
         """Listen. May be overridden. Called by the constructor."""
@@ -460,10 +461,11 @@ class TCPServer(BaseServer):
             if isinstance(request, Connection)
             else self._harken.connections.find(request)
         )
+        early = False
         if record is not None:
             request = record.successor or request
-            if record.reason is None:
-                record.judge(request)
+            early = record.was_ended
+            record.judge(request)
         part = getattr(type(request), "part", None)  # under TLS there is a goodbye
         try:
             if part is None:
@@ -472,6 +474,8 @@ class TCPServer(BaseServer):
                 part(request)
         except OSError:
             pass  # the peer, or the handler, was quicker
+        if early:
+            read_off(request)
         self.close_request(request)
 
     def close_request(self, request: Any) -> None:

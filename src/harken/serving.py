@@ -13,24 +13,28 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, overload
 
 from harken import events, plugins
 from harken.acceptor import Acceptor
 from harken.admission import Admission, wanted
 from harken.books import Books
-from harken.connection import CHILD_STATUS, REASONS, ConnectionInfo, Record
+from harken.connection import CHILD_STATUS, REASONS, Record
 from harken.deadlines import NAMES as DEADLINES, Deadlines
-from harken.drain import DrainReport, drain
+from harken.drain import Drain, DrainReport, drain
 from harken.engines import ENGINE, Engine
 from harken.entry import Entry, entry_of
 from harken.errors import ConfigError, LifecycleError
 from harken.expiry import Expiry, child_status
+from harken.farewell import Farewell
+from harken.herald import Herald
 from harken.intake import Intake
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
+from harken.listener import Holding
 from harken.report import Report
 from harken.settings import Profile, Settings
+from harken.stacks import served_by_caller
 from harken.transports import for_socket
 
 if TYPE_CHECKING:
@@ -72,7 +76,10 @@ class Serving:
             address=self.address,
         )
         self.abandoned = False
-        self.hurried: list[ConnectionInfo] = []
+        self.under_way: Drain | None = None
+        """The drain that is under way, or was the last."""
+        self.holding: Holding | None = None
+        """What is known of the socket that the server bound by itself."""
         self.on_child: Callable[[], None] = lambda: None
         """Called in a child of the fork engine before its handler."""
         self.loops: set[int] = set()
@@ -81,8 +88,9 @@ class Serving:
         if engine is not None:
             self.engine = engine
         self._packet_size = (-1, 0)
+        self._herald: Herald | None = None
         self._shared: Serving | None = None
-        self._guard = threading.RLock()
+        self.guard = threading.RLock()
         self._loop_count = 0
 
     # -- what engines and handlers ask ---------------------------------------------------------------------------------
@@ -90,7 +98,7 @@ class Serving:
     @cached_property
     def engine(self) -> Engine:
         """The engine, made when first needed."""
-        with self._guard:
+        with self.guard:
             made: Engine | None = vars(self).get("engine")
             if made is None:
                 made = plugins.find("engines", self.engine_name, "Engine")(self.option)
@@ -235,7 +243,7 @@ class Serving:
         engine, _ = self.engine, self.entry  # may raise: before anything has changed
         self._prepare(engine)
         self._check_fit()
-        with self._guard:
+        with self.guard:
             self.lifecycle.move("serve")
             self._loop_count += 1
             self.shared = self._loop_count > 1
@@ -256,7 +264,7 @@ class Serving:
             _interrupted.add(self)
             raise
         finally:
-            with self._guard:
+            with self.guard:
                 self._loop_count -= 1
                 self.shared = self._loop_count > 1
                 self.loops.discard(threading.get_ident())
@@ -314,6 +322,7 @@ class Serving:
         record = self.connections.find(request)
         if self.entry is not None:
             self.entry.refresh()
+        self._need_herald()
         report = Report(record, self._told) if self.entry is not None and record is not None else None
 
         def heard() -> bool:
@@ -348,6 +357,15 @@ class Serving:
         if report is not None and report.open:
             self.engine.watch(report, heard)
 
+    def _need_herald(self) -> None:
+        if self._herald is None:
+            try:
+                self._herald = Herald()
+            except OSError:  # no descriptor is left: children learn of a drain when they are terminated
+                return
+            if self.draining:
+                self.tell_children()
+
     def _told(self, record: Record) -> None:
         """A child told what the preambles learned of its connection, or ended without."""
         if record.held:
@@ -363,8 +381,18 @@ class Serving:
             self.deadlines.after_fork(record)
         if not isinstance(request, tuple) and hasattr(self.server, "socket"):
             self.server.socket.close()
+        if self._herald is not None and record is not None:
+            self._herald.listen(partial(self._drain_in_child, record))
         function(request, client_address)
         return child_status(record)
+
+    def _drain_in_child(self, record: Record, jitter: float) -> None:
+        """The server drains: say goodbye to the one connection that is served here, until the process ends."""
+        self.lifecycle.state = State.DRAINING
+        self.connections.careful = True
+        farewell = Farewell(self, jitter)
+        while True:
+            time.sleep(farewell.turn([record]))
 
     def _end_child(self, pid: int) -> None:
         end = getattr(self.engine, "end_child", None)
@@ -382,20 +410,19 @@ class Serving:
             return
         if self.books.interrupted:
             self.cut("shutdown")
+        self._herald = None
         block = self.option("block_on_close") and not self.option("daemon_threads") and not self.abandoned
         self.engine.join(None if block else time.monotonic())
         deadlines = vars(self).get("deadlines")
         if deadlines is not None and not self.connections:
             deadlines.stop()
 
-    def cut(self, reason: str, besides: list[Record] | None = None) -> list[Record]:
-        """Shut the sockets of all open connections, so that their handlers wake; return the records not cut before."""
-        records = [record for record in self.connections if record.reason is None and record not in (besides or ())]
-        for record in records:
+    def cut(self, reason: str) -> None:
+        """Shut the sockets of all open connections, so that their handlers wake."""
+        for record in self.connections:
             record.cut(reason)
         if self.started:
             self.engine.terminate()
-        return records
 
     def drain(self, timeout: float | None, stop: Callable[[], None]) -> DrainReport:
         """Stop accepting, wait for connections, cut what is left.
@@ -405,7 +432,21 @@ class Serving:
             stop: asks the loop to end, without waiting for it.
         """
         timeout = self.settings["drain_timeout"] if timeout is None else timeout
-        return self.engine.aside(drain, self, timeout, stop)  # type: ignore[no-any-return]
+        return self.engine.aside(drain, self, timeout, stop, self.own_records())  # type: ignore[no-any-return]
+
+    def own_records(self) -> list[Record]:
+        """The connections whose handler is the caller: a verb that a handler calls does not wait for that handler."""
+        found = [self.connections.find(request) for request in served_by_caller()]
+        own = [record for record in found if record is not None]
+        if not own and not self.engine.shares_threads:
+            here = threading.get_ident()
+            own = [record for record in self.connections if record.thread == here]
+        return own
+
+    def tell_children(self) -> None:
+        """Let forked children know that the server drains."""
+        if self._herald is not None:
+            self._herald.tell(self.settings["drain_jitter"])
 
     def suspend(self) -> None:
         """Leave new connections in the backlog; open ones go on.
@@ -413,7 +454,7 @@ class Serving:
         Raises:
             LifecycleError: the server does not serve.
         """
-        with self._guard:
+        with self.guard:
             self.lifecycle.move("suspend")
             self.engine.unwatch(self.server)
 
@@ -423,7 +464,7 @@ class Serving:
         Raises:
             LifecycleError: the server is not suspended.
         """
-        with self._guard:
+        with self.guard:
             self.lifecycle.move("resume")
             self.intake.watch()
 

@@ -69,6 +69,8 @@ def take(serving: Serving) -> bool:
     except OSError as error:
         acceptor.failed(error)
         taken = []
+    if not taken:
+        acceptor.found_empty()
     if acceptor.troubled:
         acceptor.settle(taken=bool(taken))
     if taken and len(taken[0][1]) > 2:

@@ -31,6 +31,14 @@ class Greet(harken.BaseRequestHandler):
         while data := self.request.recv(100):
             if data == b"leave":
                 return
+            if data == b"work":
+                while not self.draining:
+                    time.sleep(0.01)
+                time.sleep(0.3)
+                self.request.sendall(b"worked")
+                return
+            if data == b"hang":
+                threading.Event().wait()
             if data == b"signals":
                 import signal
                 os.kill(os.getppid() if "fork" in sys.argv[1] else os.getpid(), signal.SIGTERM)
@@ -329,6 +337,7 @@ def test_term_drains(start, greeted, engine):
     """The port closes, the open connection is served to its end, and the status is 0."""
     process = start(engine=engine)
     client, _ = greeted(process)
+    client.sendall(b"work")
     process.send_signal(signal.SIGTERM)
     assert "draining" in process.stderr.readline()
     deadline = time.monotonic() + PATIENCE
@@ -343,13 +352,11 @@ def test_term_drains(start, greeted, engine):
     else:
         pytest.fail("the port stayed open")
     with client:
-        client.sendall(b"still served")
-        assert client.recv(100) == b"STILL SERVED"
-        client.sendall(b"leave")
+        assert client.recv(100) == b"worked"
         assert client.recv(100) == b""
     status, log = ended(process)
     assert status == 0
-    assert "1 finished, 0 cut" in log
+    assert "1 finished, 0 left, 0 cut" in log
 
 
 @pytest.mark.parametrize("engine", ["inline", "thread", "pool", "fork"])
@@ -360,7 +367,7 @@ def test_a_drain_that_cuts_ends_with_status_3(start, greeted, engine):
     process.send_signal(signal.SIGTERM)
     status, log = ended(process)
     assert status == 3
-    assert "0 finished, 1 cut" in log
+    assert "0 finished, 0 left, 1 cut" in log
     client.close()
     deadline = time.monotonic() + 2
     while alive(pid) and time.monotonic() < deadline:
@@ -373,6 +380,7 @@ def test_int_ends_a_drain_at_once(start, greeted, engine):
     """TERM, then INT: status 3, since a connection was cut."""
     process = start(engine=engine)
     client, _ = greeted(process)
+    client.sendall(b"hang")
     process.send_signal(signal.SIGTERM)
     assert "draining" in process.stderr.readline()
     began = time.monotonic()
@@ -399,11 +407,11 @@ def test_term_twice_is_term_once(start, greeted):
     """Service managers repeat themselves."""
     process = start(engine="thread")
     client, _ = greeted(process)
+    client.sendall(b"work")
     process.send_signal(signal.SIGTERM)
     assert "draining" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
-    client.sendall(b"still served")
-    assert client.recv(100) == b"STILL SERVED"
+    assert client.recv(100) == b"worked"
     client.close()
     assert ended(process)[0] == 0
 

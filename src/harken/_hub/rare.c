@@ -240,6 +240,20 @@ static PyObject *rare_fileno(PyObject *self, PyObject *none) {
     return flush_of(self) < 0 ? NULL : PyObject_CallOneArg(base_fileno, self);
 }
 
+/* -- for who looks on from outside ------------------------------------------------------------------------------- */
+
+static PyObject *rare_waits_for(PyObject *self, PyObject *none) {
+    State *state = state_of(self);
+    Slot *slot = state->hub == NULL ? NULL : state->slot;
+    if (slot == NULL || slot->generation != state->generation)
+        Py_RETURN_NONE;
+    if (slot->waiter[WRITE] != NULL)
+        return PyUnicode_FromString("writing");
+    if (slot->waiter[READ] != NULL)
+        return PyUnicode_FromString("reading");
+    Py_RETURN_NONE;
+}
+
 /* -- travel to another process ------------------------------------------------------------------------------------ */
 
 PyObject *rebuild(PyObject *module, PyObject *args) {
@@ -285,6 +299,7 @@ HIDDEN PyMethodDef rare_methods[] = {
     {"sendfile", FAST(rare_sendfile), WORDS, "As socket.sendfile, likewise."},
     {"shutdown", rare_shutdown, METH_O, "As socket.shutdown."},
     {"fileno", rare_fileno, METH_NOARGS, "As socket.fileno."},
+    {"waits_for", rare_waits_for, METH_NOARGS, "Return 'reading', 'writing' or None: what its green thread waits for."},
     {"__reduce_ex__", rare_reduce, METH_O, "Travel to another process by multiprocessing."},
     {NULL},
 };

@@ -216,6 +216,11 @@ class Connection(connection.Connection):
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
+    def waits_for(self) -> str | None:
+        """Return ``reading``, ``writing`` or None: what its green thread waits for at the moment. Any thread."""
+        wire = self._wire
+        return "writing" if wire.writer is not None else "reading" if wire.reader is not None else None
+
     def open_reader(self, size: int = -1, /) -> Reader:
         """Return a buffered file to read; see the contract."""
         return Reader(self, size)

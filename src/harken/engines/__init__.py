@@ -111,6 +111,7 @@ class Engine(ABC):
         in_child: whether ``spawn`` hands the connection to another process, so that the caller closes its own copy.
         in_loop: whether ``spawn`` runs the handler at once, in the loop.
         bursts: whether connections are to be taken many at a time, by ``connection.take``; ``spawn`` then never waits.
+        shares_threads: whether handlers share threads, so that a thread does not tell which of them calls.
         connection: what accepted connections are made of, unless a program accepts by itself; see ``adopt``.
         shares_doors: whether other processes accept from the same doors, so that one of them should wake at a time, and
             each in its turn.
@@ -119,6 +120,7 @@ class Engine(ABC):
     in_child: ClassVar[bool] = False
     in_loop: ClassVar[bool] = False
     bursts: ClassVar[bool] = False
+    shares_threads: ClassVar[bool] = False
     connection: Any = Connection
     shares_doors: bool = False
 
@@ -209,6 +211,14 @@ class Engine(ABC):
     def here(self, request: Any) -> None:
         """The datagram ``request`` goes through the hooks where it will be served: ``spawn`` is to run it there."""
 
+    def beside(self, function: Callable[..., object], *args: Any) -> bool:
+        """Run ``function(*args)`` beside the handlers, on behalf of one; it may block, and deals with its exceptions.
+
+        Returns:
+            Whether that was done; if not, the caller finds a thread for it.
+        """
+        return False
+
     def aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, which waits for other handlers, so that it does not keep them from running."""
         return function(*args)
@@ -255,6 +265,10 @@ class Engine(ABC):
 
     def terminate(self) -> None:
         """Ask the handlers to end that shutting their sockets here does not reach (*any thread*)."""
+
+    def kill(self) -> int:
+        """End at once what did not heed ``terminate``, where that can be done; return how many handlers still run."""
+        return 0
 
     @abstractmethod
     def join(self, deadline: float | None) -> int:

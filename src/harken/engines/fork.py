@@ -16,6 +16,7 @@ from typing import Any
 
 from harken.engines import Options
 from harken.engines._selector import SelectorEngine
+from harken.listener import fork_without_listeners
 from harken.settings import count, setting
 
 __all__ = ["Engine"]
@@ -31,6 +32,8 @@ MAX_CHILDREN = setting(
     meaning="children of the fork engine at once; at the limit connections wait in the backlog",
     origin="socketserver.ForkingMixIn",
 )
+# Seconds that a killed child may take to be gone: it takes no part in that.
+KILL_SECONDS = 1.0
 # Seconds between looks at the children where no pidfd can wake us.
 _POLL_SECONDS = 0.05
 
@@ -73,7 +76,7 @@ class Engine(SelectorEngine):
         self.collect()
         while self.full:
             self._wait_for_exit()
-        pid = os.fork()
+        pid = fork_without_listeners()
         if pid == 0:
             _be_child(function, args)
         self.children.add(pid)
@@ -103,6 +106,15 @@ class Engine(SelectorEngine):
         """Send SIGTERM to the children."""
         for pid in list(self.children):
             self.end_child(pid)
+
+    def kill(self) -> int:
+        """Send SIGKILL to the children that are left, and reap them."""
+        for pid in list(self.children):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # it has exited; join() reaps it
+        return self.join(time.monotonic() + KILL_SECONDS)
 
     def end_child(self, pid: int) -> None:
         """Tell one of our children to terminate."""

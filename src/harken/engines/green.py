@@ -116,6 +116,7 @@ class Engine(Contract):
     """
 
     bursts = True
+    shares_threads = True
     connection = _hub.Connection
     host: str | None = None
     """What the hub begins with, by its name in ``harken._hub.hosts``; None: what suits the process."""
@@ -486,6 +487,14 @@ class Engine(Contract):
             served.close()
         self._datagrams.clear()
         self._crowds = 0
+
+    def beside(self, function: Callable[..., object], *args: Any) -> bool:
+        """Run ``function`` in a green thread of its own; does not wait for its start."""
+        hub, jobs = self._hub, self._jobs
+        if hub is None:
+            return False
+        hub.call_soon_threadsafe(lambda: jobs.add(hub.spawn_then(jobs.discard, function, *args)))
+        return True
 
     def aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``; in a green thread it runs in a plain one meanwhile."""

@@ -205,6 +205,7 @@ def _twin(listener: Listener) -> Listener:
     """Return a second descriptor of the same socket, which goes on when the first is closed."""
     path = listener.owned_path
     listener.disown()
+    listener.shared = True  # its drain must leave the socket fit for the new program
     twin = Listener.adopt(os.dup(listener.fileno()))
     twin.url = listener.url
     if path is not None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
 from harken.connection import ConnectionInfo
-from harken.drain import Drain, DrainReport
+from harken.drain import Drain, DrainReport, run
 from harken.engines import is_async
 from harken.process.worker import Worker
 
@@ -130,31 +129,21 @@ class Started:
         await self.drain(0.0)
 
     async def _end(self, seconds: float) -> DrainReport:
-        """Drain in threads: the loop goes on, and its handlers with it."""
-        deadline = time.monotonic() + seconds
+        """Drain in a thread: the loop goes on, and its handlers with it."""
+        servings = [server.serving for server in self._servers]
+        drains = [Drain(serving, seconds, serving.own_records()) for serving in servings]
         try:
-            drains = await asyncio.to_thread(self._leave_doors, deadline)
-            reports = await asyncio.gather(*(asyncio.to_thread(drain.end, deadline) for drain in drains))
+            reports = await asyncio.to_thread(run, drains, self._stop)
+            await asyncio.to_thread(self._thread.join)
             await asyncio.to_thread(self._worker.close)
         finally:
             self._leave()
             self._over.set()
-        return DrainReport(
-            sum(report.finished for report in reports),
-            max(report.left for report in reports),  # the engine's, which they share
-            sum(report.cut for report in reports),
-            max(report.seconds for report in reports),
-            [info for report in reports for info in report.connections],
-        )
+        return DrainReport.of_all(reports)
 
-    def _leave_doors(self, deadline: float) -> list[Drain]:
+    def _stop(self) -> None:
         self._stopping = True
         self._engine.wake()
-        self._thread.join()
-        drains = [Drain(server.serving) for server in self._servers]
-        for drain in drains:
-            drain.begin(deadline - time.monotonic(), lambda: None)
-        return drains
 
     def suspend(self) -> None:
         """Stop accepting; new connections wait in the backlog, open ones go on."""

@@ -26,7 +26,7 @@ from harken.process.signals import Inbox
 from harken.process.worker import CUT, DRAINED, Worker
 from harken.process.workers import Workers
 from harken.settings import Settings, operator, seconds, setting
-from harken.transports import bind_options
+from harken.transports import bind_options, for_socket
 
 __all__ = ["Supervisor"]
 
@@ -266,8 +266,18 @@ class Supervisor:
         if not self._ending:
             self._ending = True
             notify(STOPPING=1, STATUS="draining")
+            self._shut_out()
             self._close_listeners()
             self.workers.drain()
+
+    def _shut_out(self) -> None:
+        """Let nobody new come to doors that only our workers share, and let those come in who are on the way."""
+        rests = [
+            for_socket(listener).shut_out(listener)
+            for listener in self.listeners
+            if not listener.shared and listener.fileno() >= 0
+        ]
+        time.sleep(max((rest or 0.0 for rest in rests), default=0.0))
 
     def stop(self) -> None:
         """Stop every worker now, and end."""

@@ -7,18 +7,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
 from typing import Any
 
 from harken import plugins
-from harken.drain import CUT_GRACE, Drain, hurry
+from harken.drain import CUT_GRACE, Drain, run
 from harken.engines import Engine
 from harken.errors import ConfigError
 from harken.handlers import BaseRequestHandler
 from harken.listener import Listener
+from harken.process.conductor import SIGNALS, Abandoned, Conductor
 from harken.server import BaseServer, TCPServer, UDPServer
 from harken.serving import Serving, serving_of
 from harken.settings import Settings
@@ -30,7 +31,6 @@ __all__ = ["CUT", "DRAINED", "Worker", "fit_handler"]
 TURN_SECONDS = 1.0
 # Exit statuses of ``serve``.
 DRAINED, CUT = 0, 3
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
 def _nothing() -> None:
@@ -50,6 +50,7 @@ class _Server:
         BaseServer.__init__(self, listener.getsockname(), handler)  # type: ignore[arg-type]
         self.socket = listener
         self.serving: Serving = serving_of(self, settings, "serve", engine)
+        self.serving.holding = listener.holding
 
 
 class _Stream(_Server, TCPServer):
@@ -94,12 +95,12 @@ class Worker:
         self.servers: list[_Stream | _Datagram] = []
         self._stopping = False
         self._left_loop = False
-        self._heeding = False
-        self._draining = False
-        self._deadline = 0.0
+        self._drainer: threading.Thread | None = None
+        self._status = DRAINED
         self._on_turn: Callable[[], None] = _nothing
         self.obeys: dict[int, Callable[[], None]] = {}
         """What more signals do, besides ending the worker: called in the thread that acts on signals."""
+        self._conductor = Conductor(self._obey)
         make = plugins.find("engines", self.settings["engine"] or "inline", "Engine")
         make.fit(handler)
         self._engine: Engine = make(self._option)
@@ -152,14 +153,17 @@ class Worker:
             on_turn: called once a turn of the loop, at least once a second.
         """
         self._on_turn = on_turn
-        with self._heeding_signals():
-            with ExitStack() as attached:
+        with self._conductor.heeding((*SIGNALS, *self.obeys)):
+            with ExitStack() as attached, suppress(Abandoned):
                 for server in self.servers:
                     attached.enter_context(server.serving.attached())
                 on_ready()
                 self._engine.run(lambda: self._stopping, self._tick, self._patience)
                 self._left_loop = True
-            return self._drain() if self._draining else self._stop()
+            if self._drainer is None:
+                return self._stop()
+            self._drainer.join()
+            return self._status
 
     def stop(self) -> None:
         """Make ``run`` return. Any thread, any signal handler."""
@@ -180,87 +184,44 @@ class Worker:
     def _patience(self) -> float:
         return min(server.serving.acceptor.patience(TURN_SECONDS) for server in self.servers)
 
-    @contextmanager
-    def _heeding_signals(self) -> Iterator[None]:
-        """Let a thread act on signals while the block runs.
-
-        Python runs signal handlers in the main thread, between two bytecodes: not while a handler of the inline engine
-        waits there for its client, nor when the signal came just before it began to. The interpreter's own C handler,
-        though, writes each signal's number to the wake-up descriptor at once, and a thread reads it from there.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        reader, writer = socket.socketpair()
-        writer.setblocking(False)
-        conductor = threading.Thread(target=self._conduct, args=(reader,), name="harken-signals", daemon=True)
-        conductor.start()
-        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        self._heeding = True
-        before = {number: signal.signal(number, lambda signum, frame: None) for number in (*_SIGNALS, *self.obeys)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            self._heeding = False
-            signal.set_wakeup_fd(wakeup)
-            writer.close()
-            conductor.join()
-            reader.close()
-
-    def _conduct(self, reader: socket.socket) -> None:
-        """Act on signals: the first TERM drains, anything else, or the end of the drain's time, cuts."""
-        while True:
-            try:
-                numbers = reader.recv(64)
-            except TimeoutError:  # a handler that keeps the loop itself busy has had its time
-                numbers = bytes((signal.SIGALRM,))
-            if not numbers:
-                return
-            for signum in numbers:
-                self._obey(signum, reader)
-
-    def _obey(self, signum: int, reader: socket.socket) -> None:
-        if signum == signal.SIGTERM:
-            if not self._stopping:
-                self._draining = True
-                patience = self.settings["drain_timeout"]
-                self._deadline = time.monotonic() + patience
-                reader.settimeout(max(patience, 0.001))  # 0 would mean "do not block"
-        elif signum == signal.SIGALRM:
-            reader.settimeout(None)
-            if not self._left_loop:  # else the drain itself cuts what is left
-                self._hurry("drain_deadline")
-        elif signum in _SIGNALS:
-            reader.settimeout(None)
+    def _obey(self, number: int) -> None:
+        """Act on a signal: the first TERM drains, INT and QUIT end at once, a drain too."""
+        if number == signal.SIGTERM:
+            if not self._stopping and self._drainer is None:
+                self._begin_drain()
+        elif number in SIGNALS:
             self._hurry("shutdown")
+            self.stop()
         else:
-            self.obeys.get(signum, _nothing)()  # or a signal of the program's own
-            return
-        self.stop()
+            self.obeys.get(number, _nothing)()  # or a signal of the program's own
 
     def _hurry(self, reason: str) -> None:
         for server in self.servers:
-            hurry(server.serving, reason)
+            under_way = server.serving.under_way
+            if under_way is not None:
+                under_way.hurry(reason)
+            else:
+                server.serving.cut(reason)
 
     def _be_a_child(self, own: _Stream | _Datagram) -> None:
         """In a forked child: signals mean what they mean to any process, and the other listeners are the parent's."""
-        if self._heeding:
-            signal.set_wakeup_fd(-1)
-            for number in (*_SIGNALS, *self.obeys):
-                signal.signal(number, signal.SIG_DFL)
+        self._conductor.be_a_child()
         for server in self.servers:
             if server is not own:
                 server.socket.close()
 
-    def _drain(self) -> int:
-        """Close the doors, wait for connections, cut what is left."""
-        drains = [Drain(server.serving) for server in self.servers]
-        for drain in drains:
-            drain.begin(self._deadline - time.monotonic(), lambda: None)
-        reports = [drain.end(self._deadline) for drain in drains]
-        return CUT if any(report.cut for report in reports) else DRAINED
+    def _begin_drain(self) -> None:
+        """Drain in a thread: the loop goes on until nobody waits at the doors."""
+        timeout = self.settings["drain_timeout"]
+        drains = [Drain(server.serving, timeout) for server in self.servers]
+        self._drainer = threading.Thread(target=self._drain, args=(drains,), name="harken-drain", daemon=True)
+        self._drainer.start()
+
+    def _drain(self, drains: list[Drain]) -> None:
+        reports = run(drains, self.stop)
+        self._status = CUT if any(report.cut or report.running for report in reports) else DRAINED
+        if not self._left_loop:  # a handler of the inline engine does not heed that its connection has ended
+            self._conductor.abandon()
 
     def _stop(self) -> int:
         """Stop now: shut every connection, and give handlers a moment to notice."""

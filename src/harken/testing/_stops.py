@@ -176,7 +176,7 @@ def drain_in_time(make: Make, transport: str) -> None:
             client.close()
         report = drainer.report()
         expect(report.cut == 0, f"{report.cut} connections were cut that ended in time")
-        expect(report.left == 0, f"{report.left} handlers were left that had ended")
+        expect(report.running == 0, f"{report.running} handlers were said to run that had ended")
         expect(
             report.finished == len(clients), f"{report.finished} of {len(clients)} connections were reported finished"
         )
@@ -192,7 +192,7 @@ def drain_cuts(make: Make, transport: str) -> None:
         report = _Drain(tested, DRAIN_SECONDS).report()
         expect(report.cut == len(clients), f"{report.cut} of {len(clients)} connections were reported cut")
         expect({info.id for info in report.connections} == ids, "drain() reported others than it cut")
-        expect(report.left == 0, f"{report.left} handlers were left running after they were cut")
+        expect(report.running == 0, f"{report.running} handlers were left running after they were cut")
         expect(report.seconds > DRAIN_SECONDS * 0.9, "drain() cut before its deadline")
         for client in clients:
             expect_end(client)

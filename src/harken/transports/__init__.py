@@ -120,6 +120,16 @@ class Transport(Scheme, Protocol):
     def describe(self, connection: socket.socket, client_address: Any) -> Peer:
         """Return the far end of an accepted connection, or of a datagram that came in on ``connection``."""
 
+    def shut_out(self, sock: socket.socket) -> float | None:
+        """Let nobody new come to a door that no other process holds; who has come can still be taken.
+
+        It cannot be undone: the door is closed after that. Where it was done so that nobody can come any more, errors
+        of accept(2) mean that nobody is left.
+
+        Returns:
+            For how many seconds somebody who was on the way may still come; None when it cannot be done here.
+        """
+
 
 SCHEMES: dict[str, str] = {
     "tcp": "harken.transports.tcp",

@@ -6,13 +6,13 @@ import socket
 from typing import TYPE_CHECKING
 
 from harken import settings
-from harken.transports import BindOptions, _inet
+from harken.transports import BindOptions, _filters, _inet
 from harken.transports._inet import Place, describe, parse
 
 if TYPE_CHECKING:
     from harken.listener import Listener
 
-__all__ = ["bind", "describe", "parse", "schemes", "tune", "url"]
+__all__ = ["bind", "describe", "parse", "schemes", "shut_out", "tune", "url"]
 
 schemes = ("udp",)
 
@@ -40,6 +40,11 @@ def tune(sock: socket.socket, options: BindOptions) -> None:
     and the datagrams, away from the first.
     """
     _inet.reuse_port(sock, options)
+
+
+def shut_out(sock: socket.socket) -> float | None:
+    """Let the kernel drop what comes; a sender does not learn of it, as with any datagram."""
+    return 0.0 if _filters.drop_all(sock) else None
 
 
 def url(sock: socket.socket) -> str:

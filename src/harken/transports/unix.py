@@ -16,15 +16,28 @@ import os
 import socket
 import stat
 import struct
+import sys
 from typing import Any, NamedTuple
 
 from harken.errors import ConfigError, nearest
 from harken.listener import AddressInUse, BindError, Inode, Listener, note_inode, unlink_if_own
 from harken.peer import Credentials, Peer
-from harken.transports import BindOptions
+from harken.transports import BindOptions, _filters
 from harken.transports._takeover import alone, claim, look, refuse
 
-__all__ = ["Inode", "bind", "claim", "describe", "note_inode", "parse", "schemes", "tune", "unlink_if_own", "url"]
+__all__ = [
+    "Inode",
+    "bind",
+    "claim",
+    "describe",
+    "note_inode",
+    "parse",
+    "schemes",
+    "shut_out",
+    "tune",
+    "unlink_if_own",
+    "url",
+]
 
 schemes = ("unix", "unixgram")
 
@@ -182,6 +195,22 @@ def _explain(place: Place, error: OSError) -> BindError:
 
 def tune(sock: socket.socket, options: BindOptions) -> None:
     """Set socket options: none; those of TCP mean nothing here, and Linux refuses SO_REUSEPORT."""
+
+
+def shut_out(sock: socket.socket) -> float | None:
+    """Refuse who comes (ECONNREFUSED), or let the kernel drop it; what waits stays.
+
+    On Linux a listener whose reading side is shut still hands out its queue. Elsewhere that is not known.
+    """
+    if sock.type != socket.SOCK_STREAM:
+        return 0.0 if _filters.drop_all(sock) else None
+    if sys.platform != "linux":
+        return None
+    try:
+        sock.shutdown(socket.SHUT_RD)
+    except OSError:  # it does not listen
+        return None
+    return 0.0
 
 
 def url(sock: socket.socket) -> str:

@@ -1,4 +1,4 @@
-"""Loops that are not harken's: found on the threads' stacks."""
+"""What the threads' stacks tell: loops that are not harken's, and whose handler calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import sys
 from types import FrameType
 from typing import Any
 
-__all__ = ["foreign_loop"]
+__all__ = ["foreign_loop", "served_by_caller"]
+
+# Functions under which a handler runs, by name since programs override them, and what they call the connection.
+_SERVING, _REQUEST = {"process_request_thread", "finish_request", "serve"}, "request"
 
 
 def foreign_loop(server: Any) -> bool:
@@ -30,3 +33,14 @@ def _on_stack(wanted: FrameType) -> bool:
     while frame is not None and frame is not wanted:
         frame = frame.f_back
     return frame is wanted
+
+
+def served_by_caller() -> list[Any]:
+    """Return the requests whose handlers call this, directly or not: those of the functions that serve them."""
+    found: list[Any] = []
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name in _SERVING and _REQUEST in frame.f_locals:
+            found.append(frame.f_locals[_REQUEST])
+        frame = frame.f_back
+    return found
