@@ -374,3 +374,17 @@ def test_a_shared_listener_is_not_filtered():
     finally:
         parent.close()
         child.close()
+
+
+def test_a_lazy_handler_that_was_never_started_leaves():
+    """Its connection has no green thread yet; it is idle after its first second."""
+
+    class Lazy(Work):
+        lazy = True
+
+    with running(made("green", Lazy)) as server, connect(server.server_address) as client:
+        wait_until(server.connections)
+        report = Draining(server).report()
+        assert rest(client) == b""
+    assert (report.left, report.cut) == (1, 0)
+    assert report.seconds > 0.5

@@ -689,3 +689,46 @@ def test_one_that_is_dropped_gives_its_descriptor_back(stage):
         gc.collect()
     assert gone() is None
     assert far.recv(10) == b""
+
+
+# -- for who looks on from outside -----------------------------------------------------------------------------------
+
+
+@FAMILIES
+def test_it_tells_what_its_green_thread_waits_for(stage, family):
+    """Reading, writing, or neither; before, while and after."""
+    connection, far = stage.pair(family)
+    seen = [connection.waits_for()]
+
+    def look():
+        seen.append(connection.waits_for())
+
+    def serve():
+        stage.hub.call_soon(look)
+        stage.hub.sleep(0)  # the look comes while this runs on
+        stage.hub.call_soon(look)
+        connection.recv(1)
+        stage.hub.call_soon(look)
+        connection.sendall(bytes(BIG))
+
+    def answer():
+        stage.hub.sleep(0.05)
+        far.sendall(b"x")
+        stage.hub.sleep(0.05)
+        reader, _ = drain(far, BIG)
+        return reader
+
+    outcomes = stage.run(serve, answer)
+    outcomes[1].join(PATIENCE)
+    assert [*seen, connection.waits_for()] == [None, None, "reading", "writing", None]
+
+
+def test_a_connection_that_waits_for_its_green_thread_waits_to_be_read(stage):
+    """One whose handler will start at its first bytes."""
+    connection, far = stage.pair()
+    started = []
+    stage.hub.lodge(connection, lambda guest: started.append(guest.waits_for()))
+    assert connection.waits_for() == "reading"
+    far.sendall(b"x")
+    stage.run(lambda: stage.hub.sleep(0.05))
+    assert started == [None]

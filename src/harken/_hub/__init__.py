@@ -95,7 +95,8 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     unread. What is written while ``reader`` holds unread bytes is joined, and sent before the green thread gives up its
     turn in any way, before the connection is used otherwise, at 64 KiB, and at the end: so an error in sending may be
     raised by a later call.
-    ``waits_for()`` returns ``"reading"``, ``"writing"`` or None: what a green thread waits for there. *Any thread.*
+    ``waits_for()`` returns ``"reading"``, ``"writing"`` or None: what a green thread, or one that is
+    to be started, waits for there. *Any thread.*
     Fair: after :data:`TURN_OPERATIONS` operations that did not wait, or :data:`TURN_BYTES`, the others get their turn.
 
 ``Batch(hub, sock, busy, crowded, more, most_waiting)``, ``Answers``

@@ -249,7 +249,7 @@ static PyObject *rare_waits_for(PyObject *self, PyObject *none) {
         Py_RETURN_NONE;
     if (slot->waiter[WRITE] != NULL)
         return PyUnicode_FromString("writing");
-    if (slot->waiter[READ] != NULL)
+    if (slot->waiter[READ] != NULL || slot->guest != NULL)
         return PyUnicode_FromString("reading");
     Py_RETURN_NONE;
 }

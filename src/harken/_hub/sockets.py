@@ -219,7 +219,9 @@ class Connection(connection.Connection):
     def waits_for(self) -> str | None:
         """Return ``reading``, ``writing`` or None: what its green thread waits for at the moment. Any thread."""
         wire = self._wire
-        return "writing" if wire.writer is not None else "reading" if wire.reader is not None else None
+        if wire.writer is not None:
+            return "writing"
+        return None if wire.reader is None and wire.guest is None else "reading"
 
     def open_reader(self, size: int = -1, /) -> Reader:
         """Return a buffered file to read; see the contract."""
