@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import select
 from typing import Any
 
+from harken import green
 from harken.handlers import BaseRequestHandler
 
 __all__ = ["DELIBERATE", "Obedient", "ObedientToDatagrams"]
@@ -42,6 +44,14 @@ class Obedient(BaseRequestHandler):
         self.request.sendall(b"held\n")
         while self.request.recv(65536):
             pass
+
+    def do_work(self) -> None:
+        """Say so, and do something else than to wait for the client, until its end or that of the connection."""
+        self.request.sendall(b"held\n")
+        poller = select.poll()
+        poller.register(self.request.fileno(), select.POLLIN)
+        while not poller.poll(0):
+            green.sleep(0.01)
 
     def do_fail(self) -> None:
         """Raise."""

@@ -245,13 +245,13 @@ class Rig:
             client.do_handshake()
         return client
 
-    def held(self, count: int = 1) -> list[socket.socket]:
+    def held(self, count: int = 1, verb: str = "hold") -> list[socket.socket]:
         """Return clients whose handlers are under way: ``count`` of them, or one if the engine runs one at a time."""
-        first = self.client("hold")
+        first = self.client(verb)
         expect(receive(first, 5) == b"held\n", "a handler did not start")
         if self._wire and self.engine.in_loop:  # a handshake beside it would wait for its end
             return [first]
-        rest = [self.client("hold") for _ in range(count - 1)]
+        rest = [self.client(verb) for _ in range(count - 1)]
         if rest and not select.select([rest[0]], [], [], BESIDE_SECONDS)[0]:
             for client in rest:
                 client.close()

@@ -169,7 +169,7 @@ def suspend_and_resume(make: Make, transport: str) -> None:
 def drain_in_time(make: Make, transport: str) -> None:
     """A drain waits for handlers that end in time, and cuts nobody."""
     with rig(make, transport) as tested:
-        clients = tested.held(3)
+        clients = tested.held(3, "work")
         drainer = _Drain(tested, PATIENCE)
         expect(wait_until(lambda: tested.serving.draining), "drain() did not begin")
         for client in clients:
@@ -177,8 +177,8 @@ def drain_in_time(make: Make, transport: str) -> None:
         report = drainer.report()
         expect(report.cut == 0, f"{report.cut} connections were cut that ended in time")
         expect(report.running == 0, f"{report.running} handlers were said to run that had ended")
-        expect(
-            report.finished == len(clients), f"{report.finished} of {len(clients)} connections were reported finished"
+        expect(  # and whoever waited in the backlog
+            report.finished >= len(clients), f"{report.finished} of {len(clients)} connections were reported finished"
         )
         expect(report.seconds < PATIENCE / 2, "drain() waited although nothing was open")
 
@@ -187,7 +187,7 @@ def drain_in_time(make: Make, transport: str) -> None:
 def drain_cuts(make: Make, transport: str) -> None:
     """A drain cuts what is still open at its deadline, says which, and their handlers are gone."""
     with rig(make, transport) as tested:
-        clients = tested.held(3)
+        clients = tested.held(3, "work")
         ids = {event.connection for event in tested.of("opened")}
         report = _Drain(tested, DRAIN_SECONDS).report()
         expect(report.cut == len(clients), f"{report.cut} of {len(clients)} connections were reported cut")
