@@ -127,10 +127,10 @@ class Drain:
         if self._timeout:
             self._closing.shut_out()
         events.emit("draining", server=serving.server, open=self._open, timeout=self._timeout)
-        serving.tell_children()
 
     def turn(self) -> float:
         """Say the goodbyes that are due; return how many seconds the next turn may wait."""
+        self._serving.tell_children()  # those that were forked since, too
         others = self._others() if time.monotonic() < self.deadline else []
         return self._farewell.turn(others)
 

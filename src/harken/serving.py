@@ -27,7 +27,7 @@ from harken.engines import ENGINE, Engine
 from harken.entry import Entry, entry_of
 from harken.errors import ConfigError, LifecycleError
 from harken.expiry import Expiry, child_status
-from harken.farewell import Farewell
+from harken.farewell import LOOK_SECONDS, Farewell
 from harken.herald import Herald
 from harken.intake import Intake
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
@@ -322,7 +322,7 @@ class Serving:
         record = self.connections.find(request)
         if self.entry is not None:
             self.entry.refresh()
-        self._need_herald()
+        self._herald = self._herald or Herald()
         report = Report(record, self._told) if self.entry is not None and record is not None else None
 
         def heard() -> bool:
@@ -357,15 +357,6 @@ class Serving:
         if report is not None and report.open:
             self.engine.watch(report, heard)
 
-    def _need_herald(self) -> None:
-        if self._herald is None:
-            try:
-                self._herald = Herald()
-            except OSError:  # no descriptor is left: children learn of a drain when they are terminated
-                return
-            if self.draining:
-                self.tell_children()
-
     def _told(self, record: Record) -> None:
         """A child told what the preambles learned of its connection, or ended without."""
         if record.held:
@@ -391,6 +382,7 @@ class Serving:
         self.lifecycle.state = State.DRAINING
         self.connections.careful = True
         farewell = Farewell(self, jitter)
+        time.sleep(LOOK_SECONDS)  # the word woke the handler's thread, which goes back to what it waited for
         while True:
             time.sleep(farewell.turn([record]))
 
@@ -446,7 +438,8 @@ class Serving:
     def tell_children(self) -> None:
         """Let forked children know that the server drains."""
         if self._herald is not None:
-            self._herald.tell(self.settings["drain_jitter"])
+            pids = [record.process for record in self.connections if record.process]
+            self._herald.tell(self.settings["drain_jitter"], pids)
 
     def suspend(self) -> None:
         """Leave new connections in the backlog; open ones go on.
