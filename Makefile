@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIND ?= tcp://127.0.0.1:8800
 ARGS ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -14,8 +15,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 serve: $(VENV)/.have-run ## serve examples/echo.py on BIND, by default tcp://127.0.0.1:8800
 	@exec $(BIN)/harken serve examples/echo.py:Echo --bind $(BIND) $(ARGS)
 
-test: $(VENV)/.have-test ## run the tests (ARGS="-k name" picks some)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.have-test ## run the tests (ARGS="-k name" picks some), JOBS at a time
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 soak: $(VENV)/.have-test ## run tests/soak in full: 30,000 messages, 100,000 connections …
 	HARKEN_SOAK=full $(BIN)/python -m pytest tests/soak $(ARGS)
