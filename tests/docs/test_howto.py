@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import click
 import pytest
 from blocks import ROOT, Block, blocks, pages
 
@@ -65,12 +66,20 @@ def check_harken(words: list[str]) -> None:
     assert words[0] in COMMANDS
     command = root.get_command(None, words[0])  # type: ignore[arg-type]
     assert command is not None
-    known = {"--help"} | {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    known = {"--help"} | flags(command)
+    if isinstance(command, click.Group):
+        verb = command.commands[next(word for word in words[1:] if not word.startswith("--"))]
+        known |= flags(verb)
     for word in words[1:]:
         if word == "-m" or word.endswith(".py"):  # the rest is the program's own
             break
         if word.startswith("--"):
             assert word.partition("=")[0] in known
+
+
+def flags(command: click.Command) -> set[str]:
+    """All flags of a command."""
+    return {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
 
 
 @pytest.mark.parametrize("page", [*pages("."), ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
