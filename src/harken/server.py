@@ -220,7 +220,7 @@ class BaseServer:
                 accepted, request = request, engine.adopt(request)
                 if request is not accepted:
                     serving.books.moved(accepted, request)
-            lazy = serving.entry is None and getattr(self.RequestHandlerClass, "lazy", False)
+            lazy = serving.entry is None and getattr(getattr(self, "RequestHandlerClass", None), "lazy", False)
             (engine.spawn_on_data if lazy else engine.spawn)(serve, request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:

@@ -41,9 +41,10 @@ def test_take_of_no_listener(kind):
 
 
 def test_what_the_peer_did_is_known(kind, stage):
-    """FIN and RST as reads and writes told of them; unknown is None."""
+    """FIN and RST as reads and writes told of them; unknown is None. The fallback asks the kernel instead."""
     if kind.KIND != "compiled":
-        pytest.skip("the fallback asks the kernel")
+        assert kind.Connection.far_end is None
+        return
     near, far = stage.pair()
     assert near.far_end is None
     far.sendall(b"x")
@@ -187,7 +188,8 @@ def test_dropped_connections_tell_their_record(kind, stage, recwarn):
 
     record = Record()
     if not hasattr(kind.Connection, "handle"):
-        pytest.skip("weak references tell it")
+        assert kind.KIND == "fallback"  # there weak references tell it
+        return
     near.record = record
     handle = near.handle()
     assert handle() is near

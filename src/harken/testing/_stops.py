@@ -188,6 +188,7 @@ def drain_cuts(make: Make, transport: str) -> None:
     """A drain cuts what is still open at its deadline, says which, and their handlers are gone."""
     with rig(make, transport) as tested:
         clients = tested.held(3, "work")
+        wait_until(lambda: len(tested.of("opened")) >= len(clients), PATIENCE)  # a child's comes by a pipe
         ids = {event.connection for event in tested.of("opened")}
         report = _Drain(tested, DRAIN_SECONDS).report()
         expect(report.cut == len(clients), f"{report.cut} of {len(clients)} connections were reported cut")
