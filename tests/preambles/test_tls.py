@@ -266,6 +266,10 @@ def test_two_green_threads_may_share_a_connection(serving, dial):
 
     with serving("green", Share) as server, dial(server) as client:
         client.sendall(b"meanwhile")
+        end = time.monotonic() + 20
+        while not getattr(server, "ready", False):  # until then nobody reads, so that the writer waits
+            assert time.monotonic() < end
+            time.sleep(0.01)
         size = 0
         last = b""
         while data := client.recv(1 << 20):
