@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 from collections.abc import Callable, Sequence
@@ -244,7 +243,3 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
     words = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(line[at]) for line in words) for at in range(len(columns))]
     return ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in words]
-
-
-with contextlib.suppress(AttributeError):
-    command.no_args_is_help = True
