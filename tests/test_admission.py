@@ -2,8 +2,8 @@
 
 import pytest
 
-from harken.admission import Admission, share, wanted
-from harken.settings import Settings
+from harken.admission import Admission, wanted
+from harken.settings import Settings, share
 
 
 @pytest.mark.parametrize(

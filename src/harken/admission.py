@@ -19,6 +19,7 @@ from harken.limits.alarm import Alarm
 from harken.limits.connections import SETTLE_SECONDS, THREAD_MAX_CONNECTIONS, MaxConnections
 from harken.limits.peers import MaxConnectionsPerPeer
 from harken.limits.rate import MaxAcceptRate
+from harken.settings import share
 
 if TYPE_CHECKING:
     from harken.connection import Record, Registry
@@ -44,17 +45,6 @@ _NAMES = (
 def wanted(settings: Settings) -> bool:
     """Tell whether any limit is set."""
     return any(settings[name] not in (None, ()) for name in _NAMES)
-
-
-def share(total: int | None, settings: Settings) -> int | None:
-    """Return one worker's part of a number that holds over all of them; at least one.
-
-    Workers share their listeners evenly, and know of each other only how many they are when they start.
-    """
-    if total is None or settings.profile != "serve":
-        return total
-    workers: int = settings["workers"]
-    return max(1, total // max(1, workers))
 
 
 class Ticket:

@@ -140,6 +140,11 @@ class Books:
         """``alarm_connections`` are open."""
         events.emit("alarm", server=self._server, open=open_now)
 
+    def memory(self, name: str, held: int, limit: int | None) -> None:
+        """What harken holds for connections has exceeded ``max_memory_bytes``, or does so no more."""
+        self.counts[name] += 1
+        events.emit(name, server=self._server, held=held, limit=limit)
+
     def timed_out(self, record: Record | None, client_address: Any, which: str, seconds: float) -> None:
         """A deadline is over: the setting ``which``, after ``seconds``."""
         if record is not None and record.silent:

@@ -29,6 +29,7 @@ from harken.unpatched import Socket
 
 if TYPE_CHECKING:
     from harken.admission import Ticket
+    from harken.buffers import Buffers
     from harken.preambles.proxy_header import ProxyHeader
     from harken.report import Report
 
@@ -41,6 +42,7 @@ __all__ = [
     "Registry",
     "accept",
     "backlog_length",
+    "forget_unsent",
     "read_off",
     "receive_now",
     "shown",
@@ -62,7 +64,7 @@ REASONS: dict[str, str] = {
     "killed": "`close_connection()` or an operator closed it",
     "drained": "it left when the server drained",
     "drain_deadline": "it was cut when the drain's time was over",
-    "shed": "it was the longest idle when room was needed",
+    "shed": "it was the longest idle when room was needed, or harken held most for it when memory was",
     "shutdown": "the server stopped at once",
 }
 
@@ -188,6 +190,14 @@ def shut(request: Any, how: int = socket.SHUT_RDWR) -> None:
                 socket.socket.shutdown(request, how)
         except OSError:
             pass  # it has closed already
+
+
+def forget_unsent(request: Any) -> None:
+    """Let close() throw away what the peer will not take; else the kernel would keep it for minutes."""
+    try:
+        Socket.setsockopt(request, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except (OSError, TypeError):
+        pass  # it has closed
 
 
 def read_off(request: object) -> None:
@@ -362,6 +372,11 @@ class Record:
         return self._request()
 
     @property
+    def buffers(self) -> Buffers | None:
+        """Who is to be told what harken holds for it, if that is bounded."""
+        return self._registry.buffers
+
+    @property
     def is_open(self) -> bool:
         """Whether it has not ended."""
         return self._registry.holds(self)
@@ -449,6 +464,13 @@ class Record:
             self._registry.end_child(self.process)
         else:
             shut(self.request)
+
+    def abandon(self, reason: str, detail: str | None = None) -> None:
+        """End the connection as :meth:`cut` does, and throw away what its peer has not taken."""
+        if self.reason is None:
+            self.reason, self.detail = reason, detail
+        forget_unsent(self.request)
+        self.cut(reason)
 
     def leave(self, reason: str) -> None:
         """Ask the handler to come to its end: it reads the end of what its client sent. Any thread may call it."""
@@ -562,6 +584,8 @@ class Registry:
         self.careful = False
         """Whether a connection is closed only after what its client sent was read off, since the server drains."""
         self._waiting = 0
+        self.buffers: Buffers | None = None
+        """Who is told what harken holds for connections, if that is bounded."""
 
     def __len__(self) -> int:
         return len(self._records)
@@ -616,6 +640,8 @@ class Registry:
         if records.get(key) is not record or records.pop(key, None) is not record:
             return
         self._on_close(record)
+        if self.buffers is not None:
+            self.buffers.forget(record)
         record._request = _gone  # or its callback would run for nothing when the request object goes
         self.nudge()
 

@@ -33,6 +33,8 @@ NAMES: dict[str, str] = {
     "draining": "a drain began: `open`, `timeout`",
     "drained": "a drain ended: `report`",
     "alarm": "`alarm_connections` are open: `open`",
+    "memory_exceeded": "harken holds more for connections than `max_memory_bytes`: `held`, `limit` (of this process)",
+    "memory_recovered": "it holds less again: `held`, `limit`",
     "reloaded": "code, settings or certificates were read anew: `what`",
     "reload_failed": "something was to be read anew and could not; what was there stays in force: `what`, `reason`",
     "upgrade_failed": "a new binary did not become ready and the old one serves on: `reason`",

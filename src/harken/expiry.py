@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import socket
-import struct
 import time
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
-from harken.connection import CHILD_STATUS, REASONS, Record
+from harken.connection import CHILD_STATUS, REASONS, Record, forget_unsent
 from harken.reaper import reaper
-from harken.unpatched import Socket
 
 if TYPE_CHECKING:
     from harken.serving import Serving
@@ -46,7 +43,7 @@ class Expiry:
         record.reason, record.detail = (which, record.detail) if which in REASONS else ("killed", which)
         self._serving.books.timed_out(record, record.client_address, which, seconds)
         if which == "write_timeout":
-            _forget_unsent(record.request)
+            forget_unsent(record.request)
         handler = record.handler
         if handler is None:
             self._end(record)
@@ -94,11 +91,3 @@ def child_status(record: Record | None) -> int:
     if reason == "killed" and record is not None and record.detail in CHILD_STATUS:
         reason = record.detail
     return CHILD_STATUS.get(reason, 0)
-
-
-def _forget_unsent(request: Any) -> None:
-    """Let close() throw away what the peer will not take; else the kernel would keep it for minutes."""
-    try:
-        Socket.setsockopt(request, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    except (OSError, TypeError):
-        pass  # it has closed

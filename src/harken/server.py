@@ -350,8 +350,9 @@ class BaseServer:
         """Return figures since the start.
 
         ``state, address, engine, open, accepted_total, rejected_total, rejected_by_reason, handler_failed_total``,
-        ``closed_total`` (by reason), ``stalled_total`` (by place, of all servers that share the engine), ``paused``
-        and ``process``.
+        ``closed_total`` (by reason), ``buffered_bytes`` (what harken holds for connections beyond 128 KiB each, counted
+        while ``max_write_buffer`` or ``max_memory_bytes`` is set), ``stalled_total`` (by place, of all servers that
+        share the engine), ``paused`` and ``process``.
         """
         return self._harken.stats()
 

@@ -20,6 +20,7 @@ from harken import events, plugins
 from harken.acceptor import Acceptor
 from harken.admission import Admission, wanted
 from harken.books import Books
+from harken.buffers import Buffers, wanted as wants_buffers
 from harken.connection import CHILD_STATUS, REASONS, Record
 from harken.deadlines import NAMES as DEADLINES, Deadlines
 from harken.drain import Drain, DrainReport, drain
@@ -208,9 +209,28 @@ class Serving:
         made.refresh(self.settings, self.engine_name)
         return made
 
-    def share_admission(self, other: Serving) -> None:
+    def share_limits(self, other: Serving) -> None:
         """Let the limits of another server hold over this one's connections too; before any came."""
         self._shared = other
+
+    @cached_property
+    def buffers(self) -> Buffers | None:
+        """The bounds of what harken holds for connections; None when none is set, and then nothing is counted."""
+        made = self._shared.buffers if self._shared is not None else Buffers() if wants_buffers(self.settings) else None
+        if made is not None:
+            made.join(self.books.memory)
+            made.refresh(self.settings)
+        self.connections.buffers = made
+        return made
+
+    def _refresh_buffers(self) -> None:
+        """Follow settings that may have changed."""
+        made = vars(self).get("buffers")
+        if made is None:
+            vars(self).pop("buffers", None)
+            _ = self.buffers
+        else:
+            made.refresh(self.settings)
 
     def _refresh_admission(self) -> None:
         """Follow settings that may have changed."""
@@ -254,6 +274,7 @@ class Serving:
                 self.acceptor.open()
                 self._refresh_admission()
                 self._refresh_deadlines()
+                self._refresh_buffers()
                 self.intake.watch()
                 events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
         self.ready.set()
@@ -408,6 +429,9 @@ class Serving:
         deadlines = vars(self).get("deadlines")
         if deadlines is not None and not self.connections:
             deadlines.stop()
+        buffers = vars(self).get("buffers")
+        if buffers is not None and not self.connections:
+            buffers.stop()
 
     def cut(self, reason: str) -> None:
         """Shut the sockets of all open connections, so that their handlers wake."""
@@ -470,6 +494,7 @@ class Serving:
         self.settings.configure(changes)
         self._refresh_admission()
         self._refresh_deadlines()
+        self._refresh_buffers()
         if self.started:
             self.engine.refresh()
 
@@ -498,6 +523,7 @@ class Serving:
             "rejected_by_reason": dict(self.books.refusals),
             "handler_failed_total": self.books.counts["handler_failed"],
             "closed_total": dict(self.books.reasons),
+            "buffered_bytes": self.buffers.total if self.buffers is not None else 0,
             "stalled_total": dict(self.engine.stalls) if self.started else {},
             "paused": self.acceptor.paused,
             "process": os.getpid(),

@@ -266,6 +266,7 @@ DECLARED_IN = (
     "harken.engines.fork",
     "harken.stalls",
     "harken.deadlines",
+    "harken.buffers",
     "harken.limits",
     "harken.limits.connections",
     "harken.limits.peers",
@@ -463,6 +464,17 @@ class Settings:
                 continue
             return Value(declared.read(found, where), where)
         return None
+
+
+def share(total: int | None, settings: Settings) -> int | None:
+    """Return one worker's part of a number that holds over all of them; at least one.
+
+    Workers share their listeners evenly, and know of each other only how many they are when they start.
+    """
+    if total is None or settings.profile != "serve":
+        return total
+    workers: int = settings["workers"]
+    return max(1, total // max(1, workers))
 
 
 _OWN = ("class attribute harken.", "class attribute socketserver.")

@@ -95,6 +95,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     unread. What is written while ``reader`` holds unread bytes is joined, and sent before the green thread gives up its
     turn in any way, before the connection is used otherwise, at 64 KiB, and at the end: so an error in sending may be
     raised by a later call.
+    A reader that keeps more than 128 KiB while it waits for the rest of a line or block tells the function that was
+    given to ``on_growth(function)`` of the module: ``function(connection, bytes)``, in the green thread that reads,
+    which may be kept waiting there; and ``function(connection, 0)`` when they are read, which must not wait.
     ``waits_for()`` returns ``"reading"``, ``"writing"`` or None: what a green thread, or one that is
     to be started, waits for there. *Any thread.*
     Fair: after :data:`TURN_OPERATIONS` operations that did not wait, or :data:`TURN_BYTES`, the others get their turn.
@@ -187,7 +190,7 @@ kind: str
 
 VARIABLE = "HARKEN_HUB"
 _NAMES = ("compiled", "fallback")  # the preferred one first
-_PARTS = ("Answers", "Batch", "Beat", "Connection", "Hub", "current")
+_PARTS = ("Answers", "Batch", "Beat", "Connection", "Hub", "current", "on_growth")
 
 
 def kinds() -> dict[str, ModuleType]:

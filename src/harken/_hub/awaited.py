@@ -11,10 +11,15 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from typing import Any
 
+from greenlet import getcurrent
+
 from harken import _hub
 from harken._hub import hosts
 from harken._hub.files import Reader
+from harken._hub.growth import grown
+from harken._hub.locks import Event
 from harken._hub.task import Task, aside, own
+from harken.buffers import FREE_BYTES, WRITING, buffers_of
 
 __all__ = ["AsyncConnection", "AsyncReader", "AsyncWriter"]
 
@@ -87,6 +92,7 @@ class AsyncReader:
         """Read by ``file``: the hub's own, which loses nothing when a read is interrupted."""
         self._file = file
         self._driver = connection._driver
+        self._socket = connection.socket
         self._readline = file.readline
 
     @property
@@ -127,7 +133,7 @@ class AsyncReader:
         data = bytearray()
         try:
             while (found := data.find(separator, max(0, len(data) - CHUNK - len(separator)))) < 0:
-                piece = await self._driver.wait(self, self._file.read1, CHUNK)
+                piece = await self._driver.wait(self, self._read_more, len(data))
                 if not piece:
                     raise asyncio.IncompleteReadError(bytes(data), None)
                 data += piece
@@ -136,8 +142,17 @@ class AsyncReader:
         except BaseException:
             self._file.give_back(bytes(data))
             raise
+        finally:
+            if len(data) > FREE_BYTES:
+                grown(self._socket, 0)
         self._file.give_back(bytes(data[found + len(separator) :]))
         return bytes(data[: found + len(separator)])
+
+    def _read_more(self, have: int) -> bytes:
+        """Read a piece of a block of which there are ``have`` bytes, once there is memory for that."""
+        if have > FREE_BYTES:
+            grown(self._socket, have)
+        return self._file.read1(CHUNK)  # type: ignore[no-any-return]
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -160,8 +175,12 @@ class AsyncReader:
 class AsyncWriter:
     """``wfile`` under ``async def handle``.
 
-    ``write`` never waits. What the peer does not take is sent by a green thread, and ``drain`` waits when that is much.
-    While ``rfile`` holds unread requests, answers are joined; they are sent before the handler's task waits.
+    ``write`` need not be awaited. What the peer does not take is sent by a green thread, and ``drain`` waits when that
+    is much. While ``rfile`` holds unread requests, answers are joined; they are sent before the handler's task waits.
+
+    Where that much is bounded (``max_write_buffer``, ``max_memory_bytes``), a write of the handler's own task that goes
+    beyond waits until its bytes are sent, whether it is awaited or not. One of any other task cannot wait: the first
+    that goes beyond is kept, and the next finds the connection ended.
     """
 
     def __init__(self, connection: AsyncConnection, reader: AsyncReader, file: Any = None) -> None:
@@ -176,7 +195,7 @@ class AsyncWriter:
         self._unsent = bytearray()
         self._sending = False
         self._error: OSError | None = None
-        self._waiting: list[asyncio.Future[None]] = []
+        self._waiting: list[asyncio.Future[None] | Event] = []
         self.closed = False
 
     def write(self, data: Any) -> Awaitable[None]:
@@ -186,13 +205,13 @@ class AsyncWriter:
         """
         if self._offer is not None and not self._unsent and self._error is None:
             try:
-                rest = self._offer(data)
+                taken = self._offer(data)
             except OSError as error:
                 self._error = error
                 return self
-            if rest is None:
+            if taken is None:
                 return self._done  # type: ignore[no-any-return]
-            self._keep(rest)
+            self._keep_from(data, taken)
             return self
         return self._write(data)
 
@@ -247,13 +266,54 @@ class AsyncWriter:
             except OSError as error:
                 self._error = error
                 return
-        with memoryview(data) as view:
-            if sent < view.nbytes:
-                self._keep(view.cast("B")[sent:])
+        self._keep_from(data, sent)
+
+    def _keep_from(self, data: Any, start: int) -> None:
+        """Leave what comes behind so many bytes to a green thread."""
+        with memoryview(data) as view, view.cast("B") as plain, plain[start:] as rest:
+            if rest:
+                self._keep(rest)
 
     def _keep(self, rest: Any) -> None:
-        """Leave ``rest`` to a green thread."""
-        self._unsent += rest
+        """Leave ``rest`` to a green thread, if so much may be held."""
+        bounds = buffers_of(self._connection.socket)
+        size = len(self._unsent) + len(rest)
+        if bounds is None or not bounds[0].must_wait(size):
+            self._unsent += rest
+            self._send_on()
+            return
+        buffers, record = bounds
+        driver = self._connection._driver
+        if driver.green is getcurrent():
+            driver.call(self._send_now, rest)
+        elif buffers.must_wait(len(self._unsent)) and not buffers.over:
+            record.abandon("shed", "max_write_buffer")
+        else:
+            self._unsent += rest
+            self._send_on()
+
+    def _send_now(self, rest: Any) -> None:
+        """Send ``rest`` behind all else, and wait until that is done. In the handler's own green thread."""
+        while self._sending:
+            room = Event()
+            self._waiting.append(room)
+            room.wait()
+        if self._error is not None:
+            return
+        self._sending = True
+        try:
+            self._connection.socket.sendall(rest)
+        except OSError as error:
+            self._error = error
+        finally:
+            self._sending = False
+            if self._unsent:  # written by other tasks meanwhile
+                self._send_on()
+            self._tell()
+
+    def _send_on(self) -> None:
+        """See to it that a green thread sends what is unsent."""
+        self._count()
         if not self._sending:
             self._sending = True
             hosts.any_host().stage.hub.spawn(self._send_rest)
@@ -265,6 +325,7 @@ class AsyncWriter:
                 piece = bytes(self._unsent[:CHUNK])
                 self._connection.socket.sendall(piece)
                 del self._unsent[: len(piece)]
+                self._count()
                 if len(self._unsent) <= HIGH_WATER:
                     self._tell()
         except OSError as error:
@@ -272,13 +333,22 @@ class AsyncWriter:
             self._unsent.clear()
         finally:
             self._sending = False
+            self._count()
             self._tell()
+
+    def _count(self) -> None:
+        """Say how much is held, where somebody must know."""
+        bounds = buffers_of(self._connection.socket)
+        if bounds is not None:
+            bounds[0].hold(bounds[1], WRITING, len(self._unsent))
 
     def _tell(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
+        for waiter in waiting:
+            if isinstance(waiter, Event):
+                waiter.set()
+            elif not waiter.done():
+                waiter.set_result(None)
 
     def drain(self) -> Awaitable[None]:
         """Wait until the peer has taken all but 64 KiB of what was written.

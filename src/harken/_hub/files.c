@@ -30,6 +30,25 @@ typedef struct {
 
 static PyTypeObject *Reader_Type, *Writer_Type;
 
+#define FREE 131072 /* as FREE_BYTES of harken.buffers: what a reader holds without saying so */
+static PyObject *growth; /* told of those that hold more; NULL: nobody asks */
+
+PyObject *on_growth(PyObject *module, PyObject *function) {
+    Py_XSETREF(growth, function == Py_None ? NULL : Py_NewRef(function));
+    Py_RETURN_NONE;
+}
+
+/* A reader has room for `size` bytes now, and did for `before`. It may wait, until there is memory for more. */
+static int tell_growth(Reader *reader, Py_ssize_t before, Py_ssize_t size) {
+    if (growth == NULL || (before <= FREE && size <= FREE) || reader->sock == NULL || PyErr_Occurred())
+        return 0;
+    PyObject *number = PyLong_FromSsize_t(size > FREE ? size : 0), *args[] = {reader->sock, number};
+    PyObject *told = number == NULL ? NULL : PyObject_Vectorcall(growth, args, 2, NULL);
+    Py_XDECREF(number);
+    Py_XDECREF(told);
+    return told == NULL ? -1 : 0;
+}
+
 /* -- pending output ----------------------------------------------------------------------------------------------- */
 
 /* Send what the running green thread has joined. It may wait. */
@@ -112,9 +131,12 @@ static const char *start(Reader *reader) { return reader->data + reader->at; }
 /* `size` of the unread bytes are read. */
 static void taken(Reader *reader, Py_ssize_t size) {
     if ((reader->at += size) == reader->end) { /* an idle reader holds no memory */
+        Py_ssize_t room = reader->room;
         PyMem_Free(reader->data);
         reader->data = NULL;
         reader->at = reader->end = reader->room = 0;
+        if (tell_growth(reader, room, 0) < 0) /* room for more never waits */
+            PyErr_Clear();
     }
 }
 
@@ -148,6 +170,14 @@ static int keep(Reader *reader, const char *data, Py_ssize_t size) {
     return 0;
 }
 
+/* Keep what has come, and say how much that is; it may wait. */
+static int keep_more(Reader *reader, const char *data, Py_ssize_t size) {
+    Py_ssize_t had = reader->room;
+    if (keep(reader, data, size) < 0)
+        return -1;
+    return reader->room > had ? tell_growth(reader, had, reader->room) : 0;
+}
+
 /* A call begins. If bytes lie here after an answer, they are the next request, which has come already. */
 static int asked(Reader *reader) {
     PyObject *sock = open_sock(reader->sock);
@@ -179,7 +209,7 @@ static ssize_t get(Reader *reader, char *into, Py_ssize_t size) {
 /* One more piece to the unread bytes; 0 at the end. */
 static ssize_t fill(Reader *reader) {
     ssize_t got = get(reader, scratch, reader->most);
-    return got > 0 && keep(reader, scratch, got) < 0 ? -1 : got;
+    return got > 0 && keep_more(reader, scratch, got) < 0 ? -1 : got;
 }
 
 static PyObject *read_line(Reader *reader, Py_ssize_t limit) {
@@ -199,7 +229,7 @@ static PyObject *read_line(Reader *reader, Py_ssize_t limit) {
             return got < 0 ? NULL : slice(reader, held(reader));
         if (held(reader) == 0 && got <= limit && memchr(scratch, '\n', (size_t)got) == scratch + got - 1)
             return PyBytes_FromStringAndSize(scratch, got); /* the common case: one line and no more */
-        if (keep(reader, scratch, got) < 0)
+        if (keep_more(reader, scratch, got) < 0)
             return NULL;
     }
 }
@@ -227,9 +257,14 @@ static PyObject *read_straight(Reader *reader, Py_ssize_t size) {
     }
     while (have != size) {
         if (have == room) {
+            Py_ssize_t had = room;
             room = size >= 0 && size < 2 * room ? size : 2 * room;
             if (_PyBytes_Resize(&result, room) < 0)
                 return NULL;
+            if (tell_growth(reader, had, room) < 0) {
+                Py_DECREF(result);
+                return NULL;
+            }
         }
         ssize_t got = get(reader, PyBytes_AS_STRING(result) + have, room - have);
         if (got == 0)
@@ -241,6 +276,8 @@ static PyObject *read_straight(Reader *reader, Py_ssize_t size) {
         }
         have += got;
     }
+    if (tell_growth(reader, room, 0) < 0)
+        PyErr_Clear();
     if (have < room)
         _PyBytes_Resize(&result, have);
     return result;
@@ -434,13 +471,11 @@ static PyObject *writer_offer(PyObject *self, PyObject *data) {
     if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
         return NULL;
     ssize_t done = try_put((Writer *)self, buffer.buf, (size_t)buffer.len);
-    PyObject *rest = NULL;
-    if (done == buffer.len)
-        rest = Py_NewRef(Py_None);
-    else if (done >= 0)
-        rest = PyBytes_FromStringAndSize((char *)buffer.buf + done, buffer.len - done);
+    bool all = done == buffer.len;
     PyBuffer_Release(&buffer);
-    return rest;
+    if (done < 0)
+        return NULL;
+    return all ? Py_NewRef(Py_None) : PyLong_FromSsize_t(done);
 }
 
 static PyObject *writer_write(PyObject *self, PyObject *data) {
@@ -646,7 +681,7 @@ static PyMethodDef reader_methods[] = {
 static PyMethodDef writer_methods[] = {
     SHARED{"readable", file_no, METH_NOARGS, "False."},
     {"writable", file_yes, METH_NOARGS, "True."},
-    {"offer", writer_offer, METH_O, "offer(data): as write, without waiting; what is left of the data, or None."},
+    {"offer", writer_offer, METH_O, "offer(data): as write, without waiting; how many bytes were taken, or None: all."},
     {"write", writer_write, METH_O, "write(data): send it, at once or before this green thread waits."},
     {"writelines", writer_writelines, METH_O, "writelines(lines): write each."},
     {"flush", writer_flush, METH_NOARGS, "Send what was written."},

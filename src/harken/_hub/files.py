@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent
 
 from harken._hub.pending import MOST, flush_of
 from harken._hub.wire import here
+from harken.buffers import FREE_BYTES
 
 if TYPE_CHECKING:
     from harken._hub.sockets import Connection
 
-__all__ = ["Reader", "Writer"]
+__all__ = ["Reader", "Writer", "on_growth"]
 
 # Bytes to ask the kernel for at once, as the compiled hub does.
 _AHEAD = 65536
+
+
+_growth: Callable[[Any, int], object] | None = None
+
+
+def on_growth(function: Callable[[Any, int], object] | None) -> None:
+    """Tell ``function`` what large readers hold; see the room's contract."""
+    global _growth
+    _growth = function
+
+
+class _Pieces(list[bytes]):
+    """What has come of a line or block whose rest is waited for."""
+
+    def __init__(self, sock: Any) -> None:
+        self.size = self._told = 0
+        self._sock = sock
+
+    def add(self, piece: bytes) -> None:
+        """Keep one more; may wait, until there is memory for more."""
+        self.append(piece)
+        self.size += len(piece)
+        if _growth is not None and self.size > max(FREE_BYTES, 2 * self._told):
+            self._told = self.size
+            _growth(self._sock, self.size)
+
+    def take(self) -> bytes:
+        """Return all of it."""
+        if _growth is not None and self._told:
+            _growth(self._sock, 0)
+        return self[0] if len(self) == 1 else b"".join(self)
 
 
 class _File(io.BufferedIOBase):
@@ -90,26 +122,24 @@ class Reader(_File):
         return self._read_line(-1 if size is None else size)
 
     def _read_line(self, limit: int) -> bytes:
-        pieces: list[bytes] = []
-        have = 0
-        while have != limit:
+        pieces = _Pieces(self._sock)
+        while pieces.size != limit:
             if not len(self) and not self._fill_or_keep(pieces):
                 break
             end = self._unread.find(b"\n", self._at)
             there = len(self) if end < 0 else end + 1 - self._at
-            piece = self._take(there if limit < 0 else min(there, limit - have))
-            pieces.append(piece)
-            have += len(piece)
+            piece = self._take(there if limit < 0 else min(there, limit - pieces.size))
+            pieces.add(piece)
             if piece.endswith(b"\n"):
                 break
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        return pieces.take()
 
-    def _fill_or_keep(self, pieces: list[bytes]) -> bool:
+    def _fill_or_keep(self, pieces: _Pieces) -> bool:
         """As ``_fill``; after a timeout the next read finds what has come."""
         try:
             return self._fill()
         except BaseException:
-            self._unread, self._at = b"".join(pieces) + self._take(len(self)), 0
+            self._unread, self._at = pieces.take() + self._take(len(self)), 0
             raise
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -117,15 +147,12 @@ class Reader(_File):
         self._checkClosed()
         if size is None or size < 0:
             size = -1
-        pieces: list[bytes] = []
-        have = 0
-        while have != size:
+        pieces = _Pieces(self._sock)
+        while pieces.size != size:
             if not len(self) and not self._fill_or_keep(pieces):
                 break
-            piece = self._take(len(self) if size < 0 else min(len(self), size - have))
-            pieces.append(piece)
-            have += len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            pieces.add(self._take(len(self) if size < 0 else min(len(self), size - pieces.size)))
+        return pieces.take()
 
     def read1(self, size: int = -1, /) -> bytes:
         """Read what is there, or comes first."""

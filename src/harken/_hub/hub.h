@@ -287,6 +287,7 @@ HIDDEN int files_ready(PyObject *module);
 HIDDEN int flush_pending(Hub *hub);
 HIDDEN int flush_of(PyObject *sock);
 HIDDEN size_t flush_pending_nowait(Hub *hub);
+HIDDEN PyObject *on_growth(PyObject *module, PyObject *function);
 HIDDEN PyObject *connection_open_reader(PyObject *self, PyObject *const *args, Py_ssize_t count);
 HIDDEN PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize_t count);
 

@@ -371,6 +371,10 @@ class Engine(Contract):
     def refresh(self) -> None:
         """Take over ``stall_after``, and let datagrams be taken as the settings say now."""
         self._distrust()
+        if self.options("max_memory_bytes") is not None:
+            from harken._hub.growth import grown
+
+            _hub.on_growth(grown)
         watchdog = self._watchdog
         if watchdog is not None:
             watchdog.after = self.options("stall_after")

@@ -115,7 +115,7 @@ class Worker:
                 self.servers.append(server)
                 _ = server.serving.entry  # a certificate that cannot be read is told now
                 if server is not self.servers[0]:
-                    server.serving.share_admission(self.servers[0].serving)
+                    server.serving.share_limits(self.servers[0].serving)
             undo.pop_all()
 
     def _option(self, name: str) -> Any:
