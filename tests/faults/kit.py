@@ -18,6 +18,7 @@ from typing import Any
 
 import harken
 from harken import events
+from harken.testing._clients import opening
 
 LOCAL = ("127.0.0.1", 0)
 PATIENCE = 15.0  # seconds that anything may take before the test fails
@@ -92,9 +93,11 @@ def running(server: Any, poll_interval: float = 30.0) -> Iterator[Any]:
 
 
 def connect(address: Any) -> socket.socket:
-    """Return a connected client with a timeout."""
+    """Return a connected client with a timeout, of which forked children keep no copy."""
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
-    client = socket.socket(family)
+    with opening() as ours:
+        client = socket.socket(family)
+        ours.add(client)
     client.settimeout(PATIENCE)
     try:
         client.connect(address)

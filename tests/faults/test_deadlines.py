@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import select
 import socket
@@ -18,8 +19,9 @@ from harken.errors import ConfigError
 
 from .kit import LOCAL, PATIENCE, Seen, connect, ends, exchange, receive, running, seeing, wait_until
 
-ENGINES = ("inline", "thread", "pool", "green", "fork")
+ENGINES = ("inline", "thread", "pool", "green", "fork", "asyncio")
 BESIDE = tuple(engine for engine in ENGINES if engine != "inline")  # which serve others meanwhile
+HUBS = ("green", "asyncio")
 SPAN = 0.6  # seconds of the deadlines here
 # How exact a deadline is: 50 ms or 2 %; and what a busy machine adds to what a test can see of it.
 EARLY, LATE = 0.05, 0.45
@@ -47,11 +49,36 @@ class Polite(Words):
         self.wfile.write(b"bye: %s\n" % which.encode())
 
 
+class AsyncWords(harken.AsyncStreamRequestHandler):
+    """Answers a line as it is told to, as a coroutine."""
+
+    async def handle(self) -> None:
+        """Read lines."""
+        async for line in self.rfile:
+            if line == b"big\n":
+                await self.request.sendall(bytes(BIG))
+            elif line == b"work\n":
+                await asyncio.sleep(PATIENCE if self.server.patient else 2 * SPAN)
+            await self.wfile.write(line)
+
+
+class AsyncPolite(AsyncWords):
+    """Has a last word."""
+
+    async def on_timeout(self, which: str) -> None:
+        """Say it."""
+        await self.wfile.write(b"bye: %s\n" % which.encode())
+
+
+COROUTINES = {Words: AsyncWords, Polite: AsyncPolite}
+
+
 @contextlib.contextmanager
 def serving(
     engine: str, handler: Any = Words, kind: Any = harken.TCPServer, where: Any = LOCAL, **settings: Any
 ) -> Iterator[tuple[Any, Seen]]:
     """Serve; give the server and its events."""
+    handler = COROUTINES.get(handler, handler) if engine == "asyncio" else handler
     server = kind(where, handler, engine=engine, **settings)
     server.patient = False
     with seeing("opened", "closed", "timed_out") as seen, running(server):
@@ -124,9 +151,9 @@ def test_on_a_unix_socket_too(engine: str, deadline: str, tmp_path: Path) -> Non
                 exchange(client, b"hello\n")
             began = time.monotonic()
             if deadline == "handler_timeout":
-                client.sendall(b"x\n" if engine == "green" else b"work\n")
-                assert receive(client, 2) == b"x\n" if engine == "green" else True
-                if engine == "green":  # its only thread must not be kept: a request that never ends is begun instead
+                client.sendall(b"x\n" if engine in HUBS else b"work\n")
+                assert receive(client, 2) == b"x\n" if engine in HUBS else True
+                if engine in HUBS:  # its only thread must not be kept: a request that never ends is begun instead
                     client.sendall(b"never ends")
                 began = time.monotonic()
             elif deadline == "write_timeout":

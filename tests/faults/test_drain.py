@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
+import ssl
 import threading
 import time
 
 import pytest
+import trustme
 
 import harken
 from harken import green
+from harken.testing._clients import opening
 
 from .kit import LOCAL, PATIENCE, connect, ends, running, seeing, wait_until
 
@@ -37,6 +41,23 @@ class Work(harken.BaseRequestHandler):
                 data = b"done"
             with contextlib.suppress(ConnectionError):
                 self.request.sendall(data)
+
+
+class Async(harken.AsyncRequestHandler):
+    """The same as a coroutine, but for ``hang``."""
+
+    async def handle(self):
+        while data := await self.request.recv(100):
+            if data == b"work":
+                self.drains = asyncio.Event()
+                await asyncio.wait_for(self.drains.wait(), PATIENCE)
+                data = b"done"
+            with contextlib.suppress(ConnectionError):
+                await self.request.sendall(data)
+
+    def on_drain(self):
+        if hasattr(self, "drains"):
+            self.drains.set()
 
 
 class Polite(Work):
@@ -161,6 +182,55 @@ def test_two_drains_at_once_are_one(engine):
     assert reports[0].cut == 1
     assert reports[0].seconds < PATIENCE
     assert len(seen.of("draining")) == len(seen.of("drained")) == 1
+
+
+@pytest.mark.parametrize("engine", CONCURRENT)
+def test_clients_under_tls_are_drained(engine):
+    """Idle ones get a proper end, busy ones their answer before it, and one in its handshake leaves with nothing."""
+    contexts = tls_contexts()
+    with (
+        contextlib.ExitStack() as stack,
+        running(made(engine, Async if engine == "asyncio" else Work, tls=contexts[0])) as server,
+    ):
+        idle, busy = ([stack.enter_context(secured(server, contexts[1])) for _ in range(4)] for _ in range(2))
+        silent = stack.enter_context(connect(server.server_address))
+        for client in idle:
+            client.sendall(b"hello")
+            assert client.recv(100) == b"hello"
+        for client in busy:
+            client.sendall(b"work")
+        drain = Draining(server)
+        assert [rest(client) for client in idle] == [b""] * 4  # close_notify: without it this raises
+        assert [rest(client) for client in busy] == [b"done"] * 4
+        assert ends(silent) in ("closed", "reset")
+        report = drain.report()
+    assert report.cut == 0
+    assert report.left + report.finished >= 8
+    assert report.seconds < PATIENCE
+
+
+def tls_contexts():
+    """Make a certificate; return the server's context and the clients'."""
+    authority = trustme.CA()
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(server)
+    client = ssl.create_default_context()
+    authority.configure_trust(client)
+    return server, client
+
+
+@contextlib.contextmanager
+def secured(server, context):
+    """Give a client under TLS, to whom an end without close_notify is an error."""
+    with opening() as ours:
+        plain = connect(server.server_address)
+        client = context.wrap_socket(
+            plain, server_hostname="localhost", suppress_ragged_eofs=False, do_handshake_on_connect=False
+        )
+        ours.add(client)
+    with client:
+        client.do_handshake()
+        yield client
 
 
 @pytest.mark.parametrize("family", ["TCP", "Unix"])

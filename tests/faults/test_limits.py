@@ -36,12 +36,22 @@ from .kit import (
     wait_until,
 )
 
-ENGINES = ("thread", "pool", "green", "fork")
+ENGINES = ("thread", "pool", "green", "fork", "asyncio", "asyncio-threads")
+
+
+class AsyncEcho(harken.AsyncRequestHandler):
+    """Sends back what it reads, as a coroutine."""
+
+    async def handle(self) -> None:
+        """Echo to the end."""
+        while data := await self.request.recv(65536):
+            await self.request.sendall(data)
 
 
 def make(engine: str, handler: Any = Echo, **settings: Any) -> Any:
-    """Make a server."""
-    return harken.TCPServer(LOCAL, handler, engine=engine, **settings)
+    """Make a server. The engine asyncio has coroutines for handlers, or plain ones in threads."""
+    handler = AsyncEcho if engine == "asyncio" and handler is Echo else handler
+    return harken.TCPServer(LOCAL, handler, engine=engine.partition("-")[0], **settings)
 
 
 @contextlib.contextmanager
@@ -516,4 +526,4 @@ def make_odd(engine: str, way: str) -> Any:
         def handle_error(self, request: Any, client_address: Any) -> None:
             """Say nothing."""
 
-    return Server(LOCAL, Handler, engine=engine, max_connections=1)
+    return Server(LOCAL, Handler, engine=engine.partition("-")[0], max_connections=1)

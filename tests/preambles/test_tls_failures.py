@@ -226,7 +226,7 @@ def test_500_silent_clients_do_not_delay_the_next(engine, serving, dial):
         assert server.connections() == []
 
 
-@pytest.mark.parametrize("engine", ["thread", "pool", "green"])
+@pytest.mark.parametrize("engine", BESIDE)
 def test_no_descriptor_left_during_handshakes(engine, serving, dial, closed):
     """Handshakes under way need none and are finished; new connections wait or are shed, and later all is well."""
     with serving(engine, preamble_timeout=30.0) as server:

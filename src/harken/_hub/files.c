@@ -88,6 +88,7 @@ size_t flush_pending_nowait(Hub *hub) {
     ssize_t sent = send(fd, hub->pending, hub->pending_size, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent <= 0)
         return 0;
+    note_moved(state_of(hub->pending_owner), WRITE, (size_t)sent);
     hub->pending_size -= (size_t)sent;
     memmove(hub->pending, hub->pending + sent, hub->pending_size);
     if (hub->pending_size == 0)
@@ -445,6 +446,7 @@ static ssize_t try_put(Writer *writer, const char *data, size_t size) {
     int fd = sock == NULL ? -1 : begin(sock, state_of(sock));
     if (fd < 0)
         return -1;
+    begin_writing(state_of(sock));
     Hub *hub = current_hub;
     bool more = writer->reader != NULL && held(writer->reader) > 0;
     bool mine = hub != NULL && hub->pending_owner == sock;
@@ -463,6 +465,8 @@ static ssize_t try_put(Writer *writer, const char *data, size_t size) {
     ssize_t sent = send(fd, data, size, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
         return fail(errno);
+    if (sent > 0)
+        note_moved(state_of(sock), WRITE, (size_t)sent);
     return sent < 0 ? 0 : sent;
 }
 

@@ -22,6 +22,9 @@ LOOK_SECONDS = 1.0
 
 _VERIFY = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
 _VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
+# An end without close_notify is an end, as Python reads it in any case. OpenSSL 3 would send an alert too, "decode
+# error": to a client that is there yet, since a drain ends what its handler reads, and there our close_notify belongs.
+BARE_END = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
 # Bytes of a passphrase's file that are read: OpenSSL takes no longer one (PEM_BUFSIZE).
 MAX_PASSPHRASE = 1024
 
@@ -138,7 +141,7 @@ def _context(tls: TLS, cert: File, key: File | None, password: Callable[[], str 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.sslsocket_class = Secured
     context.minimum_version = _VERSIONS[tls.min_version]
-    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE | BARE_END
     if tls.alpn:
         try:
             context.set_alpn_protocols(list(tls.alpn))
@@ -273,7 +276,7 @@ def _chooser(others: dict[str, ssl.SSLContext]) -> Callable[[Any, str | None, ss
 
 
 def _fit(context: Any) -> ssl.SSLContext:
-    """Prepare a context of the program's own; everything but the class of its sockets stays the program's.
+    """Prepare a context of the program's own; all but the class of its sockets and BARE_END stays the program's.
 
     Raises:
         ConfigError: it is for clients.
@@ -284,4 +287,5 @@ def _fit(context: Any) -> ssl.SSLContext:
         )
     if context.sslsocket_class is ssl.SSLSocket:
         context.sslsocket_class = Secured
+        context.options |= BARE_END
     return context  # type: ignore[no-any-return]

@@ -329,6 +329,10 @@ class Hubbed(Secured):
     def __del__(self) -> None:
         _socket.socket.detach(self)  # the descriptor is the other's to close
 
+    def waits_for(self) -> Any:
+        """For what a green thread waits here, as the hub's connection tells: ``reading``, ``writing`` or None."""
+        return self._inner.waits_for()
+
     # -- time-outs, which the hub's connection keeps -------------------------------------------------------------------
 
     def settimeout(self, value: float | None) -> None:

@@ -12,7 +12,6 @@ import struct
 import sys
 import tempfile
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -26,6 +25,7 @@ from harken.serving import serving_of
 from harken.settings import Settings
 from harken.testing._census import Census, wait_until
 from harken.testing._check import DATAGRAMS, Make, expect
+from harken.testing._clients import opening
 from harken.testing._obedient import Obedient, ObedientToDatagrams
 from harken.testing._wires import connected, settings_of
 
@@ -75,22 +75,6 @@ def reset(client: socket.socket) -> None:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     _socket.socket.close(client)  # without TLS's goodbye
     client.close()
-
-
-# Clients live in the process of the server. A child that an engine forks must not keep copies of them, or their FIN and
-# RST would never go out.
-_open_clients: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-_forking = threading.RLock()
-
-
-def _forget_clients() -> None:
-    for client in list(_open_clients):
-        _socket.socket.close(client)  # without TLS's goodbye, which would be the parent's too
-    _forking.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forget_clients)
 
 
 class Rig:
@@ -220,9 +204,9 @@ class Rig:
     def client(self, *commands: str) -> socket.socket:
         """Connect, and send ``commands``. The check closes the client, or the rig does."""
         listener = self.server.socket
-        with _forking:
+        with opening() as ours:
             client = socket.socket(listener.family, listener.type)
-            _open_clients.add(client)
+            ours.add(client)
         self._clients.append(client)
         client.settimeout(PATIENCE)
         if self._datagrams and self._folder is not None:  # a datagram client needs a path to be answered at
@@ -236,10 +220,10 @@ class Rig:
         return client
 
     def _prepared(self, client: socket.socket) -> socket.socket:
-        with _forking:
+        with opening() as ours:
             self._clients.remove(client)
             client = connected(client, self._wire)
-            _open_clients.add(client)
+            ours.add(client)
             self._clients.append(client)
         if isinstance(client, ssl.SSLSocket):
             client.do_handshake()
