@@ -8,8 +8,10 @@ Beside it stands a :class:`Record`, one for each connection whatever its request
 from __future__ import annotations
 
 import _socket
+import errno
 import itertools
 import os
+import select
 import socket
 import struct
 import sys
@@ -25,7 +27,7 @@ from harken import events
 from harken.peer import Peer, behind
 from harken.stamps import Stamps, stamp
 from harken.traffic import queued, traffic, unread
-from harken.unpatched import Socket
+from harken.unpatched import Socket, original
 
 if TYPE_CHECKING:
     from harken.admission import Ticket
@@ -107,6 +109,53 @@ class Connection(Socket):
     __slots__ = ("record",)
     record: Record | None
 
+    @classmethod
+    def take(cls, door: Any, most: int) -> list[tuple[Any, Any]]:
+        """Accept what waits at a door that was found readable, at most ``most``: ``(connection, address)`` each.
+
+        A door that blocks is asked before each further one: its flags are shared with other processes.
+
+        Raises:
+            OSError: as accept(2), for the first; a later one ends the list, and is met again.
+        """
+        taken: list[tuple[Any, Any]] = []
+        blocking = not _LINUX or (door.gettimeout() and socket.getdefaulttimeout() is None)
+        asked = None
+        while True:
+            try:
+                fd, address = door._accept()
+            except OSError:
+                if taken:
+                    return taken
+                raise
+            connection = cls(_family(door), _type(door), _proto(door), fd)
+            if blocking:
+                connection.setblocking(True)  # BSD's accept() hands O_NONBLOCK on
+            taken.append((connection, address))
+            if len(taken) == most:
+                return taken
+            if asked is None:
+                asked = _poll()
+                asked.register(door, select.POLLIN)
+            if not asked.poll(0):
+                return taken
+
+    def end(self) -> bool:
+        """Tell the peer that nothing more comes, and close; tell whether it is closed, or a file of it still open.
+
+        For the way on which no hook is overridden: the caller has the record.
+        """
+        record, self.record = self.record, None
+        try:
+            self.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the peer, or the handler, was quicker
+        self.close()
+        if self.fileno() >= 0:
+            self.record = record
+            return False
+        return True
+
     def _real_close(self, *_: Any) -> None:  # the one place through which close() and the last makefile() end a socket
         record = getattr(self, "record", None)
         if record is not None and record.successor is not None:
@@ -128,6 +177,7 @@ class Connection(Socket):
         return _rebuild, (reduction.DupFd(self.fileno()), int(self.family), int(self.type), self.proto)
 
 
+_poll = original("select", "poll")
 _family = _socket.socket.family.__get__  # plain ints; the properties above them make enums
 _type = _socket.socket.type.__get__
 _proto = _socket.socket.proto.__get__
@@ -142,18 +192,18 @@ def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tupl
     Raises:
         OSError: as accept(2).
     """
-    accepts = getattr(type(listener), "accept", None)
-    if accepts is not Socket.accept and (accepts is not socket.socket.accept or kind is Connection):
+    if not is_plain_door(listener):
         return listener.accept()
-    door = door_of(listener)
-    take = getattr(kind, "take", None)
-    for connection, address in take(door, 1) if take is not None else ():
-        return connection, shown(listener, address)
-    fd, address = door._accept()
-    connection = kind(_family(door), _type(door), _proto(door), fd)
-    if not _LINUX or (listener.gettimeout() and socket.getdefaulttimeout() is None):
-        connection.setblocking(True)  # BSD's accept() hands O_NONBLOCK on
+    taken = kind.take(door_of(listener), 1)
+    if not taken:
+        raise BlockingIOError(errno.EAGAIN, "nobody waits at the door")
+    connection, address = taken[0]
     return connection, shown(listener, address)
+
+
+def is_plain_door(listener: Any) -> bool:
+    """Tell whether ``listener`` accepts as a socket does: TLS sockets and a test's doubles have ways of their own."""
+    return getattr(type(listener), "accept", None) in _ACCEPTS
 
 
 def door_of(listener: Any) -> Any:
@@ -174,6 +224,7 @@ def _rebuild(duplicate: Any, family: int, kind: int, proto: int) -> socket.socke
 
 # What the programs' `socket.socket` may be: ours, and gevent's where that patched it after us.
 _SOCKETS: Any = (Socket, socket.socket)
+_ACCEPTS = tuple(kind.accept for kind in _SOCKETS)
 
 
 def shut(request: Any, how: int = socket.SHUT_RDWR) -> None:

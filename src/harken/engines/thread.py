@@ -114,6 +114,7 @@ class Engine(SelectorEngine):
         threads: the running threads that are not daemons.
     """
 
+    bursts = True
     full = False  # any number of threads: no property need say so at each connection
 
     def __init__(self, options: Options) -> None:
@@ -141,6 +142,11 @@ class Engine(SelectorEngine):
                 self.threads.remove(thread)
             raise
         return 0
+
+    def show_threads(self, server: Any) -> None:
+        """Let programs read the threads that are waited for from ``server``, as its ``process_request`` would."""
+        if getattr(server, "block_on_close", False) and "_threads" not in vars(server):
+            server._threads = self.threads
 
     def join(self, deadline: float | None) -> int:
         """Wait for the threads that are not daemons; see :class:`harken.engines.Engine`."""
