@@ -83,14 +83,15 @@ class Books:
         if record.successor is not None:
             self._server.shutdown_request(request)
             return
-        early = record.was_ended
-        record.judge(request)
+        early = record.reason is not None or self.connections.careful
+        if record.reason is None:
+            record.judge(request)
         if early:
             shut(request, socket.SHUT_WR)
             read_off(request)
         if request.end():
             request.record = None
-            record.ended()
+            self.connections.strike(record)
 
     def opened(self, record: Record | None, client_address: Any) -> None:
         """A connection goes to its handler."""

@@ -108,6 +108,8 @@ class Connection(Socket):
 
     __slots__ = ("record",)
     record: Record | None
+    _closed: bool  # socket.socket's own, with _io_refs: the same since Python 3.0
+    _io_refs: int
 
     @classmethod
     def take(cls, door: Any, most: int) -> list[tuple[Any, Any]]:
@@ -150,10 +152,11 @@ class Connection(Socket):
             self.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # the peer, or the handler, was quicker
-        self.close()
-        if self.fileno() >= 0:
+        self._closed = True
+        if self._io_refs > 0:  # the last makefile() closes it
             self.record = record
             return False
+        _socket.socket.close(self)
         return True
 
     def _real_close(self, *_: Any) -> None:  # the one place through which close() and the last makefile() end a socket
@@ -694,7 +697,8 @@ class Registry:
         if self.buffers is not None:
             self.buffers.forget(record)
         record._request = _gone  # or its callback would run for nothing when the request object goes
-        self.nudge()
+        if self._waiting:
+            self.nudge()
 
     def hand_over(self, record: Record | None, pid: int) -> None:
         """Child ``pid`` serves this connection from now on; the caller closes its own copy."""
@@ -729,6 +733,5 @@ class Registry:
 
     def nudge(self) -> None:
         """Let those who wait ask their condition."""
-        if self._waiting:
-            with self._changed:
-                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()

@@ -56,9 +56,10 @@ def start(thread: threading.Thread) -> None:
         RuntimeError: the system starts no more threads.
     """
     if _KNOWN and not patched():  # gevent's threads and events are others
-        begun: Any = getattr(thread, "_started", None)
-        if type(begun) is threading.Event and begun._cond._lock.acquire(blocking=False):
+        begun = getattr(thread, "_started", None)
+        if type(begun) is threading.Event:
             begun.__class__ = _Begun
+            begun._cond._lock.acquire()  # type: ignore[attr-defined]
     thread.start()
 
 
