@@ -92,7 +92,8 @@ def test_typing_marker_and_startup_hook_are_packed() -> None:
     package = ROOT / "src" / "harken"
     assert (package / "py.typed").is_file()
     assert list((package / "_startup").glob("*.py"))
-    assert PROJECT["tool"]["setuptools"]["package-data"]["harken"] == ["py.typed", "_startup/*"]
+    assert PROJECT["tool"]["setuptools"]["package-data"]["harken"] == ["py.typed", "_startup/*", "observe/*.html"]
+    assert (package / "observe" / "view.html").is_file()
 
 
 def test_every_dependency_is_imported() -> None:

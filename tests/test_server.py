@@ -638,7 +638,6 @@ def test_stats_tell_the_figures():
                 "handler_failed_total": 0,
                 "closed_total": {},
                 "stalled_total": {},
-                "buffered_bytes": 0,
                 "paused": False,
                 "process": os.getpid(),
             }
@@ -656,7 +655,7 @@ def test_connections_are_described_oldest_first():
             infos = server.connections()
             assert [info.peer.port for info in infos] == [first.getsockname()[1], second.getsockname()[1]]
             assert len({info.id for info in infos}) == 2
-            assert infos[0].opened_at <= infos[1].opened_at
+            assert infos[0].seconds >= infos[1].seconds
 
 
 def test_close_connection_of_nobody_says_so():
@@ -895,7 +894,7 @@ def test_overload_reset(told):
         with pytest.raises(ConnectionResetError), connect(server) as second:  # connect() itself may be reset
             second.recv(1)
         assert ask(first) == b"HELLO"
-        wait_until(lambda: server.stats()["rejected_total"] == 1)
+        assert server.stats()["rejected_total"] == 1
     assert [event.reason for event in named(told, "rejected")] == ["overload"]
 
 

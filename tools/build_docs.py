@@ -17,6 +17,8 @@ from harken import cli, errors, events, transports
 from harken.cli.options import load_settings
 from harken.connection import REASONS
 from harken.lifecycle import MOVES, State
+from harken.meter import SECONDS
+from harken.observe import families
 from harken.preambles import proxy_header
 from harken.preambles.proxy_header import ProxyHeader, ProxySSL
 from harken.settings import Setting
@@ -105,6 +107,40 @@ def events_page() -> str:
         "Reasons of limits and timeouts that this version does not have yet are kept for them.",
         table(["reason", "meaning"], ([f"`{name}`", text] for name, text in REASONS.items())),
     )
+
+
+def metrics_page() -> str:
+    """Every metric, and what else the page of metrics has."""
+    return page(
+        "Metrics",
+        doc_of(families),
+        "The setting [`metrics`](settings.md#metrics) opens an address of its own for them:\n"
+        "`harken serve app.py:Echo --metrics tcp://127.0.0.1:9100`.\n"
+        "One scrape shows all workers added up.",
+        table(["path", "answers"], ([f"`{path}`", text] for path, text in PATHS.items())),
+        "## Families",
+        table(
+            ["metric", "kind", "labels", "meaning"],
+            (
+                [f"`{f.name}`", f.kind, ", ".join(f"`{label}`" for label in f.labels), markdown(f.meaning)]
+                for f in families.FAMILIES.values()
+            ),
+        ),
+        "Histograms have buckets up to " + ", ".join(f"{bound:g}" for bound in SECONDS) + " seconds.",
+        "The reasons of `harken_connections_closed_total` are on the page [Events](events.md#reasons-of-closed).\n"
+        "The causes of `harken_worker_restarts_total`:",
+        table(["cause", "meaning"], ([f"`{cause}`", text] for cause, text in families.CAUSES.items())),
+        "What a worker that is killed has counted within its last second may be lost.",
+    )
+
+
+PATHS = {
+    "/metrics": "all figures, in Prometheus' text format or OpenMetrics",
+    "/health/live": "200; 503 when the supervisor does not answer, or, without one, when a loop hangs",
+    "/health/ready": "200 while new connections are served; 503, with the reason, while the service starts, is "
+    "suspended or drains, or while no worker is ready",
+    "/": "the live view, for people",
+}
 
 
 def errors_page() -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from harken import events
 from harken.connection import Connection, Record, Registry, peer_fault, read_off, shut
+from harken.meter import Meter
 from harken.peer import behind
 from harken.transports import for_socket
 
@@ -34,6 +35,7 @@ class Books:
         reasons: closed connections by reason.
         refusals: connections refused before their handler, by reason.
         on_open: told of each connection that goes to its handler or its preambles, if anybody must know.
+        meter: measures what is not counted; None unless somebody asks for metrics.
         interrupted: whether Ctrl-C shut the connections, and may have closed them under their handlers.
     """
 
@@ -49,12 +51,21 @@ class Books:
         self.reasons = Counts()
         self.refusals = Counts()
         self.interrupted = False
+        self.meter: Meter | None = None
         self.on_open: Callable[[Record], None] | None = None
         self._server = server
+
+    def measure(self) -> None:
+        """Begin to measure."""
+        if self.meter is None:
+            self.meter = Meter()
+            self.connections.counts_bytes = True
 
     def accepted(self, request: Any, client_address: Any) -> Record | None:
         """A connection was taken from the kernel: begin its record."""
         self.counts["accepted"] += 1
+        if self.meter is not None:
+            self.meter.accepted(request)
         record = self.connections.add(request, client_address)
         if events.subscribers["accepted"]:
             self._tell("accepted", record, client_address)
@@ -63,6 +74,9 @@ class Books:
     def admit(self, taken: list[tuple[Connection, Any]]) -> None:
         """Connections were taken from the kernel, and go to their handlers at once."""
         self.counts["accepted"] += len(taken)
+        self.counts["opened"] += len(taken)
+        if self.meter is not None and taken:
+            self.meter.accepted(taken[0][0], len(taken))
         registry, wanted = self.connections, events.subscribers
         for request, client_address in taken:
             record = registry.begin(request, client_address)
@@ -78,24 +92,21 @@ class Books:
         """A connection's handler is done: settle why it ends, close it, strike it off."""
         record = request.record
         if record is None:  # the handler has closed it
-            request.end()
+            request.end()  # type: ignore[attr-defined]
             return
-        if record.successor is not None:
-            self._server.shutdown_request(request)
-            return
-        early = record.reason is not None or self.connections.careful
-        if record.reason is None:
-            record.judge(request)
+        early = record.was_ended
+        record.judge(request)
         if early:
             shut(request, socket.SHUT_WR)
             read_off(request)
-        if request.end():
+        if request.end():  # type: ignore[attr-defined]
             request.record = None
-            self.connections.strike(record)
+            record.ended()
 
     def opened(self, record: Record | None, client_address: Any) -> None:
         """A connection goes to its handler."""
         if record is not None:
+            self.counts["opened"] += 1
             record.opened = True
             if self.on_open is not None and not record.held:
                 self.on_open(record)
@@ -211,6 +222,8 @@ class Books:
             self.opened(record, record.client_address)
         reason = record.reason or "handler_returned"
         self.reasons[reason] += 1
+        if self.meter is not None and record.moved is not None:
+            self.meter.moved(record.moved)
         if events.subscribers["closed"]:
             self._tell(
                 "closed",

@@ -8,10 +8,8 @@ Beside it stands a :class:`Record`, one for each connection whatever its request
 from __future__ import annotations
 
 import _socket
-import errno
 import itertools
 import os
-import select
 import socket
 import struct
 import sys
@@ -26,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from harken import events
 from harken.peer import Peer, behind
 from harken.stamps import Stamps, stamp
-from harken.traffic import queued, traffic, unread
-from harken.unpatched import Socket, original
+from harken.traffic import accept_queue, moved, queued, traffic, unread
+from harken.unpatched import Socket
 
 if TYPE_CHECKING:
     from harken.admission import Ticket
@@ -91,7 +89,6 @@ _LINUX = sys.platform == "linux"
 # struct tcp_info of linux/tcp.h: the state is its first byte, the times (milliseconds) two of its u32 fields.
 _TCP_INFO = getattr(socket, "TCP_INFO", None)
 _TCP_CLOSE, _TCP_CLOSE_WAIT, _TCP_LAST_ACK = 7, 8, 9
-_UNACKED = 24  # of a listener: sk_ack_backlog, tcp_get_info() in net/ipv4/tcp.c
 # Connections to take from a queue of unknown length before it is closed: who keeps coming must not hold it open.
 MAX_BACKLOG_GUESS = 64
 _LAST_DATA_SENT, _LAST_DATA_RECV, _TCP_INFO_BYTES = 44, 52, 56
@@ -108,56 +105,6 @@ class Connection(Socket):
 
     __slots__ = ("record",)
     record: Record | None
-    _closed: bool  # socket.socket's own, with _io_refs: the same since Python 3.0
-    _io_refs: int
-
-    @classmethod
-    def take(cls, door: Any, most: int) -> list[tuple[Any, Any]]:
-        """Accept what waits at a door that was found readable, at most ``most``: ``(connection, address)`` each.
-
-        A door that blocks is asked before each further one: its flags are shared with other processes.
-
-        Raises:
-            OSError: as accept(2), for the first; a later one ends the list, and is met again.
-        """
-        taken: list[tuple[Any, Any]] = []
-        blocking = not _LINUX or (door.gettimeout() and socket.getdefaulttimeout() is None)
-        asked = None
-        while True:
-            try:
-                fd, address = door._accept()
-            except OSError:
-                if taken:
-                    return taken
-                raise
-            connection = cls(_family(door), _type(door), _proto(door), fd)
-            if blocking:
-                connection.setblocking(True)  # BSD's accept() hands O_NONBLOCK on
-            taken.append((connection, address))
-            if len(taken) == most:
-                return taken
-            if asked is None:
-                asked = _poll()
-                asked.register(door, select.POLLIN)
-            if not asked.poll(0):
-                return taken
-
-    def end(self) -> bool:
-        """Tell the peer that nothing more comes, and close; tell whether it is closed, or a file of it still open.
-
-        For the way on which no hook is overridden: the caller has the record.
-        """
-        record, self.record = self.record, None
-        try:
-            self.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the peer, or the handler, was quicker
-        self._closed = True
-        if self._io_refs > 0:  # the last makefile() closes it
-            self.record = record
-            return False
-        _socket.socket.close(self)
-        return True
 
     def _real_close(self, *_: Any) -> None:  # the one place through which close() and the last makefile() end a socket
         record = getattr(self, "record", None)
@@ -180,7 +127,6 @@ class Connection(Socket):
         return _rebuild, (reduction.DupFd(self.fileno()), int(self.family), int(self.type), self.proto)
 
 
-_poll = original("select", "poll")
 _family = _socket.socket.family.__get__  # plain ints; the properties above them make enums
 _type = _socket.socket.type.__get__
 _proto = _socket.socket.proto.__get__
@@ -195,18 +141,18 @@ def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tupl
     Raises:
         OSError: as accept(2).
     """
-    if not is_plain_door(listener):
+    accepts = getattr(type(listener), "accept", None)
+    if accepts is not Socket.accept and (accepts is not socket.socket.accept or kind is Connection):
         return listener.accept()
-    taken = kind.take(door_of(listener), 1)
-    if not taken:
-        raise BlockingIOError(errno.EAGAIN, "nobody waits at the door")
-    connection, address = taken[0]
+    door = door_of(listener)
+    take = getattr(kind, "take", None)
+    for connection, address in take(door, 1) if take is not None else ():
+        return connection, shown(listener, address)
+    fd, address = door._accept()
+    connection = kind(_family(door), _type(door), _proto(door), fd)
+    if not _LINUX or (listener.gettimeout() and socket.getdefaulttimeout() is None):
+        connection.setblocking(True)  # BSD's accept() hands O_NONBLOCK on
     return connection, shown(listener, address)
-
-
-def is_plain_door(listener: Any) -> bool:
-    """Tell whether ``listener`` accepts as a socket does: TLS sockets and a test's doubles have ways of their own."""
-    return getattr(type(listener), "accept", None) in _ACCEPTS
 
 
 def door_of(listener: Any) -> Any:
@@ -227,7 +173,6 @@ def _rebuild(duplicate: Any, family: int, kind: int, proto: int) -> socket.socke
 
 # What the programs' `socket.socket` may be: ours, and gevent's where that patched it after us.
 _SOCKETS: Any = (Socket, socket.socket)
-_ACCEPTS = tuple(kind.accept for kind in _SOCKETS)
 
 
 def shut(request: Any, how: int = socket.SHUT_RDWR) -> None:
@@ -366,7 +311,7 @@ class Record:
         stamps: what is known of its traffic beside what the kernel knows, or None.
         seen: the deadlines' own: what moved last, and when.
         cut_already: whether its deadline has cut it.
-        moved: the bytes that had come and been sent at its end, if ``closed`` has subscribers and they are counted.
+        moved: the bytes that had come and been sent at its end, if somebody wants to know and they are counted.
     """
 
     # What each record has costs a place in it; the rest is the class's, and the record's own once it happens.
@@ -446,9 +391,9 @@ class Record:
 
     def bytes_moved(self) -> tuple[int, int] | None:
         """Return the bytes that came and that were sent, if anybody counts them."""
-        told = traffic(self.request)
+        told = moved(self.request)
         if told is not None:
-            return told.received, told.sent
+            return told
         stamps = self.stamped()
         return (stamps.received, stamps.sent) if stamps is not None else None
 
@@ -473,9 +418,9 @@ class Record:
 
     def judge(self, request: Any) -> str:
         """Settle the reason, while the socket is still open, from what the kernel says; the first judgement holds."""
+        if self.moved is None and (self._registry.counts_bytes or events.subscribers["closed"]):
+            self.moved = self.bytes_moved()
         if self.reason is None:
-            if events.subscribers["closed"]:
-                self.moved = self.bytes_moved()
             far_end = getattr(request, "far_end", None) or peer_fault(request)
             self.reason = "handler_failed" if self.failed and far_end != "peer_reset" else far_end or "handler_returned"
         return self.reason
@@ -512,7 +457,7 @@ class Record:
         """End the connection from outside its handler; any thread may call it."""
         if self.reason is None:
             self.reason = reason
-        if events.subscribers["closed"]:
+        if self._registry.counts_bytes or events.subscribers["closed"]:
             self.moved = self.bytes_moved()
         if self.process:
             self._registry.end_child(self.process)
@@ -610,8 +555,8 @@ def receive_now(request: socket.socket, size: int, flags: int = 0) -> bytes:
 
 def backlog_length(listener: object) -> int:
     """How many connections wait to be accepted; where the kernel does not tell (Unix sockets), the most to assume."""
-    info = tcp_info(listener, _TCP_INFO_BYTES)
-    return int(struct.unpack_from("=I", info, _UNACKED)[0]) if len(info) == _TCP_INFO_BYTES else MAX_BACKLOG_GUESS
+    queue = accept_queue(listener)
+    return queue.length if queue is not None else MAX_BACKLOG_GUESS
 
 
 class Registry:
@@ -637,6 +582,8 @@ class Registry:
         self._changed = threading.Condition()
         self.careful = False
         """Whether a connection is closed only after what its client sent was read off, since the server drains."""
+        self.counts_bytes = False
+        """Whether somebody wants to know of each connection that ends what has moved on it."""
         self._waiting = 0
         self.buffers: Buffers | None = None
         """Who is told what harken holds for connections, if that is bounded."""
@@ -697,8 +644,7 @@ class Registry:
         if self.buffers is not None:
             self.buffers.forget(record)
         record._request = _gone  # or its callback would run for nothing when the request object goes
-        if self._waiting:
-            self.nudge()
+        self.nudge()
 
     def hand_over(self, record: Record | None, pid: int) -> None:
         """Child ``pid`` serves this connection from now on; the caller closes its own copy."""
@@ -733,5 +679,6 @@ class Registry:
 
     def nudge(self) -> None:
         """Let those who wait ask their condition."""
-        with self._changed:
-            self._changed.notify_all()
+        if self._waiting:
+            with self._changed:
+                self._changed.notify_all()

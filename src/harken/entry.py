@@ -120,11 +120,14 @@ class Entry:
                 "return the accepted socket, or serve without preambles"
             )
         record.in_preamble = True
-        deadline = monotonic() + self.timeout
+        begun = monotonic()
+        deadline = begun + self.timeout
         for preamble in self.preambles:
             request = preamble(request, deadline)
         record.entered = True
         record.in_preamble = False
+        if self._serving.books.meter is not None:
+            self._serving.books.meter.entered(begun)
         if self._serving.deadlines is not None:
             self._serving.deadlines.entered(record)
         return request

@@ -18,6 +18,7 @@ __all__ = ["NAMES", "Event", "emit", "subscribe", "subscribers"]
 
 NAMES: dict[str, str] = {
     "listening": "a listener is bound and its server accepts: `address`, `engine`",
+    "page_opened": "the page of `metrics` can be asked: `address`",
     "accepted": "a connection or datagram was taken from the kernel: `connection`, `peer`",
     "rejected": "a connection, or a datagram, was refused before its handler: `connection`, `peer`, `reason`, `detail`",
     "opened": "a connection goes to its handler: `connection`, `peer`",
@@ -120,7 +121,7 @@ def subscribe(callback: Callback, *names: str) -> Callable[[], None]:
 def emit(name: str, **fields: Any) -> None:
     """Tell every subscriber of ``name``. Never raises."""
     listeners = subscribers[name]
-    if not listeners:
+    if not listeners or getattr(fields.get("server"), "unobserved", False):  # a server of harken's own
         return
     event = Event(name, fields)
     for tell in listeners:

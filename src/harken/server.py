@@ -201,7 +201,12 @@ class BaseServer:
         if not serving.engine.in_loop:
             self._process_elsewhere(request, client_address)
         elif serving.entry is None:
-            self.finish_request(request, client_address)
+            begun = monotonic()
+            try:
+                self.finish_request(request, client_address)
+            finally:
+                if serving.books.meter is not None:
+                    serving.books.meter.handled(begun)
             self.shutdown_request(request)
         else:
             _enter(self, BaseServer.process_request_thread.__get__(self), request, client_address)
@@ -232,12 +237,15 @@ class BaseServer:
         record = getattr(request, "record", None)
         if record is not None:
             record.thread = threading.get_ident()
+        begun = monotonic()
         try:
             self.finish_request(request, client_address)
         except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
             self._harken.books.failed(request, client_address, error)
             self.handle_error(request, client_address)
         finally:
+            if self._harken.books.meter is not None:
+                self._harken.books.meter.handled(begun)
             self.shutdown_request(request)
 
     def server_close(self) -> None:
@@ -245,7 +253,7 @@ class BaseServer:
         serving = self._harken
         if not serving.last_loop and not serving.in_loop:
             BaseServer.shutdown(self)  # while the loop's poll() holds the listener, its port would not be free
-        serving.lifecycle.move("close")
+        serving.close()
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         """Call ``RequestHandlerClass(request, client_address, self)``. May be overridden. The handler's thread."""

@@ -84,6 +84,9 @@ class Serving:
         self.on_child: Callable[[], None] = lambda: None
         """Called in a child of the fork engine before its handler."""
         self.loops: set[int] = set()
+        self.offers_page = True
+        """Whether it opens by itself the page that ``metrics`` names; a service does that for its servers."""
+        self._leave_page: Callable[[], None] | None = None
         self.shared = False
         """Whether several threads run loops of this server."""
         if engine is not None:
@@ -263,6 +266,7 @@ class Serving:
         engine, _ = self.engine, self.entry  # may raise: before anything has changed
         self._prepare(engine)
         self._check_fit()
+        self._offer_figures()
         with self.guard:
             self.lifecycle.move("serve")
             self._loop_count += 1
@@ -296,6 +300,22 @@ class Serving:
                     self.lifecycle.move("stop")
                     self.left.set()
 
+    def _offer_figures(self) -> None:
+        """Measure, and show what is measured, if the setting ``metrics`` asks for it."""
+        if self.settings["metrics"] is None:
+            return
+        self.books.measure()
+        if self.offers_page and self._leave_page is None:
+            # By name, as plug-ins are: it stands above the servers.
+            self._leave_page = plugins.find("process", "page", "offer")(self)
+
+    def close(self) -> None:
+        """The server is closed."""
+        self.lifecycle.move("close")
+        if self._leave_page is not None:
+            leave, self._leave_page = self._leave_page, None
+            leave()
+
     def _check_fit(self) -> None:
         if (
             self.engine.in_child
@@ -326,10 +346,25 @@ class Serving:
     def tick(self) -> None:
         """One turn: stdlib's hook, children and threads that have ended, pauses that are over."""
         self.server.service_actions()
+        if self.books.meter is not None:
+            self.books.meter.turned()
         if self.engine.in_child:
             self.engine.collect()
         if self.acceptor.paused and self._loop_count:
             self.intake.turn()
+
+    def ask_turn(self) -> None:
+        """Ask the loop for a turn, whose delay is measured; not while an earlier one is owed, or nobody serves."""
+        meter = self.books.meter
+        if meter is not None and not meter.asked and not self.last_loop:
+            meter.asked = time.monotonic()
+            self.wake()
+
+    def overdue(self) -> float:
+        """Seconds since the loop was asked for a turn that it has not taken; 0 when it is not, or may be busy."""
+        meter = self.books.meter
+        owed = meter.asked if meter is not None and not self.engine.in_loop else 0.0
+        return time.monotonic() - owed if owed else 0.0
 
     def wake(self) -> None:
         """Make the loop take a turn at once, if one runs."""
@@ -356,6 +391,8 @@ class Serving:
 
         def done(status: int) -> None:
             heard()
+            if self.books.meter is not None and record is not None:
+                self.books.meter.handled(record.started)
             if CHILD_STATUS["rejected"] == status and record is not None:
                 self.books.rejected(record, record.client_address, record.detail or "verify_request")
             which = next((name for name in DEADLINES if CHILD_STATUS[name] == status), None)

@@ -20,7 +20,7 @@ from harken.errors import ConfigError, nearest
 
 __all__ = ["REGISTRY", "Kind", "Operator", "Setting", "Settings", "Value", "operator", "setting"]
 
-Profile = Literal["drop-in", "serve"]
+Profile = Literal["drop-in", "serve", "private"]
 UNSET: Any = type("Unset", (), {"__repr__": lambda _self: "UNSET", "__bool__": lambda _self: False})()
 
 _TRUE = {"true", "yes", "on", "1"}
@@ -265,6 +265,7 @@ DECLARED_IN = (
     "harken.engines.pool",
     "harken.engines.fork",
     "harken.stalls",
+    "harken.meter",
     "harken.deadlines",
     "harken.buffers",
     "harken.limits",
@@ -389,7 +390,8 @@ class Settings:
         Args:
             owner: the server, whose class attributes count.
             keywords: what its constructor was given.
-            profile: which column of defaults applies.
+            profile: which column of defaults applies; ``private`` is a server of harken's own, with those of the
+                drop-in classes, of which the operator does not speak.
 
         Raises:
             ConfigError: a keyword is unknown or its value is not allowed.
@@ -421,7 +423,7 @@ class Settings:
         if name in self._live:
             return Value(self._live[name], "configure()")
         return (
-            operator.find(declared, environment=environment)
+            (None if self.profile == "private" else operator.find(declared, environment=environment))
             or (Value(self._keywords[name], "keyword argument") if name in self._keywords else None)
             or self._attribute(declared)
             or self._default(declared)

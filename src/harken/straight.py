@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
-from threading import get_ident
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from harken.acceptor import MAX_ACCEPT
-from harken.connection import door_of, is_plain_door, shown, shut
+from harken.connection import door_of, shown
 
 if TYPE_CHECKING:
     from harken.serving import Serving
@@ -58,7 +58,7 @@ def is_straight(serving: Serving) -> bool:
         if len(_seen) >= _MOST_SEEN:
             _seen.clear()
         _seen[kind] = (hooks, straight)
-    plain = serving.entry is None and serving.admission is None and is_plain_door(server.socket)
+    plain = serving.entry is None and serving.admission is None
     return straight and plain and _own_names.isdisjoint(vars(server))
 
 
@@ -78,26 +78,16 @@ def take(serving: Serving) -> bool:
         taken = [(request, shown(server.socket, address)) for request, address in taken]
     books.admit(taken)
     lazy = getattr(server.RequestHandlerClass, "lazy", False)
-    serve_here = serve
-    if not engine.shares_threads:
-        serve_here = process_request_thread  # by this name programs find its thread
-        engine.show_threads(server)
     for request, client_address in taken:
         try:
             if lazy:
                 engine.spawn_on_data(serving.intake.serve, request)
             else:
-                engine.spawn(serve_here, serving, request, client_address)
+                engine.spawn(serve, serving, request, client_address)
         except Exception as error:  # noqa: BLE001 - that connection's trouble
             books.failed(request, client_address, error)
             server.handle_error(request, client_address)
             server.shutdown_request(request)
-        except:
-            # Ctrl-C came while its thread was started: that may be in recv(), which close() does not wake.
-            books.interrupted = True
-            shut(request)
-            server.shutdown_request(request)
-            raise
     return len(taken) == MAX_ACCEPT
 
 
@@ -108,16 +98,12 @@ def serve_known(serving: Serving, request: Any) -> None:
         serve(serving, request, record.client_address)
 
 
-def process_request_thread(serving: Serving, request: Any, client_address: Any) -> None:
-    """As :func:`serve`, in a thread of the connection's own."""
-    request.record.thread = get_ident()
-    serve(serving, request, client_address)
-
-
 def serve(serving: Serving, request: Any, client_address: Any) -> None:
     """Serve one connection where the engine runs handlers: the hooks after ``process_request``."""
     server = serving.server
     handler_class = server.RequestHandlerClass
+    meter = serving.books.meter
+    begun = monotonic() if meter is not None else 0.0
     try:
         if type(handler_class) is type and getattr(handler_class, "__new__", None) is _new:
             # What calling the class does, without a frame of the C stack to be kept for each connection that waits.
@@ -128,4 +114,6 @@ def serve(serving: Serving, request: Any, client_address: Any) -> None:
         serving.books.failed(request, client_address, error)
         server.handle_error(request, client_address)
     finally:
+        if meter is not None:
+            meter.handled(begun)
         serving.books.close(request)

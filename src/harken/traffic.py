@@ -22,8 +22,9 @@ except ImportError:  # no Unix
 else:
     _ioctl, _FIONREAD, _TIOCOUTQ = fcntl.ioctl, termios.FIONREAD, termios.TIOCOUTQ
 
-__all__ = ["Traffic", "queued", "traffic", "unread"]
+__all__ = ["Queue", "Traffic", "accept_queue", "moved", "queued", "since_handshake", "traffic", "unread"]
 
+_TCP = int(socket.IPPROTO_TCP)  # as an enum it costs a call each time
 _TCP_INFO = getattr(socket, "TCP_INFO", None)
 # Up to tcpi_bytes_retrans, which Linux has since 4.19.
 _BYTES = 216
@@ -34,6 +35,12 @@ _COUNTS = struct.Struct("=QQ8xI")  # tcpi_bytes_acked, tcpi_bytes_received, …,
 _COUNTS_AT = 120
 _SENT = struct.Struct("=QQ")  # tcpi_bytes_sent, tcpi_bytes_retrans
 _SENT_AT = 200
+_MOVED = struct.Struct("=B119xQQ8xI52xQQ")  # state, and the counts above, all at once
+# Of a listener, tcpi_unacked and tcpi_sacked are its queue: tcp_get_info() in net/ipv4/tcp.c.
+_QUEUE = struct.Struct("=24xII")
+# A connection's tcpi_last_data_sent begins when it enters the queue: tcp_create_openreq_child() in
+# net/ipv4/tcp_minisocks.c.
+_FIRST_SENT = struct.Struct("=44xI")
 # States in which the peer's FIN has come, which counts as a byte received: CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT.
 _FINISHED = {8, 9, 11, 6}
 _NOTHING = b"\0\0\0\0"
@@ -66,7 +73,7 @@ def traffic(request: Any) -> Traffic | None:
     if _TCP_INFO is None or not isinstance(request, Socket):
         return None
     try:
-        info = request.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, _BYTES)
+        info = request.getsockopt(_TCP, _TCP_INFO, _BYTES)
     except OSError:
         return None
     return decode(info)
@@ -89,6 +96,50 @@ def decode(info: bytes) -> Traffic | None:
         since_sent / 1000,
         since_received / 1000,
     )
+
+
+def moved(request: Any) -> tuple[int, int] | None:
+    """Return the bytes that came and that were sent, as ``traffic`` does, for less."""
+    if _TCP_INFO is None or not isinstance(request, Socket):
+        return None
+    try:
+        state, _, received, unsent, sent, again = _MOVED.unpack(request.getsockopt(_TCP, _TCP_INFO, _BYTES))
+    except (OSError, struct.error):  # no TCP, or closed; an old kernel
+        return None
+    return received - (state in _FINISHED), sent - again + unsent
+
+
+def since_handshake(request: Any) -> float | None:
+    """Return the seconds that a connection just accepted, on which nothing was sent yet, has waited for that."""
+    told = _tell(request, _FIRST_SENT)
+    return None if told is None else told[0] / 1000
+
+
+class Queue(NamedTuple):
+    """The accept queue of a listener.
+
+    Attributes:
+        length: connections in it.
+        limit: how many it takes.
+    """
+
+    length: int
+    limit: int
+
+
+def accept_queue(listener: Any) -> Queue | None:
+    """Ask the kernel; None where it does not tell: no TCP, no Linux, closed already."""
+    told = _tell(listener, _QUEUE)
+    return None if told is None else Queue(*told)
+
+
+def _tell(sock: Any, layout: struct.Struct) -> tuple[int, ...] | None:
+    if _TCP_INFO is None or not isinstance(sock, (Socket, socket.socket)):
+        return None
+    try:
+        return layout.unpack(sock.getsockopt(_TCP, _TCP_INFO, layout.size))
+    except (OSError, struct.error):
+        return None
 
 
 def queued(request: Any) -> int:

@@ -41,7 +41,14 @@ BIND_VARIABLE = "HARKEN_BIND"
 OTHER_VARIABLES = (BIND_VARIABLE, "HARKEN_RUN", "HARKEN_HUB")
 """Variables of harken's that are no settings: addresses, what ``run`` tells its child processes, the kind of hub."""
 
-DECLARING = ("harken.acceptor", "harken.deadlines", "harken.server", "harken.drain", "harken.observe.log")
+DECLARING = (
+    "harken.acceptor",
+    "harken.deadlines",
+    "harken.server",
+    "harken.drain",
+    "harken.meter",
+    "harken.observe.log",
+)
 ROOMS = ("harken.process", "harken.transports", "harken.engines", "harken.limits", "harken.preambles")
 """Where settings are declared: these modules, and every module of these rooms."""
 

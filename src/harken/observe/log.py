@@ -44,7 +44,8 @@ LOG_FILE = setting(
 )
 
 _LEVELS = dict.fromkeys(("handler_failed", "reload_failed", "upgrade_failed"), logging.ERROR) | dict.fromkeys(
-    ("listening", "draining", "drained", "reloaded", "worker_started", "worker_exited", "resumed"), logging.INFO
+    ("listening", "page_opened", "draining", "drained", "reloaded", "worker_started", "worker_exited", "resumed"),
+    logging.INFO,
 )
 _LEVELS |= dict.fromkeys(("paused", "stalled", "truncated", "alarm", "timed_out", "rejected"), logging.WARNING)
 _LEVELS |= {"memory_exceeded": logging.WARNING, "memory_recovered": logging.INFO}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from harken import events
 from harken.observe.log import escape
 
-__all__ = ["StallReport", "report_at_exit"]
+__all__ = ["StallReport", "joined", "report_at_exit"]
 
 # Places shown: enough to act upon; the log has every stall.
 MOST_SHOWN = 5
@@ -57,6 +59,13 @@ class StallReport:
         if place in self._places or len(self._places) < MOST_KEPT:
             self._places.setdefault(place, _Place(event.function)).add(event.seconds)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what is known of each place, costliest first; what goes on still has no seconds yet. Any thread."""
+        known = {place: asdict(seen) for place, seen in list(self._places.items())}
+        for place, event in list(self._ongoing.items()):
+            known.setdefault(place, asdict(_Place(event.function)))
+        return joined({"place": place, **seen} for place, seen in known.items())
+
     def text(self) -> str:
         """Return what there is to say; empty when nothing stalled."""
         for place, event in self._ongoing.items():
@@ -72,6 +81,17 @@ class StallReport:
             for place, seen in worst[:MOST_SHOWN]
         ]
         return "\n".join((*lines, f"harken: {REMEDY}"))
+
+
+def joined(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add up what several processes know of the same places; costliest first."""
+    total: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        known = total.setdefault(row["place"], {**row, "times": 0, "seconds": 0.0, "longest": 0.0})
+        known["times"] += row["times"]
+        known["seconds"] += row["seconds"]
+        known["longest"] = max(known["longest"], row["longest"])
+    return sorted(total.values(), key=lambda row: -row["seconds"])
 
 
 def _count(number: int, noun: str) -> str:

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 from harken import events
 from harken.errors import HandoffError, HarkenError
 from harken.listener import Listener
-from harken.process import handoff, privileges
-from harken.process.answers import answer
+from harken.process import handoff, page, privileges
+from harken.process.answers import alone_status, answer
 from harken.process.channel import Message
 from harken.process.control import Client, Control, open_listener
 from harken.process.notify import notify
@@ -68,8 +68,10 @@ class Alone:
         self._kept: dict[str, list[Listener]] = {}
         listeners = [listener for several in self._opened.values() for listener in several]
         self._desk: _Desk | None = None
+        self._page: page.Local | None = None
         try:
             self._worker = Worker(handler, (), keywords, listeners=listeners)
+            self._open_page()
             self._open_control(name)
             if not handoff.upgraded_from():
                 self._pidfile.write()
@@ -87,6 +89,16 @@ class Alone:
             signal.SIGTTOU: _no_workers,
         }
 
+    def _open_page(self) -> None:
+        opened = page.open_listener(self.settings)
+        if opened is not None:
+            self._opened[page.key_of(self.settings)] = [opened]
+            self._page = page.Local(self.settings, opened)
+            self._page.servers.extend(self._worker.servers)
+            self._worker.collector = self._page.collector
+        for serving in self._worker.servings():
+            serving.offers_page = False
+
     def _open_control(self, name: str) -> None:
         kept = handoff.inherited(_CONTROL)
         opened = kept[0] if kept else open_listener(self.settings, name)
@@ -101,6 +113,8 @@ class Alone:
             status = self._worker.run(on_ready=self._ready)
         finally:
             self._worker.close()
+            if self._page is not None:
+                self._page.close()
             if self._desk is not None:
                 self._desk.close()
             if not self._kept:
@@ -116,6 +130,8 @@ class Alone:
             self._pidfile.write(over=predecessor)
         if self._desk is not None:
             self._desk.start()
+        if self._page is not None:
+            self._page.start()
         handoff.tell_predecessor()
         notify(READY=1, MAINPID=os.getpid())
 
@@ -140,6 +156,8 @@ class Alone:
         notify(MAINPID=successor.pid)
         for listener in (listener for several in self._opened.values() for listener in several):
             listener.disown()
+        if self._page is not None:
+            self._page.close()  # the successor has one
         self._leave()
 
     def _leave(self) -> None:
@@ -183,12 +201,9 @@ class _Desk:
                 client.answer(number, result=None)
             else:
                 answered = answer(self._worker, verb, question.get("arguments", {}))
-                client.answer(number, result=answered if verb != "status" else self._status(answered))
+                client.answer(number, result=answered if verb != "status" else alone_status(answered))
         except (HarkenError, TypeError) as error:  # TypeError: arguments that the verb does not take
             client.answer(number, error=str(error))
-
-    def _status(self, servers: Any) -> dict[str, Any]:
-        return {"supervisor": None, "workers": [], "wanted": 0, "servers": servers}
 
     def close(self) -> None:
         """Hang up and close the socket."""

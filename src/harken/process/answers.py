@@ -12,15 +12,41 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from harken.errors import ConfigError
-from harken.process.worker import Worker
+from harken.lifecycle import State
+from harken.observe.collector import Collector
+from harken.observe.stalls import joined as joined_stalls
+from harken.serving import Serving
+from harken.settings import REGISTRY, Settings, declare_all
 
-__all__ = ["STANDING", "VERBS", "answer", "joined"]
+__all__ = ["STANDING", "VERBS", "Served", "alone_status", "answer", "in_force", "joined"]
 
 
-def answer(worker: Worker, verb: str, arguments: dict[str, Any]) -> Any:
+class Served(Protocol):
+    """Servers of one process, about which somebody asks: a worker."""
+
+    @property
+    def servers(self) -> list[Any]:
+        """The servers."""
+
+    @property
+    def settings(self) -> Settings:
+        """What holds for all of them."""
+
+    @property
+    def collector(self) -> Collector | None:
+        """Who collects their figures, if anybody does."""
+
+    def servings(self) -> list[Serving]:
+        """Their running sides."""
+
+    def configure(self, changes: dict[str, Any]) -> None:
+        """Change live settings of all of them."""
+
+
+def answer(worker: Served, verb: str, arguments: dict[str, Any]) -> Any:
     """Answer one question. Any thread.
 
     Raises:
@@ -32,12 +58,22 @@ def answer(worker: Worker, verb: str, arguments: dict[str, Any]) -> Any:
     return VERBS[verb](worker, **arguments)
 
 
-def _status(worker: Worker) -> list[dict[str, Any]]:
+def _status(worker: Served) -> list[dict[str, Any]]:
     return [server.stats() for server in worker.servers]
 
 
-def _connections(worker: Worker) -> list[dict[str, Any]]:
-    return [_plain(info) for server in worker.servers for info in server.connections()]
+def alone_status(servers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Put around the servers' status what a supervisor would, where there is none."""
+    return {"supervisor": None, "workers": [], "wanted": 0, "servers": servers}
+
+
+def _connections(worker: Served, most: int | None = None) -> list[dict[str, Any]]:
+    """All that are open, or the ``most`` oldest of each server."""
+    return [
+        _plain(record.info())
+        for serving in worker.servings()
+        for record in sorted(serving.connections, key=lambda record: record.started)[:most]
+    ]
 
 
 def _plain(value: Any) -> Any:
@@ -50,25 +86,70 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _kill(worker: Worker, connection: str, reason: str = "killed") -> bool:
+def _kill(worker: Served, connection: str, reason: str = "killed") -> bool:
     return any(server.close_connection(connection, reason) for server in worker.servers)
 
 
-def _suspend(worker: Worker) -> None:
+def _suspend(worker: Served) -> None:
     for server in worker.servers:
         server.suspend()
 
 
-def _resume(worker: Worker) -> None:
+def _resume(worker: Served) -> None:
     for server in worker.servers:
         server.resume()
 
 
-def _configure(worker: Worker, **changes: Any) -> None:
+def _figures(worker: Served) -> list[Any]:
+    """What was counted, for ``observe.figures.Figures``."""
+    return worker.collector.collect().plain() if worker.collector is not None else []
+
+
+def _stalls(worker: Served) -> list[dict[str, Any]]:
+    """The places that kept others waiting, costliest first."""
+    return worker.collector.stalls.rows() if worker.collector is not None else []
+
+
+def _settings(worker: Served) -> list[dict[str, Any]]:
+    return in_force(worker.settings)
+
+
+def in_force(settings: Settings) -> list[dict[str, Any]]:
+    """The limits and times that can change while a server runs, with their units."""
+    declare_all()
+    return [
+        {"name": name, "value": settings[name], "unit": declared.unit}
+        for name, declared in REGISTRY.items()
+        if declared.live and declared.kind.name in ("count", "seconds", "bytes", "choice")
+    ]
+
+
+_STATES = {
+    State.NEW: "starting",
+    State.SUSPENDED: "suspended",
+    State.STOPPED: "stopped",
+    State.DRAINING: "draining",
+    State.CLOSED: "closed",
+}
+
+
+def _health(worker: Served) -> dict[str, Any]:
+    """Whether loops turn, and whether new connections are served; as the supervisor answers for its workers."""
+    states = {serving.lifecycle.state for serving in worker.servings()}
+    reasons = [reason for state, reason in _STATES.items() if state in states]
+    hung = any(serving.overdue() > worker.settings["worker_timeout"] > 0 for serving in worker.servings())
+    return {
+        "live": not hung,
+        "ready": not reasons and not hung,
+        "reason": "hung" if hung else reasons[-1] if reasons else "ready",
+    }
+
+
+def _configure(worker: Served, **changes: Any) -> None:
     worker.configure(changes)
 
 
-def _stacks(worker: Worker) -> list[dict[str, Any]]:
+def _stacks(worker: Served) -> list[dict[str, Any]]:
     """What every thread does, by name, innermost call last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     own = threading.get_ident()
@@ -87,6 +168,10 @@ VERBS: dict[str, Callable[..., Any]] = {
     "resume": _resume,
     "configure": _configure,
     "stacks": _stacks,
+    "figures": _figures,
+    "stalls": _stalls,
+    "settings": _settings,
+    "health": _health,
 }
 """What can be asked; each takes the worker and keyword arguments."""
 
@@ -103,6 +188,8 @@ def joined(verb: str, answers: list[Any]) -> Any:
         return any(answers)
     if verb in {"connections", "stacks"}:
         return [entry for each in answers for entry in each]
+    if verb == "stalls":
+        return joined_stalls(entry for each in answers for entry in each)
     return None
 
 

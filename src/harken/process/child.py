@@ -18,7 +18,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from harken.errors import HarkenError
+from harken.observe.collector import Collector
 from harken.process.channel import Channel
+from harken.process.ledger import Slate
 from harken.process.recycling import Lifespan
 from harken.process.scoreboard import Row
 from harken.process.worker import Worker
@@ -39,6 +41,7 @@ class Child:
         generation: which reload it belongs to.
         channel: to it.
         row: its row of the scoreboard.
+        slate: its figures.
         born: when it was started, by ``time.monotonic()``.
         ready: whether it accepts.
         leaving: whether it was asked to leave, or is being killed.
@@ -48,11 +51,12 @@ class Child:
         kill_at: when patience with it ends, by ``time.monotonic()``; None while there is no hurry.
     """
 
-    def __init__(self, pid: int, generation: int, channel: Channel, row: Row, dump: int) -> None:
+    def __init__(self, pid: int, generation: int, channel: Channel, row: Row, slate: Slate, dump: int) -> None:
         self.pid = pid
         self.generation = generation
         self.channel = channel
         self.row = row
+        self.slate = slate
         self.born = time.monotonic()
         self.ready = False
         self.leaving = False
@@ -101,6 +105,7 @@ class Child:
     def close(self) -> None:
         """Let go of what the supervisor holds for it."""
         self.channel.close()
+        self.slate.close()
         os.close(self._dump)
 
 
@@ -112,6 +117,7 @@ class Inside:
         make: Callable[[], Worker],
         channel: Channel,
         row: Row,
+        slate: Slate,
         dump: int,
         answer: Callable[[Worker, str, dict[str, Any]], Any],
     ) -> None:
@@ -121,12 +127,14 @@ class Inside:
             make: loads the handler and returns the worker.
             channel: to the supervisor.
             row: ours on the scoreboard.
+            slate: where our figures stand.
             dump: a descriptor for stacks.
             answer: answers what the supervisor asks.
         """
         self._make = make
         self._channel = channel
         self._row = row
+        self._slate = slate
         self._dump = dump
         self._answer = answer
         self._lifespan: Lifespan | None = None
@@ -152,11 +160,17 @@ class Inside:
     def _serve(self) -> int:
         worker = self._worker = self._make()
         self._lifespan = Lifespan(worker.settings)
+        collector = Collector(worker.servings, self._slate) if worker.settings["metrics"] is not None else None
+        worker.collector = collector
         threading.Thread(target=self._listen, args=(worker,), name="harken-channel", daemon=True).start()
         try:
+            if collector is not None:
+                collector.start()
             return worker.run(on_ready=lambda: self._channel.send(type="ready"), on_turn=self._turn)
         finally:
             worker.close()
+            if collector is not None:
+                collector.stop()
 
     def _turn(self) -> None:
         """Once a turn of the loop that serves: the heartbeat."""

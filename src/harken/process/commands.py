@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harken.errors import ConfigError, HarkenError, nearest
-from harken.process.answers import STANDING, VERBS
+from harken.process.answers import STANDING, VERBS, in_force
 from harken.process.channel import Message
 from harken.process.control import Client
 from harken.settings import known
@@ -30,6 +30,8 @@ class Commands:
             "reload": supervisor.reload,
             "upgrade": supervisor.upgrade,
             "workers": self._workers,
+            "health": supervisor.health,
+            "settings": lambda: in_force(supervisor.settings),
         }
 
     def obey(self, client: Client, question: Message) -> None:
@@ -62,7 +64,13 @@ class Commands:
             self._supervisor.settings.configure(arguments)  # refuses what is wrong before any worker is told
         if verb == "status":
             done = partial(self._add_own, done)
+        elif verb == "figures":
+            done = partial(self._add_up, done)
         workers.ask(verb, arguments, done, standing=verb in STANDING)
+
+    def _add_up(self, done: Callable[..., object], **_reply: Any) -> None:
+        """The workers have written their figures down; those that have not in time count as they last did."""
+        done(result=self._supervisor.figures().plain())
 
     def _add_own(self, done: Callable[..., object], **reply: Any) -> None:
         """Put the supervisor's own figures around the workers'."""

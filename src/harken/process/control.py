@@ -26,7 +26,7 @@ from harken.listener import AddressInUse, Listener
 from harken.process.channel import Channel, Message
 from harken.settings import Settings, setting, text
 
-__all__ = ["BY_NAME", "VERSION", "Client", "Control", "directory", "open_listener", "replies", "sockets"]
+__all__ = ["BY_NAME", "VERSION", "Client", "Control", "directory", "hear", "open_listener", "replies", "sockets"]
 
 VERSION = 1
 BY_NAME = "by name"
@@ -96,12 +96,28 @@ def open_listener(settings: Settings, name: str) -> Listener | None:
 class Client:
     """Somebody who asks."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.channel = Channel(sock, blocking=False, max_line_bytes=MAX_QUESTION_BYTES)
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
 
     def answer(self, number: Any, **reply: Any) -> bool:
         """Answer a question by ``result=`` or ``error=``; tell whether anybody is there to hear it."""
         return self.channel.send(version=VERSION, number=number, **reply)
+
+
+def hear(client: Client, ask: Callable[[Client, Message], None]) -> bool:
+    """Take in what somebody asks, and hand each question to ``ask``; tell whether more may come."""
+    try:
+        questions = client.channel.receive()
+    except (EOFError, ValueError):
+        return False
+    for question in questions:
+        if question.get("version") != VERSION:
+            client.answer(question.get("number"), error=f"this server speaks version {VERSION} of the protocol")
+        elif not isinstance(question.get("arguments", {}), dict):
+            client.answer(question.get("number"), error="arguments is no JSON object")
+        else:
+            ask(client, question)
+    return True
 
 
 class Control:
@@ -131,23 +147,13 @@ class Control:
         if len(self._clients) >= MAX_CLIENTS or not _is_trusted(sock):
             sock.close()
             return
-        client = Client(sock)
+        client = Client(Channel(sock, blocking=False, max_line_bytes=MAX_QUESTION_BYTES))
         self._clients.add(client)
         self._selector.register(client.channel, selectors.EVENT_READ, lambda: self._hear(client))
 
     def _hear(self, client: Client) -> None:
-        try:
-            questions = client.channel.receive()
-        except (EOFError, ValueError):
+        if not hear(client, self._ask):
             self._drop(client)
-            return
-        for question in questions:
-            if question.get("version") != VERSION:
-                client.answer(question.get("number"), error=f"this server speaks version {VERSION} of the protocol")
-            elif not isinstance(question.get("arguments", {}), dict):
-                client.answer(question.get("number"), error="arguments is no JSON object")
-            else:
-                self._ask(client, question)
 
     @property
     def waits(self) -> bool:

@@ -16,7 +16,9 @@ from typing import Any
 from harken import events
 from harken.errors import ConfigError, HandoffError
 from harken.listener import Listener
-from harken.process import handoff, privileges
+from harken.observe.collector import add_queues
+from harken.observe.figures import Figures
+from harken.process import handoff, page, privileges
 from harken.process.channel import Message
 from harken.process.commands import Commands
 from harken.process.control import Client, Control, open_listener
@@ -88,9 +90,14 @@ class Supervisor:
         self._pidfile = PidFile(self.settings["pidfile"])
         privileges.set_umask(self.settings)
         self._opened: dict[str, list[Listener]] = {}
+        self._attendant: page.Attendant | None = None
+        self._page_key = page.key_of(self.settings)
+        self._token = page.read_token(self.settings)
         with ExitStack() as undo:
             undo.callback(self._close_listeners)
+            undo.callback(self._close_page)
             self._opened = handoff.listen(addresses, bind_options(self.settings))
+            self._open_page()
             self._open_control(name)
             self._become()
             undo.pop_all()
@@ -112,6 +119,11 @@ class Supervisor:
         self._watchdog = watchdog_interval()
         self._barked = 0.0
 
+    def _open_page(self) -> None:
+        opened = page.open_listener(self.settings)
+        if opened is not None:
+            self._opened[self._page_key] = [opened]
+
     def _open_control(self, name: str) -> None:
         kept = handoff.inherited(_CONTROL)
         opened = kept[0] if kept else open_listener(self.settings, name)
@@ -126,15 +138,17 @@ class Supervisor:
             owner = -1 if uid is None else uid, -1 if gid is None else gid
             if owner != (-1, -1):
                 self._pidfile.give_to(*owner)
-                for listener in self._opened.get(_CONTROL, ()):
-                    os.chown(listener.getsockname(), *owner)
+                for listener in (*self._opened.get(_CONTROL, ()), *self._opened.get(self._page_key, ())):
+                    if listener.owned_path is not None:
+                        os.chown(listener.owned_path, *owner)
         privileges.drop(self.settings)
         privileges.chdir(self.settings)
 
     @property
     def listeners(self) -> list[Listener]:
         """The listeners that workers accept from, in the order of their addresses."""
-        return [listener for address, several in self._opened.items() if address != _CONTROL for listener in several]
+        own = (_CONTROL, self._page_key)
+        return [listener for address, several in self._opened.items() if address not in own for listener in several]
 
     # -- the loop ------------------------------------------------------------------------------------------------------
 
@@ -151,6 +165,10 @@ class Supervisor:
         try:
             if _CONTROL in self._opened:
                 self._control = Control(self._opened[_CONTROL][0], self._selector, self._asked)
+            if self._page_key in self._opened:
+                listener = self._opened[self._page_key][0]
+                let_go = self._let_go_for_page
+                self._attendant = page.Attendant(listener, self._token, self._selector, self._asked, let_go)
             while not (self._ending and not len(self.workers)):
                 self.workers.turn()
                 for key, _ in self._selector.select(self._patience()):
@@ -160,13 +178,15 @@ class Supervisor:
                 self.workers.flush()
                 if self._control is not None:
                     self._control.flush()
+                if self._attendant is not None:
+                    self._attendant.turn()
             return CUT if CUT in self.workers.statuses else DRAINED
         finally:
             self._close()
 
     def _patience(self) -> float:
         interval = LOOK_SECONDS if self._watchdog is None else min(LOOK_SECONDS, self._watchdog)
-        if self._control is not None and self._control.waits:
+        if any(asker is not None and asker.waits for asker in (self._control, self._attendant)):
             interval = min(interval, 0.05)
         return max(0.0, min(interval, self.workers.deadline() - time.monotonic()))
 
@@ -180,6 +200,7 @@ class Supervisor:
         if self._successor is not None:
             self._successor.abandon()
         self.workers.close()
+        self._close_page()
         if self._control is not None:
             self._control.close()
         self._close_listeners()
@@ -192,6 +213,13 @@ class Supervisor:
         for listener in self.listeners:
             listener.close()
 
+    def _close_page(self) -> None:
+        if self._attendant is not None:
+            self._attendant.close()
+            self._attendant = None
+        for listener in self._opened.pop(self._page_key, ()):
+            listener.close()
+
     # -- in a worker's process -----------------------------------------------------------------------------------------
 
     def _let_go(self) -> None:
@@ -201,7 +229,24 @@ class Supervisor:
         self._selector.close()
         if self._control is not None:
             self._control.release()
+        if self._attendant is not None:
+            self._attendant.release()
+        for listener in self._opened.get(self._page_key, ()):
+            listener.disown()
+            listener.close()
         events.subscribers["listening"] = ()  # the supervisor tells it once for all
+
+    def _let_go_for_page(self) -> None:
+        """In the page's process: close what is the supervisor's, and the doors, which it must not keep open."""
+        assert self._inbox is not None
+        self._inbox.leave_to_parent()
+        self._selector.close()
+        if self._control is not None:
+            self._control.release()
+        self.workers.release()
+        for listener in self.listeners:
+            listener.disown()
+            listener.close()
 
     def _make_worker(self) -> Worker:
         listeners = self.listeners
@@ -212,6 +257,8 @@ class Supervisor:
         # What these mean is the supervisor's affair; a terminal, though, sends some to every process.
         worker.obeys.update(dict.fromkeys(_WORKERS_IGNORE, lambda: None))
         worker.obeys[signal.SIGUSR1] = self._reopen
+        for serving in worker.servings():
+            serving.offers_page = False
         return worker
 
     # -- what happens to the service -----------------------------------------------------------------------------------
@@ -227,6 +274,8 @@ class Supervisor:
             self._pidfile.write(over=predecessor)
         for listener in self.listeners:
             events.emit("listening", address=listener.url, engine=self.settings["engine"] or "inline", server=self)
+        for listener in self._opened.get(self._page_key, ()):
+            events.emit("page_opened", address=page.web_address(listener))
         handoff.tell_predecessor()
         notify(READY=1, STATUS=self._status(), MAINPID=os.getpid())
 
@@ -235,6 +284,26 @@ class Supervisor:
 
     def _status(self) -> str:
         return f"{len(self.workers.staying)} workers on {', '.join(listener.url for listener in self.listeners)}"
+
+    def health(self) -> dict[str, Any]:
+        """Say whether new connections are served, and if not why. Whoever hears it knows that the supervisor lives."""
+        reason = (
+            "draining"
+            if self._ending
+            else "suspended"
+            if self.workers.suspended
+            else "ready"
+            if self.workers.ready
+            else "no worker is ready"
+        )
+        return {"live": True, "ready": reason == "ready", "reason": reason}
+
+    def figures(self) -> Figures:
+        """Return what the workers have counted, and what only the supervisor sees."""
+        figures = self.workers.figures()
+        add_queues(figures, self.listeners)
+        figures.add("harken_ready", (), float(self.health()["ready"]))
+        return figures
 
     def _asked(self, client: Client, question: Message) -> None:
         self._commands.obey(client, question)
@@ -339,4 +408,5 @@ class Supervisor:
             notify(MAINPID=successor.pid)
             for listener in (listener for several in self._opened.values() for listener in several):
                 listener.disown()
+            self._close_page()  # the successor has one
             self.drain()

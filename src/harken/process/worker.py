@@ -19,6 +19,7 @@ from harken.engines import Engine
 from harken.errors import ConfigError
 from harken.handlers import BaseRequestHandler
 from harken.listener import Listener
+from harken.observe.collector import Collector
 from harken.process.conductor import SIGNALS, Abandoned, Conductor
 from harken.server import BaseServer, TCPServer, UDPServer
 from harken.serving import Serving, serving_of
@@ -98,6 +99,8 @@ class Worker:
         self._drainer: threading.Thread | None = None
         self._status = DRAINED
         self._on_turn: Callable[[], None] = _nothing
+        self.collector: Collector | None = None
+        """Who collects this process's figures, if anybody does."""
         self.obeys: dict[int, Callable[[], None]] = {}
         """What more signals do, besides ending the worker: called in the thread that acts on signals."""
         self._conductor = Conductor(self._obey)
@@ -134,6 +137,10 @@ class Worker:
     def accepted(self) -> int:
         """How many connections and datagrams were accepted so far."""
         return sum(server.serving.books.counts["accepted"] for server in self.servers)
+
+    def servings(self) -> list[Serving]:
+        """The running sides of all servers."""
+        return [server.serving for server in self.servers]
 
     def configure(self, changes: Mapping[str, Any]) -> None:
         """Change live settings of every server.

@@ -10,15 +10,18 @@ import os
 import selectors
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from harken import events
 from harken.errors import ConfigError
+from harken.observe.figures import Figures
 from harken.process.answers import answer
 from harken.process.channel import pair
 from harken.process.child import Child, Inside
 from harken.process.inquiry import Inquiries
+from harken.process.ledger import Ledger, Slate
 from harken.process.scoreboard import Scoreboard
 from harken.process.signals import blocked
 from harken.process.worker import Worker
@@ -65,6 +68,7 @@ class Workers:
         wanted: how many there should be.
         statuses: with which exit statuses workers have ended.
         inquiries: what they are asked.
+        replaced: how many were replaced, by cause; see ``observe.families``.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class Workers:
         self.wanted: int = settings["workers"]
         self.statuses: set[int] = set()
         self.inquiries = Inquiries()
+        self.replaced: Counter[str] = Counter()
         self._settings = settings
         self._selector = selector
         self._make = make
@@ -97,6 +102,7 @@ class Workers:
         self._on_ready = on_ready
         self._on_reloaded = on_reloaded
         self._board = Scoreboard()
+        self._ledger = Ledger()
         self._children: dict[int, Child] = {}
         self._generation = 1
         self._proven = 0  # the last generation of which a worker has become ready
@@ -117,6 +123,21 @@ class Workers:
         return [
             child for child in self._children.values() if child.generation == self._generation and not child.leaving
         ]
+
+    @property
+    def suspended(self) -> bool:
+        """Whether workers leave new connections in the backlog."""
+        return "suspend" in self._standing
+
+    @property
+    def ready(self) -> bool:
+        """Whether one of them serves and stays, for now."""
+        return any(child.ready and not child.leaving for child in self._children.values())
+
+    def release(self) -> None:
+        """In a forked child: let go of what is the parent's."""
+        for child in self._children.values():
+            child.channel.release()
 
     def turn(self) -> None:
         """Once a turn of the loop, after messages and signals.
@@ -158,18 +179,18 @@ class Workers:
     def _start(self) -> None:
         ours, theirs = pair()
         row = self._board.take()
+        slate = Slate()
         dump = os.memfd_create("harken-stacks", os.MFD_CLOEXEC)
         with blocked():
             pid = os.fork()
             if pid == 0:
                 self._let_go()
                 ours.release()
-                for other in self._children.values():
-                    other.channel.release()
+                self.release()
         if pid == 0:
-            Inside(self._make, theirs, row, dump, answer).live()
+            Inside(self._make, theirs, row, slate, dump, answer).live()
         theirs.release()
-        child = self._children[pid] = Child(pid, self._generation, ours, row, dump)
+        child = self._children[pid] = Child(pid, self._generation, ours, row, slate, dump)
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
 
     # -- they speak ----------------------------------------------------------------------------------------------------
@@ -245,6 +266,8 @@ class Workers:
         del self._children[child.pid]
         self.inquiries.forget(child)
         self._board.give_back(child.row)
+        self._ledger.bury(child)
+        self._count(child, status)
         stacks = child.stacks() if child.killed_for else None
         child.close()
         self.statuses.add(status)
@@ -259,6 +282,32 @@ class Workers:
         events.emit("worker_exited", pid=child.pid, status=status, **told)
         if failed_to_start:
             self._take_reload_back(reason or "")
+
+    def _count(self, child: Child, status: int) -> None:
+        """Note why a worker has to be replaced, unless it has not."""
+        if self._ending:
+            return
+        if child.killed_for:
+            self.replaced["hung"] += 1
+        elif child.heir_wanted:
+            self.replaced[child.heir_wanted.partition(":")[0]] += 1
+        elif child.leaving:
+            self.replaced["reload"] += child.generation < self._generation
+        else:
+            self.replaced["start" if not child.ready else "signal" if status < 0 else "ended"] += 1
+
+    def figures(self) -> Figures:
+        """Return what all workers have counted, those that have ended too, and how many there are."""
+        total = self._ledger.total(self._children.values())
+        states = Counter(
+            "leaving" if child.leaving else "ready" if child.ready else "starting" for child in self._children.values()
+        )
+        for state, number in states.items():
+            total.add("harken_workers", (state,), number)
+        for cause, number in self.replaced.items():
+            total.add("harken_worker_restarts_total", (cause,), number)
+        total.add("harken_workers_wanted", (), self.wanted)
+        return total
 
     def _slow_down(self) -> None:
         """Wait longer and longer for the next start while workers keep dying; the first is replaced at once."""

@@ -1,0 +1,286 @@
+"""The address of the setting ``metrics``: Prometheus' page, health, and a live view, each answered by who knows.
+
+It is served by the standard library's HTTP handler on a server of harken's own, which bounds how many come and how long
+they take. It shows figures to whoever can connect, as Prometheus expects. Connections, which say who talks to the
+service, it shows to this machine, and to others by the token; what changes anything takes the token in any case.
+"""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+from harken.listener import Listener
+from harken.mixins import ThreadingMixIn
+from harken.observe.exposition import expose
+from harken.observe.figures import Figures
+from harken.observe.view import VIEW
+from harken.observe.viewers import Viewers
+from harken.server import BaseServer, TCPServer
+from harken.serving import serving_of
+
+__all__ = ["Page", "Source"]
+
+# Bounds of those who connect: a few Prometheus servers, probes and people. Each read of a request has its seconds.
+_LIMITS: dict[str, Any] = {
+    "engine": "thread",
+    "max_connections": 64,
+    "overload": "reset",
+    "read_timeout": 10.0,
+    "write_timeout": 10.0,
+}
+# Connections that the live view shows: more than a person reads, and a browser draws them within a few milliseconds.
+MOST_CONNECTIONS = 500
+# Bytes of a request's body; nobody needs any.
+MAX_BODY_BYTES = 4096
+# Seconds that answers which are under way get to notice that the page closes.
+LEAVE_SECONDS = 1.0
+# Headers of proxies: whoever sends one speaks for somebody else, who may be anywhere.
+_FORWARDED = ("Forwarded", "X-Forwarded-For", "Via")
+
+
+class Source(Protocol):
+    """Who knows: the supervisor, or the servers of this process."""
+
+    def ask(self, verb: str, **arguments: Any) -> Any:
+        """Return the answer; any thread.
+
+        Raises:
+            OSError: nobody answers in time.
+            HarkenError: the question was refused.
+        """
+
+
+class Page:
+    """Serves the address until closed."""
+
+    def __init__(self, listener: Listener, source: Source, token: str | None) -> None:
+        """Begin to serve, in threads.
+
+        Args:
+            listener: open; closed by :meth:`close`.
+            source: who answers.
+            token: what those must know who want to change something; None: nobody may.
+        """
+        self.source = source
+        self.token = token
+        self.viewers = Viewers(self._look)
+        self._server = _Server(listener, self)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="harken-page", daemon=True)
+        self._thread.start()
+
+    def _look(self) -> dict[str, Any]:
+        ask = self.source.ask
+        return {
+            "time": time.time(),
+            "health": ask("health"),
+            "figures": ask("figures"),
+            "status": ask("status"),
+            "settings": ask("settings"),
+            "stalls": ask("stalls"),
+            "connections": ask("connections", most=MOST_CONNECTIONS)[:MOST_CONNECTIONS],
+            "may_act": self.token is not None,
+        }
+
+    def close(self) -> None:
+        """Hang up on everybody and close the listener."""
+        self.viewers.close()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.end()
+
+    def after_fork(self) -> None:
+        """In a child of this process: the page is the parent's."""
+        self._server.socket.close()
+
+
+class _Server(ThreadingMixIn, TCPServer):
+    daemon_threads = True
+    block_on_close = False
+    unobserved = True  # harken's own: no event tells of it
+
+    def __init__(self, listener: Listener, page: Page) -> None:
+        BaseServer.__init__(self, listener.getsockname(), _Handler)
+        serving_of(self, _LIMITS, "private")
+        self.socket = listener
+        self.page = page
+        self.local = listener.url.startswith("unix:")
+
+    def end(self) -> None:
+        serving = self._harken
+        serving.cut("shutdown")
+        serving.connections.wait_for(lambda: not serving.connections, LEAVE_SECONDS)
+        self.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server_version = "harken"
+    sys_version = ""
+    server: Any
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: whoever scrapes does so every few seconds."""
+
+    def handle_one_request(self) -> None:
+        """One request a connection: it then holds no thread."""
+        with suppress(OSError):  # the client has gone, or was too slow
+            super().handle_one_request()
+        self.close_connection = True
+
+    # -- what is asked for ---------------------------------------------------------------------------------------------
+
+    def do_GET(self) -> None:
+        """Answer what can be looked at."""
+        answer = {
+            "/": self._view,
+            "/metrics": self._metrics,
+            "/health/live": self._live,
+            "/health/ready": self._ready,
+            "/events": self._events,
+        }.get(self._path)
+        self._answer(answer or self._unknown)
+
+    def do_HEAD(self) -> None:
+        """Answer as GET, without the body."""
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        """Do what can be done to a connection: ``/connections/ID/kill``."""
+        parts = self._path.split("/")
+        known = len(parts) == 4 and parts[1] == "connections" and parts[3] == "kill"
+        self._answer(lambda: self._kill(unquote(parts[2])) if known else self._unknown())
+
+    @cached_property
+    def _path(self) -> str:
+        return urlsplit(self.path).path
+
+    def _answer(self, answer: Callable[[], None]) -> None:
+        try:
+            answer()
+        except TimeoutError:
+            self._tell(HTTPStatus.SERVICE_UNAVAILABLE, "the server does not answer\n")
+
+    def _unknown(self) -> None:
+        self._tell(HTTPStatus.NOT_FOUND, "there are /, /metrics, /health/live and /health/ready\n")
+
+    def _metrics(self) -> None:
+        figures = Figures(self.server.page.source.ask("figures"))
+        text, content_type = expose(figures, self.headers.get("Accept", ""))
+        self._send(HTTPStatus.OK, text, content_type)
+
+    def _live(self) -> None:
+        health = self.server.page.source.ask("health")
+        self._tell(*((HTTPStatus.OK, "live\n") if health["live"] else (HTTPStatus.SERVICE_UNAVAILABLE, "hung\n")))
+
+    def _ready(self) -> None:
+        health = self.server.page.source.ask("health")
+        word = health["reason"] + "\n"
+        self._tell(HTTPStatus.OK if health["ready"] else HTTPStatus.SERVICE_UNAVAILABLE, word)
+
+    def _view(self) -> None:
+        self._send(HTTPStatus.OK, VIEW.text, "text/html; charset=utf-8", policy=VIEW.policy)
+
+    def _events(self) -> None:
+        if not self._may_look:
+            self._forbid("other machines need the token to see connections")
+            return
+        with self.server.page.viewers.watching() as seen:
+            if seen is None:
+                self._tell(HTTPStatus.SERVICE_UNAVAILABLE, "too many watch already\n")
+                return
+            self._head(HTTPStatus.OK, "text/event-stream")
+            for each in seen if self.command == "GET" else ():
+                self.wfile.write(b"data: " + each + b"\n\n")
+
+    def _kill(self, connection: str) -> None:
+        if not (self._has_token and self._is_own_page):
+            self._forbid("closing a connection needs the token of metrics_token")
+            return
+        found = self.server.page.source.ask("kill", connection=connection, reason="killed from the live view")
+        self._send(
+            HTTPStatus.OK if found else HTTPStatus.NOT_FOUND, json.dumps({"closed": found}).encode(), "application/json"
+        )
+
+    # -- who may -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _has_token(self) -> bool:
+        """Whether the request knows the token. The comparison takes as long whatever is wrong."""
+        token = self.server.page.token
+        _, _, given = self.headers.get("Authorization", "").partition("Bearer ")
+        return token is not None and hmac.compare_digest(given.strip().encode(), token.encode())
+
+    @property
+    def _may_look(self) -> bool:
+        """Whether the request comes from this machine, and not from a page of another site; or knows the token."""
+        return (self._is_near and self._is_own_page) or self._has_token
+
+    @property
+    def _is_near(self) -> bool:
+        if any(name in self.headers for name in _FORWARDED):
+            return False
+        return self.server.local or ipaddress.ip_address(self.client_address[0].partition("%")[0]).is_loopback
+
+    @property
+    def _is_own_page(self) -> bool:
+        """Whether no page of another site makes the browser ask.
+
+        A site can make its name mean this machine's address (DNS rebinding), but not its name a number or localhost;
+        and a browser says from where it asks.
+        """
+        host = self.headers.get("Host", "")
+        origin = self.headers.get("Origin")
+        if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            return False
+        if origin is not None and urlsplit(origin).netloc != host:
+            return False
+        return self._has_token or self.server.local or _is_number_or_localhost(host)
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def _forbid(self, why: str) -> None:
+        self._tell(HTTPStatus.FORBIDDEN, why + "\n")
+
+    def _tell(self, status: HTTPStatus, text: str) -> None:
+        self._send(status, text.encode(), "text/plain; charset=utf-8")
+
+    def _send(self, status: HTTPStatus, body: bytes, content_type: str, policy: str = "default-src 'none'") -> None:
+        self._head(status, content_type, policy=policy, length=len(body))
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _head(
+        self, status: HTTPStatus, content_type: str, *, policy: str = "default-src 'none'", length: int | None = None
+    ) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Content-Security-Policy", policy)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.send_header("Referrer-Policy", "no-referrer")
+        self.send_header("Connection", "close")
+        self.end_headers()
+
+
+def _is_number_or_localhost(host: str) -> bool:
+    name = urlsplit("//" + host).hostname or ""
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
