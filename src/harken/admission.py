@@ -16,7 +16,7 @@ from harken import plugins
 from harken.limits import Limit
 from harken.limits.addresses import Addresses
 from harken.limits.alarm import Alarm
-from harken.limits.connections import SETTLE_SECONDS, THREAD_MAX_CONNECTIONS, MaxConnections
+from harken.limits.connections import SETTLE_SECONDS, MaxConnections, in_force
 from harken.limits.peers import MaxConnectionsPerPeer
 from harken.limits.rate import MaxAcceptRate
 from harken.settings import share
@@ -112,10 +112,7 @@ class Admission:
 
     def refresh(self, settings: Settings, engine_name: str) -> None:
         """Read the settings anew. What is inside stays inside, and counts."""
-        value, source = settings.find("max_connections")
-        if engine_name == "thread" and value is not None and source.startswith("default"):
-            value = min(value, THREAD_MAX_CONNECTIONS)
-        self.crowd.maximum = share(value, settings)
+        self.crowd.maximum = share(in_force(settings, engine_name).value, settings)
         self.policy = settings["overload"]
         reply = settings["overload_reply"] if self.policy == "reply" else b""
         self.reply = reply.encode() if isinstance(reply, str) else reply

@@ -138,6 +138,14 @@ class Books:
         if events.subscribers["rejected"]:
             self._tell("rejected", record, client_address, reason=reason, detail=detail)
 
+    def preamble_failed(self, record: Record) -> None:
+        """The PROXY header or the TLS handshake of a connection failed; its ``detail`` says how."""
+        if record.silent:
+            return  # the exit status tells our parent
+        self.counts["preamble_failed"] += 1
+        if events.subscribers["preamble_failed"]:
+            self._tell("preamble_failed", record, record.client_address, reason=record.detail)
+
     def failed(self, request: Any, client_address: Any, error: BaseException) -> None:
         """A handler raised; called before ``handle_error``."""
         record = self.connections.find(request)

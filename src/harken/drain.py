@@ -59,7 +59,6 @@ class DrainReport:
         cut: connections that were closed at the deadline.
         seconds: how long it took.
         connections: those that were cut; ``reason`` says why.
-        running: handlers that still run although their connections have ended.
     """
 
     finished: int
@@ -67,7 +66,6 @@ class DrainReport:
     cut: int
     seconds: float
     connections: list[ConnectionInfo]
-    running: int = 0
 
     @classmethod
     def of_all(cls, reports: Sequence[DrainReport]) -> DrainReport:
@@ -78,12 +76,10 @@ class DrainReport:
             sum(report.cut for report in reports),
             max(report.seconds for report in reports),
             [info for report in reports for info in report.connections],
-            max(report.running for report in reports),
         )
 
     def __str__(self) -> str:
-        running = f", {self.running} handlers still run" if self.running else ""
-        return f"{self.finished} finished, {self.left} left, {self.cut} cut{running}, {self.seconds:.2f} s"
+        return f"{self.finished} finished, {self.left} left, {self.cut} cut, {self.seconds:.2f} s"
 
 
 class Drain:
@@ -93,6 +89,7 @@ class Drain:
         deadline: ``time.monotonic()`` when what is left is cut.
         over: set when there is a report.
         report: how it went, at the end.
+        running: how many handlers still run then, although their connections have ended.
     """
 
     def __init__(self, serving: Serving, timeout: float, own: Iterable[Record] = ()) -> None:
@@ -107,6 +104,7 @@ class Drain:
         self.deadline = self.since + timeout
         self.over = Latch(owned=True)
         self.report: DrainReport | None = None
+        self.running = 0
         self._serving = serving
         self._timeout = timeout
         self._own = set(own)
@@ -160,11 +158,10 @@ class Drain:
         """Cut what is left, and report."""
         try:
             self._cut_others()
-            self._farewell.end()
-            running = self._await_handlers()
-            self._serving.abandoned = running > 0
-            self.report = self._report(running)
-            events.emit("drained", server=self._serving.server, report=self.report)
+            self.running = self._await_handlers()
+            self._serving.abandoned = self.running > 0
+            self.report = self._report()
+            events.emit("drained", server=self._serving.server, report=self.report, running=self.running)
             return self.report
         finally:
             self.over.set()
@@ -184,7 +181,7 @@ class Drain:
         self.deadline = min(self.deadline, time.monotonic() + timeout)
         self._serving.connections.nudge()
         self.over.wait()
-        return self.report or self._report(0)
+        return self.report or self._report()
 
     def _others(self) -> list[Record]:
         return [record for record in self._serving.connections if record not in self._own]
@@ -222,13 +219,13 @@ class Drain:
             running = serving.engine.kill()
         return running + (not serving.left.wait(max(0.0, end - time.monotonic())) and not serving.in_loop)
 
-    def _report(self, running: int) -> DrainReport:
+    def _report(self) -> DrainReport:
         closed = Counter(self._serving.books.reasons)
         closed.subtract(self._closed_before)
         ended_by_us = {"drained", "drain_deadline", "shutdown"}
         finished = sum(count for reason, count in closed.items() if reason not in ended_by_us)
         cut = list(self._cut)
-        return DrainReport(max(0, finished), closed["drained"], len(cut), time.monotonic() - self.since, cut, running)
+        return DrainReport(max(0, finished), closed["drained"], len(cut), time.monotonic() - self.since, cut)
 
 
 def run(drains: list[Drain], stop: Callable[[], None]) -> list[DrainReport]:

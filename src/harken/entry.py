@@ -17,6 +17,7 @@ from harken.errors import ConfigError, LifecycleError, PreambleError
 from harken.preambles import Preamble
 
 if TYPE_CHECKING:
+    from harken.books import Books
     from harken.serving import Serving
 
 __all__ = ["Entry", "entry_of", "refuse_unentered"]
@@ -86,7 +87,7 @@ class Entry:
             passed = self._run(record, request)
         except OSError as error:
             passed = getattr(error, "connection", None) or request
-            note_failure(record, error, self.timeout)
+            note_failure(books, record, error, self.timeout)
         except Exception as error:  # noqa: BLE001 - a fault of ours or of the program's, as in a handler
             passed = (record is not None and record.request) or request
             books.failed(passed, client_address, error)
@@ -171,12 +172,13 @@ class Entry:
         return bool(welcome)
 
 
-def note_failure(record: Record | None, error: OSError, timeout: float) -> None:
-    """The peer failed: one reason, one line, and no traceback."""
+def note_failure(books: Books, record: Record | None, error: OSError, timeout: float) -> None:
+    """The peer failed: one reason, one event, and no traceback."""
     if record is None or record.reason is not None:
         return  # harken cut it: that is why
     record.reason = "preamble_failed"
     record.detail = reason_of(error, timeout)
+    books.preamble_failed(record)
     if record.report is not None and record.silent:
         record.report.tell(record)
 

@@ -24,6 +24,7 @@ NAMES: dict[str, str] = {
     "opened": "a connection goes to its handler: `connection`, `peer`",
     "closed": "an opened connection has ended, exactly once: `connection`, `peer`, `reason`, `detail`, `seconds`, "
     "`bytes_in`, `bytes_out`",
+    "preamble_failed": "a PROXY header or a TLS handshake failed, and `closed` follows: `connection`, `peer`, `reason`",
     "handler_failed": "a handler raised: `connection`, `peer`, `error`",
     "timed_out": "a deadline closed a connection: `connection`, `peer`, `which`, `seconds`",
     "stalled": "a handler kept the loop from other connections for `stall_after`, told when it has ended, and before "
@@ -32,7 +33,7 @@ NAMES: dict[str, str] = {
     "paused": "a listener stopped accepting: `address`, `reason`",
     "resumed": "a paused listener accepts again: `address`, `seconds`, `shed`",
     "draining": "a drain began: `open`, `timeout`",
-    "drained": "a drain ended: `report`",
+    "drained": "a drain ended: `report`, and how many handlers are still `running` although their connections ended",
     "alarm": "`alarm_connections` are open: `open`",
     "memory_exceeded": "harken holds more for connections than `max_memory_bytes`: `held`, `limit` (of this process)",
     "memory_recovered": "it holds less again: `held`, `limit`",

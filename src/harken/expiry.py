@@ -52,7 +52,7 @@ class Expiry:
             self._end(record)  # who does not read has no last word read either; and its handler is in a write
         else:
             reaper.call_at(time.monotonic() + GOODBYE_SECONDS, lambda: self._end(record))
-        self._serving.engine.attend(self._say_goodbye, record, handler, which)
+        self._serving.engine.beside(self._say_goodbye, record, handler, which)
 
     def _say_goodbye(self, record: Record, handler: Any, which: str) -> None:
         try:

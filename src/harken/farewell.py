@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from harken.engines._crew import Crew
 from harken.idle import Onlooker
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ __all__ = ["LOOK_SECONDS", "Farewell"]
 
 # Seconds between looks at the connections that are still busy: no person waits for less.
 LOOK_SECONDS = 0.05
-# Threads that say goodbyes: each sends a line, and one whose peer does not read keeps its thread until it is cut.
-_HELPERS = 32
 # A look at ten thousand connections takes a while: so many times as long is left to what they do.
 _REST = 4
 
@@ -42,7 +39,6 @@ class Farewell:
         self._told: set[Record] = set()
         self._at_work: set[Record] = set()
         self._speaking: set[Record] = set()
-        self._helpers = Crew(lambda: True, limit=_HELPERS)
 
     def turn(self, records: Iterable[Record]) -> float:
         """Say the goodbyes that are due; return how many seconds the next turn may wait."""
@@ -72,10 +68,6 @@ class Farewell:
         serving = self._serving
         return next(iter(serving.loops), 0) if serving.engine.in_loop else 0
 
-    def end(self) -> None:
-        """Let the threads go in which goodbyes were said."""
-        self._helpers.release()
-
     def _moment(self, record: Record) -> float:
         if not self._jitter:
             return self._since
@@ -88,8 +80,7 @@ class Farewell:
             return
         self._speaking.add(record)
         try:
-            if not self._serving.engine.beside(self._call, record, handler):
-                self._helpers.submit(self._call, record, handler)
+            self._serving.engine.beside(self._call, record, handler)
         except RuntimeError:  # no more threads: this one leaves without a word
             self._speaking.discard(record)
 

@@ -395,6 +395,8 @@ class Serving:
                 self.books.meter.handled(record.started)
             if CHILD_STATUS["rejected"] == status and record is not None:
                 self.books.rejected(record, record.client_address, record.detail or "verify_request")
+            if CHILD_STATUS["preamble_failed"] == status and record is not None:
+                self.books.preamble_failed(record)
             which = next((name for name in DEADLINES if CHILD_STATUS[name] == status), None)
             if which is not None and record is not None:
                 self.books.timed_out(record, record.client_address, which, limits[which] or 0.0)

@@ -35,7 +35,7 @@ def start_tls(handler: Any, tls: Any = None) -> socket.socket:
         made = secure(request, certificates.current(), monotonic() + timeout, nodelay=nodelay)
     except OSError as error:
         made = getattr(error, "connection", None)
-        note_failure(record, error, timeout)
+        note_failure(serving.books, record, error, timeout)
         raise PreambleError(reason_of(error, timeout)) from None
     finally:
         if made is not None:

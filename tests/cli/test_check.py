@@ -60,6 +60,21 @@ def test_a_server_class_has_the_defaults_of_the_drop_in(check):
     assert table["drain_timeout"] == ("0.0", "default of drop-in")
 
 
+@pytest.mark.parametrize(
+    "words, shown",
+    [
+        ([], ("1000", "default of serve with threads")),
+        (["--engine", "green"], ("10000", "default of serve")),
+        (["--max-connections", "5000"], ("5000", "flag --max-connections")),
+    ],
+)
+def test_the_default_of_max_connections_is_the_engines(check, words, shown):
+    """A thousand with threads, unless somebody says another number."""
+    _, out, _ = check("chk_app:Echo", *words)
+    (line,) = [line for line in out.splitlines() if line.startswith("max_connections ")]
+    assert tuple(line.split(None, 2)[1:]) == shown
+
+
 def test_every_address_is_bound_and_let_go(harken, clean, free_port):
     """The addresses are free again afterwards, and a Unix path is gone."""
     clean.joinpath("chk_app.py").write_text(PROGRAM)

@@ -1,5 +1,6 @@
 """TLS from the command line: old programs, new ones, and what is wrong with certificates."""
 
+import datetime as dt
 import re
 import socket
 import ssl
@@ -21,6 +22,7 @@ def pki(tmp_path_factory):
     issued = ca.issue_cert("localhost")
     issued.private_key_pem.write_to_path(folder / "site.key")
     issued.cert_chain_pems[0].write_to_path(folder / "site.pem")
+    ca.issue_cert("localhost").private_key_pem.write_to_path(folder / "other.key")
     return folder
 
 
@@ -90,6 +92,7 @@ def test_serve(pki, run_program, tmp_path):
         (["--tls-cert", "app.py"], "TLS certificate 'app.py' holds no certificate in PEM"),
         (["--tls-cert", "{}/site.pem"], "holds no private key in PEM; name its file by key="),
         (["--tls-cert", "{}/site.pem", "--tls-key", "{}/site.key", "--tls-verify", "required"], "needs ca=FILE"),
+        (["--tls-cert", "{}/site.pem", "--tls-key", "{}/other.key"], "is not the key of the certificate"),
         (["--bind", "tls://127.0.0.1:0"], "a TLS address needs a certificate"),
         (["--bind", "tls://127.0.0.1:0?cert=app.py"], "holds no certificate in PEM"),
     ],
@@ -129,3 +132,39 @@ def test_check_is_content_with_a_good_certificate(pki, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "hunter2" not in done.stdout + done.stderr
+
+
+def test_check_warns_of_a_certificate_that_expires(pki, tmp_path):
+    """One line on stderr for each, also of those that are chosen by name, and status 0 all the same."""
+    (tmp_path / "app.py").write_text(
+        "import harken\nclass Echo(harken.BaseRequestHandler):\n    def handle(self):\n        pass\n"
+    )
+    now, authority = dt.datetime.now(dt.UTC), trustme.CA()
+    for name, days in (("soon", 9.5), ("past", -2)):
+        end = now + dt.timedelta(days=days)
+        made = authority.issue_cert(name, not_after=end, not_before=end - dt.timedelta(days=90))
+        made.private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
+    tls = 'tls = {cert = "soon.pem", sni = {"past.example" = "past.pem"}}\n'
+    (tmp_path / "harken.toml").write_text(tls)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "harken",
+            "check",
+            "app.py:Echo",
+            "--bind",
+            "tcp://127.0.0.1:0",
+            "--config",
+            "harken.toml",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    soon, past = done.stderr.splitlines()
+    assert "soon.pem expires in 9 days" in soon
+    assert "past.pem expired on" in past

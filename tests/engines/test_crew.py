@@ -1,6 +1,7 @@
 """Threads that are taken up again: who is idle, who waits, and how they go."""
 
 import gc
+import os
 import sys
 import threading
 import time
@@ -369,3 +370,28 @@ print("main ends")
     assert process.communicate(timeout=20) == ("main ends\n", "")
     assert process.returncode == 0
     assert time.monotonic() - began < _crew.IDLE_SECONDS
+
+
+def test_a_forked_child_has_hooks_threads_of_its_own():
+    """All of the parent's are at work, and stayed there: a hook in the child runs all the same."""
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def hook():
+        begun.release()
+        go_on.wait(PATIENCE)
+
+    try:
+        for _ in range(_crew.MOST_BESIDE):
+            _crew.beside(hook)
+        for _ in range(_crew.MOST_BESIDE):
+            assert begun.acquire(timeout=PATIENCE)
+        pid = os.fork()
+        if pid == 0:
+            ran = threading.Event()
+            try:
+                _crew.beside(ran.set)
+            finally:
+                os._exit(0 if ran.wait(PATIENCE) else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+    finally:
+        go_on.set()

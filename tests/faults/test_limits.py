@@ -337,8 +337,8 @@ def test_the_listeners_of_a_worker_share_one_limit() -> None:
         worker.close()
 
 
-@pytest.mark.parametrize("policy", ["wait", "reset", "shed"])
-@pytest.mark.parametrize("engine", ["thread", "pool", "green"])
+@pytest.mark.parametrize("policy", ["wait", "reset", "reply", "shed"])
+@pytest.mark.parametrize("engine", ["thread", "pool", "green", "asyncio"])
 def test_the_limit_is_exact_in_a_storm(engine: str, policy: str) -> None:
     """Clients come and go as fast as they can from many addresses: never are more open, and in the end nobody is."""
     storm_against(engine, policy, 1500)
@@ -346,10 +346,11 @@ def test_the_limit_is_exact_in_a_storm(engine: str, policy: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("engine", ["thread", "pool", "green"])
-def test_the_limit_is_exact_in_a_long_storm(engine: str) -> None:
+@pytest.mark.parametrize("policy", ["wait", "reset", "reply", "shed"])
+@pytest.mark.parametrize("engine", ["thread", "pool", "green", "asyncio"])
+def test_the_limit_is_exact_in_a_long_storm(engine: str, policy: str) -> None:
     """Twenty thousand of them."""
-    storm_against(engine, "reset", 20_000)
+    storm_against(engine, policy, 20_000)
 
 
 def storm_against(engine: str, policy: str, count: int) -> None:
@@ -357,7 +358,7 @@ def storm_against(engine: str, policy: str, count: int) -> None:
     most = Most()
     server = make(
         engine,
-        most.handler,
+        most.coroutine if engine == "asyncio" else most.handler,
         max_connections=20,
         max_connections_per_peer=10,
         overload=policy,
@@ -401,7 +402,22 @@ class Most:
                     with lock:
                         most.now -= 1
 
+        class Coroutine(harken.AsyncRequestHandler):
+            async def handle(self) -> None:
+                """The same, in the one thread of the loop."""
+                most.now += 1
+                most.served += 1
+                most.seen = max(most.seen, most.now)
+                try:
+                    while data := await self.request.recv(100):
+                        await self.request.sendall(data)
+                except OSError:
+                    pass
+                finally:
+                    most.now -= 1
+
         self.handler = Handler
+        self.coroutine = Coroutine
 
 
 def storm(address: Any, count: int, at_once: int = 100) -> int:

@@ -199,6 +199,27 @@ def test_garbage_in_the_middle_is_the_peers_fault(engine, serving, trusting, clo
     assert printed.count("\n") <= 1
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_failure_is_one_event_of_its_own(engine, serving, closed):
+    """With the peer and the reason, before ``closed``; its parent tells it for a forked child."""
+    told = []
+    unsubscribe = harken.events.subscribe(told.append, "preamble_failed", "closed")
+    try:
+        with serving(engine) as server, plain(server) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            read_to_the_end(client)
+            port = client.getsockname()[1]
+            closed.wait(1)
+    finally:
+        unsubscribe()
+    failed, ended = told
+    assert (failed.name, ended.name) == ("preamble_failed", "closed")
+    assert failed.peer.port == port
+    assert failed.connection == ended.connection
+    assert failed.reason == ended.detail
+    assert "HTTP" in failed.reason
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", BESIDE)
 def test_500_silent_clients_do_not_delay_the_next(engine, serving, dial):

@@ -11,6 +11,7 @@ from harken import plugins, preambles, transports
 from harken.cli import options
 from harken.cli.target import is_server, load_target, require_handler
 from harken.errors import ConfigError
+from harken.limits.connections import in_force
 from harken.process.worker import fit_handler
 from harken.settings import Settings
 
@@ -30,7 +31,7 @@ def _check(target: str, urls: tuple[str, ...]) -> None:
         engine.fit(found)
     remark = engine.remark()
     bound = [url for place in places for url in _try(place, values)]
-    _print_table(values)
+    _print_table(values, values["engine"] or "inline")
     if remark:
         click.echo(remark)
     click.echo(f"ok: {target} on {', '.join(bound)}")
@@ -54,17 +55,19 @@ def _try(place: str, values: Settings) -> list[str]:
     listeners = transports.listen(place, transports.bind_options(values))
     try:
         for listener in listeners:
-            preambles.resolve(values, listener)  # reads certificates, and says what is wrong with them
+            for preamble in preambles.resolve(values, listener):  # reads certificates, and says what is wrong there
+                for line in getattr(preamble, "remarks", tuple)():
+                    click.echo(f"harken check: warning: {line}", err=True)
     finally:
         for listener in listeners:
             listener.close()
     return [place] if len(listeners) == 1 else [listener.url for listener in listeners]
 
 
-def _print_table(values: Settings) -> None:
+def _print_table(values: Settings, engine: str) -> None:
     rows = [("setting", "value", "from")]
     for name in options.load_settings():
-        value, source = values.find(name)
+        value, source = in_force(values, engine) if name == "max_connections" else values.find(name)
         rows.append((name, options.show(value), source))
     for line in _columns(rows):
         click.echo(line)

@@ -211,23 +211,24 @@ class Engine(ABC):
     def here(self, request: Any) -> None:
         """The datagram ``request`` goes through the hooks where it will be served: ``spawn`` is to run it there."""
 
-    def beside(self, function: Callable[..., object], *args: Any) -> bool:
-        """Run ``function(*args)`` beside the handlers, on behalf of one; it may block, and deals with its exceptions.
+    def beside(self, function: Callable[..., object], *args: Any) -> None:
+        """Run a hook beside the handlers, where it may use a connection of theirs, and return at once (*any thread*).
 
-        Returns:
-            Whether that was done; if not, the caller finds a thread for it.
+        Args:
+            function: may wait, though the bytes of a peer who does not read keep it no longer than the connection
+                lasts; must deal with its own exceptions.
+            args: its arguments.
+
+        Raises:
+            RuntimeError: the system starts no more threads; it is not run.
         """
-        return False
+        from harken.engines._crew import beside
+
+        beside(function, *args)
 
     def aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``, which waits for other handlers, so that it does not keep them from running."""
         return function(*args)
-
-    def attend(self, function: Callable[..., object], *args: Any) -> None:
-        """Run a short hook beside the handlers, where it may use a connection of theirs (*any thread*)."""
-        from harken.engines._crew import beside
-
-        beside(function, *args)
 
     @property
     def in_loop_thread(self) -> bool:

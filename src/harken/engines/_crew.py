@@ -203,12 +203,17 @@ def _show() -> None:
     threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
-# Hooks that may run beside the handlers at once; each is short, and bounded by whoever has it called.
-MOST_BESIDE = 8
+# Hooks that may run beside the handlers at once: each sends a line, and one whose peer does not read keeps its thread
+# until the connection is cut.
+MOST_BESIDE = 32
 
 
 def beside(function: Callable[..., object], *args: Any) -> None:
-    """Run ``function(*args)`` in a thread that goes when there is nothing more to do."""
+    """Run ``function(*args)`` in a thread that goes when there is nothing more to do.
+
+    Raises:
+        RuntimeError: as :meth:`Crew.submit`.
+    """
     _beside.submit(_then_leave, function, args)
 
 

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from harken.engines import Options, is_async
+from harken.engines import Engine as AnyEngine, Options, is_async
 from harken.engines._crew import Crew
 from harken.engines.green import Engine as Green
 from harken.errors import ConfigError
@@ -79,6 +79,13 @@ class Engine(Green):
             self.spawn(function, request, *args)
         else:
             super().spawn_on_data(function, request, *args)
+
+    def beside(self, function: Callable[..., object], *args: Any) -> None:
+        """Run ``function`` in a green thread, or in a plain one where handlers do."""
+        if self._threads:
+            AnyEngine.beside(self, function, *args)
+        else:
+            super().beside(function, *args)
 
     def join(self, deadline: float | None) -> int:
         """Wait for the handlers, in threads and in the loop; see :class:`harken.engines.Engine`."""

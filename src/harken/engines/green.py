@@ -427,14 +427,14 @@ class Engine(Contract):
         """Make a plain socket a connection of the hub's; anything else stays as it is."""
         return _hub.adopt(request) if plain_kind(type(request)) in (Socket, socket.socket, Connection) else request
 
-    def attend(self, function: Callable[..., object], *args: Any) -> None:
+    def beside(self, function: Callable[..., object], *args: Any) -> None:
         """Run ``function`` in a green thread; see :class:`harken.engines.Engine`."""
         with self._guard:
             hub = self._hub
             if hub is not None:
                 hub.call_soon_threadsafe(hub.spawn, partial(function, *args))
                 return
-        super().attend(function, *args)
+        super().beside(function, *args)
 
     # -- datagrams -----------------------------------------------------------------------------------------------------
 
@@ -491,14 +491,6 @@ class Engine(Contract):
             served.close()
         self._datagrams.clear()
         self._crowds = 0
-
-    def beside(self, function: Callable[..., object], *args: Any) -> bool:
-        """Run ``function`` in a green thread of its own; does not wait for its start."""
-        hub, jobs = self._hub, self._jobs
-        if hub is None:
-            return False
-        hub.call_soon_threadsafe(lambda: jobs.add(hub.spawn_then(jobs.discard, function, *args)))
-        return True
 
     def aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``; in a green thread it runs in a plain one meanwhile."""

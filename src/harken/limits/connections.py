@@ -9,8 +9,9 @@ from harken import settings
 
 if TYPE_CHECKING:
     from harken.peer import Peer
+    from harken.settings import Settings
 
-__all__ = ["MAX_CONNECTIONS", "THREAD_MAX_CONNECTIONS", "MaxConnections"]
+__all__ = ["MAX_CONNECTIONS", "THREAD_MAX_CONNECTIONS", "MaxConnections", "in_force"]
 
 # The default of ``serve`` on the thread engine: a thread holds some 50 to 100 KiB, and a thousand take turns at the
 # interpreter's lock; gunicorn's worker_connections is 1000 as well.
@@ -27,6 +28,15 @@ MAX_CONNECTIONS = settings.setting(
     origin=f"what green threads hold with ease; under serve on the thread engine it is {THREAD_MAX_CONNECTIONS} unless "
     "set, as gunicorn's worker_connections",
 )
+
+
+def in_force(values: Settings, engine: str) -> settings.Value:
+    """Return ``max_connections`` for an engine: what was set, or else the engine's default."""
+    found = values.find(MAX_CONNECTIONS.name)
+    if engine != "thread" or found.value is None or not found.source.startswith("default"):
+        return found
+    return settings.Value(min(found.value, THREAD_MAX_CONNECTIONS), f"{found.source} with threads")
+
 
 # The share of places that must be free before a full server accepts again, unless some have been free for
 # SETTLE_SECONDS: so that a full server does not pause and resume for each single connection, and nobody starves.

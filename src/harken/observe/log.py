@@ -48,7 +48,7 @@ _LEVELS = dict.fromkeys(("handler_failed", "reload_failed", "upgrade_failed"), l
     logging.INFO,
 )
 _LEVELS |= dict.fromkeys(("paused", "stalled", "truncated", "alarm", "timed_out", "rejected"), logging.WARNING)
-_LEVELS |= {"memory_exceeded": logging.WARNING, "memory_recovered": logging.INFO}
+_LEVELS |= {"memory_exceeded": logging.WARNING, "memory_recovered": logging.INFO, "preamble_failed": logging.INFO}
 _LEVELS |= dict.fromkeys(("accepted", "opened", "closed"), logging.DEBUG)
 
 # C0, DEL and C1 control characters move cursors and begin lines; some readers break lines at the two separators.

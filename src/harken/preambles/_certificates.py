@@ -14,6 +14,7 @@ from harken import events
 from harken.errors import ConfigError
 from harken.preambles._declaration import TLS, File
 from harken.preambles._secured import Secured
+from harken.preambles._validity import remarks_on
 
 __all__ = ["Certificates"]
 
@@ -75,6 +76,12 @@ class Certificates:
         """
         with self._guard:
             return self._reload()
+
+    def remarks(self) -> list[str]:
+        """Say of each certificate that has expired, or will soon, that it does."""
+        if self._tls is None:
+            return []
+        return remarks_on(file for file in (self._tls.cert, *(cert for cert, _ in self._tls.sni.values())))
 
     def _reload(self) -> bool:
         if self._tls is None:

@@ -88,6 +88,10 @@ class Handshake:
         """Read the certificates anew; see :meth:`Certificates.reload`."""
         return self.certificates.reload()
 
+    def remarks(self) -> list[str]:
+        """What is about to be wrong with the certificates, a line each."""
+        return self.certificates.remarks()
+
     def refresh(self) -> None:
         """Read certificates that have changed: a child would learn of them in vain."""
         self.certificates.current()

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from harken import events
-from harken.errors import HandoffError, HarkenError
+from harken.errors import ConfigError, HandoffError, HarkenError
 from harken.listener import Listener
 from harken.process import handoff, page, privileges
 from harken.process.answers import alone_status, answer
@@ -23,7 +23,7 @@ from harken.process.control import Client, Control, open_listener
 from harken.process.notify import notify
 from harken.process.pidfile import PidFile
 from harken.process.worker import Worker
-from harken.settings import Settings
+from harken.settings import Settings, operator
 from harken.transports import bind_options
 from harken.waker import Waker
 
@@ -136,11 +136,24 @@ class Alone:
         notify(READY=1, MAINPID=os.getpid())
 
     def _reload(self) -> None:
-        """Keep a second descriptor of each listener, drain, and become the new program."""
-        if self._kept:
+        """Keep a second descriptor of each listener, drain, and become the new program.
+
+        Not when what it would read anew is wrong: it could not begin, and there would be nobody left to serve.
+        """
+        if self._kept or not self._can_begin_anew():
             return
         self._kept = {address: [_twin(listener) for listener in each] for address, each in self._opened.items()}
         self._leave()
+
+    def _can_begin_anew(self) -> bool:
+        """Read settings and certificates; what is wrong with them is an event."""
+        try:
+            operator.reload()
+        except ConfigError as error:
+            events.emit("reload_failed", what="settings", reason=str(error))
+            return False
+        done = [server.serving.reload() for server in self._worker.servers]
+        return all(done)
 
     def _upgrade(self) -> None:
         """Start the new program and wait for it here, in the thread that acts on signals."""

@@ -226,7 +226,8 @@ class Worker:
 
     def _drain(self, drains: list[Drain]) -> None:
         reports = run(drains, self.stop)
-        self._status = CUT if any(report.cut or report.running for report in reports) else DRAINED
+        harm = any(report.cut for report in reports) or any(each.running for each in drains)
+        self._status = CUT if harm else DRAINED
         if not self._left_loop:  # a handler of the inline engine does not heed that its connection has ended
             self._conductor.abandon()
 
