@@ -536,6 +536,7 @@ class Serving:
         self._refresh_buffers()
         if self.started:
             self.engine.refresh()
+        events.emit("configured", server=self.server, changes=dict(changes))
 
     def reload(self) -> bool:
         """Read certificates anew, for connections to come; what does not load stays as it was (*any thread*)."""

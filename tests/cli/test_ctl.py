@@ -95,6 +95,13 @@ def test_a_live_setting_changes_and_others_are_refused(running):
     assert "is not a number of seconds" in running.ctl("set", "drain_timeout", "soon", status=1)
 
 
+def test_the_log_follows_its_level(running):
+    """What was too little before is logged from now on, by every process that serves."""
+    running.ctl("set", "log_level", "debug")
+    with running.connect():
+        assert any(" opened connection=" in line for line in running.process.stderr)
+
+
 def test_suspend_and_resume(running):
     """While suspended a client waits in the backlog; resumed, it is served."""
     running.ctl("suspend")

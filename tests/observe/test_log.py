@@ -284,3 +284,33 @@ def test_a_stack_for_machines(log):
     entry = json.loads(read())
     assert entry["stack"] == ["  File one", "  File two"]
     assert (entry["file"], entry["line"], entry["function"]) == ("/srv/app.py", 12, "handle")
+
+
+def test_the_level_and_the_format_follow_the_settings(log):
+    """Live: what was too little is logged from now on, and the other way round."""
+    read = log(log_level="warning")
+    events.emit("closed", reason="killed")
+    assert not read()
+    events.emit("configured", changes={"log_level": "debug", "log_format": "json", "idle_timeout": 3})
+    events.emit("closed", reason="killed")
+    assert json.loads(read().splitlines()[-1])["reason"] == "killed"
+    before = len(read())
+    events.emit("configured", changes={"log_level": "error"})
+    events.emit("closed", reason="killed")
+    events.emit("rejected", reason="max_connections")
+    assert len(read()) == before
+
+
+def test_warnings_that_repeat_are_counted():
+    """The first ten are there, and one line for the rest."""
+    observer = LogObserver(Settings(SimpleNamespace(), {}))
+    stream = io.StringIO()
+    observer.handler.setStream(stream)
+    observer.attach()
+    for _ in range(10 + 1234):
+        events.emit("rejected", connection="ab-1", peer=PEER, reason="max_accept_rate")
+    events.emit("rejected", connection="ab-1", peer=PEER, reason="deny")
+    observer.detach()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 12
+    assert lines[-1].endswith("warning rejected max accept rate: … 1,234 more like this in 10 s")

@@ -1,5 +1,7 @@
 """The log: events as lines of text or JSON, on stderr or in a file.
 
+Of warnings and errors that repeat the first few are written and the rest counted: see ``repeats.py``.
+
 What comes from peers and from exceptions is escaped, so that no client can write a line of its own into the log or a
 control sequence onto the operator's terminal.
 """
@@ -11,19 +13,21 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
 
 from harken import events
+from harken.observe.repeats import WINDOW_SECONDS, Repeats
 from harken.settings import Settings, choice, operator, setting, text
 
-__all__ = ["LogObserver", "attach_if_asked", "escape"]
+__all__ = ["LogObserver", "attach_if_asked", "escape", "open_log", "reopen"]
 
 LOG_LEVEL = setting(
     "log_level",
     choice("debug", "info", "warning", "error"),
     "warning",
     serve="info",
+    live=True,
     meaning="the least severe line that is logged; connections are `debug`",
     origin="gunicorn logs at info",
 )
@@ -31,6 +35,7 @@ LOG_FORMAT = setting(
     "log_format",
     choice("text", "json"),
     "text",
+    live=True,
     meaning="`text` for people or `json` for machines: one object a line with `time`, `level`, `event`, `connection`, "
     "`peer`, `message`",
     origin="text is read first",
@@ -49,7 +54,10 @@ _LEVELS = dict.fromkeys(("handler_failed", "reload_failed", "upgrade_failed"), l
 )
 _LEVELS |= dict.fromkeys(("paused", "stalled", "truncated", "alarm", "timed_out", "rejected"), logging.WARNING)
 _LEVELS |= {"memory_exceeded": logging.WARNING, "memory_recovered": logging.INFO, "preamble_failed": logging.INFO}
-_LEVELS |= dict.fromkeys(("accepted", "opened", "closed"), logging.DEBUG)
+_LEVELS |= dict.fromkeys(("accepted", "opened", "closed", "configured"), logging.DEBUG)
+
+# The settings that a running log follows.
+_FOLLOWED = ("log_level", "log_format")
 
 # C0, DEL and C1 control characters move cursors and begin lines; some readers break lines at the two separators.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))} | {0x2028: "\\u2028", 0x2029: "\\u2029"}
@@ -105,8 +113,27 @@ def attach_if_asked() -> None:
         LogObserver(Settings(None)).attach()
 
 
+def open_log(path: str | None, stream: TextIO) -> logging.Handler:
+    """Return what writes lines to a file, or to ``stream`` without a path.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    return logging.FileHandler(path) if path else logging.StreamHandler(stream)
+
+
+def reopen(handler: logging.Handler) -> None:
+    """Open a file anew, after somebody moved it away; a stream stays as it is. Any thread."""
+    if isinstance(handler, logging.FileHandler):
+        handler.acquire()
+        try:
+            handler.close()  # the next line opens it again, under its name
+        finally:
+            handler.release()
+
+
 class LogObserver:
-    """Writes events to the logger ``harken``, with a handler of its own."""
+    """Writes events to the logger ``harken``, with a handler of its own. Follows ``log_level`` and ``log_format``."""
 
     def __init__(self, settings: Settings) -> None:
         """Open the log.
@@ -117,26 +144,24 @@ class LogObserver:
         Raises:
             OSError: the file cannot be opened.
         """
-        path = settings["log_file"]
-        self.handler: logging.Handler = logging.FileHandler(path) if path else logging.StreamHandler(sys.stderr)
-        self.handler.setFormatter(_JSONFormatter() if settings["log_format"] == "json" else _TextFormatter())
+        self.handler = open_log(settings["log_file"], sys.stderr)
         self.logger = logging.getLogger("harken")
-        self._level = getattr(logging, settings["log_level"].upper())
-        self._unsubscribe: Callable[[], None] | None = None
+        self._settings = settings
+        self._level = logging.INFO
+        self._unsubscribe: list[Callable[[], None]] = []
+        self._repeats = Repeats(self._tell_left_out)
 
     def attach(self) -> None:
         """Begin to write."""
         self.logger.addHandler(self.handler)
-        self.logger.setLevel(self._level)
         self.logger.propagate = False
-        names = [name for name in events.NAMES if _LEVELS[name] >= self._level]
-        self._unsubscribe = events.subscribe(self.write, *names) if names else None
+        self._obey()
         events.logged = True
 
     def detach(self) -> None:
         """Stop writing and close the file."""
-        if self._unsubscribe is not None:
-            self._unsubscribe()
+        self._leave()
+        self._repeats.close()
         self.logger.removeHandler(self.handler)
         self.logger.propagate = True
         self.logger.setLevel(logging.NOTSET)
@@ -145,23 +170,65 @@ class LogObserver:
 
     def reopen(self) -> None:
         """Open the file anew, after somebody moved it away. Any thread."""
-        if isinstance(self.handler, logging.FileHandler):
-            self.handler.acquire()
-            try:
-                self.handler.close()  # the next line opens it again, under its name
-            finally:
-                self.handler.release()
+        reopen(self.handler)
+
+    def _obey(self) -> None:
+        """Do as the settings say now."""
+        self._level = getattr(logging, self._settings["log_level"].upper())
+        self.logger.setLevel(self._level)
+        self.handler.setFormatter(_JSONFormatter() if self._settings["log_format"] == "json" else _TextFormatter())
+        names = [name for name in events.NAMES if _LEVELS[name] >= self._level]
+        self._leave()
+        self._unsubscribe.append(events.subscribe(self._follow, "configured"))
+        if names:
+            self._unsubscribe.append(events.subscribe(self.write, *names))
+
+    def _leave(self) -> None:
+        while self._unsubscribe:
+            self._unsubscribe.pop()()
+
+    def _follow(self, event: events.Event) -> None:
+        changes: Mapping[str, Any] = event.changes
+        own = {name: value for name, value in changes.items() if name in _FOLLOWED}
+        if own:
+            self._settings.configure(own)
+            self._obey()
 
     def write(self, event: events.Event) -> None:
-        """Log one event."""
+        """Log one event, or count it among those that repeat."""
+        level = _LEVELS[event.name]
+        if (level >= logging.WARNING or event.name == "preamble_failed") and not self._repeats.admit(_kind(event)):
+            return
         fields = {name: _plain(value) for name, value in event.fields.items() if name not in _OWN}
         self.logger.log(
-            _LEVELS[event.name],
+            level,
             "%s",
             _sentence(event.name, fields),
             exc_info=event.error,
             extra={"event": event.name, "connection": event.connection, "peer": event.peer, "fields": fields},
         )
+
+    def _tell_left_out(self, kind: tuple[str, ...], count: int) -> None:
+        name = kind[0]
+        what = " ".join(kind).replace("_", " ")
+        self.logger.log(
+            _LEVELS[name],
+            "%s",
+            f"{what}: … {count:,} more like this in {WINDOW_SECONDS:g} s",
+            extra={"event": name, "fields": {"left_out": count}},
+        )
+
+
+def _kind(event: events.Event) -> tuple[str, ...]:
+    """What makes two events alike: the name, and what it says of the cause, but not of whom it befell."""
+    told = [event.fields.get(name) for name in ("reason", "which", "place", "what")]
+    error = event.error
+    if error is not None:
+        trace = error.__traceback__
+        while trace is not None and trace.tb_next is not None:
+            trace = trace.tb_next
+        told += [type(error).__name__, f"at line {trace.tb_lineno}" if trace is not None else None]
+    return (event.name, *(escape(word) for word in told if word))
 
 
 _OWN = {"server", "connection", "peer", "error"}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from harken import events
 from harken.errors import ConfigError, HarkenError, nearest
 from harken.process.answers import STANDING, VERBS, in_force
 from harken.process.channel import Message
@@ -62,6 +63,7 @@ class Commands:
                 count = known("workers", "configure()").read(arguments.pop("workers"), "configure()")
                 self._workers(count)
             self._supervisor.settings.configure(arguments)  # refuses what is wrong before any worker is told
+            events.emit("configured", server=self._supervisor, changes=arguments)
         if verb == "status":
             done = partial(self._add_own, done)
         elif verb == "figures":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from harken.process.worker import Worker, fit_handler
@@ -53,23 +54,36 @@ def run(
         name: the handler's, for the control socket.
         in_memory: whether ``load`` returns what this process has loaded, so that only a new process has new code.
     """
-    from harken.observe.log import LogObserver
-
     settings = Settings(None, keywords, "serve")
-    log = LogObserver(settings)
-    log.attach()
-    try:
+    with _logs(settings) as reopen:
         if threading.current_thread() is not threading.main_thread():
             return _serve_here(load(), addresses, keywords)
         if settings["workers"] == 0:
             from harken.process.alone import Alone
 
-            return Alone(load(), addresses, keywords, name=name, reopen=log.reopen).run()
+            return Alone(load(), addresses, keywords, name=name, reopen=reopen).run()
         from harken.process.supervisor import Supervisor
 
-        return Supervisor(load, addresses, keywords, name=name, reopen=log.reopen, in_memory=in_memory).run()
-    finally:
-        log.detach()
+        return Supervisor(load, addresses, keywords, name=name, reopen=reopen, in_memory=in_memory).run()
+
+
+@contextmanager
+def _logs(settings: Settings) -> Iterator[Callable[[], None]]:
+    """Write the logs while the block runs; yields what opens them anew."""
+    from harken.observe.access import AccessLog
+    from harken.observe.log import LogObserver
+
+    with ExitStack() as attached:
+        logs = LogObserver(settings), AccessLog(settings)
+        for log in logs:
+            log.attach()
+            attached.callback(log.detach)
+
+        def reopen() -> None:
+            for log in logs:
+                log.reopen()
+
+        yield reopen
 
 
 def _serve_here(handler: Callable[..., Any], addresses: tuple[str, ...], keywords: dict[str, Any]) -> int:

@@ -1,0 +1,45 @@
+"""Warnings that repeat are counted, and the count is told."""
+
+import threading
+
+from harken.observe.repeats import BURST, MOST_KINDS, Repeats
+
+PATIENCE = 10.0  # seconds
+
+
+def test_the_first_are_written_and_the_rest_counted():
+    """Each kind by itself; what was left out is told when the window is over."""
+    told, over = [], threading.Event()
+
+    def tell(kind, count):
+        told.append((kind, count))
+        over.set()
+
+    repeats = Repeats(tell, window=0.05)
+    written = sum(repeats.admit(("rejected", "rate")) for _ in range(BURST + 1234))
+    assert written == BURST
+    assert repeats.admit(("rejected", "deny"))
+    assert over.wait(PATIENCE)
+    assert told == [(("rejected", "rate"), 1234)]
+    assert repeats.admit(("rejected", "rate"))  # a new window
+    repeats.close()
+
+
+def test_one_of_a_kind_starts_no_thread():
+    """Nothing repeats, so that nothing need be told."""
+    before = threading.active_count()
+    repeats = Repeats(lambda _kind, _count: None)
+    for number in range(20):
+        assert repeats.admit((f"kind {number}",))
+    assert threading.active_count() == before
+    repeats.close()
+
+
+def test_kinds_that_a_stranger_makes_up_do_not_fill_the_memory():
+    """Beyond a number they count as one."""
+    told = []
+    repeats = Repeats(lambda *each: told.append(each))
+    written = sum(repeats.admit(("rejected", str(number))) for number in range(MOST_KINDS + 100))
+    assert written == MOST_KINDS + BURST
+    repeats.close()
+    assert told == [(("rejected",), 90)]
