@@ -274,6 +274,7 @@ DECLARED_IN = (
     "harken.limits.rate",
     "harken.limits.addresses",
     "harken.limits.alarm",
+    "harken.observe.access",
     "harken.observe.log",
     "harken.process.supervisor",
     "harken.process.recycling",

@@ -47,6 +47,7 @@ DECLARING = (
     "harken.server",
     "harken.drain",
     "harken.meter",
+    "harken.observe.access",
     "harken.observe.log",
 )
 ROOMS = ("harken.process", "harken.transports", "harken.engines", "harken.limits", "harken.preambles")
