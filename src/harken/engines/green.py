@@ -25,6 +25,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from harken import _hub
 from harken._hub import hosts
 from harken._hub.bell import Bell
+from harken._hub.growth import grown
 from harken.connection import Connection
 from harken.engines import Door, Engine as Contract, Options
 from harken.engines._crew import Crew
@@ -277,6 +278,7 @@ class Engine(Contract):
         self._thread = threading.current_thread()
         self._ident = _thread.get_ident()
         hub = _hub.Hub()
+        _hub.on_growth(grown)
         for door, _ in list(self._doors.values()):
             self._watch(hub, door)
         self._hub = hub
@@ -371,10 +373,6 @@ class Engine(Contract):
     def refresh(self) -> None:
         """Take over ``stall_after``, and let datagrams be taken as the settings say now."""
         self._distrust()
-        if self.options("max_memory_bytes") is not None:
-            from harken._hub.growth import grown
-
-            _hub.on_growth(grown)
         watchdog = self._watchdog
         if watchdog is not None:
             watchdog.after = self.options("stall_after")
