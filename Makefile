@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: serve test soak sanitize lint format types layers docs changelog bench wheel clean help
+.PHONY: serve test soak sanitize lint format types layers docs pictures changelog bench wheel clean help
 
 serve: $(VENV)/.have-run ## serve examples/echo.py on BIND, by default tcp://127.0.0.1:8800
 	@exec $(BIN)/harken serve examples/echo.py:Echo --bind $(BIND) $(ARGS)
@@ -40,6 +40,9 @@ layers: $(VENV)/.have-lint ## imports go down only
 
 docs: $(VENV)/.have-run ## write docs/reference anew from the code
 	$(BIN)/python tools/build_docs.py
+
+pictures: $(VENV)/.have-test ## take the pictures in docs anew, in Chromium
+	HARKEN_PICTURES=$(CURDIR)/docs/pictures $(BIN)/python -m pytest tests/browser -k pictures $(ARGS)
 
 changelog: $(VENV)/.have-docs ## show what the next release's changelog will say
 	$(BIN)/towncrier build --draft

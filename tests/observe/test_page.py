@@ -138,7 +138,7 @@ def test_events_come_one_after_the_other(site):
         assert line.startswith(b"data: ")
         seen = json.loads(line[6:])
         assert seen.keys() == {
-            *("time", "health", "figures", "status", "settings", "stalls", "connections", "may_act"),
+            *("time", "health", "figures", "status", "settings", "stalls", "connections", "bounds", "may_act"),
         }
         assert reply.readline() == b"\n"
     client.close()

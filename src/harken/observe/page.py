@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from harken.listener import Listener
+from harken.meter import SECONDS
 from harken.mixins import ThreadingMixIn
 from harken.observe.exposition import expose
 from harken.observe.figures import Figures
@@ -89,6 +90,7 @@ class Page:
             "settings": ask("settings"),
             "stalls": ask("stalls"),
             "connections": ask("connections", most=MOST_CONNECTIONS)[:MOST_CONNECTIONS],
+            "bounds": SECONDS,
             "may_act": self.token is not None,
         }
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from harken.errors import HarkenError
+
 __all__ = ["MAX_VIEWERS", "Viewers"]
 
 # People who watch at once: each holds a thread, and is sent some hundred kilobytes a second at most.
@@ -25,7 +27,8 @@ class Viewers:
         """Watch nothing yet.
 
         Args:
-            look: returns what is to be shown, in what JSON can say. May raise OSError: then there is no news.
+            look: returns what is to be shown, in what JSON can say. An OSError or HarkenError
+                means that there is no news.
         """
         self._look = look
         self._news = threading.Condition()
@@ -73,7 +76,7 @@ class Viewers:
             begun = time.monotonic()
             try:
                 seen = json.dumps(self._look()).encode()
-            except OSError:
+            except (OSError, HarkenError):
                 seen = b""
             with self._news:
                 if seen:
