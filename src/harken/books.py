@@ -241,5 +241,6 @@ class Books:
                 detail=record.detail,
                 bytes_in=record.moved[0] if record.moved is not None else None,
                 bytes_out=record.moved[1] if record.moved is not None else None,
+                requests=record.requests,
                 seconds=time.monotonic() - record.started,
             )

@@ -225,8 +225,11 @@ class ConnectionInfo:
         seconds: how long it has been open.
         idle_seconds: how long no byte moved either way, as far as the kernel tells; None when it does not.
         process: the pid of the process that serves it.
-        bytes_in: bytes that came; None where nobody counts (a child's connection, a Unix socket without deadlines).
+        bytes_in: bytes that came; None where nobody counts: on a Unix socket without deadlines, and while a child
+            serves it, whose figures are known at its end.
         bytes_out: bytes that its handler sent; None as before.
+        requests: how many have begun, the first and each that came after an answer; None unless ``read_timeout`` or
+            ``handler_timeout`` wants to know where they begin.
         waits_for: ``preamble``, ``reading`` (for the client to speak), ``writing`` (for the client to read) or
             ``handler``; on blocking engines as far as the kernel tells.
         reason: why harken ended it, in the report of a drain; None while it is open.
@@ -240,6 +243,7 @@ class ConnectionInfo:
     process: int
     bytes_in: int | None = None
     bytes_out: int | None = None
+    requests: int | None = None
     waits_for: str = "handler"
     reason: str | None = None
 
@@ -311,6 +315,7 @@ class Record:
         stamps: what is known of its traffic beside what the kernel knows, or None.
         seen: the deadlines' own: what moved last, and when.
         cut_already: whether its deadline has cut it.
+        requests: how many requests had begun at its end, as ``moved``.
         moved: the bytes that had come and been sent at its end, if somebody wants to know and they are counted.
     """
 
@@ -347,6 +352,7 @@ class Record:
     seen: tuple[object, float] = (None, 0.0)
     cut_already = False
     moved: tuple[int, int] | None = None
+    requests: int | None = None
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
         self._number = next(_count)
@@ -397,6 +403,16 @@ class Record:
         stamps = self.stamped()
         return (stamps.received, stamps.sent) if stamps is not None else None
 
+    def requests_begun(self) -> int | None:
+        """Return how many requests have begun, if anybody looks where they do."""
+        stamps = self.stamped()
+        return stamps.requests if stamps is not None and stamps.moved else None
+
+    def _count(self) -> None:
+        """Note what was counted so far, if somebody will want to know at the end."""
+        if self._registry.counts_bytes or events.subscribers["closed"]:
+            self.moved, self.requests = self.bytes_moved(), self.requests_begun()
+
     def waits_for(self) -> str:
         """Tell for what it waits; see :class:`ConnectionInfo`."""
         if self.in_preamble:
@@ -418,8 +434,8 @@ class Record:
 
     def judge(self, request: Any) -> str:
         """Settle the reason, while the socket is still open, from what the kernel says; the first judgement holds."""
-        if self.moved is None and (self._registry.counts_bytes or events.subscribers["closed"]):
-            self.moved = self.bytes_moved()
+        if self.moved is None:
+            self._count()
         if self.reason is None:
             far_end = getattr(request, "far_end", None) or peer_fault(request)
             self.reason = "handler_failed" if self.failed and far_end != "peer_reset" else far_end or "handler_returned"
@@ -457,8 +473,7 @@ class Record:
         """End the connection from outside its handler; any thread may call it."""
         if self.reason is None:
             self.reason = reason
-        if self._registry.counts_bytes or events.subscribers["closed"]:
-            self.moved = self.bytes_moved()
+        self._count()
         if self.process:
             self._registry.end_child(self.process)
         else:
@@ -501,6 +516,7 @@ class Record:
             process=self.process or os.getpid(),
             bytes_in=received,
             bytes_out=sent,
+            requests=self.requests_begun(),
             waits_for=self.waits_for(),
         )
 

@@ -23,7 +23,7 @@ NAMES: dict[str, str] = {
     "rejected": "a connection, or a datagram, was refused before its handler: `connection`, `peer`, `reason`, `detail`",
     "opened": "a connection goes to its handler: `connection`, `peer`",
     "closed": "an opened connection has ended, exactly once: `connection`, `peer`, `reason`, `detail`, `seconds`, "
-    "`bytes_in`, `bytes_out`",
+    "`bytes_in`, `bytes_out`, `requests`",
     "preamble_failed": "a PROXY header or a TLS handshake failed, and `closed` follows: `connection`, `peer`, `reason`",
     "handler_failed": "a handler raised: `connection`, `peer`, `error`",
     "timed_out": "a deadline closed a connection: `connection`, `peer`, `which`, `seconds`",

@@ -36,6 +36,7 @@ from harken.listener import Holding
 from harken.report import Report
 from harken.settings import Profile, Settings
 from harken.stacks import served_by_caller
+from harken.tally import Tally
 from harken.transports import for_socket
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class Serving:
             self.engine = engine
         self._packet_size = (-1, 0)
         self._herald: Herald | None = None
+        self._tally: Tally | None = None
         self._shared: Serving | None = None
         self.guard = threading.RLock()
         self._loop_count = 0
@@ -379,6 +381,8 @@ class Serving:
         if self.entry is not None:
             self.entry.refresh()
         self._herald = self._herald or Herald()
+        self._tally = tally = self._tally or Tally()
+        place = tally.take()
         report = Report(record, self._told) if self.entry is not None and record is not None else None
 
         def heard() -> bool:
@@ -391,6 +395,7 @@ class Serving:
 
         def done(status: int) -> None:
             heard()
+            tally.give_back(place, record)
             if self.books.meter is not None and record is not None:
                 self.books.meter.handled(record.started)
             if CHILD_STATUS["rejected"] == status and record is not None:
@@ -405,8 +410,9 @@ class Serving:
         try:
             if record is not None:
                 record.report = report
-            pid = self.engine.spawn(self._in_child, function, request, client_address, done=done)
+            pid = self.engine.spawn(self._in_child, function, request, client_address, place, done=done)
         except BaseException:
+            tally.give_back(place, None)
             if report is not None:
                 report.close()
             raise
@@ -422,7 +428,7 @@ class Serving:
         if record.held:
             self.books.opened(record, record.client_address)
 
-    def _in_child(self, function: Callable[..., object], request: Any, client_address: Any) -> int:
+    def _in_child(self, function: Callable[..., object], request: Any, client_address: Any, place: int) -> int:
         """The child's part: the listener is the parent's alone, and so are the books."""
         self.on_child()
         record = self.connections.find(request)
@@ -435,6 +441,8 @@ class Serving:
         if self._herald is not None and record is not None:
             self._herald.listen(partial(self._drain_in_child, record))
         function(request, client_address)
+        if record is not None and self._tally is not None:
+            self._tally.tell(place, record)
         return child_status(record)
 
     def _drain_in_child(self, record: Record, jitter: float) -> None:

@@ -29,21 +29,22 @@ class Stamps:
         moved: when bytes last moved, either way.
         received: bytes read.
         sent: bytes written.
+        requests: how many have begun: the first, and each that comes after an answer.
     """
 
-    __slots__ = ("answered", "first", "moved", "reading", "received", "sent", "writing")
+    __slots__ = ("answered", "first", "moved", "reading", "received", "requests", "sent", "writing")
 
     def __init__(self) -> None:
         self.reading = self.writing = self.first = 0.0
         self.answered = False
         self.moved = monotonic()
-        self.received = self.sent = 0
+        self.received = self.sent = self.requests = 0
 
     @classmethod
-    def of(cls, told: tuple[float, float, float, float, int, int]) -> Stamps:
+    def of(cls, told: tuple[float, float, float, float, int, int, int]) -> Stamps:
         """Take over what a connection stamped by itself."""
         made = cls.__new__(cls)
-        made.reading, made.writing, made.first, made.moved, made.received, made.sent = told
+        made.reading, made.writing, made.first, made.moved, made.received, made.sent, made.requests = told
         made.answered = False
         return made
 
@@ -59,7 +60,12 @@ class Stamps:
         self.moved = now = monotonic()
         self.received += size
         if not self.first:
-            self.first = now
+            self.begin_request(now)
+
+    def begin_request(self, now: float) -> None:
+        """The first byte of a request has come."""
+        self.first = now
+        self.requests += 1
 
     def gave(self, size: int) -> None:
         """Bytes were written."""
@@ -150,7 +156,7 @@ def _whole(kind: type, name: str) -> Callable[..., Any]:
         finally:
             stamps.reading = 0.0
         if not stamps.first and result:
-            stamps.first = monotonic()  # it lay in the buffer
+            stamps.begin_request(monotonic())  # it lay in the buffer
         return result
 
     return _named(method, name)

@@ -192,7 +192,7 @@ void note_moved(State *state, int direction, size_t size) {
     if (!state->stream)
         marks->moved = now_ns();
     if (direction == READ && marks->first == 0)
-        marks->first = state->stream ? now_ns() : marks->moved;
+        begin_request(marks, state->stream ? now_ns() : marks->moved);
 }
 
 /* recv(2) that waits. A connection that was read empty is not asked again before an event says that there is more. */
@@ -377,9 +377,9 @@ static PyObject *connection_stamps(PyObject *self, PyObject *none) {
     if (marks == NULL)
         marks = &nothing;
     int64_t reading = marks->waits[READ] ? marks->since[READ] : 0, writing = marks->waits[WRITE] ? marks->since[WRITE] : 0;
-    return Py_BuildValue("ddddKK", (double)reading / 1e9, (double)writing / 1e9, (double)marks->first / 1e9,
+    return Py_BuildValue("ddddKKK", (double)reading / 1e9, (double)writing / 1e9, (double)marks->first / 1e9,
                          (double)marks->moved / 1e9, (unsigned long long)marks->count[READ],
-                         (unsigned long long)marks->count[WRITE]);
+                         (unsigned long long)marks->count[WRITE], (unsigned long long)marks->requests);
 }
 
 /* -- timeouts, kept beside the descriptor ------------------------------------------------------------------------- */
@@ -574,7 +574,7 @@ static PyMethodDef connection_methods[] = {
     {"open_reader", FAST(connection_open_reader), METH_FASTCALL, "open_reader(size=-1): a buffered file to read."},
     {"open_writer", FAST(connection_open_writer), METH_FASTCALL, "open_writer(reader=None): a file to write."},
     {"keep_stamps", connection_keep_stamps, METH_NOARGS, "Stamp from now on when calls begin, requests, and what moves."},
-    {"stamps", connection_stamps, METH_NOARGS, "(reading, writing, first, moved, received, sent); see harken.stamps."},
+    {"stamps", connection_stamps, METH_NOARGS, "(reading, writing, first, moved, received, sent, requests); see harken.stamps."},
     {"settimeout", connection_settimeout, METH_O, "Set the seconds that one operation may take."},
     {"gettimeout", connection_gettimeout, METH_NOARGS, "Return what settimeout() was given."},
     {"setblocking", connection_setblocking, METH_O, "As settimeout(None) or settimeout(0)."},

@@ -187,7 +187,7 @@ static int asked(Reader *reader) {
     State *state = state_of(sock);
     begin_reading(state);
     if (state->marked != NULL && marks_of(state)->first == 0 && held(reader) > 0)
-        marks_of(state)->first = now_ns();
+        begin_request(marks_of(state), now_ns());
     return 0;
 }
 

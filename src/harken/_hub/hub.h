@@ -216,6 +216,7 @@ typedef struct {
     int64_t first;     /* when the first byte of the request came */
     int64_t moved;     /* when bytes last moved, on what is no TCP */
     uint64_t count[2]; /* bytes received and sent */
+    uint64_t requests; /* that have begun */
     bool whole;        /* a call of a file goes on: its next receive() is no new operation */
     bool waits[2];     /* somebody waits at the moment, by direction */
     bool answered;     /* something was sent since the first byte of the request */
@@ -241,6 +242,12 @@ typedef struct {
 static inline Marks *marks_of(State *state) {
     return state->marked == NULL ? NULL : (Marks *)PyBytes_AS_STRING(state->marked);
 }
+/* The first byte of a request has come. */
+static inline void begin_request(Marks *marks, int64_t now) {
+    marks->first = now;
+    marks->requests++;
+}
+
 HIDDEN Marks *marks_made(State *state);
 HIDDEN void note_moved(State *state, int direction, size_t size);
 

@@ -1,0 +1,57 @@
+"""What forked children have counted when they end, told to their parent by memory that they share."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harken.connection import Record
+
+__all__ = ["Tally"]
+
+# Children at once for which there is a place; those beyond tell nothing. Memory is taken as it is used.
+MAX_PLACES = 16384
+_PLACE = struct.Struct("=qqq")  # bytes that came, bytes sent, requests; -1 for what nobody counts
+_NOTHING = (-1, -1, -1)
+
+
+class Tally:
+    """A place of memory for each child. Places are given out and taken back in the parent."""
+
+    def __init__(self) -> None:
+        """Begin with every place free."""
+        self._memory = mmap.mmap(-1, MAX_PLACES * _PLACE.size)
+        self._free: list[int] = []
+        self._used = 0
+
+    def take(self) -> int:
+        """Return a place for a child that is about to be forked; -1 when there is none."""
+        if self._free:
+            place = self._free.pop()
+        elif self._used < MAX_PLACES:
+            place, self._used = self._used, self._used + 1
+        else:
+            return -1
+        self._write(place, _NOTHING)
+        return place
+
+    def tell(self, place: int, record: Record) -> None:
+        """Tell what was counted on a connection; in the child, at its end."""
+        if place >= 0:
+            received, sent = record.moved or (-1, -1)
+            self._write(place, (received, sent, -1 if record.requests is None else record.requests))
+
+    def give_back(self, place: int, record: Record | None) -> None:
+        """The child has ended, or was not forked: note what it told."""
+        if place < 0:
+            return
+        received, sent, requests = _PLACE.unpack_from(self._memory, place * _PLACE.size)
+        self._free.append(place)
+        if record is not None:
+            record.moved = (received, sent) if received >= 0 else record.moved
+            record.requests = requests if requests >= 0 else record.requests
+
+    def _write(self, place: int, numbers: tuple[int, int, int]) -> None:
+        _PLACE.pack_into(self._memory, place * _PLACE.size, *numbers)
