@@ -637,6 +637,7 @@ def test_stats_tell_the_figures():
                 "rejected_by_reason": {},
                 "handler_failed_total": 0,
                 "closed_total": {},
+                "buffered_bytes": 0,
                 "stalled_total": {},
                 "paused": False,
                 "process": os.getpid(),
