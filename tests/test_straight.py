@@ -189,3 +189,61 @@ def test_the_default_timeout_holds_for_accepted_connections() -> None:
     finally:
         socket.setdefaulttimeout(before)
     assert seen == [7.0]
+
+
+def test_limits_and_deadlines_hold_on_the_straight_way() -> None:
+    """They do not leave it; whoever is refused is told of in the usual order, and every place is given back once."""
+    seen: list[str] = []
+
+    class Greeter(Echo):
+        def setup(self) -> None:
+            self.request.sendall(b"in")
+
+    server = harken.GreenTCPServer(
+        ("127.0.0.1", 0), Greeter, max_connections=2, overload="reply", overload_reply=b"full", idle_timeout=60
+    )
+    events_seen = events.subscribe(lambda event: seen.append(event.name), "accepted", "opened", "rejected", "closed")
+    try:
+        with harken.background(server):
+            serving = serving_of(server)
+            admission = serving.admission
+            assert admission is not None
+            assert straight.is_straight(serving)
+            for _ in range(5):
+                clients = [socket.create_connection(server.server_address, PATIENCE) for _ in range(2)]
+                assert [client.recv(10) for client in clients] == [b"in", b"in"]
+                with socket.create_connection(server.server_address, PATIENCE) as third:
+                    assert third.recv(10) == b"full"
+                assert admission.crowd.inside == 2
+                for client in clients:
+                    client.close()
+                until(lambda: not serving.connections)
+                assert admission.crowd.inside == 0
+            until(lambda: seen.count("closed") == 10)
+    finally:
+        events_seen()
+    assert [name for name in seen if name != "closed"] == [*(["accepted", "opened"] * 2 + ["accepted", "rejected"]) * 5]
+
+
+def test_a_burst_takes_no_more_than_the_limit_leaves_room_for() -> None:
+    """Those beyond stay in the backlog until a place is free, and are all served."""
+
+    class Once(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            assert admission.crowd.inside <= 3
+            self.request.sendall(self.request.recv(100))
+
+    server = harken.GreenTCPServer(("127.0.0.1", 0), Once, max_connections=3)
+    clients = [socket.create_connection(server.server_address, PATIENCE) for _ in range(5)]
+    with harken.background(server):
+        found = serving_of(server).admission
+        assert found is not None
+        admission = found
+        for client in clients:
+            client.sendall(b"hello")
+        assert [client.recv(100) for client in clients] == [b"hello"] * 5
+        until(lambda: admission.crowd.inside == 0)
+    for client in clients:
+        client.close()
+    assert server.stats()["rejected_total"] == 0
+    assert server.stats()["handler_failed_total"] == 0

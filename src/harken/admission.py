@@ -133,7 +133,9 @@ class Admission:
         # Once per-peer numbers were wanted they are kept, so that they are right when they are wanted again.
         counted = self._per_peer.maximum is not None or self._per_peer in self._by_client
         self._by_client = (*addresses, *((self._per_peer,) if counted else ()), *self._own[1])
-        self._at_door = (self.crowd, self._rate, self._alarm)
+        rate = (self._rate,) if self._rate.maximum is not None else ()
+        alarm = (self._alarm,) if self._alarm.threshold is not None else ()
+        self._at_door = (self.crowd, *rate, *alarm)
         self._count_again()
 
     def _count_again(self) -> None:
@@ -222,6 +224,13 @@ class Admission:
         """Whether the next connection must stay in the backlog for now."""
         return self.crowd.full and self.policy in ("wait", "shed")
 
+    def places(self, most: int) -> int:
+        """How many connections may be taken from the backlog now, at most ``most``."""
+        maximum = self.crowd.maximum
+        if maximum is None or self.policy not in ("wait", "shed"):
+            return most
+        return min(most, max(0, maximum - self.crowd.inside))
+
     def reserve(self) -> None:
         """Count a connection that was just accepted, before ``admit`` is asked: for several loops on one server."""
         if self.crowd.admit(None) is None:
@@ -285,7 +294,7 @@ class Admission:
 
     def __iter__(self) -> Iterator[Limit]:
         """The limits, in their order."""
-        return iter((*self._at_door, *self._by_client))
+        return iter((self.crowd, self._rate, self._alarm, *self._by_client))
 
 
 def _made(entry: Any) -> Limit:

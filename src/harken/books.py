@@ -71,22 +71,34 @@ class Books:
             self._tell("accepted", record, client_address)
         return record
 
-    def admit(self, taken: list[tuple[Connection, Any]]) -> None:
-        """Connections were taken from the kernel, and go to their handlers at once."""
+    def let_in(
+        self, taken: list[tuple[Connection, Any]], admit: Callable[[Record, Any, Any], bool] | None
+    ) -> list[tuple[Connection, Any]]:
+        """Connections of the engine's own kind were taken from the kernel; return those that go to their handlers.
+
+        Args:
+            taken: the connections, and their clients' addresses.
+            admit: tells of each whether it may come in, and closes it if not; None lets all in.
+        """
         self.counts["accepted"] += len(taken)
-        self.counts["opened"] += len(taken)
         if self.meter is not None and taken:
             self.meter.accepted(taken[0][0], len(taken))
-        registry, wanted = self.connections, events.subscribers
+        begin, on_open, wanted, now = self.connections.begin, self.on_open, events.subscribers, time.monotonic()
+        admitted = []
         for request, client_address in taken:
-            record = registry.begin(request, client_address)
-            record.opened = True
-            if self.on_open is not None:
-                self.on_open(record)
+            record = begin(request, client_address, now)
             if wanted["accepted"]:
                 self._tell("accepted", record, client_address)
+            if admit is not None and not admit(record, request, client_address):
+                continue
+            record.opened = True
+            if on_open is not None:
+                on_open(record)
             if wanted["opened"]:
                 self._tell("opened", record, client_address)
+            admitted.append((request, client_address))
+        self.counts["opened"] += len(admitted)
+        return admitted
 
     def close(self, request: Connection) -> None:
         """A connection's handler is done: settle why it ends, close it, strike it off."""
@@ -94,14 +106,14 @@ class Books:
         if record is None:  # the handler has closed it
             request.end()  # type: ignore[attr-defined]
             return
-        early = record.was_ended
+        early = record.reason is not None or self.connections.careful
         record.judge(request)
         if early:
             shut(request, socket.SHUT_WR)
             read_off(request)
         if request.end():  # type: ignore[attr-defined]
             request.record = None
-            record.ended()
+            self.connections.strike(record)
 
     def opened(self, record: Record | None, client_address: Any) -> None:
         """A connection goes to its handler."""

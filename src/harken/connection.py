@@ -25,7 +25,7 @@ from harken import events
 from harken.peer import Peer, behind
 from harken.stamps import Stamps, stamp
 from harken.traffic import accept_queue, moved, queued, traffic, unread
-from harken.unpatched import Socket
+from harken.unpatched import Socket, family_of, kind_of, proto_of
 
 if TYPE_CHECKING:
     from harken.admission import Ticket
@@ -97,6 +97,10 @@ _LAST_DATA_SENT, _LAST_DATA_RECV, _TCP_INFO_BYTES = 44, 52, 56
 READ_OFF_TURNS, _READ_OFF_BYTES = 16, 1 << 18
 
 
+_FAMILIES: dict[int, object] = {int(family): family for family in socket.AddressFamily}
+_KINDS: dict[int, object] = {int(kind): kind for kind in socket.SocketKind}
+
+
 class Connection(Socket):
     """One accepted connection: a ``socket.socket`` that tells its record when it closes.
 
@@ -105,6 +109,18 @@ class Connection(Socket):
 
     __slots__ = ("record",)
     record: Record | None
+
+    @property
+    def family(self) -> Any:
+        """The address family, as on any socket."""
+        number = family_of(self)
+        return _FAMILIES.get(number, number)
+
+    @property
+    def type(self) -> Any:
+        """The socket's type, as on any socket."""
+        number = kind_of(self)
+        return _KINDS.get(number, number)
 
     def _real_close(self, *_: Any) -> None:  # the one place through which close() and the last makefile() end a socket
         record = getattr(self, "record", None)
@@ -127,11 +143,6 @@ class Connection(Socket):
         return _rebuild, (reduction.DupFd(self.fileno()), int(self.family), int(self.type), self.proto)
 
 
-_family = _socket.socket.family.__get__  # plain ints; the properties above them make enums
-_type = _socket.socket.type.__get__
-_proto = _socket.socket.proto.__get__
-
-
 def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tuple[socket.socket, Any]:
     """Take one connection from ``listener``, as ``socket.accept`` does, but as the engine's kind of connection.
 
@@ -149,7 +160,7 @@ def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tupl
     for connection, address in take(door, 1) if take is not None else ():
         return connection, shown(listener, address)
     fd, address = door._accept()
-    connection = kind(_family(door), _type(door), _proto(door), fd)
+    connection = kind(family_of(door), kind_of(door), proto_of(door), fd)
     if not _LINUX or (listener.gettimeout() and socket.getdefaulttimeout() is None):
         connection.setblocking(True)  # BSD's accept() hands O_NONBLOCK on
     return connection, shown(listener, address)
@@ -286,6 +297,9 @@ def _refer(record: Record, request: object) -> Callable[[], Any]:
 
 def _collected(reference: Any) -> None:
     reference.record.collected()
+
+
+_new: Callable[[type[Record]], Record] = object.__new__
 
 
 class Record:
@@ -623,10 +637,19 @@ class Registry:
         self._records[record.key] = record
         return record
 
-    def begin(self, request: Connection, client_address: Any) -> Record:
-        """Begin the record of a :class:`Connection`; as ``add``."""
-        record = request.record = Record(request, client_address, self)
-        self._records[record.key] = record
+    def begin(self, request: Connection, client_address: Any, now: float) -> Record:
+        """Begin the record of a :class:`Connection`; as ``add``, without its calls."""
+        record = request.record = _new(Record)
+        record._number = record.key = number = next(_count)
+        record.client_address = client_address
+        record.started = now
+        record.reason = None
+        record.opened = False
+        record.thread = 0
+        record._registry = self
+        handle = getattr(request, "handle", None)
+        record._request = _refer(record, request) if handle is None else handle()
+        self._records[number] = record
         return record
 
     def find(self, request: object) -> Record | None:
@@ -660,7 +683,8 @@ class Registry:
         if self.buffers is not None:
             self.buffers.forget(record)
         record._request = _gone  # or its callback would run for nothing when the request object goes
-        self.nudge()
+        if self._waiting:
+            self.nudge()
 
     def hand_over(self, record: Record | None, pid: int) -> None:
         """Child ``pid`` serves this connection from now on; the caller closes its own copy."""

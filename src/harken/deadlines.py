@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from harken import settings
 from harken.reaper import reaper
 from harken.stamps import stamp
-from harken.traffic import queued, traffic
+from harken.traffic import queued, tells, traffic
 
 if TYPE_CHECKING:
     from harken.connection import Record
@@ -91,6 +91,8 @@ class Deadlines:
         self._records = records
         self._expire = expire
         self.limits: dict[str, float | None] = dict.fromkeys(NAMES)
+        self._soonest: float | None = None
+        self._stamps_all = False
         self._heap: list[tuple[float, int, Record]] = []
         self._new: list[Record] = []
         self._numbers = itertools.count()
@@ -105,7 +107,9 @@ class Deadlines:
 
     def refresh(self, values: Any) -> None:
         """Read the settings anew; what is open is judged by them from now on."""
-        self.limits = {name: values[name] for name in NAMES}
+        self.limits = limits = {name: values[name] for name in NAMES}
+        self._soonest = min((limit for limit in limits.values() if limit is not None), default=None)
+        self._stamps_all = limits["read_timeout"] is not None or limits["handler_timeout"] is not None
         self._heap = []
         self._stuck = {}
         for record in self._records():
@@ -116,26 +120,20 @@ class Deadlines:
 
     def watch(self, record: Record) -> None:
         """A connection goes to its handler, or to its preambles."""
-        if record.request is None:
+        soonest = self._soonest
+        if soonest is None or record.request is None:
             return
         if not record.in_preamble:
             self.entered(record)
-        soonest = min((limit for limit in self.limits.values() if limit is not None), default=None)
-        if soonest is None:
-            return
         self._push(time.monotonic() + soonest, record)
-        if self.limits["write_timeout"] is not None and self._sampling is None:
+        if self._sampling is None and self.limits["write_timeout"] is not None:
             self._sample_in(self._span)
 
     def entered(self, record: Record) -> None:
         """Its preambles have run, if there are any: from now on it is its handler's."""
-        limits = self.limits
-        if limits["read_timeout"] is not None or limits["handler_timeout"] is not None or self._is_dark(record):
-            stamp(record.request, record)
-
-    def _is_dark(self, record: Record) -> bool:
-        """Whether idle time counts and the kernel does not tell it."""
-        return self.limits["idle_timeout"] is not None and traffic(record.request) is None
+        request = record.request
+        if self._stamps_all or (self.limits["idle_timeout"] is not None and not tells(request)):
+            stamp(request, record)
 
     def stop(self) -> None:
         """Look at nobody any more."""

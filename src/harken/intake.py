@@ -88,7 +88,7 @@ class Intake:
         serving.server.close_request(request)
         return False
 
-    def _accept_ready(self) -> bool:
+    def _accept_ready(self) -> bool | None:
         """Take one connection of the readable door through the hooks; tell whether there is another.
 
         Only our own ``get_request`` is called twice in a turn: an overridden one may do anything in between. The

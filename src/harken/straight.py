@@ -58,15 +58,18 @@ def is_straight(serving: Serving) -> bool:
         if len(_seen) >= _MOST_SEEN:
             _seen.clear()
         _seen[kind] = (hooks, straight)
-    plain = serving.entry is None and serving.admission is None
-    return straight and plain and _own_names.isdisjoint(vars(server))
+    return straight and serving.entry is None and _own_names.isdisjoint(vars(server))
 
 
-def take(serving: Serving) -> bool:
-    """Take what waits at the door, at most a burst; tell whether there may be more."""
-    server, acceptor, books, engine = serving.server, serving.acceptor, serving.books, serving.engine
+def take(serving: Serving) -> bool | None:
+    """Take what waits at the door, at most a burst, and let it in; tell whether there may be more.
+
+    None is no, too: and nobody has to be told of it, since no hook of a turn does anything.
+    """
+    server, acceptor, admission = serving.server, serving.acceptor, serving.admission
+    most = MAX_ACCEPT if admission is None else admission.places(MAX_ACCEPT)
     try:
-        taken = engine.connection.take(door_of(server.socket), MAX_ACCEPT)
+        taken = serving.engine.connection.take(door_of(server.socket), most)
     except OSError as error:
         acceptor.failed(error)
         taken = []
@@ -76,19 +79,27 @@ def take(serving: Serving) -> bool:
         acceptor.settle(taken=bool(taken))
     if taken and len(taken[0][1]) > 2:
         taken = [(request, shown(server.socket, address)) for request, address in taken]
-    books.admit(taken)
+    if taken:
+        _start(serving, serving.books.let_in(taken, None if admission is None else serving.intake.admit))
+    if len(taken) == MAX_ACCEPT:
+        return True
+    return False if acceptor.paused else None
+
+
+def _start(serving: Serving, admitted: list[tuple[Any, Any]]) -> None:
+    server, engine = serving.server, serving.engine
     lazy = getattr(server.RequestHandlerClass, "lazy", False)
-    for request, client_address in taken:
+    start = engine.starter()
+    for request, client_address in admitted:
         try:
             if lazy:
                 engine.spawn_on_data(serving.intake.serve, request)
             else:
-                engine.spawn(serve, serving, request, client_address)
+                start(serve, serving, request, client_address)
         except Exception as error:  # noqa: BLE001 - that connection's trouble
-            books.failed(request, client_address, error)
+            serving.books.failed(request, client_address, error)
             server.handle_error(request, client_address)
             server.shutdown_request(request)
-    return len(taken) == MAX_ACCEPT
 
 
 def serve_known(serving: Serving, request: Any) -> None:

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from harken.unpatched import Socket
+from harken.unpatched import Socket, family_of, proto_of
 
 try:
     import fcntl
@@ -22,7 +22,7 @@ except ImportError:  # no Unix
 else:
     _ioctl, _FIONREAD, _TIOCOUTQ = fcntl.ioctl, termios.FIONREAD, termios.TIOCOUTQ
 
-__all__ = ["Queue", "Traffic", "accept_queue", "moved", "queued", "since_handshake", "traffic", "unread"]
+__all__ = ["Queue", "Traffic", "accept_queue", "moved", "queued", "since_handshake", "tells", "traffic", "unread"]
 
 _TCP = int(socket.IPPROTO_TCP)  # as an enum it costs a call each time
 _TCP_INFO = getattr(socket, "TCP_INFO", None)
@@ -44,6 +44,8 @@ _FIRST_SENT = struct.Struct("=44xI")
 # States in which the peer's FIN has come, which counts as a byte received: CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT.
 _FINISHED = {8, 9, 11, 6}
 _NOTHING = b"\0\0\0\0"
+_INTERNET = (int(socket.AF_INET), int(socket.AF_INET6))
+_tells = False
 
 
 class Traffic(NamedTuple):
@@ -66,6 +68,19 @@ class Traffic(NamedTuple):
     acked: int
     since_sent: float
     since_received: float
+
+
+def tells(request: Any) -> bool:
+    """Whether the kernel tells of such a connection. Of TCP it is asked until it did: then it tells of all."""
+    global _tells
+    plain = (
+        isinstance(request, Socket) and family_of(request) in _INTERNET and proto_of(request) in (0, socket.IPPROTO_TCP)
+    )
+    if plain and _tells:
+        return True
+    told = traffic(request) is not None
+    _tells = _tells or (plain and told)
+    return told
 
 
 def traffic(request: Any) -> Traffic | None:

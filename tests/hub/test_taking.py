@@ -117,16 +117,23 @@ def test_a_descriptor_used_again_after_end(stage):
         assert near.end() is True
 
 
-def test_spawn_then_tells_of_the_end(stage):
-    """`done` gets the greenlet once it has ended, whether it returned or raised."""
-    seen = []
+def test_a_set_holds_a_green_thread_until_it_has_ended(stage):
+    """Whether it returns or raises."""
+    busy, seen = set(), []
+
+    def look():
+        seen.append(set(busy))
 
     def fail():
+        look()
         raise GreenletExit
 
-    greens = [stage.hub.spawn_then(seen.append, lambda: None), stage.hub.spawn_then(seen.append, fail)]
+    greens = {stage.hub.spawn_into(busy, look), stage.hub.spawn_into(busy, fail)}
+    assert busy == greens
     assert stage.run(lambda: stage.hub.sleep(0)) == [None]
-    assert seen == greens
+    assert seen[0] == greens
+    assert len(seen[1]) == 1
+    assert not busy
 
 
 @pytest.mark.parametrize("what", ["bytes", "bytes before", "an end", "a reset", "close()", "shutdown() elsewhere"])

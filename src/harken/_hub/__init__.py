@@ -39,8 +39,8 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
         A new green thread; it starts at the next turn, in a copy of the caller's context variables. What leaves it is
         given to ``threading.excepthook`` (which says nothing of SystemExit), GreenletExit to nobody. ``.dead`` tells
         that it has ended.
-    ``spawn_then(done, function, *args) -> greenlet``
-        The same; ``done(greenlet)`` is called there when it has ended. It must not wait.
+    ``spawn_into(busy, function, *args) -> greenlet``
+        The same; the set ``busy`` holds it until it has ended.
     ``call_soon(function, *args)``, ``call_soon_threadsafe(function, *args)`` (*any thread*)
         Call at the next turn, in order. What it raises is given to ``threading.excepthook``.
     ``call_at(deadline, function, *args) -> Timer``
@@ -65,8 +65,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
         thread waits for the same direction. May return early. Outside a green thread: ``poll()``.
     ``watch(door, on_readable, shared=False)``, ``unwatch(door)`` (*any thread*; both hold when they return)
         As in :class:`harken.engines.Engine`: level-triggered, by the door's identity, at most :data:`DOOR_BURST` calls
-        a turn while ``on_readable`` returns true. A second ``watch`` of a door replaces the first. Of the processes
-        that watch a door as ``shared`` one wakes at a time, and each in its turn (by epoll; elsewhere all wake).
+        a turn while ``on_readable`` returns true; None is no, and no news for ``run`` either. A second ``watch`` of a
+        door replaces the first. Of the processes that watch a door as ``shared`` one wakes at a time, and each in its
+        turn (by epoll; elsewhere all wake).
     ``lodge(connection, starter)``
         Let a Connection wait without a green thread: at its first event (bytes, an end, its being closed)
         ``starter(connection)`` is called once, in the hub's own greenlet. The hub keeps the connection until then.
@@ -115,6 +116,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     A socket whose class has ``Answers`` before the socket's own class has a ``sendto`` that may wait for the end of the
     batch when it is given the very address that the handler was given, that waits in the hub, and that answers from the
     address that was asked when the socket is bound to all.
+
+``hub.asks_at_ends``
+    Whether ``run`` asks ``until`` when a green thread has ended; True until it is set.
 
 ``hub.beat -> Beat``, ``Beat()``
     What a loop says of itself: the hub for itself, any other loop by ``enter()`` when a piece of work begins and

@@ -56,7 +56,7 @@ class _Failure:
 class _Door:
     """A watched door."""
 
-    def __init__(self, fd: int, on_readable: Callable[[], bool], shared: bool) -> None:
+    def __init__(self, fd: int, on_readable: Callable[[], bool | None], shared: bool) -> None:
         self.fd = fd
         self.on_readable = on_readable
         self.shared = shared
@@ -69,6 +69,7 @@ class Hub:
         beat: what the loop says of itself.
         own: the greenlet in which the hub itself runs.
         pending: what the running green thread has written and not sent.
+        asks_at_ends: as the contract has it; this hub asks in each turn.
     """
 
     def __init__(self) -> None:
@@ -84,6 +85,7 @@ class Hub:
         self._wires: dict[int, Wire] = {}
         self._doors: dict[int, _Door] = {}  # by the identity of the door
         self._turning = self._occupies = False
+        self.asks_at_ends = True
         self._lent = False  # whether a fork carried this hub's green thread into a child
         self._open()
         _hubs.add(self)
@@ -217,26 +219,24 @@ class Hub:
         """Make a green thread; it starts at the next turn."""
         return self._spawn(None, function, args)
 
-    def spawn_then(self, done: Callable[[greenlet], object], function: Callable[..., object], *args: Any) -> greenlet:
-        """The same; ``done(greenlet)`` is called when it has ended."""
-        return self._spawn(done, function, args)
+    def spawn_into(self, busy: set[Any], function: Callable[..., object], *args: Any) -> greenlet:
+        """The same; the set ``busy`` holds it until it has ended."""
+        return self._spawn(busy, function, args)
 
-    def _spawn(
-        self, done: Callable[[greenlet], object] | None, function: Callable[..., object], args: tuple[Any, ...]
-    ) -> greenlet:
+    def _spawn(self, busy: set[Any] | None, function: Callable[..., object], args: tuple[Any, ...]) -> greenlet:
         green = greenlet(self._live)
         green.gr_context = contextvars.copy_context()
         self._greens.add(green)
-        self._make_due(self._start, (green, done, function, args))
+        if busy is not None:
+            busy.add(green)
+        self._make_due(self._start, (green, busy, function, args))
         return green
 
     def _start(self, green: greenlet, *what: Any) -> None:
         green.parent = self.own
         green.switch(*what)
 
-    def _live(
-        self, done: Callable[[greenlet], object] | None, function: Callable[..., object], args: tuple[Any, ...]
-    ) -> None:
+    def _live(self, busy: set[Any] | None, function: Callable[..., object], args: tuple[Any, ...]) -> None:
         try:
             function(*args)
         except GreenletExit:
@@ -248,8 +248,8 @@ class Hub:
                 self.pending.flush()
             except OSError:
                 pass  # a handler that did not close its file does not learn that the peer has gone
-            if done is not None:
-                done(getcurrent())
+            if busy is not None:
+                busy.discard(getcurrent())
             self._greens.discard(getcurrent())
             if self._lent:
                 _end_process()
@@ -344,7 +344,7 @@ class Hub:
 
     # -- descriptors ---------------------------------------------------------------------------------------------------
 
-    def watch(self, door: Door, on_readable: Callable[[], bool], shared: bool = False) -> None:
+    def watch(self, door: Door, on_readable: Callable[[], bool | None], shared: bool = False) -> None:
         """Call ``on_readable`` while ``door`` is readable; see :class:`harken.engines.Engine`."""
         self.unwatch(door)
         entry = _Door(door.fileno(), on_readable, shared)

@@ -158,6 +158,7 @@ static int take_from_door(Hub *hub, uint32_t place, uint32_t generation) {
         beat_piece(hub->beat);
         PyObject *more = PyObject_CallNoArgs(on_readable);
         Py_DECREF(on_readable);
+        hub->news |= more != Py_None;
         int again = more == NULL ? -1 : PyObject_IsTrue(more);
         Py_XDECREF(more);
         if (again <= 0)
@@ -171,10 +172,8 @@ static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
     if ((int)place < hub->door_count && hub->doors[place].shortcut != NULL &&
         hub->doors[place].generation == generation)
         seen = batch_shortcut(hub->doors[place].shortcut);
-    if (seen == 0) {
-        hub->news = true;
+    if (seen == 0)
         result = take_from_door(hub, place, generation);
-    }
     else if (seen < 0)
         result = -1;
     Door *door = (int)place < hub->door_count ? &hub->doors[place] : NULL;
@@ -423,9 +422,9 @@ static PyObject *hub_spawn(PyObject *self, PyObject *const *args, Py_ssize_t cou
     return spawn((Hub *)self, NULL, args[0], args + 1, count - 1);
 }
 
-static PyObject *hub_spawn_then(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    if (count < 2 || !PyCallable_Check(args[0]) || !PyCallable_Check(args[1])) {
-        PyErr_SetString(PyExc_TypeError, "spawn_then() takes what is called at the end, a function and its arguments");
+static PyObject *hub_spawn_into(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    if (count < 2 || !PySet_Check(args[0]) || !PyCallable_Check(args[1])) {
+        PyErr_SetString(PyExc_TypeError, "spawn_into() takes a set, a function and its arguments");
         return NULL;
     }
     return spawn((Hub *)self, args[0], args[1], args + 2, count - 2);
@@ -690,6 +689,7 @@ static PyObject *hub_new(PyTypeObject *type, PyObject *args, PyObject *words) {
         Py_DECREF(hub);
         return NULL;
     }
+    hub->asks_at_ends = true;
     hub->beat->unsent = &hub->pending_size;
     hub->beat->unanswered = &hub->answers;
     if ((hub->next = all_hubs) != NULL)
@@ -853,7 +853,7 @@ static PyMethodDef hub_methods[] = {
     {"flush_pending_nowait", hub_flush_pending_nowait, METH_NOARGS, "Send what was written and not sent. Any thread."},
     {"close", hub_close, METH_NOARGS, "End the green threads that are left, and give the descriptors back."},
     {"spawn", FAST(hub_spawn), METH_FASTCALL, "spawn(function, *args): a green thread; it starts at the next turn."},
-    {"spawn_then", FAST(hub_spawn_then), METH_FASTCALL, "spawn_then(done, function, *args): likewise; done(green) at its end."},
+    {"spawn_into", FAST(hub_spawn_into), METH_FASTCALL, "spawn_into(busy, function, *args): likewise; the set holds it."},
     {"call_soon", FAST(hub_call_soon), METH_FASTCALL, "call_soon(function, *args): call at the next turn."},
     {"call_soon_threadsafe", FAST(hub_call_soon), METH_FASTCALL, "The same, from any thread."},
     {"call_at", FAST(hub_call_at), METH_FASTCALL, "call_at(deadline, function, *args): call once after the deadline."},
@@ -872,6 +872,7 @@ static PyMethodDef hub_methods[] = {
 
 static PyMemberDef hub_members[] = {
     {"beat", T_OBJECT_EX, offsetof(Hub, beat), READONLY, "What the loop says of itself."},
+    {"asks_at_ends", T_BOOL, offsetof(Hub, asks_at_ends), 0, "Whether the end of a green thread is news."},
     {"__weaklistoffset__", T_PYSSIZET, offsetof(Hub, weak), READONLY, NULL},
     {NULL},
 };

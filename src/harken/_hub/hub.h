@@ -117,6 +117,7 @@ struct Hub {
     bool lent;   /* in a forked child, whose green thread ran here: it ends with that one */
     bool closed;
     bool news;   /* something has happened that run()'s caller wants to know of: a door, a wake-up, an end */
+    bool asks_at_ends; /* whether the end of a green thread is news */
     int signals[2]; /* a socketpair for signal.set_wakeup_fd, or -1 */
     struct epoll_event *events; /* of this turn: `next_event` up to `event_count` are not handed out yet */
     int next_event, event_count;
@@ -179,7 +180,7 @@ HIDDEN int throw_into(Hub *hub, PyGreenlet *green, PyObject *error);
 HIDDEN void end_process(void);
 HIDDEN void queue_clear(Hub *hub, bool abandon);
 HIDDEN int give_way(Hub *hub);
-HIDDEN PyObject *spawn(Hub *hub, PyObject *done, PyObject *function, PyObject *const *args, Py_ssize_t count);
+HIDDEN PyObject *spawn(Hub *hub, PyObject *busy, PyObject *function, PyObject *const *args, Py_ssize_t count);
 HIDDEN int report(PyObject *function);
 HIDDEN void show_exception(PyObject *function);
 

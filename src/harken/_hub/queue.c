@@ -162,7 +162,7 @@ typedef struct {
     PyObject_HEAD
     Hub *hub;
     PyObject *function, *args;
-    PyObject *done; /* called with the greenlet at the end, or NULL */
+    PyObject *busy; /* a set that holds the greenlet until its end, or NULL */
 } Task;
 
 HIDDEN PyTypeObject *Task_Type;
@@ -224,18 +224,14 @@ static PyObject *task_call(PyObject *self, PyObject *none, PyObject *keywords) {
     Py_XDECREF(done);
     if (hub->pending_owner != NULL && current_hub == hub && flush_pending(hub) < 0)
         PyErr_Clear(); /* a handler that did not close its file does not learn that the peer has gone */
-    hub->news = true;
+    hub->news |= hub->asks_at_ends;
     Py_CLEAR(task->function); /* whatever the handler held goes now, not when somebody drops the greenlet */
     Py_CLEAR(task->args);
     if (hub->lent)
         end_process();
     PyGreenlet *me = PyGreenlet_GetCurrent();
-    if (task->done != NULL) {
-        PyObject *told = PyObject_CallOneArg(task->done, (PyObject *)me);
-        if (told == NULL)
-            PyErr_WriteUnraisable(task->done);
-        Py_XDECREF(told);
-    }
+    if (task->busy != NULL && PySet_Discard(task->busy, (PyObject *)me) < 0)
+        PyErr_Clear();
     if (PySet_Discard(hub->greens, (PyObject *)me) < 0)
         PyErr_Clear();
     /* It goes to whoever runs the loop now, which need not be who ran it when this one started. */
@@ -264,7 +260,7 @@ static int give_context(PyGreenlet *green) {
     return result;
 }
 
-PyObject *spawn(Hub *hub, PyObject *done, PyObject *function, PyObject *const *args, Py_ssize_t count) {
+PyObject *spawn(Hub *hub, PyObject *busy, PyObject *function, PyObject *const *args, Py_ssize_t count) {
     if (hub->closed) {
         PyErr_SetString(PyExc_RuntimeError, "this hub is closed: nothing runs there any more");
         return NULL;
@@ -274,7 +270,7 @@ PyObject *spawn(Hub *hub, PyObject *done, PyObject *function, PyObject *const *a
         return NULL;
     task->hub = (Hub *)Py_NewRef(hub);
     task->function = Py_NewRef(function);
-    task->done = Py_XNewRef(done);
+    task->busy = Py_XNewRef(busy);
     task->args = PyTuple_New(count);
     for (Py_ssize_t i = 0; task->args != NULL && i < count; i++)
         PyTuple_SET_ITEM(task->args, i, Py_NewRef(args[i]));
@@ -283,7 +279,7 @@ PyObject *spawn(Hub *hub, PyObject *done, PyObject *function, PyObject *const *a
     if (green == NULL)
         return NULL;
     if (give_context(green) < 0 || PySet_Add(hub->greens, (PyObject *)green) < 0 ||
-        enqueue(hub, SWITCH, (PyObject *)green, NULL) < 0)
+        (busy != NULL && PySet_Add(busy, (PyObject *)green) < 0) || enqueue(hub, SWITCH, (PyObject *)green, NULL) < 0)
         Py_CLEAR(green);
     return (PyObject *)green;
 }
@@ -294,7 +290,7 @@ static int task_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(task->hub);
     Py_VISIT(task->function);
     Py_VISIT(task->args);
-    Py_VISIT(task->done);
+    Py_VISIT(task->busy);
     return 0;
 }
 
@@ -302,7 +298,7 @@ static int task_clear(PyObject *self) {
     Task *task = (Task *)self;
     Py_CLEAR(task->function);
     Py_CLEAR(task->args);
-    Py_CLEAR(task->done);
+    Py_CLEAR(task->busy);
     return 0;
 }
 

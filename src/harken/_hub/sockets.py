@@ -17,14 +17,13 @@ from harken._hub import TURN_OPERATIONS
 from harken._hub.files import Reader, Writer
 from harken._hub.pending import flush_of
 from harken._hub.wire import Wire, give_way, here, wait
+from harken.unpatched import family_of, kind_of
 
 __all__ = ["Connection"]
 
 _recv = _socket.socket.recv
 _recv_into = _socket.socket.recv_into
 _send = _socket.socket.send
-_family = _socket.socket.family.__get__  # plain ints; socket.socket's properties make enums
-_type = _socket.socket.type.__get__
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _INET = (socket.AF_INET, socket.AF_INET6)
 # TURN_BYTES in TURN_OPERATIONS: an operation costs one, and one more for each of these.
@@ -78,7 +77,7 @@ class Connection(connection.Connection):
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         super().__init__(family, type, proto, fileno)
         _socket.socket.settimeout(self, 0.0)
-        stream = _family(self) in _INET and _type(self) == socket.SOCK_STREAM
+        stream = family_of(self) in _INET and kind_of(self) == socket.SOCK_STREAM
         self._wire = Wire(self.fileno(), socket.getdefaulttimeout(), wet=not stream)
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -266,14 +265,14 @@ class Connection(connection.Connection):
     def accept(self) -> tuple[Connection, Any]:
         """Take a connection from a listener, waiting in the hub."""
         fd, address = self._accept()
-        return Connection(_family(self), _type(self), self.proto, fd), address
+        return Connection(family_of(self), kind_of(self), self.proto, fd), address
 
     @classmethod
     def take(cls, listener: socket.socket, most: int, /) -> list[tuple[Connection, Any]]:
         """Accept what is at the door, without waiting; see the contract."""
         taken: list[tuple[Connection, Any]] = []
         quiet = listener.gettimeout() == 0.0
-        parts = _family(listener), _type(listener), listener.proto
+        parts = family_of(listener), kind_of(listener), listener.proto
         while len(taken) < most and (quiet or select.select([listener], [], [], 0)[0]):
             try:
                 fd, address = listener._accept()  # type: ignore[attr-defined]

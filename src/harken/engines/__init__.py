@@ -147,8 +147,11 @@ class Engine(ABC):
         self.fit(handler)
 
     @abstractmethod
-    def watch(self, door: Door, on_readable: Callable[[], bool]) -> None:
-        """Call ``on_readable`` whenever ``door`` is readable, and again while it returns true, within bounds."""
+    def watch(self, door: Door, on_readable: Callable[[], bool | None]) -> None:
+        """Call ``on_readable`` whenever ``door`` is readable, and again while it returns true, within bounds.
+
+        When it returns None, ``run`` need not ask ``stopped`` nor call ``tick`` for it.
+        """
 
     @abstractmethod
     def unwatch(self, door: Door) -> None:
@@ -170,6 +173,10 @@ class Engine(ABC):
     @abstractmethod
     def wake(self) -> None:
         """Make ``run`` take a turn at once (*any thread*)."""
+
+    def starter(self) -> Callable[..., object]:
+        """Return what does as ``spawn(function, request, …)`` does, for the connections of one burst, at their door."""
+        return self.spawn
 
     @abstractmethod
     def spawn(self, function: Callable[..., object], *args: Any, done: Callable[[int], None] | None = None) -> int:

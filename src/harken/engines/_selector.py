@@ -21,11 +21,11 @@ class SelectorEngine(Engine):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         # By identity: a program's server class may compare by value and be unhashable.
-        self._doors: dict[int, tuple[Door, Callable[[], bool]]] = {}
+        self._doors: dict[int, tuple[Door, Callable[[], bool | None]]] = {}
         self._generation = 0
         self._wakers: list[Waker] = []
 
-    def watch(self, door: Door, on_readable: Callable[[], bool]) -> None:
+    def watch(self, door: Door, on_readable: Callable[[], bool | None]) -> None:
         """Watch ``door``; see :class:`Engine`."""
         self._doors[id(door)] = (door, on_readable)
         self._generation += 1

@@ -124,11 +124,11 @@ class Engine(Contract):
 
     def __init__(self, options: Options) -> None:
         super().__init__(options)
-        self._doors: dict[int, tuple[Door, Callable[[], bool]]] = {}
+        self._doors: dict[int, tuple[Door, Callable[[], bool | None]]] = {}
         self._loops: list[_Loop] = []
         self._jobs: set[_Job | greenlet] = set()
         self._lodgers = 0  # handlers that will be started at the first bytes of their connections
-        self._starters: dict[Callable[..., object], Callable[[Any], None]] = {}
+        self._awakeners: dict[Callable[..., object], Callable[[Any], None]] = {}
         self._datagrams: dict[int, Datagrams] = {}
         self._served: Any = None  # a datagram on its way through the hooks, in the green thread that will serve it
         self._at = 0  # the door that is being served
@@ -157,7 +157,7 @@ class Engine(Contract):
 
     # -- doors ---------------------------------------------------------------------------------------------------------
 
-    def watch(self, door: Door, on_readable: Callable[[], bool]) -> None:
+    def watch(self, door: Door, on_readable: Callable[[], bool | None]) -> None:
         """Watch ``door``; see :class:`harken.engines.Engine`."""
         with self._guard:
             self._doors[id(door)] = (door, on_readable)
@@ -176,7 +176,7 @@ class Engine(Contract):
     def _watch(self, hub: Any, door: Door) -> None:
         hub.watch(door, partial(self._serve, id(door)), self.shares_doors)
 
-    def _serve(self, number: int) -> bool:
+    def _serve(self, number: int) -> bool | None:
         """Take one connection from a door, while somebody wants that."""
         with self._turns:
             self._drop_stopped()
@@ -328,6 +328,9 @@ class Engine(Contract):
         """Whether the hub's thread may end; asked by the hub when a green thread has ended, for one."""
         for bell in tuple(self._bells):
             bell.ring()
+        hub = self._hub
+        if hub is not None:
+            hub.asks_at_ends = self._leaving or not self._loops or bool(self._bells)
         if self._moved_in:
             return False
         if not self._leaving and (self._loops or self._busy):
@@ -390,7 +393,7 @@ class Engine(Contract):
             return 0
         hub, jobs = self._hub, self._jobs
         if hub is not None and self.in_loop_thread:
-            jobs.add(hub.spawn_then(jobs.discard, function, *args))
+            hub.spawn_into(jobs, function, *args)
             return 0
         job = _Job(self, function, args)
         with self._guard:
@@ -399,27 +402,30 @@ class Engine(Contract):
         job.begun.wait(START_SECONDS)
         return 0
 
+    def starter(self) -> Callable[..., object]:
+        """Return what starts green threads at once; see :class:`harken.engines.Engine`."""
+        return partial(self._hub.spawn_into, self._jobs) if self.in_loop_thread else self.spawn
+
     def spawn_on_data(self, function: Callable[..., object], request: Any, *args: Any) -> None:
         """Start the green thread of ``request`` when its first bytes have come."""
         if self._hub is None or not self.in_loop_thread or not isinstance(request, _hub.Connection):
             self.spawn(function, request, *args)
             return
-        self._hub.lodge(request, self._starter(function, args))
+        self._hub.lodge(request, self._awakener(function, args))
         self._lodgers += 1
 
-    def _starter(self, function: Callable[..., object], args: tuple[Any, ...]) -> Callable[[Any], None]:
+    def _awakener(self, function: Callable[..., object], args: tuple[Any, ...]) -> Callable[[Any], None]:
         """Return what starts a handler: one for all that differ in their connection alone, of whom there are many."""
         if args:
             return partial(self._start, function, args)
-        starter = self._starters.get(function)
+        starter = self._awakeners.get(function)
         if starter is None:
-            starter = self._starters[function] = partial(self._start, function, args)
+            starter = self._awakeners[function] = partial(self._start, function, args)
         return starter
 
     def _start(self, function: Callable[..., object], args: tuple[Any, ...], request: Any) -> None:
-        jobs = self._jobs
         self._lodgers -= 1
-        jobs.add(self._hub.spawn_then(jobs.discard, function, request, *args))
+        self._hub.spawn_into(self._jobs, function, request, *args)
 
     def adopt(self, request: Any) -> Any:
         """Make a plain socket a connection of the hub's; anything else stays as it is."""
