@@ -180,6 +180,7 @@ def test_the_default_timeout_holds_for_accepted_connections() -> None:
     class Handler(harken.BaseRequestHandler):
         def handle(self) -> None:
             seen.append(self.request.gettimeout())
+            self.request.recv(100)  # what is left unread would turn the end into a reset
 
     before = socket.getdefaulttimeout()
     try:
