@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from harken import events
 from harken.peer import Peer, behind
 from harken.stamps import Stamps, stamp
+from harken.tracing import Tracer, mark
 from harken.traffic import accept_queue, moved, queued, traffic, unread
 from harken.unpatched import Socket, family_of, kind_of, proto_of
 
@@ -331,6 +332,7 @@ class Record:
         cut_already: whether its deadline has cut it.
         requests: how many requests had begun at its end, as ``moved``.
         moved: the bytes that had come and been sent at its end, if somebody wants to know and they are counted.
+        tracer: takes down what it moves while somebody follows it; else None.
     """
 
     # What each record has costs a place in it; the rest is the class's, and the record's own once it happens.
@@ -367,6 +369,7 @@ class Record:
     cut_already = False
     moved: tuple[int, int] | None = None
     requests: int | None = None
+    tracer: Tracer | None = None
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
         self._number = next(_count)
@@ -466,6 +469,8 @@ class Record:
             request.record = self
         if self.stamps is not None and not self.in_preamble:
             stamp(request, self)
+        if self.tracer is not None:
+            mark(self)
         if self.reason is not None:
             shut(request)  # who cut it meanwhile found the old object, which has nothing to shut any more
 

@@ -120,6 +120,70 @@ def test_stacks_show_what_a_handler_does(running):
         assert "in handle" in running.ctl("stacks")
 
 
+class Trace:
+    """A running ``harken ctl trace``, by its lines of JSON."""
+
+    def __init__(self, running, *words):
+        self.process = running._run("-m", "harken", "ctl", "--socket", running.path, "trace", *words, "--json")
+        assert self.next()["begin"]
+
+    def next(self):
+        """Wait for an entry."""
+        return json.loads(self.process.stdout.readline())
+
+
+def test_a_live_connection_is_traced_to_its_end(running):
+    """What it receives and sends, with secrets masked; then why it has ended."""
+    with running.connect() as client:
+        (found,) = running.json("connections")
+        trace = Trace(running, found["id"])
+        assert "is traced already" in running.ctl("trace", found["id"], status=1)
+        for word in (b"one\r\n", b"password=swordfish\n"):
+            client.sendall(word)
+            assert client.recv(100) == word
+        texts = []
+        while len(texts) < 3:  # the first piece came to a call that had begun, and is told by its size
+            entry = trace.next()
+            if entry["direction"] == "out" or entry["shown"]:
+                texts.append((entry["direction"], entry["bytes"], entry["text"]))
+        secret = "password=***\n"
+        assert texts == [("out", 5, "one\r\n"), ("in", 19, secret), ("out", 19, secret)]
+    while "end" not in (entry := trace.next()):
+        pass
+    assert entry["end"] == "peer_closed"
+    assert trace.process.wait(SECONDS) == 0
+
+
+def test_bytes_in_hexadecimal_and_a_trace_that_is_ended(running):
+    """A client that goes ends the trace, and the next may begin."""
+    with running.connect() as client:
+        (found,) = running.json("connections")
+        trace = Trace(running, found["id"], "--hex", "--no-redact")
+        client.sendall(b"\x00\xff")
+        while (entry := trace.next())["direction"] != "out":
+            pass
+        assert entry["hex"] == "00ff"
+        trace.process.send_signal(signal.SIGINT)
+        assert trace.process.wait(SECONDS) == 0
+        while True:
+            process = running._run("-m", "harken", "ctl", "--socket", running.path, "trace", found["id"])
+            line = process.stdout.readline()
+            if line:  # the server has noticed that the first one went
+                break
+        assert line.startswith("following ")
+        client.sendall(b"again\n")
+        while "out" not in (line := process.stdout.readline()):
+            pass
+        assert line.endswith("6  again\\n\n")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == 0
+
+
+def test_a_connection_that_is_not_there_cannot_be_traced(running):
+    """Status 1, and a word why."""
+    assert "no connection 'nobody-1' is open" in running.ctl("trace", "nobody-1", status=1)
+
+
 def test_drain_ends_the_server(running):
     """As SIGTERM does, with status 0, and the socket is gone."""
     running.ctl("drain")

@@ -99,6 +99,8 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     A reader that keeps more than 128 KiB while it waits for the rest of a line or block tells the function that was
     given to ``on_growth(function)`` of the module: ``function(connection, bytes)``, in the green thread that reads,
     which may be kept waiting there; and ``function(connection, 0)`` when they are read, which must not wait.
+    ``trace(yes)`` (*any thread*) says that what moves is to be told to :mod:`harken.tracing`, from now on, also by
+    calls that wait already.
     ``waits_for()`` returns ``"reading"``, ``"writing"`` or None: what a green thread, or one that is
     to be started, waits for there. *Any thread.*
     Fair: after :data:`TURN_OPERATIONS` operations that did not wait, or :data:`TURN_BYTES`, the others get their turn.

@@ -195,6 +195,58 @@ void note_moved(State *state, int direction, size_t size) {
         begin_request(marks, state->stream ? now_ns() : marks->moved);
 }
 
+/* -- traces; see harken.tracing ----------------------------------------------------------------------------------- */
+
+#define SHOWN 4096 /* as MOST_SHOWN of harken.tracing: what is told of one piece */
+static PyObject *traffic[2]; /* tell() and tell_call() of harken.tracing, once anything is traced */
+
+static int find_listeners(void) {
+    PyObject *module = PyImport_ImportModule("harken.tracing");
+    if (module == NULL)
+        return -1;
+    Py_XSETREF(traffic[0], PyObject_GetAttrString(module, "tell"));
+    Py_XSETREF(traffic[1], PyObject_GetAttrString(module, "tell_call"));
+    Py_DECREF(module);
+    return traffic[0] == NULL || traffic[1] == NULL ? -1 : 0;
+}
+
+/* Tell whoever follows the connection. An exception that is under way stays; one of the listener's is nobody's. */
+static void tell(int which, PyObject *told) {
+    PyObject *done = told == NULL || traffic[which] == NULL ? NULL : PyObject_CallObject(traffic[which], told);
+    if (done == NULL && PyErr_Occurred())
+        PyErr_WriteUnraisable(traffic[which]);
+    Py_XDECREF(done);
+    Py_XDECREF(told);
+}
+
+void tell_traffic(PyObject *self, int direction, const char *data, size_t size) {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    /* Other threads may run meanwhile, whose hubs receive into the same scratch. */
+    PyObject *kept = data == scratch ? PyBytes_FromStringAndSize(data, (Py_ssize_t)size) : NULL;
+    Py_ssize_t shown = data == NULL ? 0 : size < SHOWN ? (Py_ssize_t)size : SHOWN;
+    tell(0, Py_BuildValue("OOy#n", self, direction == WRITE ? Py_True : Py_False, data == NULL ? "" : data, shown,
+                          (Py_ssize_t)size));
+    if (kept != NULL)
+        memcpy(scratch, PyBytes_AS_STRING(kept), size);
+    Py_XDECREF(kept);
+    PyErr_Restore(type, error, trace);
+}
+
+void tell_call(PyObject *self, const char *name, PyObject *args, PyObject *result) {
+    tell(1, Py_BuildValue("OsOO", self, name, args, result));
+}
+
+static PyObject *connection_trace(PyObject *self, PyObject *yes) {
+    int traced = PyObject_IsTrue(yes);
+    if (traced < 0 || (traced && find_listeners() < 0))
+        return NULL;
+    state_of(self)->traced = traced;
+    Py_RETURN_NONE;
+}
+
+/* -- receiving, again --------------------------------------------------------------------------------------------- */
+
 /* recv(2) that waits. A connection that was read empty is not asked again before an event says that there is more. */
 ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags) {
     int64_t deadline = 0;
@@ -219,7 +271,7 @@ ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags
                 if (current_hub != NULL)
                     current_hub->budget -= (int)(got >> 12);
                 if (got > 0 && !(flags & MSG_PEEK))
-                    note_moved(state, READ, have);
+                    moved(self, state, READ, into, have);
                 return (ssize_t)have;
             }
             if (errno == EINTR) {
@@ -310,7 +362,7 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
         ssize_t sent = send(fd, data + done, size - done, flags | MSG_NOSIGNAL);
         if (sent >= 0) {
             done += (size_t)sent;
-            note_moved(state, WRITE, (size_t)sent);
+            moved(self, state, WRITE, data + done - sent, (size_t)sent);
             if (!all || done == size) {
                 if (current_hub != NULL)
                     current_hub->budget -= (int)(done >> 12);
@@ -573,6 +625,7 @@ static PyMethodDef connection_methods[] = {
     {"handle", connection_handle, METH_NOARGS, "Return a callable that returns this connection as long as it is there."},
     {"open_reader", FAST(connection_open_reader), METH_FASTCALL, "open_reader(size=-1): a buffered file to read."},
     {"open_writer", FAST(connection_open_writer), METH_FASTCALL, "open_writer(reader=None): a file to write."},
+    {"trace", connection_trace, METH_O, "trace(yes): tell harken.tracing what moves, or no more."},
     {"keep_stamps", connection_keep_stamps, METH_NOARGS, "Stamp from now on when calls begin, requests, and what moves."},
     {"stamps", connection_stamps, METH_NOARGS, "(reading, writing, first, moved, received, sent, requests); see harken.stamps."},
     {"settimeout", connection_settimeout, METH_O, "Set the seconds that one operation may take."},

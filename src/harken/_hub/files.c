@@ -64,7 +64,7 @@ int flush_pending(Hub *hub) {
     if (sent < 0 && errno != EAGAIN && errno != EINTR)
         result = fail(errno);
     if (sent > 0)
-        note_moved(state_of(owner), WRITE, (size_t)sent);
+        moved(owner, state_of(owner), WRITE, hub->pending, (size_t)sent);
     if (result == 0 && sent < (ssize_t)size) { /* others will use the buffer while we wait */
         size_t done = sent > 0 ? (size_t)sent : 0;
         PyObject *rest = PyBytes_FromStringAndSize(hub->pending + done, (Py_ssize_t)(size - done));
@@ -88,11 +88,17 @@ size_t flush_pending_nowait(Hub *hub) {
     ssize_t sent = send(fd, hub->pending, hub->pending_size, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent <= 0)
         return 0;
-    note_moved(state_of(hub->pending_owner), WRITE, (size_t)sent);
+    PyObject *owner = Py_NewRef(hub->pending_owner);
+    PyObject *told = state_of(owner)->traced ? PyBytes_FromStringAndSize(hub->pending, sent) : NULL;
+    note_moved(state_of(owner), WRITE, (size_t)sent);
     hub->pending_size -= (size_t)sent;
     memmove(hub->pending, hub->pending + sent, hub->pending_size);
     if (hub->pending_size == 0)
         Py_CLEAR(hub->pending_owner);
+    if (told != NULL) /* last: it may let other threads run */
+        tell_traffic(owner, WRITE, PyBytes_AS_STRING(told), (size_t)sent);
+    Py_XDECREF(told);
+    Py_DECREF(owner);
     return (size_t)sent;
 }
 
@@ -466,7 +472,7 @@ static ssize_t try_put(Writer *writer, const char *data, size_t size) {
     if (sent < 0 && errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR)
         return fail(errno);
     if (sent > 0)
-        note_moved(state_of(sock), WRITE, (size_t)sent);
+        moved(sock, state_of(sock), WRITE, data, (size_t)sent);
     return sent < 0 ? 0 : sent;
 }
 

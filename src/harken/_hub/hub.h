@@ -235,6 +235,7 @@ typedef struct {
     bool nonblocking : 1; /* a timeout of 0 */
     bool ended : 1;       /* the last thing that the peer did was to close its side; nothing was sent since */
     bool broken : 1;      /* it was reset */
+    bool traced : 1;      /* somebody follows it: what moves is told; see harken.tracing */
     bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it */
     double timeout;   /* seconds; 0: none */
     PyObject *marked; /* bytes that hold Marks, and a member as `hub` is; NULL: nobody wants to know */
@@ -251,6 +252,15 @@ static inline void begin_request(Marks *marks, int64_t now) {
 
 HIDDEN Marks *marks_made(State *state);
 HIDDEN void note_moved(State *state, int direction, size_t size);
+HIDDEN void tell_traffic(PyObject *self, int direction, const char *data, size_t size);
+HIDDEN void tell_call(PyObject *self, const char *name, PyObject *args, PyObject *result);
+
+/* Bytes have moved; `data` is NULL where they did not pass through here. */
+static inline void moved(PyObject *self, State *state, int direction, const char *data, size_t size) {
+    note_moved(state, direction, size);
+    if (state->traced)
+        tell_traffic(self, direction, data, size);
+}
 
 /* A call that reads begins: after an answer that means the next request. */
 static inline void begin_reading(State *state) {

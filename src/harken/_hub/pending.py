@@ -7,6 +7,8 @@ import _thread
 import socket
 from typing import Any
 
+from harken.tracing import tell_call
+
 __all__ = ["MOST", "Pending", "flush_of"]
 
 MOST = 65536  # bytes that are joined: as the compiled hub's buffer
@@ -58,6 +60,8 @@ class Pending:
                 sent = _send(self.sock, self._data, _DONTWAIT)
             except OSError:
                 return 0
+            if self.sock._wire.traced:
+                tell_call(self.sock, "send", (bytes(self._data),), sent)
             del self._data[:sent]
             if not self._data:
                 self.sock = None

@@ -46,6 +46,8 @@ static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int whic
             break;
     }
     Py_XDECREF(method);
+    if (done != NULL && state->traced)
+        tell_call(self, names[which], args, done);
     return done;
 }
 
@@ -174,7 +176,7 @@ static int64_t send_pieces(PyObject *self, int file, int64_t offset, int64_t mos
             break;
         if (done > 0) {
             sent += done;
-            note_moved(state, WRITE, (size_t)done);
+            moved(self, state, WRITE, NULL, (size_t)done);
             if (current_hub != NULL && (current_hub->budget -= (int)(done >> 12) + 1) < 0 && give_way(current_hub) < 0)
                 return -1;
         } else if (error == EAGAIN) {

@@ -17,6 +17,7 @@ from harken._hub import TURN_OPERATIONS
 from harken._hub.files import Reader, Writer
 from harken._hub.pending import flush_of
 from harken._hub.wire import Wire, give_way, here, wait
+from harken.tracing import tell, tell_call
 from harken.unpatched import family_of, kind_of
 
 __all__ = ["Connection"]
@@ -56,11 +57,14 @@ def _waiting(name: str, write: bool, flags_at: int) -> Callable[..., Any]:
             give_way(wire)
         wire.spent += 1
         try:
-            return raw(self, *args)
+            result = raw(self, *args)
         except BlockingIOError:
             if wire.timeout == 0.0 or (len(args) > flags_at and args[flags_at] & _DONTWAIT):
                 raise
-        return _wait_and_retry(wire, write, lambda: raw(self, *args))
+            result = _wait_and_retry(wire, write, lambda: raw(self, *args))
+        if wire.traced:
+            tell_call(self, name, args, result)
+        return result
 
     method.__name__ = name
     method.__qualname__ = f"Connection.{name}"
@@ -100,6 +104,8 @@ class Connection(connection.Connection):
         wire.spent += 1 + (size >> _PAGE_SHIFT)
         if 0 < size < bufsize and not flags and not wire.wet:
             wire.dry = True
+        if wire.traced:
+            tell_call(self, "recv", (bufsize, flags), data)
         return data
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
@@ -119,6 +125,8 @@ class Connection(connection.Connection):
         wire.spent += 1 + (size >> _PAGE_SHIFT)
         if 0 < size < (nbytes or memoryview(buffer).nbytes) and not flags and not wire.wet:
             wire.dry = True
+        if wire.traced:
+            tell_call(self, "recv_into", (buffer, nbytes, flags), size)
         return size
 
     recvfrom = _waiting("recvfrom", write=False, flags_at=1)
@@ -143,6 +151,8 @@ class Connection(connection.Connection):
         if sent is None:
             sent = _wait_and_retry(wire, True, lambda: _send(self, data, flags))
         wire.spent += 1 + (sent >> _PAGE_SHIFT)
+        if wire.traced:
+            tell_call(self, "send", (data,), sent)
         return sent
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
@@ -159,6 +169,8 @@ class Connection(connection.Connection):
             if wire.timeout == 0.0:
                 raise
         wire.spent += 1 + (sent >> _PAGE_SHIFT)
+        if wire.traced:
+            tell_call(self, "sendall", (data,), None)
         if type(data) is bytes and sent == len(data):
             return
         with memoryview(data) as view, view.cast("B") as rest:
@@ -211,7 +223,13 @@ class Connection(connection.Connection):
         except BlockingIOError:
             sent = _wait_and_retry(wire, True, attempt)
         wire.spent += 1 + (sent >> _PAGE_SHIFT)
+        if wire.traced:
+            tell(self, True, b"", sent)
         return sent
+
+    def trace(self, yes: bool, /) -> None:
+        """Tell what moves, or no more; see the contract."""
+        self._wire.traced = yes
 
     # -- files ---------------------------------------------------------------------------------------------------------
 

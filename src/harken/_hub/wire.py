@@ -41,9 +41,10 @@ class Wire:
         wet: whether a short read proves nothing: not a TCP stream, or FIN, RST or urgent data have been seen.
         spent: operations and pages of 4 KiB since it last waited.
         timeout: seconds, None to wait without end, 0.0 not to wait.
+        traced: whether somebody follows what moves; see ``harken.tracing``.
     """
 
-    __slots__ = ("dry", "fd", "guest", "hub", "reader", "spent", "timeout", "wet", "writer")
+    __slots__ = ("dry", "fd", "guest", "hub", "reader", "spent", "timeout", "traced", "wet", "writer")
 
     def __init__(self, fd: int, timeout: float | None = None, wet: bool = True) -> None:
         self.fd = fd
@@ -55,6 +56,7 @@ class Wire:
         self.wet = wet
         self.spent = 0
         self.timeout = timeout
+        self.traced = False
 
     def release(self) -> None:
         """Before the descriptor is closed or given away: whoever waits for it gets EBADF."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -12,6 +14,7 @@ import click
 from harken.cli import FAILED
 from harken.errors import ConfigError
 from harken.networks import Networks
+from harken.observe.log import escape
 from harken.process import control
 
 __all__ = ["command", "find_socket"]
@@ -74,25 +77,38 @@ def _answers(path: str) -> bool:
     return True
 
 
-def ask(ctx: click.Context, verb: str, **arguments: Any) -> Any:
-    """Ask the server and return its answer.
+@contextmanager
+def _connected(ctx: click.Context) -> Iterator[socket.socket]:
+    """A connection to the server while the block runs.
 
     Raises:
-        Refused: it cannot be reached, or refuses.
+        Refused: it cannot be reached, or hangs up.
     """
     path = find_socket(ctx.obj["socket"])
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(ANSWER_SECONDS)
         try:
             sock.connect(path)
-            sock.settimeout(None)
-            reply = next(control.replies(sock, verb, arguments))
+            yield sock
         except (FileNotFoundError, ConnectionRefusedError):
             raise Refused(f"no server answers at {path!r}; is it running, and is that its control= path?") from None
         except EOFError:
             raise Refused(f"the server at {path!r} hung up: it hears its own user and root alone") from None
         except OSError as error:
             raise Refused(f"cannot talk to {path!r}: {error.strerror or error}") from None
+
+
+def ask(ctx: click.Context, verb: str, **arguments: Any) -> Any:
+    """Ask the server and return its answer.
+
+    Raises:
+        Refused: it cannot be reached, or refuses.
+    """
+    with _connected(ctx) as sock:
+        return _result(next(control.replies(sock, verb, arguments)))
+
+
+def _result(reply: dict[str, Any]) -> Any:
     if "error" in reply:
         raise Refused(str(reply["error"]))
     return reply["result"]
@@ -235,6 +251,54 @@ def _stack_lines(found: list[dict[str, Any]]) -> list[str]:
         lines.append(f"process {each['process']}, {each['thread']}")
         lines += "".join(each["stack"]).rstrip("\n").split("\n")
         lines.append("")
+    return lines
+
+
+@command.command(help="Follow what a connection moves, until it ends or Ctrl-C. Passwords and cookies are masked.")
+@click.argument("connection", metavar="ID")
+@click.option("--hex", "as_hex", is_flag=True, help="Show bytes in hexadecimal, beside the text.")
+@click.option("--no-redact", "plain", is_flag=True, help="Show passwords, cookies and keys too.")
+@click.pass_context
+def trace(ctx: click.Context, connection: str, as_hex: bool, plain: bool) -> None:
+    """Print what moves, as it does."""
+    arguments = {"connection": connection, "form": "hex" if as_hex else "text", "redact": not plain}
+    with _connected(ctx) as sock, suppress(KeyboardInterrupt):
+        for reply in control.replies(sock, "trace", arguments):
+            entry = _result(reply)
+            _show(ctx, entry, _trace_lines)
+            if "end" in entry:
+                return
+
+
+def _trace_lines(entry: dict[str, Any]) -> list[str]:
+    if "begin" in entry:
+        return [f"following {entry['connection']} of {escape(entry['peer'])}; Ctrl-C ends it"]
+    if "left_out" in entry:
+        return [f"… {entry['left_out']:,} pieces left out: they came too fast"]
+    if "end" in entry:
+        return [f"the connection has ended: {escape(entry['end'])}"]
+    stamp = time.strftime("%H:%M:%S", time.localtime(entry["time"])) + f".{int(entry['time'] % 1 * 1000):03}"
+    head = f"{stamp} {entry['direction']:3} {entry['bytes']:5}"
+    if not entry["shown"]:
+        return [f"{head}  (bytes not seen: sent from a file, or received by a call that had begun before)"]
+    rest = entry["bytes"] - entry["shown"]
+    more = [f"… {rest:,} bytes more"] if rest else []
+    if "hex" in entry:
+        return [head, *_hex_lines(bytes.fromhex(entry["hex"])), *more]
+    return [f"{head}  {_visible(entry['text'])}", *more]
+
+
+def _visible(text: str) -> str:
+    """One line of harmless text in which line ends are seen."""
+    return escape(text.replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def _hex_lines(data: bytes) -> list[str]:
+    lines = []
+    for at in range(0, len(data), 16):
+        piece = data[at : at + 16]
+        seen = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in piece)
+        lines.append(f"    {at:04x}  {piece.hex(' '):47}  {seen}")
     return lines
 
 

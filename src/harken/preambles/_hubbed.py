@@ -16,6 +16,7 @@ from typing import Any
 
 from harken._hub import BUSY
 from harken.preambles._secured import Secured, give
+from harken.tracing import tell_call
 
 __all__ = ["Hubbed"]
 
@@ -44,6 +45,7 @@ class Hubbed(Secured):
     _ahead = b""
     # What stands before the next write: None nothing; else bytes that were not sent yet, or b"" while others send.
     _rest: bytes | None = None
+    _traced = False
     _broken = False  # a record was cut in the middle: nothing that we send can be understood any more
 
     @classmethod
@@ -104,7 +106,10 @@ class Hubbed(Secured):
             if incoming.pending or incoming.eof or sslobj.pending():
                 try:
                     with self._guard:
-                        return sslobj.read(len) if buffer is None else sslobj.read(len, buffer)
+                        read = sslobj.read(len) if buffer is None else sslobj.read(len, buffer)
+                    if self._traced:
+                        tell_call(self, "read", (len, buffer), read)
+                    return read
                 except ssl.SSLWantReadError:
                     pass
                 except ssl.SSLZeroReturnError:
@@ -202,6 +207,8 @@ class Hubbed(Secured):
                     parts.append(self._outgoing.read())
             data = b"".join(parts)
         self._send(data)
+        if self._traced:
+            tell_call(self, "write", (plain,), size)
 
     def _send(self, data: bytes) -> None:
         """Send ciphertext. What a socket that does not wait cannot send yet is kept, and goes before the next."""
@@ -332,6 +339,10 @@ class Hubbed(Secured):
     def waits_for(self) -> Any:
         """For what a green thread waits here, as the hub's connection tells: ``reading``, ``writing`` or None."""
         return self._inner.waits_for()
+
+    def trace(self, yes: bool) -> None:
+        """Tell what moves in plain text, or no more; as the hub's connection. Any thread."""
+        self._traced = yes
 
     # -- time-outs, which the hub's connection keeps -------------------------------------------------------------------
 

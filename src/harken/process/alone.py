@@ -10,6 +10,7 @@ import os
 import selectors
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from harken.process.channel import Message
 from harken.process.control import Client, Control, open_listener
 from harken.process.notify import notify
 from harken.process.pidfile import PidFile
+from harken.process.traces import Followers
 from harken.process.worker import Worker
 from harken.settings import Settings, operator
 from harken.transports import bind_options
@@ -194,6 +196,9 @@ class _Desk:
         self._waker = Waker()
         self._selector.register(self._waker, selectors.EVENT_READ, self._waker.drain)
         self._closing = False
+        self._followers = Followers()
+        self._traced: deque[tuple[str, list[Message]]] = deque()
+        worker.traces.push = self._push
         self._thread = threading.Thread(target=self._run, name="harken-control", daemon=True)
 
     def start(self) -> None:
@@ -204,7 +209,23 @@ class _Desk:
         while not self._closing:
             for key, _ in self._selector.select(_FLUSH_SECONDS if self._control.waits else None):
                 key.data()
+            while self._traced:
+                self._followers.tell(*self._traced.popleft())
             self._control.flush()
+
+    def _push(self, token: str, entries: list[Message]) -> None:
+        self._traced.append((token, entries))
+        self._waker.wake()
+
+    def _trace(self, client: Client, number: Any, arguments: dict[str, Any]) -> None:
+        token = self._followers.add(client, number, self._worker.traces.end)
+        try:
+            found = answer(self._worker, "trace", {**arguments, "token": token})
+            error = f"no connection {arguments.get('connection')!r} is open"
+        except (HarkenError, TypeError) as problem:
+            found, error = False, str(problem)
+        if not found:
+            self._followers.refuse(token, error)
 
     def _answer(self, client: Client, question: Message) -> None:
         verb, number = str(question.get("verb")), question.get("number")
@@ -212,6 +233,8 @@ class _Desk:
             if verb in self._SIGNALS:
                 os.kill(os.getpid(), self._SIGNALS[verb])
                 client.answer(number, result=None)
+            elif verb == "trace":
+                self._trace(client, number, question.get("arguments", {}))
             else:
                 answered = answer(self._worker, verb, question.get("arguments", {}))
                 client.answer(number, result=answered if verb != "status" else alone_status(answered))

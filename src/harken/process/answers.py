@@ -18,6 +18,7 @@ from harken.errors import ConfigError
 from harken.lifecycle import State
 from harken.observe.collector import Collector
 from harken.observe.stalls import joined as joined_stalls
+from harken.process.traces import Traces
 from harken.serving import Serving
 from harken.settings import REGISTRY, Settings, declare_all
 
@@ -38,6 +39,10 @@ class Served(Protocol):
     @property
     def collector(self) -> Collector | None:
         """Who collects their figures, if anybody does."""
+
+    @property
+    def traces(self) -> Traces:
+        """Those of their connections."""
 
     def servings(self) -> list[Serving]:
         """Their running sides."""
@@ -149,6 +154,14 @@ def _configure(worker: Served, **changes: Any) -> None:
     worker.configure(changes)
 
 
+def _trace(worker: Served, connection: str, token: str, form: str = "text", redact: bool = True) -> bool:
+    return worker.traces.begin(worker.servings(), connection, token, form, redact)
+
+
+def _untrace(worker: Served, token: str) -> None:
+    worker.traces.end(token)
+
+
 def _stacks(worker: Served) -> list[dict[str, Any]]:
     """What every thread does, by name, innermost call last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
@@ -168,6 +181,8 @@ VERBS: dict[str, Callable[..., Any]] = {
     "resume": _resume,
     "configure": _configure,
     "stacks": _stacks,
+    "trace": _trace,
+    "untrace": _untrace,
     "figures": _figures,
     "stalls": _stalls,
     "settings": _settings,
@@ -184,7 +199,7 @@ def joined(verb: str, answers: list[Any]) -> Any:
     """Make one answer of those of several workers."""
     if verb == "status":
         return _joined_status(answers)
-    if verb == "kill":
+    if verb in {"kill", "trace"}:
         return any(answers)
     if verb in {"connections", "stacks"}:
         return [entry for each in answers for entry in each]

@@ -50,6 +50,11 @@ class Channel:
         """Whether something waits until the other end reads."""
         return bool(self._unsent)
 
+    @property
+    def unsent_bytes(self) -> int:
+        """How much that is."""
+        return len(self._unsent)
+
     def send(self, **message: Any) -> bool:
         """Send one message; tell whether the other end can still get it. Any thread.
 

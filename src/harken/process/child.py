@@ -159,6 +159,7 @@ class Inside:
 
     def _serve(self) -> int:
         worker = self._worker = self._make()
+        worker.traces.push = lambda token, entries: self._channel.send(type="traced", token=token, entries=entries)
         self._lifespan = Lifespan(worker.settings)
         collector = Collector(worker.servings, self._slate) if worker.settings["metrics"] is not None else None
         worker.collector = collector

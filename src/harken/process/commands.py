@@ -42,6 +42,8 @@ class Commands:
         try:
             if verb in self._own:
                 client.answer(number, result=self._own[verb](**arguments))
+            elif verb == "trace":
+                self._trace(client, number, **arguments)
             elif verb in VERBS:
                 self._pass_on(verb, arguments, partial(client.answer, number))
             else:
@@ -54,6 +56,16 @@ class Commands:
             raise ConfigError(f"workers = {count!r} is not a whole number")
         self._supervisor.workers.wanted = count
         return count
+
+    def _trace(self, client: Client, number: Any, connection: str, **arguments: Any) -> None:
+        workers = self._supervisor.workers
+        token = workers.followers.add(client, number, lambda token: workers.ask("untrace", {"token": token}, _unheard))
+
+        def answered(result: bool = False, error: str | None = None) -> None:
+            if error is not None or not result:
+                workers.followers.refuse(token, error or f"no connection {connection!r} is open")
+
+        workers.ask("trace", {"connection": connection, "token": token, **arguments}, answered)
 
     def _pass_on(self, verb: str, arguments: dict[str, Any], done: Callable[..., object]) -> None:
         workers = self._supervisor.workers
@@ -94,3 +106,7 @@ class Commands:
                 "servers": reply["result"],
             }
         done(**reply)
+
+
+def _unheard(**_reply: Any) -> None:
+    """Nobody waits for this answer."""

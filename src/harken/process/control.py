@@ -94,10 +94,22 @@ def open_listener(settings: Settings, name: str) -> Listener | None:
 
 
 class Client:
-    """Somebody who asks."""
+    """Somebody who asks.
+
+    Attributes:
+        channel: to them.
+        on_gone: what is called when they have hung up.
+    """
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
+        self.on_gone: list[Callable[[], object]] = []
+
+    def gone(self) -> None:
+        """They have hung up."""
+        self.channel.close()
+        for tell in self.on_gone:
+            tell()
 
     def answer(self, number: Any, **reply: Any) -> bool:
         """Answer a question by ``result=`` or ``error=``; tell whether anybody is there to hear it."""
@@ -169,7 +181,7 @@ class Control:
     def _drop(self, client: Client) -> None:
         self._clients.discard(client)
         self._selector.unregister(client.channel)
-        client.channel.close()
+        client.gone()
 
     def close(self) -> None:
         """Hang up on everybody and close the socket."""

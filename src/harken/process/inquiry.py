@@ -83,7 +83,8 @@ class Inquiries:
         if inquiry.missing:
             return
         del self._open[number]
-        if inquiry.errors and not inquiry.answers:
+        result = joined(inquiry.verb, inquiry.answers) if inquiry.answers or not inquiry.errors else False
+        if inquiry.errors and result is False:  # all failed; or those others have not got what one fails with
             inquiry.done(error=inquiry.errors[0])
         else:
-            inquiry.done(result=joined(inquiry.verb, inquiry.answers))
+            inquiry.done(result=result)

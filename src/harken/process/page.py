@@ -28,6 +28,7 @@ from harken.process.answers import alone_status, answer
 from harken.process.channel import Channel, Message, pair
 from harken.process.control import VERSION, Client, hear
 from harken.process.signals import blocked
+from harken.process.traces import Traces
 from harken.serving import Serving
 from harken.settings import Settings
 
@@ -159,7 +160,7 @@ class Attendant:
     def _drop(self) -> None:
         if self._client is not None:
             self._selector.unregister(self._client.channel)
-            self._client.channel.close()
+            self._client.gone()
             self._client = None
 
     def close(self) -> None:
@@ -235,6 +236,7 @@ class Local:
     Attributes:
         servers: those it answers for.
         collector: collects their figures.
+        traces: those of their connections.
         settings: that speak for all of them.
     """
 
@@ -251,6 +253,7 @@ class Local:
         self.servers: list[Any] = []
         self.settings = settings
         self.collector = Collector(self.servings)
+        self.traces = Traces()
         self._listener = listener
         try:
             self._token = read_token(settings)

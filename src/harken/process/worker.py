@@ -21,6 +21,7 @@ from harken.handlers import BaseRequestHandler
 from harken.listener import Listener
 from harken.observe.collector import Collector
 from harken.process.conductor import SIGNALS, Abandoned, Conductor
+from harken.process.traces import Traces
 from harken.server import BaseServer, TCPServer, UDPServer
 from harken.serving import Serving, serving_of
 from harken.settings import Settings
@@ -103,6 +104,7 @@ class Worker:
         """Who collects this process's figures, if anybody does."""
         self.obeys: dict[int, Callable[[], None]] = {}
         """What more signals do, besides ending the worker: called in the thread that acts on signals."""
+        self.traces = Traces()
         self._conductor = Conductor(self._obey)
         make = plugins.find("engines", self.settings["engine"] or "inline", "Engine")
         make.fit(handler)
@@ -179,6 +181,7 @@ class Worker:
 
     def close(self) -> None:
         """Close every listener, after ``run`` or instead of it."""
+        self.traces.close()
         for server in self.servers:
             server.server_close()
         self._engine.join(time.monotonic())

@@ -24,6 +24,7 @@ from harken.process.inquiry import Inquiries
 from harken.process.ledger import Ledger, Slate
 from harken.process.scoreboard import Scoreboard
 from harken.process.signals import blocked
+from harken.process.traces import Followers
 from harken.process.worker import Worker
 from harken.settings import Settings, count, seconds, setting
 
@@ -68,6 +69,7 @@ class Workers:
         wanted: how many there should be.
         statuses: with which exit statuses workers have ended.
         inquiries: what they are asked.
+        followers: who follows connections of theirs.
         replaced: how many were replaced, by cause; see ``observe.families``.
     """
 
@@ -94,6 +96,7 @@ class Workers:
         self.wanted: int = settings["workers"]
         self.statuses: set[int] = set()
         self.inquiries = Inquiries()
+        self.followers = Followers()
         self.replaced: Counter[str] = Counter()
         self._settings = settings
         self._selector = selector
@@ -209,6 +212,8 @@ class Workers:
                     child.heir_wanted = message["reason"]
                 case "failed":
                     child.trouble = message["reason"]
+                case "traced":
+                    self.followers.tell(message["token"], message["entries"], child.pid)
                 case "reply":
                     self.inquiries.hear(child, message)
 
@@ -265,6 +270,7 @@ class Workers:
             self._selector.unregister(child.channel)
         del self._children[child.pid]
         self.inquiries.forget(child)
+        self.followers.lost(child.pid)
         self._board.give_back(child.row)
         self._ledger.bury(child)
         self._count(child, status)
