@@ -6,7 +6,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-__all__ = ["foreign_loop", "served_by_caller"]
+__all__ = ["foreign_loop", "request_in", "served_by_caller"]
 
 # Functions under which a handler runs, by name since programs override them, and what they call the connection.
 _SERVING, _REQUEST = {"process_request_thread", "finish_request", "serve"}, "request"
@@ -40,7 +40,13 @@ def served_by_caller() -> list[Any]:
     found: list[Any] = []
     frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_name in _SERVING and _REQUEST in frame.f_locals:
-            found.append(frame.f_locals[_REQUEST])
+        request = request_in(frame)
+        if request is not None:
+            found.append(request)
         frame = frame.f_back
     return found
+
+
+def request_in(frame: FrameType) -> Any:
+    """Return the request that a frame serves, or None."""
+    return frame.f_locals.get(_REQUEST) if frame.f_code.co_name in _SERVING else None

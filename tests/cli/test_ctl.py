@@ -115,9 +115,12 @@ def test_suspend_and_resume(running):
 
 
 def test_stacks_show_what_a_handler_does(running):
-    """With its file and function."""
-    with running.connect():
-        assert "in handle" in running.ctl("stacks")
+    """With its file and function, and whose connection that is."""
+    with running.connect() as client:
+        (found,) = running.json("connections")
+        stacks = running.ctl("stacks")
+        assert "in handle" in stacks
+        assert f"connection {found['id']} of 127.0.0.1:{client.getsockname()[1]}, open for " in stacks
 
 
 class Trace:

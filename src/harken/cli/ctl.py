@@ -238,17 +238,23 @@ def set_(ctx: click.Context, name: str, value: str) -> None:
     _show(ctx, ask(ctx, "configure", **{name.replace("-", "_"): value}), lambda _: [f"{name} = {value}"])
 
 
-@command.command(help="What every thread and green thread does at this moment.")
+@command.command(help="What every thread, green thread and task does at this moment.")
 @click.pass_context
 def stacks(ctx: click.Context) -> None:
     """Print the stacks."""
     _show(ctx, ask(ctx, "stacks"), _stack_lines)
 
 
+_SORTS = {"thread": "", "green": "green thread ", "task": "task "}
+
+
 def _stack_lines(found: list[dict[str, Any]]) -> list[str]:
     lines = []
     for each in found:
-        lines.append(f"process {each['process']}, {each['thread']}")
+        sort = next(name for name in ("thread", "green", "task") if name in each)
+        whose = f", connection {each['connection']} of {each['peer']}" if "connection" in each else ""
+        since = f", open for {each['seconds']:.1f} s" if "connection" in each else ""
+        lines.append(f"process {each['process']}, {_SORTS[sort]}{each[sort]}{whose}{since}")
         lines += "".join(each["stack"]).rstrip("\n").split("\n")
         lines.append("")
     return lines

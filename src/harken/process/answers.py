@@ -5,10 +5,6 @@ Answers are made of what JSON can say. Those of several workers are joined by :f
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
@@ -18,6 +14,7 @@ from harken.errors import ConfigError
 from harken.lifecycle import State
 from harken.observe.collector import Collector
 from harken.observe.stalls import joined as joined_stalls
+from harken.process.activity import activity
 from harken.process.traces import Traces
 from harken.serving import Serving
 from harken.settings import REGISTRY, Settings, declare_all
@@ -163,14 +160,7 @@ def _untrace(worker: Served, token: str) -> None:
 
 
 def _stacks(worker: Served) -> list[dict[str, Any]]:
-    """What every thread does, by name, innermost call last."""
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    own = threading.get_ident()
-    return [
-        {"thread": names.get(ident, str(ident)), "process": os.getpid(), "stack": traceback.format_stack(frame)}
-        for ident, frame in sys._current_frames().items()
-        if ident != own
-    ]
+    return activity(worker.servings())
 
 
 VERBS: dict[str, Callable[..., Any]] = {
