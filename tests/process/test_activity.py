@@ -39,7 +39,7 @@ class Sleeper(harken.AsyncRequestHandler):
 
     async def wait_for_time(self):
         """Where it is found."""
-        while not over.is_set():
+        while not over.is_set():  # noqa: ASYNC110 - another thread sets it
             await asyncio.sleep(0.02)
 
     async def dream(self):
