@@ -45,11 +45,11 @@ def main(words: Sequence[str] | None = None) -> int:
         for rival in rivals:
             if rival.takes(scenario):
                 try:
-                    command = [*build.prepare(rival), "--work", scenario.work]
+                    command = [*build.prepare(rival), *build.words_for(scenario.work)]
                     variables = build.environment(
                         {"PYTHONHASHSEED": "0", **rival.environment}
                     )  # as many probes in each run
-                    count = _per_message(bench, scenario, command, variables, options.keep)
+                    count = _per_message(bench, scenario, rival.name, command, variables, options.keep)
                     print(f"{scenario.name} {rival.name}: {count:,.0f} instructions a message", flush=True)
                 except (build.CannotBuildError, measure.RoundError, ServerError) as error:
                     failed = 1
@@ -60,12 +60,13 @@ def main(words: Sequence[str] | None = None) -> int:
 def _per_message(
     bench: measure.Bench,
     scenario: Scenario,
+    rival: str,
     command: Sequence[str],
     environment: Mapping[str, str],
     keep: Path | None,
 ) -> float:
     short, long = (
-        _count(bench, dataclasses.replace(scenario, seconds=seconds), command, environment, keep)
+        _count(bench, dataclasses.replace(scenario, seconds=seconds), rival, command, environment, keep)
         for seconds in (SHORT_SECONDS, LONG_SECONDS)
     )
     return (long[0] - short[0]) / (long[1] - short[1])
@@ -74,6 +75,7 @@ def _per_message(
 def _count(
     bench: measure.Bench,
     scenario: Scenario,
+    rival: str,
     command: Sequence[str],
     environment: Mapping[str, str],
     keep: Path | None,
@@ -82,7 +84,7 @@ def _count(
     with tempfile.TemporaryDirectory() as folder:
         place = keep or Path(folder)
         place.mkdir(parents=True, exist_ok=True)
-        file = place / f"callgrind.{scenario.name}.{Path(command[-3]).stem}.{scenario.seconds:g}"
+        file = place / f"callgrind.{scenario.name}.{rival}.{scenario.seconds:g}"
         words = [word.format(file=file) for word in VALGRIND]
         figures: dict[str, Any] = bench.measure(scenario, [*words, *command], environment)
         # The warm-up has a quarter of the window's messages; the difference of two runs keeps the proportion.

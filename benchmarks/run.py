@@ -74,7 +74,7 @@ class _Runner:
         names = [rival.name for rival in rivals if rival.name in self._commands]
         taken: dict[str, list[dict[str, Any] | None]] = {name: [] for name in names}
         try:
-            words = ["--work", scenario.work, *(build.certificate_words() if scenario.work == "tls" else [])]
+            words = build.words_for(scenario.work)
         except build.CannotBuildError as error:
             self._leave_out(scenario.name, str(error))
             return {**about, "rivals": {}}

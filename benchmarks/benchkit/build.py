@@ -43,15 +43,18 @@ def make(target: str) -> Path:
     return BUILD / target
 
 
-def certificate_words() -> list[str]:
-    """Return what a server under TLS is told, after making a certificate for it.
+def words_for(work: str) -> list[str]:
+    """Return what a server is told of its work; for one under TLS a certificate is made.
 
     Raises:
         CannotBuildError: there is no openssl command.
     """
-    require_tools(("openssl",), "TLS")
-    make("certificate")
-    return ["--certificate", str(BUILD / "certificate.pem"), "--key", str(BUILD / "key.pem")]
+    words = ["--work", work]
+    if work == "tls":
+        require_tools(("openssl",), "TLS")
+        make("certificate")
+        words += ["--certificate", str(BUILD / "certificate.pem"), "--key", str(BUILD / "key.pem")]
+    return words
 
 
 def prepare(rival: Rival, python: str = sys.executable) -> list[str]:

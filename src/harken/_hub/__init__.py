@@ -196,7 +196,7 @@ kind: str
 
 VARIABLE = "HARKEN_HUB"
 _NAMES = ("compiled", "fallback")  # the preferred one first
-_PARTS = ("Answers", "Batch", "Beat", "Connection", "Hub", "current", "on_growth")
+_PARTS = ("Answers", "Batch", "Beat", "Connection", "Hub", "current", "on_growth", "quicken")
 
 
 def kinds() -> dict[str, ModuleType]:

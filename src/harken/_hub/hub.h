@@ -365,6 +365,9 @@ HIDDEN int batch_shortcut(PyObject *batch);
 /* answers.c */
 HIDDEN size_t answers_nowait(Hub *hub);
 
+/* secured.c */
+HIDDEN PyObject *quicken(PyObject *module, PyObject *type);
+
 /* chunks.c */
 HIDDEN bool chunks_install(void);
 HIDDEN void *stack_begin(void);

@@ -14,7 +14,7 @@ import ssl
 import time
 from typing import Any
 
-from harken._hub import BUSY
+from harken import _hub
 from harken.preambles._secured import Secured, give
 from harken.tracing import tell_call
 
@@ -32,6 +32,9 @@ BATCH = 4 * PIECE
 class Hubbed(Secured):
     """An accepted connection under TLS; the hub waits. Two green threads may use it, one reading and one writing."""
 
+    # In slots, where compiled methods find them.
+    __slots__ = ("_ahead", "_broken", "_guard", "_incoming", "_inner", "_outgoing", "_rest", "_sslobj", "_traced")
+
     _inner: Any
     _sslobj: Any
     _incoming: ssl.MemoryBIO
@@ -42,11 +45,11 @@ class Hubbed(Secured):
     _connected: bool
     do_handshake_on_connect: bool
     suppress_ragged_eofs: bool
-    _ahead = b""
+    _ahead: bytes
     # What stands before the next write: None nothing; else bytes that were not sent yet, or b"" while others send.
-    _rest: bytes | None = None
-    _traced = False
-    _broken = False  # a record was cut in the middle: nothing that we send can be understood any more
+    _rest: bytes | None
+    _broken: bool  # a record was cut in the middle: nothing that we send can be understood any more
+    _traced: bool
 
     @classmethod
     def over(cls, inner: Any, context: ssl.SSLContext) -> Hubbed:
@@ -60,6 +63,7 @@ class Hubbed(Secured):
         socket.socket.__init__(self, int(inner.family), int(inner.type), inner.proto, inner.fileno())
         _socket.socket.settimeout(self, 0.0)  # the hub waits, nobody else
         self._inner = inner
+        self._ahead, self._rest, self._broken, self._traced = b"", None, False, False
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._guard = _thread.allocate_lock()  # OpenSSL lets go of the GIL, and programs have other threads too
         self._context = context
@@ -110,22 +114,39 @@ class Hubbed(Secured):
                     if self._traced:
                         tell_call(self, "read", (len, buffer), read)
                     return read
-                except ssl.SSLWantReadError:
-                    pass
-                except ssl.SSLZeroReturnError:
-                    return give(b"", buffer)
-                except ssl.SSLEOFError:
-                    if not self.suppress_ragged_eofs:
-                        raise
-                    return give(b"", buffer)
+                except ssl.SSLError as error:
+                    if self._judge(error) is not None:
+                        return give(b"", buffer)
             elif not len:
                 return give(b"", buffer)
             self._feed()
 
-    def _feed(self) -> None:
-        """Wait for more from the peer; what OpenSSL has to say to it goes first."""
+    def _judge(self, error: Exception) -> bytes | None:
+        """Return what a read that ended so has read: nothing at the end, None when more is to be fed."""
+        if isinstance(error, ssl.SSLWantReadError):
+            return None
+        if isinstance(error, ssl.SSLZeroReturnError) or (
+            isinstance(error, ssl.SSLEOFError) and self.suppress_ragged_eofs
+        ):
+            return b""
+        raise error
+
+    def _fail(self, error: Exception) -> None:
+        """Raise ``error``, which a compiled method met: the frame tells :meth:`broken_by` whose it is."""
+        raise error
+
+    def _tell(self, method: str, argument: Any, result: Any) -> None:
+        """Tell whoever traces of a compiled method's call."""
+        tell_call(self, method, (argument,), result)
+
+    def _flush(self) -> None:
+        """Send what OpenSSL has to say of its own accord, unless a write is under way."""
         if self._outgoing.pending and self._rest is None:
             self._send(self._outgoing.read())
+
+    def _feed(self) -> None:
+        """Wait for more from the peer; what OpenSSL has to say to it goes first."""
+        self._flush()
         try:
             data = self._inner.recv(SLICE)
         except BlockingIOError:
@@ -230,7 +251,7 @@ class Hubbed(Secured):
         if self._broken:
             raise ssl.SSLError(ssl.SSL_ERROR_SSL, "an earlier write was cut short; the connection can only be closed")
         if not self._rest:
-            raise RuntimeError(BUSY)
+            raise RuntimeError(_hub.BUSY)
         if self._inner.gettimeout() == 0.0:
             self._send_rest()
             if self._rest is not None:
@@ -366,3 +387,6 @@ class Hubbed(Secured):
     def timeout(self) -> float | None:
         """As ``socket.timeout``."""
         return self._inner.gettimeout()  # type: ignore[no-any-return]
+
+
+_hub.quicken(Hubbed)
