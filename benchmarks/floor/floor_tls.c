@@ -84,6 +84,7 @@ int main(int count, char **words) {
     if (!context || SSL_CTX_use_certificate_chain_file(context, words[4]) != 1 ||
         SSL_CTX_use_PrivateKey_file(context, words[6], SSL_FILETYPE_PEM) != 1)
         die("certificate or key");
+    SSL_CTX_set_num_tickets(context, 1); /* as the others */
     SSL_CTX_set_mode(context, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
     int door = open_door(false), poller = epoll_create1(EPOLL_CLOEXEC);
     struct epoll_event events[MAX_EVENTS], news = {.events = EPOLLIN, .data.ptr = NULL};

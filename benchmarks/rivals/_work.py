@@ -39,6 +39,7 @@ def tls_context(options: argparse.Namespace) -> ssl.SSLContext | None:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(options.certificate, options.key)
+    context.num_tickets = 1  # as Go's and harken's: OpenSSL's two would make each handshake dearer
     return context
 
 

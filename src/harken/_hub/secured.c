@@ -63,13 +63,8 @@ static bool is_plain_case(PyObject *self) {
 /* How much OpenSSL could give at the most without more from the wire: 0 nothing, -1 with an exception. */
 static Py_ssize_t at_hand(PyObject *sslobj, PyObject *incoming) {
     Py_ssize_t held = size_in(PyObject_GetAttr(incoming, word_pending));
-    if (held < 0)
-        return -1;
-    Py_ssize_t plain = size_in(call(sslobj, word_pending, NULL));
-    if (plain < 0)
-        return -1;
-    if (held > 0 || plain > 0)
-        return held > plain ? held : plain;
+    if (held != 0 || (held = size_in(call(sslobj, word_pending, NULL))) != 0)
+        return held;
     PyObject *eof = PyObject_GetAttr(incoming, word_eof);
     Py_XDECREF(eof);
     return eof == NULL ? -1 : eof == Py_True;

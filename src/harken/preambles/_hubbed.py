@@ -52,12 +52,13 @@ class Hubbed(Secured):
     _traced: bool
 
     @classmethod
-    def over(cls, inner: Any, context: ssl.SSLContext) -> Hubbed:
+    def over(cls, inner: Any, context: ssl.SSLContext, first: bytes = b"") -> Hubbed:
         """Take over a hub's connection. The TLS handshake is still to be done.
 
         Args:
             inner: the connection; it stays the owner of the descriptor, and its record is the caller's to move.
             context: for the server's side.
+            first: what was received already.
         """
         self = cls.__new__(cls)
         socket.socket.__init__(self, int(inner.family), int(inner.type), inner.proto, inner.fileno())
@@ -65,6 +66,7 @@ class Hubbed(Secured):
         self._inner = inner
         self._ahead, self._rest, self._broken, self._traced = b"", None, False, False
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._incoming.write(first)
         self._guard = _thread.allocate_lock()  # OpenSSL lets go of the GIL, and programs have other threads too
         self._context = context
         self._session = None
@@ -285,8 +287,9 @@ class Hubbed(Secured):
                     if deadline is not None:
                         self.settimeout(max(0.001, deadline - time.monotonic()))
                     self._feed()
-            if self._outgoing.pending:
-                self._send(self._outgoing.read())
+            if self._sslobj.version() != "TLSv1.3":
+                self._flush()
+            # Else what is left are tickets, which nobody waits for: they go with the first answer, or before a wait.
         except ssl.SSLError:
             self._send_last()  # OpenSSL's alert, that tells the peer why
             raise

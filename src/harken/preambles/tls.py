@@ -25,6 +25,9 @@ __all__ = ["TLS", "Handshake", "certificates_of", "make", "secure"]
 # What a handshake imports: before the first, since no descriptor may be left then to read a module by.
 _NEEDED = ("harken._hub", "harken.preambles._words", "harken.preambles._certificates", "harken.preambles._hubbed")
 
+WORD = 8  # the longest word of HTTP, to be named
+FIRST = 16384  # a ClientHello, and more than one: the rest is received later
+
 _made: weakref.WeakKeyDictionary[TLS, Certificates] = weakref.WeakKeyDictionary()
 
 
@@ -74,15 +77,25 @@ class Handshake:
 
         if self.mode == "starttls" or isinstance(connection, ssl.SSLSocket):
             return connection
-        timeout = connection.gettimeout()
-        connection.settimeout(left(deadline))
-        first = connection.recv(8, socket.MSG_PEEK)  # the longest word of HTTP, to be named
-        connection.settimeout(timeout)
+        first, taken = self._begin(connection, deadline)
         if first[:1] == bytes((HANDSHAKE,)):
-            return secure(connection, self.certificates.current(), deadline, nodelay=self.nodelay)
+            return secure(connection, self.certificates.current(), deadline, nodelay=self.nodelay, taken=taken)
         if first and self.mode == "optional":
             return connection
-        raise PreambleError(of_plain_text(first))
+        raise PreambleError(of_plain_text(first[:WORD]))
+
+    def _begin(self, connection: Any, deadline: float) -> tuple[bytes, bytes]:
+        """Return the first bytes, and those of them that were taken out of the connection: all, where that can be."""
+        from harken._hub import is_connection
+
+        timeout = connection.gettimeout()
+        connection.settimeout(left(deadline))
+        if self.mode == "always" and is_connection(connection):
+            first = taken = connection.recv(FIRST)
+        else:
+            first, taken = connection.recv(WORD, socket.MSG_PEEK), b""
+        connection.settimeout(timeout)
+        return first, taken
 
     def reload(self) -> bool:
         """Read the certificates anew; see :meth:`Certificates.reload`."""
@@ -102,7 +115,9 @@ def left(deadline: float) -> float:
     return max(0.001, deadline - monotonic())
 
 
-def secure(connection: Any, context: ssl.SSLContext, deadline: float, *, nodelay: bool = True) -> Any:
+def secure(
+    connection: Any, context: ssl.SSLContext, deadline: float, *, nodelay: bool = True, taken: bytes = b""
+) -> Any:
     """Put a connection under TLS, as the server; its record moves.
 
     Args:
@@ -110,6 +125,7 @@ def secure(connection: Any, context: ssl.SSLContext, deadline: float, *, nodelay
         context: with a certificate.
         deadline: by ``time.monotonic()``.
         nodelay: whether to set TCP_NODELAY: the tickets that end a handshake would hold the first answer up by 40 ms.
+        taken: what was received already, of a hub's connection.
 
     Returns:
         An ``ssl.SSLSocket`` with the timeout of ``connection``.
@@ -122,7 +138,7 @@ def secure(connection: Any, context: ssl.SSLContext, deadline: float, *, nodelay
     from harken.preambles._words import of_error
 
     record, timeout = getattr(connection, "record", None), connection.gettimeout()
-    made = _wrap(connection, context)
+    made = _wrap(connection, context, taken)
     if record is not None:
         record.move(made)
     try:
@@ -143,11 +159,11 @@ def secure(connection: Any, context: ssl.SSLContext, deadline: float, *, nodelay
     return made
 
 
-def _wrap(connection: Any, context: ssl.SSLContext) -> Any:
+def _wrap(connection: Any, context: ssl.SSLContext, taken: bytes) -> Any:
     from harken import _hub
 
     if _hub.is_connection(connection):
         from harken.preambles._hubbed import Hubbed
 
-        return Hubbed.over(connection, context)
+        return Hubbed.over(connection, context, taken)
     return context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
