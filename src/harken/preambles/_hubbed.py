@@ -106,6 +106,8 @@ class Hubbed(Secured):
         sslobj, incoming = self._sslobj, self._incoming
         if sslobj is None:
             raise ValueError("Read on closed or unwrapped SSL socket.")
+        if len < 0:
+            raise ValueError("size should not be negative")
         if self._ahead:
             return give(self._take(len), buffer)
         while True:

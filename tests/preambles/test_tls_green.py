@@ -1,0 +1,85 @@
+"""TLS on a hub: its own way between OpenSSL and the wire, compiled and in Python."""
+
+import socket
+import ssl
+import threading
+
+import pytest
+
+import harken
+
+from .tls_kit import PATIENCE
+
+HUBS = ("green", "green-fallback")
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_receive_takes_what_a_socket_takes(engine, serving, dial):
+    """Sizes below a record leave the rest for the next call; keywords, flags and no size at all are as they are."""
+    told = []
+
+    class Read(harken.BaseRequestHandler):
+        def handle(self):
+            request = self.request
+            told.append(request.recv(3))
+            told.append(request.recv(buflen=2))
+            told.append(request.recv(0))
+            told.append(request.recv(100))
+            for wrong in ((100, 1), (-1,), (1, 2, 3), ("1",)):
+                with pytest.raises((ValueError, TypeError)):
+                    request.recv(*wrong)
+            for wrong in ((), (b"x", 1), ("text",)):
+                with pytest.raises((ValueError, TypeError)):
+                    request.sendall(*wrong)
+            request.sendall(b"")
+            request.sendall(data=b"as a keyword, ")
+            request.sendall(bytearray(b"as a buffer, "))
+            request.sendall(b"as it is")
+            told.append(request.recv())
+
+    with serving(engine, Read) as server, dial(server) as client:
+        client.sendall(b"one record")
+        expected = b"as a keyword, as a buffer, as it is"
+        got = b""
+        while len(got) < len(expected):
+            got += client.recv(100)
+        client.sendall(b"more")
+        assert client.recv(100) == b""
+    assert got == expected
+    assert told == [b"one", b" r", b"", b"ecord", b"more"]
+
+
+@pytest.mark.parametrize("engine", HUBS)
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_handshake_ends_before_the_handler_speaks(engine, version, serving, dial, trusting):
+    """A handler that neither reads nor writes for a while keeps no client waiting in its handshake."""
+    go = threading.Event()
+
+    class Silent(harken.BaseRequestHandler):
+        def handle(self):
+            harken.green.offload(go.wait, PATIENCE)
+            self.request.sendall(b"at last")
+
+    context = trusting()
+    context.maximum_version = version
+    with serving(engine, Silent) as server, dial(server, context=context) as client:
+        assert client.version() == version.name.replace("_", ".")
+        go.set()
+        assert client.recv(100) == b"at last"
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_a_client_gets_a_ticket_and_comes_back_by_it(engine, serving, dial, trusting):
+    """The ticket comes with the first answer, and a session goes on by it."""
+    context = trusting()
+    with serving(engine) as server:
+        with dial(server, context=context) as client:
+            client.sendall(b"first")
+            assert client.recv(100) == b"first"
+            session = client.session
+        assert session.has_ticket
+        sock = socket.create_connection(server.server_address, PATIENCE)
+        with context.wrap_socket(sock, server_hostname="localhost", session=session) as client:
+            client.sendall(b"again")
+            assert client.recv(100) == b"again"
+            assert client.session_reused
