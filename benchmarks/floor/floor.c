@@ -16,6 +16,7 @@
 #include "door.h"
 
 #define MAX_EVENTS 256
+#define MAX_BURST 64        /* connections taken at a wake-up; redis takes 10, gevent 100 */
 #define RECEIVE_BYTES 65536  /* as the handlers of the other servers */
 #define BATCH 32             /* datagrams for one system call */
 #define DATAGRAM_BYTES 8192  /* as socketserver's max_packet_size */
@@ -45,9 +46,10 @@ static bool echo(int fd) {
     return length > 0 && send_all(fd, buffer, length);
 }
 
-static void accept_all(int listener, int poller) {
+/* A bounded burst: under a steady load a loop until EAGAIN never ends, and no client that has left is ever closed. */
+static void accept_some(int listener, int poller) {
     int fd;
-    while ((fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
+    for (int i = 0; i < MAX_BURST && (fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0; i++) {
         struct epoll_event event = {.events = EPOLLIN, .data.fd = fd};
         if (!echo(fd) || epoll_ctl(poller, EPOLL_CTL_ADD, fd, &event))
             close(fd);
@@ -63,7 +65,7 @@ static void serve_stream(int listener) {
         int ready = epoll_wait(poller, events, MAX_EVENTS, -1);
         for (int i = 0; i < ready; i++)
             if (events[i].data.fd == listener)
-                accept_all(listener, poller);
+                accept_some(listener, poller);
             else if (!echo(events[i].data.fd))
                 close(events[i].data.fd);
     }
