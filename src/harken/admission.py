@@ -19,10 +19,10 @@ from harken.limits.alarm import Alarm
 from harken.limits.connections import SETTLE_SECONDS, MaxConnections, in_force
 from harken.limits.peers import MaxConnectionsPerPeer
 from harken.limits.rate import MaxAcceptRate
-from harken.settings import share
 
 if TYPE_CHECKING:
     from harken.connection import Record, Registry
+    from harken.limits.across import Place
     from harken.peer import Peer
     from harken.settings import Settings
 
@@ -78,14 +78,18 @@ class Admission:
         reply: what a refused client is sent under ``overload=reply``, else nothing.
     """
 
-    def __init__(self) -> None:
-        """Begin with no limit; see :meth:`refresh`."""
-        self.crowd = MaxConnections(None)
+    def __init__(self, place: Place | None = None) -> None:
+        """Begin with no limit; see :meth:`refresh`.
+
+        Args:
+            place: this process's among several over which numbers hold; None: it is alone.
+        """
+        self.crowd = MaxConnections(None, place)
         self.policy = "wait"
         self.reply = b""
         self._members: list[tuple[Registry, Callable[[int], None]]] = []
         self._own: tuple[Any, tuple[Limit, ...]] = ((), ())
-        self._rate = MaxAcceptRate(None)
+        self._rate = MaxAcceptRate(None, place=place)
         self._alarm = Alarm(None, lambda: self.crowd.inside, self._ring)
         self._per_peer = MaxConnectionsPerPeer(None)
         self._addresses: Addresses | None = None
@@ -112,11 +116,11 @@ class Admission:
 
     def refresh(self, settings: Settings, engine_name: str) -> None:
         """Read the settings anew. What is inside stays inside, and counts."""
-        self.crowd.maximum = share(in_force(settings, engine_name).value, settings)
+        self.crowd.maximum = in_force(settings, engine_name).value
         self.policy = settings["overload"]
         reply = settings["overload_reply"] if self.policy == "reply" else b""
         self.reply = reply.encode() if isinstance(reply, str) else reply
-        self._rate.maximum = share(settings["max_accept_rate"], settings)
+        self._rate.maximum = settings["max_accept_rate"]
         self._alarm.threshold = settings["alarm_connections"]
         self._per_peer.maximum = settings["max_connections_per_peer"]
         lists = settings["allow"], settings["deny"]
@@ -225,16 +229,35 @@ class Admission:
         return self.crowd.full and self.policy in ("wait", "shed")
 
     def places(self, most: int) -> int:
-        """How many connections may be taken from the backlog now, at most ``most``."""
+        """How many connections may be taken from the backlog now, at most ``most``; as :meth:`claim`."""
         maximum = self.crowd.maximum
         if maximum is None or self.policy not in ("wait", "shed"):
             return most
+        if self.crowd.near:
+            return int(self.reserve())
         return min(most, max(0, maximum - self.crowd.inside))
 
-    def reserve(self) -> None:
-        """Count a connection that was just accepted, before ``admit`` is asked: for several loops on one server."""
-        if self.crowd.admit(None) is None:
-            self._reserved.append(None)
+    def reserve(self) -> bool:
+        """Count a connection before ``admit`` is asked, where several loops accept; tell whether it has a place."""
+        if self.crowd.admit(None) is not None:
+            return False
+        self._reserved.append(None)
+        return True
+
+    def claim(self) -> bool:
+        """Tell whether the next connection may be accepted.
+
+        Near the limit it has its place from now on where other processes accept too, or else none of them would wait.
+        :meth:`unclaim` gives it back.
+        """
+        if self.policy in ("wait", "shed") and self.crowd.near:
+            return self.reserve()
+        return not self.full
+
+    def unclaim(self) -> None:
+        """Nobody came: give the place back."""
+        if self.crowd.shared and self._take_reserved():
+            self.crowd.release(None)
 
     def _take_reserved(self) -> bool:
         try:
@@ -264,7 +287,7 @@ class Admission:
     @property
     def patience(self) -> float:
         """Seconds after which to ask for :meth:`room` again, if nobody is woken before."""
-        return SHED_SECONDS if self.crowd.full else SETTLE_SECONDS
+        return SHED_SECONDS if self.crowd.full and not self.crowd.shared else SETTLE_SECONDS
 
     def unhold(self, who: object) -> None:
         """Call no more."""

@@ -114,7 +114,14 @@ class Intake:
     def _take_one(self) -> bool:
         serving = self._serving
         engine, server, admission = serving.engine, serving.server, serving.admission
-        taken = server._handle_request_noblock()
+        if admission is not None and not admission.claim():
+            self._wait_for_room(admission)
+            return False
+        try:
+            taken = server._handle_request_noblock()
+        finally:
+            if admission is not None:
+                admission.unclaim()
         if serving.acceptor.troubled:
             serving.acceptor.settle(taken=bool(taken))
         if taken is not True or serving.shared or engine.full or not getattr(server.get_request, "bursts", False):

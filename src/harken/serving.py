@@ -40,6 +40,7 @@ from harken.tally import Tally
 from harken.transports import for_socket
 
 if TYPE_CHECKING:
+    from harken.limits.across import Place
     from harken.preambles.proxy_datagrams import DatagramProxy
 
 __all__ = ["DrainReport", "RunningSide", "Serving", "background", "serving_of"]
@@ -96,6 +97,8 @@ class Serving:
         self._herald: Herald | None = None
         self._tally: Tally | None = None
         self._shared: Serving | None = None
+        self.place: Place | None = None
+        """This process's among several over which limits hold; given before any connection comes."""
         self.guard = threading.RLock()
         self._loop_count = 0
 
@@ -207,7 +210,13 @@ class Serving:
     @cached_property
     def admission(self) -> Admission | None:
         """The limits that connections must pass; None when none is set, and then nothing is counted either."""
-        made = self._shared.admission if self._shared is not None else Admission() if wanted(self.settings) else None
+        made = (
+            self._shared.admission
+            if self._shared is not None
+            else Admission(self.place)
+            if wanted(self.settings)
+            else None
+        )
         if made is None:
             return None
         made.join(self.connections, self.books.alarm)

@@ -75,6 +75,8 @@ def take(serving: Serving) -> bool | None:
         taken = []
     if not taken:
         acceptor.found_empty()
+        if admission is not None:
+            admission.unclaim()
     if acceptor.troubled:
         acceptor.settle(taken=bool(taken))
     if taken and len(taken[0][1]) > 2:

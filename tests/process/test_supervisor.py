@@ -324,3 +324,111 @@ def test_connections_spread_over_the_workers(service, engine):
         for client in clients:
             client.close()
     assert min(served.count(worker) for worker in workers) >= 20, [served.count(worker) for worker in workers]
+
+
+# ── limits over all workers ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def storm(running, count):
+    """Connect ``count`` clients at once."""
+    clients = [socket.socket() for _ in range(count)]
+    for client in clients:
+        client.settimeout(PATIENCE)
+        client.connect(("127.0.0.1", running.port))
+    return clients
+
+
+def greeted(clients, patience):
+    """Return those that have an answer within ``patience`` seconds."""
+    found = []
+    end = time.monotonic() + patience
+    for client in clients:
+        client.settimeout(max(0.001, end - time.monotonic()))
+        try:
+            if client.recv(100):
+                found.append(client)
+        except (ConnectionError, TimeoutError):
+            pass
+    return found
+
+
+def stay(clients):
+    """Return those whose connection has not ended."""
+    found = []
+    for client in clients:
+        client.setblocking(False)
+        try:
+            client.recv(100)
+        except BlockingIOError:
+            found.append(client)
+        except ConnectionError:
+            pass
+    return found
+
+
+def test_a_storm_over_four_workers_lets_in_exactly_the_maximum(service):
+    """Those beyond wait, and come in as others leave, or as the workers are replaced."""
+    running = service("--workers", "4", "--max-connections", "10", "--engine", "green", "--drain-timeout", "30")
+    running.workers(4)
+    clients = storm(running, 40)
+    try:
+        inside = greeted(clients, 1.0)
+        assert len(inside) == 10
+        waiting = [client for client in clients if client not in inside]
+        for client in inside[:3]:
+            client.close()
+        more = greeted(waiting, 1.0)
+        assert len(more) == 3
+        inside = inside[3:] + more
+        waiting = [client for client in waiting if client not in more]
+        os.kill(running.pid, signal.SIGHUP)
+        running.wait_log("reloaded")
+        assert not any(client.recv(100) for client in inside)  # the idle ones leave with their workers
+        end = time.monotonic() + PATIENCE
+        while len(stay(inside := inside + greeted(waiting, 0.2))) != 10:  # old workers let some in, and go
+            assert time.monotonic() < end
+            waiting = [client for client in waiting if client not in inside]
+            assert len(stay(inside)) <= 10
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_a_killed_worker_gives_back_its_places(service):
+    """Its heir and the others take as many as it had."""
+    running = service("--workers", "2", "--max-connections", "6")
+    running.workers(2)
+    clients = storm(running, 12)
+    try:
+        found = {}
+        for client in clients:
+            client.settimeout(1.0)
+            try:
+                found[client] = int(client.recv(100).split()[1])
+            except TimeoutError:
+                pass
+        assert len(found) == 6
+        victim = next(iter(found.values()))
+        lost = sum(pid == victim for pid in found.values())
+        os.kill(victim, signal.SIGKILL)
+        running.wait_log("worker exited")
+        waiting = [client for client in clients if client not in found]
+        assert len(greeted(waiting, 3.0)) == min(lost, len(waiting))
+    finally:
+        for client in clients:
+            client.close()
+
+
+def test_the_rate_holds_over_all_workers(service):
+    """One bucket of a second, whoever accepts; the rest is reset."""
+    running = service("--workers", "4", "--max-accept-rate", "20")
+    running.workers(4)
+    start = time.monotonic()
+    clients = storm(running, 200)
+    elapsed = time.monotonic() - start
+    inside = greeted(clients, PATIENCE)
+    most = 20 + 20 * (time.monotonic() - start)
+    for client in clients:
+        client.close()
+    assert 20 <= len(inside) <= most
+    assert elapsed < PATIENCE

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from harken import settings
 
 if TYPE_CHECKING:
+    from harken.limits.across import Place
     from harken.peer import Peer
     from harken.settings import Settings
 
@@ -48,33 +49,58 @@ SETTLE_SECONDS = 0.05
 class MaxConnections:
     """Lets at most ``maximum`` in; None counts only."""
 
-    def __init__(self, maximum: int | None) -> None:
-        """Begin with nobody inside."""
+    def __init__(self, maximum: int | None, place: Place | None = None) -> None:
+        """Begin with nobody inside.
+
+        Args:
+            maximum: how many.
+            place: this process's among several, over all of which the number holds; None: it is alone.
+        """
         self.maximum = maximum
+        self._place = place
         # One entry each: append and pop are atomic, whatever thread, signal handler or collection they run in.
         self._inside: deque[None] = deque()
 
     @property
     def inside(self) -> int:
         """How many have been let in and not released."""
-        return len(self._inside)
+        return len(self._inside) if self._place is None else self._place.inside
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes let in too, so that there may be room at any moment, or none any more."""
+        return self._place is not None
+
+    @property
+    def near(self) -> bool:
+        """Whether other processes may take the places that are left before this one has."""
+        return self._place is not None and self.maximum is not None and self._place.near(self.maximum)
 
     @property
     def full(self) -> bool:
         """Whether the next one would be refused."""
-        return self.maximum is not None and len(self._inside) >= self.maximum
+        return self.maximum is not None and self.inside >= self.maximum
 
     @property
     def low(self) -> bool:
         """Whether so many have left that a full server may accept again at once."""
-        return self.maximum is None or len(self._inside) <= self.maximum - max(1, int(self.maximum * HYSTERESIS))
+        return self.maximum is None or self.inside <= self.maximum - max(1, int(self.maximum * HYSTERESIS))
 
     def count(self) -> None:
         """Count one that is in already, whatever the maximum."""
         self._inside.append(None)
+        if self._place is not None:
+            self._place.add(1)
 
     def admit(self, peer: Peer | None) -> str | None:
         """Let one in while fewer than the maximum are inside."""
+        if self._place is not None:
+            if self.maximum is None:
+                self._place.add(1)
+            elif not self._place.admit(self.maximum):
+                return "max_connections"
+            self._inside.append(None)
+            return None
         self._inside.append(None)
         if self.maximum is not None and len(self._inside) > self.maximum:
             self._inside.pop()
@@ -84,3 +110,5 @@ class MaxConnections:
     def release(self, peer: Peer | None) -> None:
         """One has left."""
         self._inside.pop()
+        if self._place is not None:
+            self._place.add(-1)

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from harken import settings
+from harken.limits.across import ROUNDING
 
 if TYPE_CHECKING:
+    from harken.limits.across import Place
     from harken.peer import Peer
 
 __all__ = ["MAX_ACCEPT_RATE", "MaxAcceptRate"]
@@ -26,16 +28,21 @@ MAX_ACCEPT_RATE = settings.setting(
 )
 
 
-# What a token may lack: sums of fractions of a second come out a little below a whole.
-ROUNDING = 1e-6
-
-
 class MaxAcceptRate:
     """A token bucket that fills at ``maximum`` a second and holds one second's tokens."""
 
-    def __init__(self, maximum: int | None, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin with a full bucket."""
+    def __init__(
+        self, maximum: int | None, clock: Callable[[], float] = time.monotonic, place: Place | None = None
+    ) -> None:
+        """Begin with a full bucket.
+
+        Args:
+            maximum: tokens a second.
+            clock: in seconds.
+            place: this process's among several that take from one bucket; None: it is alone.
+        """
         self._clock = clock
+        self._place = place
         self._lock = threading.Lock()
         self._maximum = maximum
         self._tokens = float(maximum or 0)
@@ -59,6 +66,8 @@ class MaxAcceptRate:
         """Take a token."""
         if self._maximum is None:
             return None
+        if self._place is not None:
+            return None if self._place.take_token(self._maximum, self._clock()) else "max_accept_rate"
         with self._lock:
             self._fill()
             if self._tokens < 1.0 - ROUNDING:

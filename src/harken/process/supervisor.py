@@ -15,6 +15,7 @@ from typing import Any
 
 from harken import events
 from harken.errors import ConfigError, HandoffError
+from harken.limits.across import Place
 from harken.listener import Listener
 from harken.observe.collector import add_queues
 from harken.observe.figures import Figures
@@ -248,7 +249,7 @@ class Supervisor:
             listener.disown()
             listener.close()
 
-    def _make_worker(self) -> Worker:
+    def _make_worker(self, place: Place) -> Worker:
         listeners = self.listeners
         for listener in listeners:
             listener.disown()
@@ -259,6 +260,7 @@ class Supervisor:
         worker.obeys[signal.SIGUSR1] = self._reopen
         for serving in worker.servings():
             serving.offers_page = False
+            serving.place = place
         return worker
 
     # -- what happens to the service -----------------------------------------------------------------------------------

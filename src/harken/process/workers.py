@@ -12,17 +12,19 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from harken import events
 from harken.errors import ConfigError
+from harken.limits.across import Across, Place
 from harken.observe.figures import Figures
 from harken.process.answers import answer
 from harken.process.channel import pair
 from harken.process.child import Child, Inside
 from harken.process.inquiry import Inquiries
 from harken.process.ledger import Ledger, Slate
-from harken.process.scoreboard import Scoreboard
+from harken.process.scoreboard import MAX_ROWS, Scoreboard
 from harken.process.signals import blocked
 from harken.process.traces import Followers
 from harken.process.worker import Worker
@@ -77,7 +79,7 @@ class Workers:
         self,
         settings: Settings,
         selector: selectors.BaseSelector,
-        make: Callable[[], Worker],
+        make: Callable[[Place], Worker],
         let_go: Callable[[], None],
         *,
         on_ready: Callable[[], None],
@@ -88,7 +90,7 @@ class Workers:
         Args:
             settings: the service's.
             selector: of the supervisor's loop; its keys' ``data`` are functions to call when a descriptor is ready.
-            make: called in each new process, to load the handler and make the worker.
+            make: called in each new process, with its place among all, to load the handler and make the worker.
             let_go: called in each new process first, to close what is the supervisor's.
             on_ready: called whenever a worker has become ready.
             on_reloaded: called when a reload is over, one way or the other.
@@ -105,6 +107,7 @@ class Workers:
         self._on_ready = on_ready
         self._on_reloaded = on_reloaded
         self._board = Scoreboard()
+        self._across = Across(MAX_ROWS)
         self._ledger = Ledger()
         self._children: dict[int, Child] = {}
         self._generation = 1
@@ -182,6 +185,7 @@ class Workers:
     def _start(self) -> None:
         ours, theirs = pair()
         row = self._board.take()
+        place = self._across.place(row.number)
         slate = Slate()
         dump = os.memfd_create("harken-stacks", os.MFD_CLOEXEC)
         with blocked():
@@ -191,7 +195,7 @@ class Workers:
                 ours.release()
                 self.release()
         if pid == 0:
-            Inside(self._make, theirs, row, slate, dump, answer).live()
+            Inside(partial(self._make, place), theirs, row, slate, dump, answer).live()
         theirs.release()
         child = self._children[pid] = Child(pid, self._generation, ours, row, slate, dump)
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
@@ -272,6 +276,7 @@ class Workers:
         self.inquiries.forget(child)
         self.followers.lost(child.pid)
         self._board.give_back(child.row)
+        self._across.clear(child.row.number)
         self._ledger.bury(child)
         self._count(child, status)
         stacks = child.stacks() if child.killed_for else None
@@ -403,6 +408,7 @@ class Workers:
             child.close()
         self._children.clear()
         self._board.close()
+        self._across.close()
 
     def flush(self) -> None:
         """Send on what busy workers have not read yet."""

@@ -1,0 +1,139 @@
+"""Limits that hold over several processes: a page of memory in which each says how many it has let in.
+
+Each process writes its own place and nobody else's, so that what a killed one had let in is forgotten by clearing its
+place. Whoever is let in near the limit is let in under a lock: a record lock, which the kernel takes from a process
+that dies (fcntl(2)).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["ROUNDING", "Across", "Place"]
+
+_BUCKET = struct.Struct("=dd")  # tokens, and when they were counted (CLOCK_MONOTONIC: one clock for all processes)
+_NUMBER_BYTES = 8
+# What a token may lack: sums of fractions of a second come out a little below a whole.
+ROUNDING = 1e-6
+# Connections that each process may have accepted, or let in, that the others do not see yet: a burst of its acceptor.
+MARGIN = 64
+
+
+class Across:
+    """The memory. Made by the parent of the processes; they inherit it."""
+
+    def __init__(self, places: int) -> None:
+        """Begin with nobody inside.
+
+        Args:
+            places: processes at once.
+        """
+        self._memory = mmap.mmap(-1, _BUCKET.size + (1 + places) * _NUMBER_BYTES)  # anonymous and shared
+        # How many places are used at all, lowest first; and how many each has let in.
+        self._numbers = memoryview(self._memory)[_BUCKET.size :].cast("q")
+        self._lock = os.memfd_create("harken-limits", os.MFD_CLOEXEC)
+
+    def place(self, number: int) -> Place:
+        """Return the place of one process, empty. In the parent."""
+        self.clear(number)
+        self._numbers[0] = max(self._numbers[0], number + 1)
+        return Place(self, number)
+
+    def clear(self, number: int) -> None:
+        """A process has ended, and nobody is inside by it any more."""
+        self._numbers[1 + number] = 0
+
+    def add(self, number: int, change: int) -> None:
+        """So many more are inside by one process, or fewer. In that process."""
+        self._numbers[1 + number] += change
+
+    @property
+    def inside(self) -> int:
+        """How many are inside, over all processes."""
+        return sum(self._numbers[1 : 1 + self._numbers[0]])
+
+    def near(self, maximum: int) -> bool:
+        """Tell whether so few places are left that the lock is needed."""
+        return self.inside + MARGIN * self._numbers[0] >= maximum
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out while the block runs."""
+        fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN)
+
+    def read_bucket(self) -> tuple[float, float]:
+        """Return the tokens that are left, and when that was; (0, 0) at first. Under the lock."""
+        tokens, at = _BUCKET.unpack_from(self._memory)
+        return tokens, at
+
+    def write_bucket(self, tokens: float, at: float) -> None:
+        """Say how many are left now. Under the lock."""
+        _BUCKET.pack_into(self._memory, 0, tokens, at)
+
+    def close(self) -> None:
+        """Let go of memory and lock."""
+        self._numbers.release()
+        self._memory.close()
+        os.close(self._lock)
+
+
+class Place:
+    """One process's. Any thread.
+
+    A release may come at any point, also in the middle of an admission, by a garbage collection: hence the RLock.
+    """
+
+    def __init__(self, across: Across, number: int) -> None:
+        self.across = across
+        self._number = number
+        self._guard = threading.RLock()
+
+    @property
+    def inside(self) -> int:
+        """How many are inside, over all processes."""
+        return self.across.inside
+
+    def near(self, maximum: int) -> bool:
+        """Tell whether other processes may take the places that are left."""
+        return self.across.near(maximum)
+
+    def add(self, change: int) -> None:
+        """So many more are inside by this process, or fewer."""
+        with self._guard:
+            self.across.add(self._number, change)
+
+    def admit(self, maximum: int) -> bool:
+        """Let one in, if fewer than ``maximum`` are inside; tell whether."""
+        with self._guard:
+            if not self.near(maximum):
+                self.across.add(self._number, 1)
+                return True
+            with self.across.locked():
+                if self.across.inside >= maximum:
+                    return False
+                self.across.add(self._number, 1)
+                return True
+
+    def take_token(self, maximum: float, now: float) -> bool:
+        """Take a token of the bucket, which holds one second's; tell whether one was left.
+
+        Args:
+            maximum: tokens a second.
+            now: by ``time.monotonic()``.
+        """
+        with self._guard, self.across.locked():
+            tokens, at = self.across.read_bucket()
+            tokens = min(maximum, tokens + (now - at) * maximum) if at else maximum
+            taken = tokens >= 1.0 - ROUNDING
+            self.across.write_bucket(tokens - taken, now)
+            return taken
