@@ -144,15 +144,18 @@ def _spell(scheme: str, host: str, port: int) -> str:
 
 def describe(connection: socket.socket, client_address: Any) -> Peer:
     """Return the far end; never raises, since programs give addresses of shapes of their own."""
-    match client_address:
-        case (str(host), int(port), *_):
-            plain = unmap(host)
-            spelt = socket.AF_INET6 if ":" in plain else socket.AF_INET
-            family = spelt if plain != host else getattr(connection, "family", spelt)
-            return Peer(plain, port, family)
-        case (host, int(port)):  # vsock(7), for one, counts its hosts
-            return Peer(str(host), port, getattr(connection, "family", 0))
-    return Peer(str(client_address or ""), 0, getattr(connection, "family", 0))
+    # Not by `match`, which looks for __match_args__ on str and int in vain: dear, where limits want each peer.
+    told = isinstance(client_address, (tuple, list)) and len(client_address) > 1 and isinstance(client_address[1], int)
+    if not told:
+        return Peer(str(client_address or ""), 0, getattr(connection, "family", 0))
+    host, port = client_address[:2]
+    if isinstance(host, str):
+        plain = unmap(host)
+        spelt = socket.AF_INET6 if ":" in plain else socket.AF_INET
+        return Peer(plain, port, spelt if plain != host else getattr(connection, "family", spelt))
+    if len(client_address) == 2:  # vsock(7), for one, counts its hosts
+        return Peer(str(host), port, getattr(connection, "family", 0))
+    return Peer(str(client_address), 0, getattr(connection, "family", 0))
 
 
 def reuse_port(sock: socket.socket, options: BindOptions) -> None:
