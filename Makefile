@@ -42,7 +42,7 @@ docs: $(VENV)/.have-run ## write docs/reference anew from the code
 	$(BIN)/python tools/build_docs.py
 
 pictures: $(VENV)/.have-test ## take the pictures in docs anew, in Chromium
-	HARKEN_PICTURES=$(CURDIR)/docs/pictures $(BIN)/python -m pytest tests/browser -k pictures $(ARGS)
+	HARKEN_PICTURES=$(CURDIR)/docs/pictures $(BIN)/python -m pytest tests/browser -k 'pictures or traced' $(ARGS)
 
 changelog: $(VENV)/.have-docs ## show what the next release's changelog will say
 	$(BIN)/towncrier build --draft

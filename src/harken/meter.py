@@ -28,8 +28,8 @@ METRICS_TOKEN = setting(
     "metrics_token",
     text(optional=True),
     None,
-    meaning="a file with the token, of at least 16 letters, by which people close connections in the live view and "
-    "see it from other machines; none: from this machine they look, and nobody touches",
+    meaning="a file with the token, of at least 16 letters, by which people trace and close connections in the live "
+    "view and see it from other machines; none: from this machine they look, and nobody touches",
     origin="a secret on the command line is in everybody's list of processes",
 )
 

@@ -277,7 +277,7 @@ class Serving:
         engine, _ = self.engine, self.entry  # may raise: before anything has changed
         self._prepare(engine)
         self._check_fit()
-        self._offer_figures()
+        self._let_observers_in()
         with self.guard:
             self.lifecycle.move("serve")
             self._loop_count += 1
@@ -311,8 +311,10 @@ class Serving:
                     self.lifecycle.move("stop")
                     self.left.set()
 
-    def _offer_figures(self) -> None:
-        """Measure, and show what is measured, if the setting ``metrics`` asks for it."""
+    def _let_observers_in(self) -> None:
+        """Make spans where OpenTelemetry is at work; measure, and show it, if the setting ``metrics`` asks for that."""
+        if "opentelemetry.trace" in sys.modules and self.settings.profile != "private":
+            plugins.find("observe", "spans", "attach")()
         if self.settings["metrics"] is None:
             return
         self.books.measure()

@@ -50,12 +50,36 @@ def test_a_connection_appears_is_closed_and_goes(visit, service):
     assert page.problems == []
 
 
+def test_a_connection_is_traced(visit, service, tmp_path):
+    """What it receives and sends is shown as it moves, as text that runs nothing, until somebody stops it."""
+    page = visit()
+    client, peer = service.connect()
+    page.get_by_label("Token").fill(service.token)
+    row_of(page, peer).get_by_role("button", name=f"Trace the connection of {peer}").click()
+    page.get_by_role("heading", name=f"Trace of {peer}").wait_for()
+    page.get_by_text("following").wait_for()
+    client.sendall(b"<b>hi</b>\n")
+    for direction in ("in", "out"):
+        line = page.locator(f"#moved li.{direction}")
+        line.wait_for()
+        assert line.inner_text().endswith(r"<b>hi</b>\n")
+    assert client.recv(100) == b"<b>hi</b>\n"
+    take_picture(page, "live-view-trace", tmp_path)
+    page.get_by_role("button", name="Stop").click()
+    assert page.locator("#trace").is_hidden()
+    row_of(page, peer).get_by_role("button", name=f"Trace the connection of {peer}").click()
+    page.locator("#moved").get_by_text("following").wait_for()
+    client.close()
+    page.get_by_text("the connection has ended: peer_closed").wait_for()
+    assert page.problems == []
+
+
 def test_a_wrong_token_closes_nothing(visit, service):
     """The view says so, and the connection goes on."""
     page = visit()
     client, peer = service.connect()
     page.get_by_label("Token").fill("f" * 20)
-    row_of(page, peer).get_by_role("button").click()
+    row_of(page, peer).get_by_text("Close").click()
     page.get_by_text("The token is wrong.").wait_for()
     client.sendall(b"still here\n")
     assert client.recv(100) == b"still here\n"
@@ -81,7 +105,7 @@ def test_keys_alone_do_it_all(visit, service):
             page.keyboard.press("Enter")
         if names[-1] == "Close":
             break
-    assert names == ["Peer", "Id", "Age", "Idle", "In", "Out", "Waits for", "Process", "Close"]
+    assert names == ["Peer", "Id", "Age", "Idle", "In", "Out", "Waits for", "Process", "Trace", "Close"]
     assert page.locator("th[aria-sort]").inner_text().startswith("In")
     assert outline(page) != "none"
     page.keyboard.press("Enter")

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from harken import transports
+from harken.errors import ConfigError
 from harken.observe.page import Page
 from harken.observe.view import VIEW
 from harken.observe.viewers import MAX_VIEWERS
@@ -22,6 +23,7 @@ class Source:
     def __init__(self):
         self.health = {"live": True, "ready": True, "reason": "ready"}
         self.silent = False
+        self.left = threading.Event()
         self.killed = []
 
     def ask(self, verb, **arguments):
@@ -33,6 +35,17 @@ class Source:
             return arguments["connection"] == "known-1"
         answers = {"health": self.health, "figures": [["harken_ready", [], [1.0]]], "status": {"workers": []}}
         return answers.get(verb, [])
+
+    def follow(self, connection):
+        """Two entries of a trace, and silence after."""
+        if connection != "known-1":
+            raise ConfigError(f"no connection {connection!r} is open")
+        try:
+            yield {"connection": connection, "begin": True}
+            while True:
+                yield None
+        finally:
+            self.left.set()
 
 
 class Site:
@@ -58,10 +71,10 @@ class Site:
         """Return the answer's status."""
         return self.ask(path, method, **headers)[0]
 
-    def watch(self, **headers):
+    def watch(self, path="/events", **headers):
         """Begin to watch; return the answer, of which the body is not read yet, and what closes it."""
         client = http.client.HTTPConnection(*self.address, timeout=PATIENCE)
-        client.request("GET", "/events", headers={name.replace("_", "-"): value for name, value in headers.items()})
+        client.request("GET", path, headers={name.replace("_", "-"): value for name, value in headers.items()})
         return client.getresponse(), client
 
 
@@ -190,6 +203,17 @@ def test_killing_says_when_nobody_was_there(site):
     status, body, _ = site.ask("/connections/no%2Fone/kill", "POST", **BEARER)
     assert (status, json.loads(body)) == (404, {"closed": False})
     assert site.source.killed == ["no/one"]
+
+
+def test_following_takes_the_token_and_ends_with_the_reader(site):
+    """Entries come as events; whoever leaves is noticed though nothing moves."""
+    assert site.status("/connections/known-1/trace") == 403
+    assert b"no connection 'other' is open" in site.ask("/connections/other/trace", **BEARER)[1]
+    reply, client = site.watch("/connections/known-1/trace", **BEARER)
+    assert json.loads(reply.readline()[6:]) == {"connection": "known-1", "begin": True}
+    reply.close()
+    client.close()
+    assert site.source.left.wait(PATIENCE)
 
 
 def test_without_a_token_nobody_kills(mute_site):

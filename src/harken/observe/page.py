@@ -12,14 +12,16 @@ import ipaddress
 import json
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from functools import cached_property, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
+from harken.connection import peer_fault
+from harken.errors import HarkenError
 from harken.listener import Listener
 from harken.meter import SECONDS
 from harken.mixins import ThreadingMixIn
@@ -59,6 +61,12 @@ class Source(Protocol):
         Raises:
             OSError: nobody answers in time.
             HarkenError: the question was refused.
+        """
+
+    def follow(self, connection: str) -> Iterator[dict[str, Any] | None]:
+        """Return what a connection moves, entry by entry as ``ctl trace`` shows it, and None now and then meanwhile.
+
+        Closing the iterator ends it.
         """
 
 
@@ -151,6 +159,9 @@ class _Handler(BaseHTTPRequestHandler):
             "/health/ready": self._ready,
             "/events": self._events,
         }.get(self._path)
+        connection = self._connection_to("trace")
+        if connection is not None:
+            answer = partial(self._trace, connection)
         self._answer(answer or self._unknown)
 
     def do_HEAD(self) -> None:
@@ -159,13 +170,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Do what can be done to a connection: ``/connections/ID/kill``."""
-        parts = self._path.split("/")
-        known = len(parts) == 4 and parts[1] == "connections" and parts[3] == "kill"
-        self._answer(lambda: self._kill(unquote(parts[2])) if known else self._unknown())
+        connection = self._connection_to("kill")
+        self._answer(self._unknown if connection is None else partial(self._kill, connection))
 
     @cached_property
     def _path(self) -> str:
         return urlsplit(self.path).path
+
+    def _connection_to(self, verb: str) -> str | None:
+        """Return the connection of ``/connections/ID/VERB``; None when another path or verb was asked for."""
+        parts = self._path.split("/")
+        return unquote(parts[2]) if len(parts) == 4 and parts[1] == "connections" and parts[3] == verb else None
 
     def _answer(self, answer: Callable[[], None]) -> None:
         try:
@@ -203,10 +218,30 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             self._head(HTTPStatus.OK, "text/event-stream")
             for each in seen if self.command == "GET" else ():
-                self.wfile.write(b"data: " + each + b"\n\n")
+                self._tell_event(each)
+
+    def _tell_event(self, data: bytes) -> None:
+        self.wfile.write(b"data: " + data + b"\n\n")
+
+    def _trace(self, connection: str) -> None:
+        if not self._may_act:
+            self._forbid("following a connection needs the token of metrics_token")
+            return
+        self._head(HTTPStatus.OK, "text/event-stream")
+        if self.command != "GET":
+            return
+        with closing(self.server.page.source.follow(connection)) as entries:
+            try:
+                for entry in entries:
+                    if entry is not None:
+                        self._tell_event(json.dumps(entry).encode())
+                    elif peer_fault(self.connection):
+                        return
+            except HarkenError as error:
+                self._tell_event(json.dumps({"error": str(error)}).encode())
 
     def _kill(self, connection: str) -> None:
-        if not (self._has_token and self._is_own_page):
+        if not self._may_act:
             self._forbid("closing a connection needs the token of metrics_token")
             return
         found = self.server.page.source.ask("kill", connection=connection, reason="killed from the live view")
@@ -222,6 +257,10 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.server.page.token
         _, _, given = self.headers.get("Authorization", "").partition("Bearer ")
         return token is not None and hmac.compare_digest(given.strip().encode(), token.encode())
+
+    @property
+    def _may_act(self) -> bool:
+        return self._has_token and self._is_own_page
 
     @property
     def _may_look(self) -> bool:

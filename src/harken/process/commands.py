@@ -44,6 +44,8 @@ class Commands:
                 client.answer(number, result=self._own[verb](**arguments))
             elif verb == "trace":
                 self._trace(client, number, **arguments)
+            elif verb == "untrace":
+                self._supervisor.workers.followers.leave(client, **arguments)
             elif verb in VERBS:
                 self._pass_on(verb, arguments, partial(client.answer, number))
             else:

@@ -13,7 +13,7 @@ import selectors
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -38,6 +38,10 @@ __all__ = ["Attendant", "Local", "key_of", "offer", "open_listener", "read_token
 LEAST_TOKEN = 16
 # Seconds to wait for an answer: the supervisor gives its workers three.
 ANSWER_SECONDS = 5.0
+# Seconds between looks whether somebody still follows a connection that is silent.
+SIGN_SECONDS = 0.25
+# Entries of a trace that wait for a reader, before more are left out: what a tracer takes down in some seconds.
+MOST_UNREAD = 1000
 # Seconds until a page whose process has ended is started again.
 RESTART_SECONDS = 1.0
 
@@ -197,28 +201,70 @@ def _attend(channel: Channel, listener: Listener, token: str | None) -> NoReturn
     os._exit(0)
 
 
+class _Box:
+    """What has come for somebody and waits to be read. Any thread puts, one gets."""
+
+    def __init__(self) -> None:
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._left_out = 0
+
+    def put(self, message: Message) -> None:
+        """Put one in; when too many wait it is counted instead, unless it is the last."""
+        if self._messages.qsize() < MOST_UNREAD or "end" in message.get("result", message):
+            self._messages.put(message)
+        else:
+            self._left_out += 1
+
+    def get(self, timeout: float) -> Message | None:
+        """Take one out; None when none came in time."""
+        with suppress(queue.Empty):
+            return self._messages.get(timeout=timeout)
+        return None
+
+    def follow(self, connection: str, read: Callable[[Message], Message]) -> Iterator[Message | None]:
+        """Return the entries of a trace as they come, up to its last, and None when there was none for a while."""
+        while True:
+            message = self.get(SIGN_SECONDS)
+            left_out, self._left_out = self._left_out, 0
+            if left_out:
+                yield {"connection": connection, "left_out": left_out}
+            entry = None if message is None else read(message)
+            yield entry
+            if entry is not None and "end" in entry:
+                return
+
+
 class _Wire:
     """Asks the supervisor. Any thread."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._numbers = itertools.count(1)
-        self._waiting: dict[int, queue.SimpleQueue[Message]] = {}
+        self._waiting: dict[int, _Box] = {}
 
     def ask(self, verb: str, **arguments: Any) -> Any:
         """Return the answer; see :class:`harken.observe.page.Source`."""
         number = next(self._numbers)
-        box = self._waiting[number] = queue.SimpleQueue()
+        box = self._waiting[number] = _Box()
         try:
             self._channel.send(version=VERSION, verb=verb, arguments=arguments, number=number)
-            reply = box.get(timeout=ANSWER_SECONDS)
-        except queue.Empty:
-            raise TimeoutError(f"the supervisor did not answer within {ANSWER_SECONDS:g} s") from None
+            reply = box.get(ANSWER_SECONDS)
         finally:
             del self._waiting[number]
-        if "error" in reply:
-            raise HarkenError(reply["error"])
-        return reply["result"]
+        if reply is None:
+            raise TimeoutError(f"the supervisor did not answer within {ANSWER_SECONDS:g} s")
+        return _result(reply)
+
+    def follow(self, connection: str) -> Iterator[Message | None]:
+        """Return what a connection moves; see :class:`harken.observe.page.Source`."""
+        number = next(self._numbers)
+        box = self._waiting[number] = _Box()
+        try:
+            self._channel.send(version=VERSION, verb="trace", arguments={"connection": connection}, number=number)
+            yield from box.follow(connection, _result)
+        finally:
+            del self._waiting[number]
+            self._channel.send(version=VERSION, verb="untrace", arguments={"number": number}, number=0)
 
     def listen(self) -> None:
         """Hand answers to those who wait, until the supervisor is gone."""
@@ -228,6 +274,12 @@ class _Wire:
                     box = self._waiting.get(reply["number"])
                     if box is not None:
                         box.put(reply)
+
+
+def _result(reply: Message) -> Any:
+    if "error" in reply:
+        raise HarkenError(reply["error"])
+    return reply["result"]
 
 
 class Local:
@@ -254,6 +306,9 @@ class Local:
         self.settings = settings
         self.collector = Collector(self.servings)
         self.traces = Traces()
+        self.traces.push = self._push
+        self._numbers = itertools.count(1)
+        self._following: dict[str, _Box] = {}
         self._listener = listener
         try:
             self._token = read_token(settings)
@@ -285,6 +340,24 @@ class Local:
             figures.add("harken_workers_wanted", (), 0)
             return figures.plain()
         return alone_status(told) if verb == "status" else told
+
+    def follow(self, connection: str) -> Iterator[Message | None]:
+        """Return what a connection moves; see :class:`harken.observe.page.Source`."""
+        token = f"page-{next(self._numbers)}"
+        box = self._following[token] = _Box()
+        try:
+            if not self.ask("trace", connection=connection, token=token):
+                raise ConfigError(f"no connection {connection!r} is open")
+            yield from box.follow(connection, lambda entry: entry)
+        finally:
+            del self._following[token]
+            self.traces.end(token)
+
+    def _push(self, token: str, entries: list[Message]) -> None:
+        box = self._following.get(token)
+        if box is not None:
+            for entry in entries:
+                box.put(entry)
 
     def configure(self, changes: dict[str, Any]) -> None:
         """Change live settings of all servers."""

@@ -166,10 +166,8 @@ class Supervisor:
         try:
             if _CONTROL in self._opened:
                 self._control = Control(self._opened[_CONTROL][0], self._selector, self._asked)
-            if self._page_key in self._opened:
-                listener = self._opened[self._page_key][0]
-                let_go = self._let_go_for_page
-                self._attendant = page.Attendant(listener, self._token, self._selector, self._asked, let_go)
+            if not handoff.upgraded_from():  # while we start, the predecessor speaks for the service
+                self._start_page()
             while not (self._ending and not len(self.workers)):
                 self.workers.turn()
                 for key, _ in self._selector.select(self._patience()):
@@ -184,6 +182,11 @@ class Supervisor:
             return CUT if CUT in self.workers.statuses else DRAINED
         finally:
             self._close()
+
+    def _start_page(self) -> None:
+        for listener in self._opened.get(self._page_key, ()):
+            let_go = self._let_go_for_page
+            self._attendant = page.Attendant(listener, self._token, self._selector, self._asked, let_go)
 
     def _patience(self) -> float:
         interval = LOOK_SECONDS if self._watchdog is None else min(LOOK_SECONDS, self._watchdog)
@@ -274,6 +277,7 @@ class Supervisor:
         if predecessor:
             handoff.probe(self.listeners)
             self._pidfile.write(over=predecessor)
+            self._start_page()
         for listener in self.listeners:
             events.emit("listening", address=listener.url, engine=self.settings["engine"] or "inline", server=self)
         for listener in self._opened.get(self._page_key, ()):

@@ -181,14 +181,21 @@ class Followers:
         """
         self._count += 1
         token = str(self._count)
-        self._open[token] = _Follower(client, number)
 
         def hung_up() -> None:
             if self._open.pop(token, None) is not None:
                 leave(token)
 
+        self._open[token] = _Follower(client, number, hung_up)
         client.on_gone.append(hung_up)
         return token
+
+    def leave(self, client: Client, number: Any) -> None:
+        """A client that stays wants to follow no more what it asked for by ``number``."""
+        for follower in list(self._open.values()):
+            if follower.client is client and follower.number == number:
+                follower.hung_up()
+                client.on_gone.remove(follower.hung_up)
 
     def refuse(self, token: str, error: str) -> None:
         """There is no such trace after all."""
@@ -215,9 +222,10 @@ class Followers:
 
 
 class _Follower:
-    def __init__(self, client: Client, number: Any) -> None:
+    def __init__(self, client: Client, number: Any, hung_up: Callable[[], None]) -> None:
         self.client = client
         self.number = number
+        self.hung_up = hung_up
         self.worker = 0
         self._left_out = 0
 
