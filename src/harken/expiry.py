@@ -28,6 +28,9 @@ def introduce(handler: Any, request: Any) -> None:
     record = connections.find(request) if connections is not None else None
     if record is not None:
         record.handler = handler
+        share = getattr(request, "share", None)  # under TLS: a hook may send while the handler receives
+        if share is not None:
+            share()
 
 
 class Expiry:
@@ -50,11 +53,10 @@ class Expiry:
             return
         if which == "write_timeout":
             self._end(record)  # who does not read has no last word read either; and its handler is in a write
-        else:
-            reaper.call_at(time.monotonic() + GOODBYE_SECONDS, lambda: self._end(record))
-        self._serving.engine.beside(self._say_goodbye, record, handler, which)
+        bell = reaper.call_at(time.monotonic() + GOODBYE_SECONDS, lambda: self._end(record))
+        self._serving.engine.beside(self._say_goodbye, record, handler, which, bell)
 
-    def _say_goodbye(self, record: Record, handler: Any, which: str) -> None:
+    def _say_goodbye(self, record: Record, handler: Any, which: str, bell: int) -> None:
         try:
             result = handler.on_timeout(which)
             if isinstance(result, Awaitable):
@@ -70,6 +72,7 @@ class Expiry:
             self._serving.books.failed(record.request, record.client_address, error)
             self._serving.server.handle_error(record.request, record.client_address)
         finally:
+            reaper.cancel(bell)
             self._end(record)
 
     def _end(self, record: Record) -> None:

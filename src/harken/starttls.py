@@ -43,6 +43,8 @@ def start_tls(handler: Any, tls: Any = None) -> socket.socket:
                 file.close()
             if record is not None:
                 record.successor = made  # hooks know the old one, and end the connection by that
+                if record.handler is not None and hasattr(made, "share"):
+                    made.share()
                 request.record = record
             handler.request = made
             if hasattr(handler, "connection"):

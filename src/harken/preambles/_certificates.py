@@ -149,7 +149,7 @@ def _context(tls: TLS, cert: File, key: File | None, password: Callable[[], str 
     context.sslsocket_class = Secured
     context.minimum_version = _VERSIONS[tls.min_version]
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE | BARE_END
-    context.num_tickets = 1  # enough to come back once, as Go's; OpenSSL's two cost a tenth of the handshake
+    context.num_tickets = 1  # enough to come back once; OpenSSL makes two of them
     if tls.alpn:
         try:
             context.set_alpn_protocols(list(tls.alpn))

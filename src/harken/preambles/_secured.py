@@ -3,14 +3,26 @@
 The standard library's own drops its TLS state in ``shutdown()``, so that a handler's next ``recv`` returns ciphertext,
 and closes without telling the peer. This one keeps the state until it is closed, sends close_notify first, and never
 waits for the peer's.
+
+Two threads on one connection
+-----------------------------
+A hook that says goodbye writes while the handler's thread waits in ``recv``. OpenSSL's objects are not for two threads
+at once, and Python lets go of its lock within their calls (from 3.13 on it keeps a lock of its own: then the goodbye
+would wait for the read). So a connection that is shared never waits within OpenSSL: its calls are made one at a time
+and without waiting, and the waiting is done by poll() in between. What one write has begun it ends, before another may.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import socket
 import ssl
-from typing import Any
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from time import monotonic
+from typing import Any, TypeVar
 
 from harken.connection import peer_fault, shut
 
@@ -20,12 +32,36 @@ __all__ = ["Secured"]
 MAX_NOTIFY = 1024
 
 
+T = TypeVar("T")
+
+
 class Secured(ssl.SSLSocket):
     """An accepted connection under TLS; the kernel waits. It tells its record when it closes."""
 
     record: Any = None
     _sslobj: Any
     _ended = False  # our side: close_notify was sent, or nothing can be sent any more
+    _turns: Turns | None = None
+
+    def share(self) -> None:
+        """From now on another thread may send while one receives. Called before the other can."""
+        if self._turns is None:
+            self._turns = Turns()
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        """As ``ssl.SSLSocket.read``."""
+        if self._turns is None:
+            return super().read(len, buffer)
+        read = super().read
+        return self._turns.take(self, lambda: read(len, buffer))
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """As ``ssl.SSLSocket.send``."""
+        if self._turns is None:
+            return super().send(data, flags)
+        send = super().send
+        with self._turns.writing:
+            return self._turns.take(self, lambda: send(data, flags))
 
     def shutdown(self, how: int) -> None:
         """End one side or both. With SHUT_WR the peer is told by close_notify, and its data can still be read."""
@@ -89,15 +125,16 @@ class Secured(ssl.SSLSocket):
         if self._ended or self._sslobj is None:
             return
         self._ended = True
-        timeout = self.gettimeout()
-        try:
-            socket.socket.settimeout(self, 0.0)
-            self._sslobj.shutdown()
-        except (OSError, ValueError):  # the usual end; or the connection has gone
-            pass
-        finally:
-            if self.fileno() >= 0:
-                socket.socket.settimeout(self, timeout)
+        with self._turns.one if self._turns is not None else nullcontext():
+            timeout = self.gettimeout()
+            try:
+                socket.socket.settimeout(self, 0.0)
+                self._sslobj.shutdown()
+            except (OSError, ValueError):  # the usual end; or the connection has gone
+                pass
+            finally:
+                if self.fileno() >= 0:
+                    socket.socket.settimeout(self, timeout)
 
     def _end_and_read_on(self) -> None:
         """Send close_notify without letting OpenSSL look for the peer's.
@@ -175,6 +212,52 @@ class _HalfClosed(Secured):
     def pending(self) -> int:
         """As ``ssl.SSLSocket.pending``."""
         return len(self._ahead) or super().pending()
+
+
+class Turns:
+    """Who may call OpenSSL: one thread at a time; and who writes: one until all is written.
+
+    Attributes:
+        one: held within a call of OpenSSL, which does not wait.
+        writing: held while one write waits, since OpenSSL takes a write that could not end up again with the same data.
+    """
+
+    def __init__(self) -> None:
+        self.one = threading.Lock()
+        self.writing = threading.Lock()
+
+    def take(self, connection: Secured, operation: Callable[[], T]) -> T:
+        """Return ``operation()``, waiting as the connection's timeout says between its turns.
+
+        Raises:
+            TimeoutError: the timeout is over.
+            OSError: as ``operation``; with a timeout of 0 that it would have to wait.
+        """
+        deadline = None
+        while True:
+            with self.one:
+                timeout = socket.socket.gettimeout(connection)
+                socket.socket.settimeout(connection, 0.0)
+                try:
+                    return operation()
+                except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                    if timeout == 0.0:
+                        raise
+                    event = select.POLLIN if isinstance(error, ssl.SSLWantReadError) else select.POLLOUT
+                finally:
+                    if connection.fileno() >= 0:
+                        socket.socket.settimeout(connection, timeout)
+            if timeout is not None and deadline is None:
+                deadline = monotonic() + timeout
+            _wait(connection.fileno(), event, deadline)
+
+
+def _wait(fd: int, event: int, deadline: float | None) -> None:
+    poll = select.poll()
+    poll.register(fd, event)
+    left = None if deadline is None else deadline - monotonic()
+    if (left is not None and left <= 0) or not poll.poll(None if left is None else left * 1000):
+        raise TimeoutError("timed out")
 
 
 def give(piece: bytes, buffer: Any) -> bytes | int:

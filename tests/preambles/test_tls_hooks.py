@@ -1,0 +1,104 @@
+"""Hooks that write under TLS beside a handler that reads."""
+
+import ssl
+import threading
+
+import pytest
+
+import harken
+
+from .tls_kit import BESIDE, PATIENCE
+
+
+@pytest.mark.parametrize("engine", [engine for engine in BESIDE if engine != "asyncio"])
+def test_a_goodbye_comes_while_the_handler_reads(engine, serving, dial):
+    """``on_timeout`` writes at once, whole and readable, though ``handle`` waits in ``recv`` for ever."""
+
+    class Silent(harken.BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"hello\n")
+            while self.request.recv(100):
+                pass
+
+        def on_timeout(self, which):
+            self.request.sendall(which.encode() + b"\n")
+
+    with serving(engine, Silent, idle_timeout=0.3) as server, dial(server) as client:
+        client.sendall(b"x")
+        got = b""
+        while piece := client.recv(100):
+            got += piece
+        assert got == b"hello\nidle_timeout\n"
+
+
+class Flood(harken.BaseRequestHandler):
+    """Reads all that comes, while a thread of its own writes."""
+
+    received: bytes
+    told: threading.Event
+
+    def handle(self):
+        """Read to the end, and tell."""
+        writer = threading.Thread(target=self.write)
+        writer.start()
+        got = bytearray()
+        while len(got) < len(DATA) and (piece := self.request.recv(7000)):
+            got += piece
+        type(self).received = bytes(got)
+        writer.join(PATIENCE)
+        self.told.set()
+
+    def write(self):
+        """Write the data in small pieces."""
+        for at in range(0, len(DATA), 997):
+            self.request.sendall(DATA[at : at + 997])
+
+    def on_timeout(self, which):
+        """Say that others than the handler's thread use the connection."""
+
+
+DATA = bytes(range(256)) * 4000
+
+
+@pytest.mark.parametrize("engine", ["thread", "pool"])
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_two_threads_read_and_write_one_connection(engine, version, serving, dial, trusting):
+    """A million bytes each way, at once, with no record damaged."""
+    Flood.told = threading.Event()
+    context = trusting()
+    context.maximum_version = version
+    with serving(engine, Flood) as server, dial(server, context=context) as client:
+        client.sendall(DATA)  # and then receives, in one thread: it has nobody to give it turns
+        got = bytearray()
+        while len(got) < len(DATA) and (piece := client.recv(65536)):
+            got += piece
+        assert bytes(got) == DATA
+        assert Flood.told.wait(PATIENCE)
+        assert Flood.received == DATA
+
+
+def test_a_shared_connection_keeps_its_timeouts(serving, dial):
+    """A read's timeout ends it, and 0 does not wait; a write of somebody else goes through all the while."""
+    seen = []
+
+    class Timed(harken.BaseRequestHandler):
+        def handle(self):
+            self.request.settimeout(0.05)
+            with pytest.raises(TimeoutError):
+                self.request.recv(10)
+            self.request.settimeout(0.0)
+            with pytest.raises(ssl.SSLWantReadError):
+                self.request.recv(10)
+            self.request.settimeout(None)
+            seen.append(self.request.gettimeout())
+            self.request.sendall(b"now")
+            seen.append(self.request.recv(10))
+
+        def on_drain(self):
+            """Say that others than the handler's thread use the connection."""
+
+    with serving("thread", Timed) as server, dial(server) as client:
+        assert client.recv(10) == b"now"
+        client.sendall(b"well")
+        assert client.recv(10) == b""
+    assert seen == [None, b"well"]
