@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
 
-from harken.cli import FAILED
+from harken.cli import asking
+from harken.cli.asking import Refused
 from harken.errors import ConfigError
 from harken.networks import Networks
 from harken.observe.log import escape
-from harken.process import control
 
-__all__ = ["command", "find_socket"]
-
-# Seconds for a server to answer; it gives its workers three.
-ANSWER_SECONDS = 10.0
+__all__ = ["command", "peer_text", "trace_lines"]
 
 ORDERS: dict[str, tuple[str, bool]] = {
     "idle": ("idle_seconds", True),
@@ -33,12 +29,6 @@ ORDERS: dict[str, tuple[str, bool]] = {
 """What connections can be sorted by: the field, and whether the largest comes first."""
 
 
-class Refused(click.ClickException):
-    """The server said no, or is not there."""
-
-    exit_code = FAILED
-
-
 class Group(click.Group):
     """Takes ``--json`` anywhere on the line."""
 
@@ -49,69 +39,9 @@ class Group(click.Group):
         return super().parse_args(ctx, args)
 
 
-def find_socket(path: str | None) -> str:
-    """Return the socket to talk to: the one named, or the only one there is.
-
-    Raises:
-        Refused: there is none, or there are several.
-    """
-    if path is not None:
-        return path
-    try:
-        found = [str(each) for each in control.sockets() if _answers(str(each))]
-    except OSError as error:
-        raise Refused(str(error)) from None
-    if not found:
-        raise Refused("no server with a control socket runs; name its socket by --socket")
-    if len(found) > 1:
-        raise Refused(f"several servers run; name one by --socket: {', '.join(found)}")
-    return found[0]
-
-
-def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return False
-    return True
-
-
-@contextmanager
-def _connected(ctx: click.Context) -> Iterator[socket.socket]:
-    """A connection to the server while the block runs.
-
-    Raises:
-        Refused: it cannot be reached, or hangs up.
-    """
-    path = find_socket(ctx.obj["socket"])
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(ANSWER_SECONDS)
-        try:
-            sock.connect(path)
-            yield sock
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise Refused(f"no server answers at {path!r}; is it running, and is that its control= path?") from None
-        except EOFError:
-            raise Refused(f"the server at {path!r} hung up: it hears its own user and root alone") from None
-        except OSError as error:
-            raise Refused(f"cannot talk to {path!r}: {error.strerror or error}") from None
-
-
-def ask(ctx: click.Context, verb: str, **arguments: Any) -> Any:
-    """Ask the server and return its answer.
-
-    Raises:
-        Refused: it cannot be reached, or refuses.
-    """
-    with _connected(ctx) as sock:
-        return _result(next(control.replies(sock, verb, arguments)))
-
-
-def _result(reply: dict[str, Any]) -> Any:
-    if "error" in reply:
-        raise Refused(str(reply["error"]))
-    return reply["result"]
+def _ask(ctx: click.Context, verb: str, **arguments: Any) -> Any:
+    with asking.connected(asking.find_socket(ctx.obj["socket"])) as sock:
+        return asking.ask(sock, verb, **arguments)
 
 
 def _show(ctx: click.Context, result: Any, text: Callable[[Any], Sequence[str]]) -> None:
@@ -133,14 +63,14 @@ def command(ctx: click.Context, socket: str | None, as_json: bool) -> None:
 @click.pass_context
 def status(ctx: click.Context) -> None:
     """Print the status."""
-    _show(ctx, ask(ctx, "status"), _status_lines)
+    _show(ctx, _ask(ctx, "status"), _status_lines)
 
 
 def _status_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     if found["supervisor"]:
         lines.append(f"supervisor {found['supervisor']}, {len(found['workers'])} of {found['wanted']} workers")
-        lines += table(found["workers"], ("pid", "generation", "ready", "open", "accepted"))
+        lines += table(found["workers"], ("pid", "generation", "ready", "open", "accepted", "rss"))
     rows = [server | {"closed_total": sum(server["closed_total"].values())} for server in found["servers"]]
     shown = ("address", "engine", "state", "open", "accepted_total", "rejected_total", "handler_failed_total")
     return lines + table(rows, shown)
@@ -152,7 +82,7 @@ def _status_lines(found: dict[str, Any]) -> list[str]:
 @click.pass_context
 def connections(ctx: click.Context, order: str, peer: str | None) -> None:
     """Print the connections."""
-    found = ask(ctx, "connections")
+    found = _ask(ctx, "connections")
     if peer is not None:
         try:
             network = Networks.parse((peer,))
@@ -174,7 +104,7 @@ def _connection_lines(found: list[dict[str, Any]]) -> list[str]:
     rows = [
         {
             "id": each["id"],
-            "peer": _peer(each["peer"]),
+            "peer": peer_text(each["peer"]),
             "seconds": f"{each['seconds']:.1f}",
             "idle": "?" if each["idle_seconds"] is None else f"{each['idle_seconds']:.1f}",
             "in": each.get("bytes_in", ""),
@@ -187,7 +117,8 @@ def _connection_lines(found: list[dict[str, Any]]) -> list[str]:
     return table(rows, tuple(rows[0])) if rows else ["no connection is open"]
 
 
-def _peer(peer: dict[str, Any]) -> str:
+def peer_text(peer: dict[str, Any]) -> str:
+    """Return a peer as people write it."""
     if peer.get("port"):
         host = f"[{peer['address']}]" if ":" in peer["address"] else peer["address"]
         return f"{host}:{peer['port']}"
@@ -201,7 +132,7 @@ def _peer(peer: dict[str, Any]) -> str:
 @click.pass_context
 def kill(ctx: click.Context, connection: str, reason: str) -> None:
     """Close one connection."""
-    found = ask(ctx, "kill", connection=connection, reason=reason)
+    found = _ask(ctx, "kill", connection=connection, reason=reason)
     if not found:
         raise Refused(f"no connection {connection!r} is open")
     _show(ctx, found, lambda _: [f"closed {connection}"])
@@ -211,7 +142,7 @@ def _simple(verb: str, help: str, done: str) -> None:
     @command.command(verb, help=help)
     @click.pass_context
     def _command(ctx: click.Context) -> None:
-        _show(ctx, ask(ctx, verb), lambda _: [done])
+        _show(ctx, _ask(ctx, verb), lambda _: [done])
 
 
 _simple("drain", "Serve what is there, then end, as SIGTERM does.", "draining")
@@ -226,7 +157,7 @@ _simple("upgrade", "Start a new binary and hand it the listeners, as SIGUSR2 doe
 @click.pass_context
 def workers(ctx: click.Context, count: int) -> None:
     """Change the number of workers."""
-    _show(ctx, ask(ctx, "workers", count=count), lambda _: [f"{count} workers wanted"])
+    _show(ctx, _ask(ctx, "workers", count=count), lambda _: [f"{count} workers wanted"])
 
 
 @command.command("set", help="Change a live setting until the next restart.")
@@ -235,14 +166,14 @@ def workers(ctx: click.Context, count: int) -> None:
 @click.pass_context
 def set_(ctx: click.Context, name: str, value: str) -> None:
     """Change one setting."""
-    _show(ctx, ask(ctx, "configure", **{name.replace("-", "_"): value}), lambda _: [f"{name} = {value}"])
+    _show(ctx, _ask(ctx, "configure", **{name.replace("-", "_"): value}), lambda _: [f"{name} = {value}"])
 
 
 @command.command(help="What every thread, green thread and task does at this moment.")
 @click.pass_context
 def stacks(ctx: click.Context) -> None:
     """Print the stacks."""
-    _show(ctx, ask(ctx, "stacks"), _stack_lines)
+    _show(ctx, _ask(ctx, "stacks"), _stack_lines)
 
 
 _SORTS = {"thread": "", "green": "green thread ", "task": "task "}
@@ -268,15 +199,15 @@ def _stack_lines(found: list[dict[str, Any]]) -> list[str]:
 def trace(ctx: click.Context, connection: str, as_hex: bool, plain: bool) -> None:
     """Print what moves, as it does."""
     arguments = {"connection": connection, "form": "hex" if as_hex else "text", "redact": not plain}
-    with _connected(ctx) as sock, suppress(KeyboardInterrupt):
-        for reply in control.replies(sock, "trace", arguments):
-            entry = _result(reply)
-            _show(ctx, entry, _trace_lines)
+    with asking.connected(asking.find_socket(ctx.obj["socket"])) as sock, suppress(KeyboardInterrupt):
+        for entry in asking.follow(sock, **arguments):
+            _show(ctx, entry, trace_lines)
             if "end" in entry:
                 return
 
 
-def _trace_lines(entry: dict[str, Any]) -> list[str]:
+def trace_lines(entry: dict[str, Any]) -> list[str]:
+    """Return what one entry of a trace says, for people."""
     if "begin" in entry:
         return [f"following {entry['connection']} of {escape(entry['peer'])}; Ctrl-C ends it"]
     if "left_out" in entry:

@@ -15,6 +15,7 @@ from harken.lifecycle import State
 from harken.observe.collector import Collector
 from harken.observe.stalls import joined as joined_stalls
 from harken.process.activity import activity
+from harken.process.recycling import resident_bytes
 from harken.process.traces import Traces
 from harken.serving import Serving
 from harken.settings import REGISTRY, Settings, declare_all
@@ -66,7 +67,7 @@ def _status(worker: Served) -> list[dict[str, Any]]:
 
 def alone_status(servers: list[dict[str, Any]]) -> dict[str, Any]:
     """Put around the servers' status what a supervisor would, where there is none."""
-    return {"supervisor": None, "workers": [], "wanted": 0, "servers": servers}
+    return {"supervisor": None, "rss": resident_bytes(), "workers": [], "wanted": 0, "servers": servers}
 
 
 def _connections(worker: Served, most: int | None = None) -> list[dict[str, Any]]:
@@ -198,7 +199,8 @@ def joined(verb: str, answers: list[Any]) -> Any:
     return None
 
 
-_SUMMED = ("open", "accepted_total", "rejected_total", "handler_failed_total")
+_SUMMED = ("open", "accepted_total", "rejected_total", "handler_failed_total", "buffered_bytes")
+_SUMMED_BY_NAME = ("closed_total", "rejected_by_reason", "stalled_total")
 
 
 def _joined_status(answers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -210,12 +212,10 @@ def _joined_status(answers: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _sum(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    closed: Counter[str] = Counter()
-    for entry in entries:
-        closed.update(entry["closed_total"])
     total = dict(entries[0])
     total.update({name: sum(entry[name] for entry in entries) for name in _SUMMED})
-    total["closed_total"] = dict(closed)
+    for name in _SUMMED_BY_NAME:
+        total[name] = dict(sum((Counter(entry[name]) for entry in entries), Counter[str]()))
     total["state"] = "/".join(sorted({entry["state"] for entry in entries}))
     total["paused"] = any(entry["paused"] for entry in entries)
     total["process"] = [entry["process"] for entry in entries]

@@ -12,6 +12,7 @@ from harken.errors import ConfigError, HarkenError, nearest
 from harken.process.answers import STANDING, VERBS, in_force
 from harken.process.channel import Message
 from harken.process.control import Client
+from harken.process.recycling import resident_bytes
 from harken.settings import known
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Commands:
         if "result" in reply:
             reply["result"] = {
                 "supervisor": os.getpid(),
+                "rss": resident_bytes(),
                 "workers": [
                     {
                         "pid": child.pid,
@@ -101,6 +103,7 @@ class Commands:
                         "ready": child.ready,
                         "open": child.row.open,
                         "accepted": child.row.accepted,
+                        "rss": resident_bytes(child.pid),
                     }
                     for child in workers.staying
                 ],

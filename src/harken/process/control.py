@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import selectors
 import socket
 import struct
@@ -205,13 +206,26 @@ def _is_trusted(sock: socket.socket) -> bool:
     return _CREDENTIALS.unpack(credentials)[1] in (0, os.geteuid())
 
 
-def replies(sock: socket.socket, verb: str, arguments: dict[str, Any]) -> Iterator[Message]:
+def replies(
+    sock: socket.socket, verb: str, arguments: dict[str, Any], patience: float | None = None
+) -> Iterator[Message]:
     """Ask over a connected control socket, and return what comes back: one answer, or many for ``trace``.
+
+    Args:
+        sock: connected.
+        verb: what to ask.
+        arguments: the verb's.
+        patience: seconds to wait for each; None to wait for ever.
 
     Raises:
         EOFError: the server hung up.
+        TimeoutError: it says nothing for too long.
     """
     channel = Channel(sock, blocking=True)
     channel.send(version=VERSION, verb=verb, arguments=arguments, number=1)
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
     while True:
+        if not poll.poll(None if patience is None else patience * 1000):
+            raise TimeoutError(f"no answer within {patience:g} s")
         yield from channel.receive()

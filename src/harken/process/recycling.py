@@ -77,10 +77,10 @@ class Lifespan:
         return None
 
 
-def resident_bytes() -> int:
-    """Return this process's resident memory, in bytes; 0 where /proc does not tell (statm, proc(5))."""
+def resident_bytes(pid: int | str = "self") -> int:
+    """Return a process's resident memory, in bytes; 0 where /proc does not tell (statm, proc(5))."""
     try:
-        with open("/proc/self/statm", "rb") as statm:
+        with open(f"/proc/{pid}/statm", "rb") as statm:
             return int(statm.read().split()[1]) * _PAGE
     except OSError:
         return 0
