@@ -9,6 +9,8 @@ import subprocess
 
 import pytest
 
+from harken.cli import asking
+
 SECONDS = 20.0
 
 APP = """
@@ -69,6 +71,20 @@ def test_the_status_names_address_engine_and_state(running):
     assert f"tcp://127.0.0.1:{running.port}" in running.ctl("status")
     (server,) = running.json("status")["servers"]
     assert (server["engine"], server["state"], server["open"]) == ("thread", "serving", 0)
+
+
+def test_the_status_tells_memory(running):
+    """Of the process that answers and of each worker."""
+    found = running.json("status")
+    assert all(each > 1 << 20 for each in (found["rss"], *(worker["rss"] for worker in found["workers"])))
+
+
+def test_a_server_that_hangs_is_given_up(running, monkeypatch):
+    """After a time, with one line."""
+    monkeypatch.setattr(asking, "ANSWER_SECONDS", 0.1)
+    os.kill(running.process.pid, signal.SIGSTOP)
+    with pytest.raises(asking.Refused, match="no answer within 0.1 s"), asking.connected(str(running.path)) as sock:
+        asking.ask(sock, "status")
 
 
 def test_connections_are_listed_filtered_and_closed(running):

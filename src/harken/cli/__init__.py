@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "check": "Test a target, its addresses and its settings, and print them.",
     "explain": "Show a server's classes and its hooks in call order.",
     "ctl": "Look into a running server, and change it.",
+    "top": "Watch a running server in the terminal.",
 }
 """The commands and what each does, in the order of ``--help``. Each is the module of that name in this room."""
 

@@ -79,7 +79,7 @@ def ask(sock: socket.socket, verb: str, **arguments: Any) -> Any:
         Refused: the server says no.
         EOFError, OSError: what :func:`connected` turns into a word for people.
     """
-    return _result(next(control.replies(sock, verb, arguments, ANSWER_SECONDS)))
+    return next(_results(sock, verb, arguments, ANSWER_SECONDS))
 
 
 def follow(sock: socket.socket, **arguments: Any) -> Iterator[dict[str, Any]]:
@@ -89,14 +89,17 @@ def follow(sock: socket.socket, **arguments: Any) -> Iterator[dict[str, Any]]:
         Refused: the server says no.
         EOFError, OSError: as :func:`ask`.
     """
-    for reply in control.replies(sock, "trace", arguments):
-        entry: dict[str, Any] = _result(reply)
+    for entry in _results(sock, "trace", arguments, None):
         yield entry
         if "end" in entry:
             return
 
 
-def _result(reply: dict[str, Any]) -> Any:
-    if "error" in reply:
-        raise Refused(str(reply["error"]))
-    return reply["result"]
+def _results(sock: socket.socket, verb: str, arguments: dict[str, Any], patience: float | None) -> Iterator[Any]:
+    try:
+        for reply in control.replies(sock, verb, arguments, patience):
+            if "error" in reply:
+                raise Refused(str(reply["error"]))
+            yield reply["result"]
+    except (ValueError, KeyError):
+        raise Refused("what answers there is no server of harken; is that its control= path?") from None

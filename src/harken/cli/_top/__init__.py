@@ -1,0 +1,1 @@
+"""What ``harken top`` is made of. Imported with textual, when the command runs."""
