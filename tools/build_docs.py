@@ -21,6 +21,7 @@ from harken.meter import SECONDS
 from harken.observe import families
 from harken.preambles import proxy_header
 from harken.preambles.proxy_header import ProxyHeader, ProxySSL
+from harken.process import signals
 from harken.settings import Setting
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
@@ -219,6 +220,26 @@ def _command(name: str) -> str:
     usage = " ".join(command.get_usage(context).removeprefix("Usage: ").split())
     text = inspect.cleandoc(command.help or "")
     return f"## harken {name}\n\n```text\n{usage}\n```\n\n{text}\n\n" + table(["option", "meaning"], rows)
+
+
+def signals_page() -> str:
+    """What each signal does to a service."""
+    return page(
+        "Signals",
+        "`harken serve` and `harken.serve()` heed these, with the names and meanings that gunicorn gave them.\n"
+        "Send them to the supervisor, the process that the PID file names:\n"
+        '`kill -HUP "$(cat /run/app.pid)"`.',
+        table(
+            ["signal", "to the supervisor", "with `workers=0`"],
+            ([f"`{number.name}`", *meaning] for number, meaning in signals.MEANINGS.items()),
+        ),
+        "## Workers",
+        "A worker heeds `SIGTERM` (drains and ends), `SIGINT` and `SIGQUIT` (ends now) and `SIGUSR1`; the supervisor\n"
+        "replaces one that has ended. It leaves the others to the supervisor, so that a terminal's do no harm.",
+        "## Where there is no supervisor",
+        "`serve_forever()` of a server class and `harken.start()` leave signals to the program.\n"
+        "So does `harken.serve()` outside of the main thread.",
+    )
 
 
 FORMS = {

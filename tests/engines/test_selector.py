@@ -381,3 +381,16 @@ def test_any_selector_will_do(kind, door):
     assert door.again.wait(PATIENCE)
     loop.end()
     assert loop.error is None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_who_woke_a_loop_that_ends_is_taken_where_nobody_else_was_woken(shared):
+    """At a door of several processes EPOLLEXCLUSIVE wakes one; at a door of one's own who waits is left there."""
+    engine = Engine()
+    engine.shares_doors = shared
+    taken = []
+    stops = iter([False, True])  # between the two somebody comes
+    with socket.create_server(("127.0.0.1", 0)) as door, socket.create_connection(door.getsockname()):
+        engine.watch(door, lambda: bool(taken.append("one")))
+        engine.run(lambda: next(stops), lambda: None, lambda: 20.0)
+    assert taken == ["one"] * shared

@@ -54,6 +54,10 @@ class Service:
             assert found, f"no {pattern!r} (times {count}) in the log:\n" + "".join(self._lines)
             return self._found(pattern)[count - 1]
 
+    def said(self, pattern, count=1):
+        """Whether the log has ``count`` lines that match by now."""
+        return len(self._found(pattern)) >= count
+
     def _found(self, pattern):
         return [match for line in list(self._lines) if (match := re.search(pattern, line))]
 

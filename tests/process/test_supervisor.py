@@ -116,6 +116,19 @@ def test_reload_brings_new_code_and_refuses_nobody(service, target, load, engine
     wait_gone(old)
 
 
+@pytest.mark.parametrize("engine", ["thread", "green"])
+def test_who_comes_alone_during_a_reload_is_served(service, engine):
+    """One client after the other: the worker that the kernel woke for it may be about to leave, and nobody else was."""
+    running = service("--workers", "3", "--engine", engine)
+    running.workers(3)
+    for number in range(1, 4):
+        os.kill(running.pid, signal.SIGHUP)
+        while not running.said("reloaded", number):
+            running.ask()
+        for _ in range(100):  # the old ones leave meanwhile
+            running.ask()
+
+
 def test_code_that_does_not_load_changes_nothing(service, target):
     """A syntax error keeps the old workers, the log says why, and a later reload with good code succeeds."""
     running = service("--workers", "2")

@@ -249,15 +249,17 @@ def test_a_handler_that_cannot_serve_is_refused(handler, said):
         serve(handler, "tcp://127.0.0.1:0")
 
 
-def test_an_async_handle_is_refused():
-    """By the engine of ``serve``, which blocks."""
+def test_an_async_handle_that_is_none_of_harken_s_is_refused():
+    """It would be given a blocking socket; and so is one for which another engine is asked."""
 
     class Async(harken.BaseRequestHandler):
         async def handle(self):
             pass
 
-    with pytest.raises(ConfigError, match=r"Async\.handle is async, and handlers of this engine block"):
+    with pytest.raises(ConfigError, match=r"Async\.handle is async: derive it from harken\.AsyncRequestHandler"):
         serve(Async, "tcp://127.0.0.1:0")
+    with pytest.raises(ConfigError, match=r"Async\.handle is async, and handlers of this engine block"):
+        serve(Async, "tcp://127.0.0.1:0", engine="green")
 
 
 @pytest.mark.parametrize("handler", ["not a class", None, 7], ids=repr)

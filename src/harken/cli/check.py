@@ -10,6 +10,7 @@ import click
 from harken import plugins, preambles, transports
 from harken.cli import options
 from harken.cli.target import is_server, load_target, require_handler
+from harken.engines import suited
 from harken.errors import ConfigError
 from harken.limits.connections import in_force
 from harken.process.worker import fit_handler
@@ -47,7 +48,7 @@ def _settings_of(found: Any, target: str) -> Settings:
         return Settings(object.__new__(found), profile="drop-in")
     require_handler(found, target)
     fit_handler(found)
-    return Settings(None, profile="serve")
+    return Settings(None, suited(found, {}), "serve")
 
 
 def _try(place: str, values: Settings) -> list[str]:

@@ -17,7 +17,7 @@ from harken.connection import Connection
 from harken.errors import ConfigError
 from harken.settings import choice, setting
 
-__all__ = ["ENGINE", "LOOP", "DatagramService", "Datagrams", "Door", "Engine", "Options", "is_async"]
+__all__ = ["ENGINE", "LOOP", "DatagramService", "Datagrams", "Door", "Engine", "Options", "is_async", "suited"]
 
 ENGINE = setting(
     "engine",
@@ -67,6 +67,11 @@ def is_async(handler: Any) -> bool:
         return True
     code = getattr(getattr(handler, "handle", None), "__code__", None)
     return bool(getattr(code, "co_flags", 0) & _CO_COROUTINE)
+
+
+def suited(handler: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings to serve a handler class with: one with coroutines takes ``asyncio`` unless they say more."""
+    return {"engine": "asyncio", **keywords} if is_async(handler) else dict(keywords)
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,7 @@ class SelectorEngine(Engine):
                         self._register(selector)
                     ready = selector.select(patience())
                     if stopped():
+                        self._take_last(ready)
                         return
                     for key, _ in ready:
                         if key.fileobj is waker:
@@ -66,6 +67,13 @@ class SelectorEngine(Engine):
         finally:
             self._wakers.remove(waker)
             waker.close()
+
+    def _take_last(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
+        """Take the one for whom we were woken, at a door that others share: by EPOLLEXCLUSIVE they were not."""
+        for key, _ in ready if self.shares_doors else ():
+            _, on_readable = self._doors.get(key.data, (None, None))
+            if on_readable is not None:
+                on_readable()
 
     def _register(self, selector: selectors.BaseSelector) -> None:
         """Bring the selector's doors up to date with ours. A selector may be the program's own: public methods only."""

@@ -21,7 +21,7 @@ from harken.process import handoff, page, privileges
 from harken.process.answers import alone_status, answer
 from harken.process.channel import Message
 from harken.process.control import Client, Control, open_listener
-from harken.process.notify import notify
+from harken.process.notify import Watchdog, notify, reloading
 from harken.process.pidfile import PidFile
 from harken.process.traces import Followers
 from harken.process.worker import Worker
@@ -83,6 +83,9 @@ class Alone:
             for listener in (listener for several in self._opened.values() for listener in several):
                 listener.close()
             raise
+        self._replaced = False
+        self._watchdog = Watchdog()
+        self._worker.on_leaving = self._tell_why
         self._worker.obeys = {
             signal.SIGHUP: self._reload,
             signal.SIGUSR1: reopen,
@@ -112,7 +115,7 @@ class Alone:
     def run(self) -> int:
         """Serve until a signal; return the exit status."""
         try:
-            status = self._worker.run(on_ready=self._ready)
+            status = self._worker.run(on_ready=self._ready, on_turn=self._watchdog.feed)
         finally:
             self._worker.close()
             if self._page is not None:
@@ -135,7 +138,8 @@ class Alone:
         if self._page is not None:
             self._page.start()
         handoff.tell_predecessor()
-        notify(READY=1, MAINPID=os.getpid())
+        where = ", ".join(server.serving.address() for server in self._worker.servers)
+        notify(READY=1, STATUS=f"one process on {where}", MAINPID=os.getpid())
 
     def _reload(self) -> None:
         """Keep a second descriptor of each listener, drain, and become the new program.
@@ -162,18 +166,27 @@ class Alone:
         if self._kept:
             return
         try:
+            handoff.may_leave()
             successor = handoff.Successor(self._opened, self._directory, self.settings["upgrade_timeout"])
             while not successor.check(wait=1.0):
                 pass
         except HandoffError as error:
             events.emit("upgrade_failed", reason=f"{error}; this one serves on")
             return
+        self._replaced = True
         notify(MAINPID=successor.pid)
         for listener in (listener for several in self._opened.values() for listener in several):
             listener.disown()
         if self._page is not None:
             self._page.close()  # the successor has one
         self._leave()
+
+    def _tell_why(self) -> None:
+        """Tell the service manager why the worker leaves; a successor speaks for itself."""
+        if self._kept:
+            reloading()
+        elif not self._replaced:
+            notify(STOPPING=1, STATUS="draining")
 
     def _leave(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

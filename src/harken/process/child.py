@@ -167,11 +167,15 @@ class Inside:
         try:
             if collector is not None:
                 collector.start()
-            return worker.run(on_ready=lambda: self._channel.send(type="ready"), on_turn=self._turn)
+            return worker.run(on_ready=self._tell_ready, on_turn=self._turn)
         finally:
             worker.close()
             if collector is not None:
                 collector.stop()
+
+    def _tell_ready(self) -> None:
+        assert self._worker is not None
+        self._channel.send(type="ready", engine=self._worker.settings["engine"] or "inline")
 
     def _turn(self) -> None:
         """Once a turn of the loop that serves: the heartbeat."""

@@ -33,6 +33,7 @@ __all__ = [
     "exec_anew",
     "inherited",
     "listen",
+    "may_leave",
     "probe",
     "tell_predecessor",
     "upgraded_from",
@@ -128,6 +129,19 @@ def _bequest(opened: dict[str, list[Listener]], pipe: int) -> str:
     return json.dumps({"listeners": listeners, "pipe": pipe, "pid": os.getpid()})
 
 
+def may_leave() -> None:
+    """Check that a successor would outlive this process.
+
+    Raises:
+        HandoffError: it would not: with process 1 the kernel ends all others of its container, pid_namespaces(7).
+    """
+    if os.getpid() == 1:
+        raise HandoffError(
+            "this is process 1 of a container, which ends with it; start a new container, or reload (SIGHUP) a target "
+            "of `harken serve`"
+        )
+
+
 def _command() -> list[str]:
     """Return how this program was started, whatever it has done to ``sys.argv``."""
     return [sys.executable, *sys.orig_argv[1:]]
@@ -148,6 +162,11 @@ def exec_anew(opened: dict[str, list[Listener]], directory: str) -> None:
     environment = dict(os.environ) | {VARIABLE: _bequest(opened, -1)}
     os.chdir(directory)
     os.execve(sys.executable, _command(), environment)  # noqa: S606 - there is no shell to want
+
+
+def _without_watchdog_pid() -> dict[str, str]:
+    """Return the environment of a successor: the watchdog watches the service, which is another process then."""
+    return {name: value for name, value in os.environ.items() if name != "WATCHDOG_PID"}
 
 
 class Successor:
@@ -172,7 +191,7 @@ class Successor:
             self._process = subprocess.Popen(
                 _command(),
                 cwd=directory,
-                env=dict(os.environ) | {VARIABLE: _bequest(opened, writer)},
+                env=_without_watchdog_pid() | {VARIABLE: _bequest(opened, writer)},
                 pass_fds=(writer, *fds),
                 start_new_session=False,
             )

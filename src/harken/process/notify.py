@@ -6,7 +6,7 @@ import os
 import socket
 import time
 
-__all__ = ["notify", "reloading", "watchdog_interval"]
+__all__ = ["Watchdog", "notify", "reloading", "watchdog_interval"]
 
 
 def notify(**fields: str | int) -> bool:
@@ -36,6 +36,25 @@ def reloading() -> bool:
     ``Type=notify-reload`` wants the time with it, by CLOCK_MONOTONIC in microseconds (systemd.service(5)).
     """
     return notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
+
+
+class Watchdog:
+    """Feeds the manager's watchdog, from the loop that it is to vouch for, as often as it asks and no more.
+
+    Attributes:
+        interval: seconds between two meals; None when the manager does not ask.
+    """
+
+    def __init__(self) -> None:
+        self.interval = watchdog_interval()
+        self._fed = 0.0
+
+    def feed(self) -> None:
+        """Say ``WATCHDOG=1`` if it is time. Call it once a turn."""
+        now = time.monotonic()
+        if self.interval is not None and now - self._fed >= self.interval:
+            self._fed = now
+            notify(WATCHDOG=1)
 
 
 def watchdog_interval() -> float | None:

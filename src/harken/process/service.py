@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from harken.engines import suited
 from harken.process.worker import Worker, fit_handler
 from harken.settings import Settings
 
@@ -21,7 +22,8 @@ def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> int:
     that ends.
 
     Args:
-        handler: a handler class, called as ``(request, client_address, server)``.
+        handler: a handler class, called as ``(request, client_address, server)``. One with ``async def handle`` takes
+            the engine ``asyncio`` unless told otherwise.
         addresses: URLs such as ``tcp://127.0.0.1:8800``, ``unix:/run/echo.sock``, ``udp://:8800``.
         settings: any setting by name; those not given have the defaults of ``serve``.
 
@@ -33,6 +35,7 @@ def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> int:
         BindError: an address cannot be had.
     """
     fit_handler(handler)
+    settings = suited(handler, settings)
     name = getattr(handler, "__name__", type(handler).__name__)
     return run(lambda: handler, addresses or ("tcp://127.0.0.1:8800",), settings, name=name, in_memory=True)
 

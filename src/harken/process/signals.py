@@ -11,8 +11,52 @@ import signal
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
-__all__ = ["Inbox", "blocked"]
+__all__ = ["MEANINGS", "Inbox", "Meaning", "blocked"]
+
+
+class Meaning(NamedTuple):
+    """What a signal does to a service."""
+
+    supervisor: str
+    """Sent to a supervisor."""
+    alone: str
+    """Sent to the only process, ``workers=0``."""
+
+
+_SAME = "the same"
+
+MEANINGS: dict[signal.Signals, Meaning] = {
+    signal.SIGTERM: Meaning(
+        "drain: serve what is there and what has reached the backlog, then end, with status 0, or with 3 when "
+        "connections were cut after `drain_timeout`",
+        _SAME,
+    ),
+    signal.SIGINT: Meaning(
+        "stop now, a drain too: every connection is shut; status 0, or 3 when a drain was cut short", _SAME
+    ),
+    signal.SIGQUIT: Meaning("as INT", _SAME),
+    signal.SIGHUP: Meaning(
+        "load code, settings and certificates anew: the old workers drain once as many new ones are ready; when the "
+        "new code does not start, the old ones stay. A program that calls `harken.serve()` itself has its code in "
+        "memory: there it is USR2",
+        "drain, then become the new program, with the same pid; who connects meanwhile waits in the backlog",
+    ),
+    signal.SIGUSR1: Meaning("open the log files anew, after a rotation; workers do too", _SAME),
+    signal.SIGUSR2: Meaning(
+        "start a new copy of the program, with the listeners; this one drains once that is ready. A copy that ends, or "
+        "is not ready within `upgrade_timeout` seconds, is killed, and this one serves on. Refused by process 1 of a "
+        "container",
+        _SAME,
+    ),
+    signal.SIGTTIN: Meaning("one worker more", "nothing"),
+    signal.SIGTTOU: Meaning("one worker less, but never less than one", "nothing"),
+    signal.SIGWINCH: Meaning(
+        "let all workers drain and keep the listeners, unless a terminal is there; HUP brings workers back", "nothing"
+    ),
+}
+"""What `serve` heeds, in the words of `docs/reference/signals.md`. The names and meanings are gunicorn's."""
 
 
 class Inbox:

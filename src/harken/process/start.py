@@ -11,7 +11,6 @@ from typing import Any, Self
 
 from harken.connection import ConnectionInfo
 from harken.drain import Drain, DrainReport, run
-from harken.engines import is_async
 from harken.process.worker import Worker
 
 __all__ = ["Started", "start"]
@@ -34,8 +33,6 @@ async def start(handler: Callable[..., Any], *addresses: str, **settings: Any) -
         ConfigError: an address, a setting or the handler is wrong; nothing stays open.
         BindError: an address cannot be had; nothing stays open.
     """
-    if is_async(handler):
-        settings.setdefault("engine", "asyncio")
     started = Started(Worker(handler, addresses or ("tcp://127.0.0.1:8800",), settings))
     await started._begin()
     return started

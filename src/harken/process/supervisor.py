@@ -23,9 +23,9 @@ from harken.process import handoff, page, privileges
 from harken.process.channel import Message
 from harken.process.commands import Commands
 from harken.process.control import Client, Control, open_listener
-from harken.process.notify import notify, reloading, watchdog_interval
+from harken.process.notify import Watchdog, notify, reloading
 from harken.process.pidfile import PidFile
-from harken.process.signals import Inbox
+from harken.process.signals import MEANINGS, Inbox
 from harken.process.worker import CUT, DRAINED, Worker
 from harken.process.workers import Workers
 from harken.settings import Settings, operator, seconds, setting
@@ -49,10 +49,7 @@ LOOK_SECONDS = 1.0
 _CONTROL = "control"
 
 _WORKERS_IGNORE = (signal.SIGHUP, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU)
-_SIGNALS = (
-    *(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGCHLD, signal.SIGUSR1, signal.SIGWINCH),
-    *_WORKERS_IGNORE,
-)
+_SIGNALS = (*MEANINGS, signal.SIGCHLD)
 
 
 class Supervisor:
@@ -117,8 +114,8 @@ class Supervisor:
         self._announced = False
         self._ending = False
         self._successor: handoff.Successor | None = None
-        self._watchdog = watchdog_interval()
-        self._barked = 0.0
+        self._watchdog = Watchdog()
+        self._told = ""  # to the service manager
 
     def _open_page(self) -> None:
         opened = page.open_listener(self.settings)
@@ -170,9 +167,10 @@ class Supervisor:
                 self._start_page()
             while not (self._ending and not len(self.workers)):
                 self.workers.turn()
+                self._tell_status()
                 for key, _ in self._selector.select(self._patience()):
                     key.data()
-                self._bark()
+                self._watchdog.feed()
                 self._follow_upgrade()
                 self.workers.flush()
                 if self._control is not None:
@@ -189,16 +187,10 @@ class Supervisor:
             self._attendant = page.Attendant(listener, self._token, self._selector, self._asked, let_go)
 
     def _patience(self) -> float:
-        interval = LOOK_SECONDS if self._watchdog is None else min(LOOK_SECONDS, self._watchdog)
+        interval = min(LOOK_SECONDS, self._watchdog.interval or LOOK_SECONDS)
         if any(asker is not None and asker.waits for asker in (self._control, self._attendant)):
             interval = min(interval, 0.05)
         return max(0.0, min(interval, self.workers.deadline() - time.monotonic()))
-
-    def _bark(self) -> None:
-        now = time.monotonic()
-        if self._watchdog is not None and now - self._barked >= self._watchdog:
-            self._barked = now
-            notify(WATCHDOG=1)
 
     def _close(self) -> None:
         if self._successor is not None:
@@ -268,7 +260,7 @@ class Supervisor:
 
     # -- what happens to the service -----------------------------------------------------------------------------------
 
-    def _announce(self) -> None:
+    def _announce(self, engine: str) -> None:
         """A worker is ready: the service is, if it was not yet."""
         if self._announced:
             return
@@ -279,17 +271,24 @@ class Supervisor:
             self._pidfile.write(over=predecessor)
             self._start_page()
         for listener in self.listeners:
-            events.emit("listening", address=listener.url, engine=self.settings["engine"] or "inline", server=self)
+            events.emit("listening", address=listener.url, engine=engine, server=self)
         for listener in self._opened.get(self._page_key, ()):
             events.emit("page_opened", address=page.web_address(listener))
         handoff.tell_predecessor()
-        notify(READY=1, STATUS=self._status(), MAINPID=os.getpid())
+        notify(READY=1, STATUS=self._status, MAINPID=os.getpid())
 
     def _tell_manager(self) -> None:
-        notify(READY=1, STATUS=self._status())
+        notify(READY=1, STATUS=self._status)
 
+    def _tell_status(self) -> None:
+        if self._announced and not self._ending and self._status != self._told:
+            self._told = self._status
+            notify(STATUS=self._told)
+
+    @property
     def _status(self) -> str:
-        return f"{len(self.workers.staying)} workers on {', '.join(listener.url for listener in self.listeners)}"
+        ready = sum(child.ready for child in self.workers.staying)
+        return f"{ready} of {self.workers.wanted} workers on {', '.join(listener.url for listener in self.listeners)}"
 
     def health(self) -> dict[str, Any]:
         """Say whether new connections are served, and if not why. Whoever hears it knows that the supervisor lives."""
@@ -339,11 +338,14 @@ class Supervisor:
     def drain(self) -> None:
         """Let every worker serve what it has, and end."""
         if not self._ending:
-            self._ending = True
             notify(STOPPING=1, STATUS="draining")
-            self._shut_out()
-            self._close_listeners()
-            self.workers.drain()
+            self._drain()
+
+    def _drain(self) -> None:
+        self._ending = True
+        self._shut_out()
+        self._close_listeners()
+        self.workers.drain()
 
     def _shut_out(self) -> None:
         """Let nobody new come to doors that only our workers share, and let those come in who are on the way."""
@@ -390,6 +392,7 @@ class Supervisor:
             events.emit("upgrade_failed", reason="this process is not ready itself")
             return
         try:
+            handoff.may_leave()
             self._successor = handoff.Successor(self._opened, self._directory, self.settings["upgrade_timeout"])
         except HandoffError as error:
             events.emit("upgrade_failed", reason=str(error))
@@ -415,4 +418,4 @@ class Supervisor:
             for listener in (listener for several in self._opened.values() for listener in several):
                 listener.disown()
             self._close_page()  # the successor has one
-            self.drain()
+            self._drain()

@@ -15,7 +15,7 @@ from typing import Any
 
 from harken import plugins
 from harken.drain import CUT_GRACE, Drain, run
-from harken.engines import Engine
+from harken.engines import Engine, suited
 from harken.errors import ConfigError
 from harken.handlers import BaseRequestHandler
 from harken.listener import Listener
@@ -93,6 +93,7 @@ class Worker:
             BindError: an address cannot be had; nothing stays open.
         """
         fit_handler(handler)
+        settings = suited(handler, settings)
         self.settings = Settings(_Profile(), settings, "serve")
         self.servers: list[_Stream | _Datagram] = []
         self._stopping = False
@@ -104,6 +105,8 @@ class Worker:
         """Who collects this process's figures, if anybody does."""
         self.obeys: dict[int, Callable[[], None]] = {}
         """What more signals do, besides ending the worker: called in the thread that acts on signals."""
+        self.on_leaving: Callable[[], object] = _nothing
+        """Called when a signal begins to end the worker, in the thread that acts on signals."""
         self.traces = Traces()
         self._conductor = Conductor(self._obey)
         make = plugins.find("engines", self.settings["engine"] or "inline", "Engine")
@@ -198,8 +201,11 @@ class Worker:
         """Act on a signal: the first TERM drains, INT and QUIT end at once, a drain too."""
         if number == signal.SIGTERM:
             if not self._stopping and self._drainer is None:
+                self.on_leaving()
                 self._begin_drain()
         elif number in SIGNALS:
+            if self._drainer is None:
+                self.on_leaving()
             self._hurry("shutdown")
             self.stop()
         else:

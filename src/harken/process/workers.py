@@ -82,7 +82,7 @@ class Workers:
         make: Callable[[Place], Worker],
         let_go: Callable[[], None],
         *,
-        on_ready: Callable[[], None],
+        on_ready: Callable[[str], None],
         on_reloaded: Callable[[], None],
     ) -> None:
         """Prepare; nothing is started yet.
@@ -92,7 +92,7 @@ class Workers:
             selector: of the supervisor's loop; its keys' ``data`` are functions to call when a descriptor is ready.
             make: called in each new process, with its place among all, to load the handler and make the worker.
             let_go: called in each new process first, to close what is the supervisor's.
-            on_ready: called whenever a worker has become ready.
+            on_ready: called with its engine whenever a worker has become ready.
             on_reloaded: called when a reload is over, one way or the other.
         """
         self.wanted: int = settings["workers"]
@@ -211,7 +211,7 @@ class Workers:
         for message in messages:
             match message["type"]:
                 case "ready":
-                    self._became_ready(child)
+                    self._became_ready(child, message["engine"])
                 case "retire":
                     child.heir_wanted = message["reason"]
                 case "failed":
@@ -221,10 +221,10 @@ class Workers:
                 case "reply":
                     self.inquiries.hear(child, message)
 
-    def _became_ready(self, child: Child) -> None:
+    def _became_ready(self, child: Child, engine: str) -> None:
         child.ready = True
         self._proven = max(self._proven, child.generation)
-        self._on_ready()
+        self._on_ready(engine)
         events.emit("worker_started", pid=child.pid, generation=child.generation)
         for verb, arguments in self._standing.items():
             self.inquiries.ask([child], verb, arguments, _unheard)
