@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ import click
 from harken import events
 from harken.cli import options
 from harken.cli.target import load_handler
+from harken.errors import ConfigError
 from harken.observe.stalls import report_at_exit
 from harken.process import service
 from harken.settings import Settings
@@ -18,13 +20,26 @@ from harken.settings import Settings
 __all__ = ["command"]
 
 
-def _serve(target: str, urls: tuple[str, ...]) -> int:
+def _serve(target: str, urls: tuple[str, ...], reload: bool) -> int:
     options.refuse_wrong_values()
     options.refuse_unsafe_values()
     places = options.addresses(urls)
+    if reload:
+        _watch(target)
     if Settings(None, profile="serve")["log_format"] == "text":  # a log for machines tells it by itself
         events.subscribe(_announce, "listening")
     return service.run(lambda: _load(target), places, {}, name=target.rpartition(":")[2])
+
+
+def _watch(target: str) -> None:
+    """Reload when the code changes: that of the target's directory, and of the working directory."""
+    if Settings(None, profile="serve")["workers"] == 0:
+        raise ConfigError("--reload needs workers: with 0 there is nobody left to serve when the new code is wrong")
+    from harken.process import watch
+
+    place = target.rpartition(":")[0] if ":" in target else target
+    own = Path(place).parent if place.endswith(".py") else Path()
+    watch.start({Path.cwd(), own.resolve()})
 
 
 def _load(target: str) -> Callable[..., Any]:
@@ -61,6 +76,11 @@ command = click.Command(
     params=[
         click.Argument(["target"]),
         click.Option(**options.BIND_OPTION),
+        click.Option(
+            ["--reload"],
+            is_flag=True,
+            help="For development: load the code anew whenever a file changes; needs harken[reload].",
+        ),
         *options.settings_options(),
     ],
 )

@@ -1,0 +1,75 @@
+"""``--reload``: code that changes is loaded anew, and code that is wrong is shown and survived."""
+
+import socket
+
+import pytest
+
+SECONDS = 20.0
+
+APP = """
+import harken
+class Tell(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"one")
+"""
+
+
+@pytest.fixture
+def watched(run_program, tmp_path, free_port):
+    """A program under ``--reload``: its process, its file and its port."""
+    target = tmp_path / "app.py"
+    target.write_text(APP)
+    words = ("--bind", f"tcp://127.0.0.1:{free_port}", "--reload", "--control", "none")
+    process = run_program("-m", "harken", "serve", "app.py:Tell", *words, cwd=tmp_path)
+    read_until(process, "reloading when code changes")
+    return process, target
+
+
+def read_until(process, word):
+    """Read the log up to a line with this word; return what was read."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if word in line:
+            return "".join(lines)
+    raise AssertionError(f"no {word!r} in:\n" + "".join(lines))
+
+
+def ask(port):
+    """Return what a client is told."""
+    with socket.create_connection(("127.0.0.1", port), SECONDS) as client:
+        client.settimeout(SECONDS)
+        return client.makefile("rb").read()
+
+
+def test_changes_are_loaded_and_errors_survived(watched, free_port):
+    """A change; a syntax error, shown with its place while the old code serves on; and its repair."""
+    process, target = watched
+    assert ask(free_port) == b"one"
+    target.write_text(APP.replace("one", "two"))
+    read_until(process, "reloaded")
+    assert ask(free_port) == b"two"
+    target.write_text(APP + "def broken(:\n")
+    shown = read_until(process, "the new code does not start")
+    assert "app.py changed: reloading" in shown
+    assert "app.py:6: invalid syntax; the old workers serve on" in shown
+    assert ask(free_port) == b"two"
+    target.write_text(APP.replace("one", "three"))
+    read_until(process, "reloaded")
+    assert ask(free_port) == b"three"
+
+
+def test_the_watcher_ends_with_the_server(watched):
+    """Its standard error is the server's, and comes to an end."""
+    process, _ = watched
+    process.terminate()
+    assert process.wait(SECONDS) == 0
+    process.stderr.read()
+
+
+def test_without_workers_there_is_nothing_to_fall_back_on(run_program, tmp_path):
+    """Usage."""
+    (tmp_path / "app.py").write_text(APP)
+    process = run_program("-m", "harken", "serve", "app.py:Tell", "--reload", "--workers", "0", cwd=tmp_path)
+    assert "--reload needs workers" in process.communicate(timeout=SECONDS)[1]
+    assert process.returncode != 0
