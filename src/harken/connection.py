@@ -427,8 +427,10 @@ class Record:
 
     def _count(self) -> None:
         """Note what was counted so far, if somebody will want to know at the end."""
-        if self._registry.counts_bytes or events.subscribers["closed"]:
+        if events.subscribers["closed"]:
             self.moved, self.requests = self.bytes_moved(), self.requests_begun()
+        elif self._registry.counts_bytes:
+            self.moved = self.bytes_moved()
 
     def waits_for(self) -> str:
         """Tell for what it waits; see :class:`ConnectionInfo`."""

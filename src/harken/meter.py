@@ -90,7 +90,9 @@ class Meter:
 
     def handled(self, begun: float) -> None:
         """A handler that began at ``begun``, by ``time.monotonic()``, has ended."""
-        self.handler.add(monotonic() - begun)
+        seconds, times = monotonic() - begun, self.handler
+        times.counts[bisect_left(SECONDS, seconds)] += 1  # as Histogram.add, without the call
+        times.sum += seconds
 
     def entered(self, begun: float) -> None:
         """A connection that came to its preambles at ``begun`` has passed them."""

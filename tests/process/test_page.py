@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import json
 import os
 import re
 import signal
@@ -263,6 +264,38 @@ def wait_closed(port, count):
             return
         assert time.monotonic() < end, found
         time.sleep(0.05)
+
+
+def test_a_connection_of_a_program_can_be_followed(free_port, tmp_path):
+    """By the token, as under a supervisor; what a program serves by itself answers for itself."""
+    (tmp_path / "token").write_text("0123456789abcdef\n")
+    address = f"tcp://127.0.0.1:{free_port}"
+    server = harken.GreenTCPServer(
+        ("127.0.0.1", 0), Echo, metrics=address, metrics_token=str(tmp_path / "token"), idle_timeout=None
+    )
+    with harken.background(server), socket.create_connection(server.server_address, PATIENCE) as client:
+        client.sendall(b"first")
+        assert client.recv(10) == b"first"
+        (info,) = server.connections()
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{free_port}/connections/{info.id}/trace",
+            headers={"Authorization": "Bearer 0123456789abcdef"},
+        )
+        with urllib.request.urlopen(asked, timeout=PATIENCE) as told:
+            assert next_entry(told)["begin"]
+            client.sendall(b"second")
+            assert client.recv(10) == b"second"
+            moved = [next_entry(told) for _ in range(2)]
+            assert [(entry["direction"], entry["text"]) for entry in moved] == [("in", "second"), ("out", "second")]
+            server.close_connection(info.id)
+            assert next_entry(told)["end"] == "killed"
+
+
+def next_entry(told):
+    """The next event of a stream."""
+    while not (line := told.readline()).startswith(b"data: "):
+        assert line
+    return json.loads(line[6:])
 
 
 def test_a_hung_loop_is_not_live(free_port):

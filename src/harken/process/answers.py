@@ -123,7 +123,7 @@ def in_force(settings: Settings) -> list[dict[str, Any]]:
     return [
         {"name": name, "value": settings[name], "unit": declared.unit}
         for name, declared in REGISTRY.items()
-        if declared.live and declared.kind.name in ("count", "seconds", "bytes", "choice")
+        if declared.live and (declared.kind.name in ("count", "seconds", "bytes") or name == "overload")
     ]
 
 
