@@ -54,7 +54,7 @@ def test_command_exists(line: str) -> None:
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(targets)
     else:
-        known = {"python", "nc", "source", "systemd-socket-activate", "bash", "pip", "openssl", "ssh"}
+        known = {"python", "nc", "source", "systemd-socket-activate", "bash", "pip", "openssl", "ssh", "systemctl", "docker", "kubectl"}
         assert words[0] in known
 
 
