@@ -1,8 +1,9 @@
-"""Servers that override no hook go straight through on the green engine; nobody can tell, and overriding ends it."""
+"""Servers that override no hook go straight through, on threads and green ones; nobody can tell, till one overrides."""
 
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,15 @@ HOOKS = [
     "close_request",
     "service_actions",
 ]
+
+
+KINDS = [harken.ThreadingTCPServer, harken.GreenTCPServer]
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
+def server_class(request: pytest.FixtureRequest) -> Any:
+    """A server class whose engine takes connections many at a time."""
+    return request.param
 
 
 class Echo(harken.BaseRequestHandler):
@@ -66,15 +76,17 @@ def note(seen: list[str], name: str, plain: Callable[..., Any]) -> Callable[...,
 
 @pytest.mark.parametrize("name", HOOKS)
 @pytest.mark.parametrize("where", ["subclass", "patched class", "instance"])
-def test_every_hook_that_is_overridden_is_called(name: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_hook_that_is_overridden_is_called(
+    server_class: Any, name: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a subclass, on the class while it serves, and on the instance."""
     seen: list[str] = []
 
-    class Server(harken.GreenTCPServer):
+    class Server(server_class):
         pass
 
     if where == "subclass":
-        setattr(Server, name, note(seen, name, getattr(harken.GreenTCPServer, name)))
+        setattr(Server, name, note(seen, name, getattr(server_class, name)))
     with harken.background(Server(("127.0.0.1", 0), Echo)) as server:
         if where != "subclass":
             assert straight.is_straight(serving_of(server))
@@ -89,23 +101,23 @@ def test_every_hook_that_is_overridden_is_called(name: str, where: str, monkeypa
         until(lambda: seen)
 
 
-def test_a_hook_patched_in_harkens_own_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_patched_in_harkens_own_class(server_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Monitors patch `socketserver.TCPServer` itself."""
     seen: list[str] = []
     monkeypatch.setattr(harken.TCPServer, "close_request", note(seen, "closed", harken.TCPServer.close_request))
-    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Echo)) as server:
+    with harken.background(server_class(("127.0.0.1", 0), Echo)) as server:
         assert ask(server) == b"hello"
         until(lambda: seen)
 
 
-def test_events_and_figures_are_the_same() -> None:
+def test_events_and_figures_are_the_same(server_class: Any) -> None:
     """accepted, opened and closed once each, with the reason; the figures agree."""
     seen: list[tuple[str, str, Any]] = []
     end = events.subscribe(
         lambda event: seen.append((event.name, event.connection, event.reason)), "accepted", "opened", "closed"
     )
     try:
-        with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Echo)) as server:
+        with harken.background(server_class(("127.0.0.1", 0), Echo)) as server:
             assert ask(server) == b"hello"
             until(lambda: len(seen) == 3)
             identity = seen[0][1]
@@ -122,7 +134,7 @@ def test_events_and_figures_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("way", ["returns", "raises", "closes", "detaches", "keeps a file", "is reset"])
-def test_however_a_handler_ends(way: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_however_a_handler_ends(server_class: Any, way: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The connection is closed and struck off, for the right reason."""
     kept: list[Any] = []
 
@@ -141,7 +153,7 @@ def test_however_a_handler_ends(way: str, capsys: pytest.CaptureFixture[str]) ->
                 case "is reset":
                     self.request.recv(1)
 
-    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Handler)) as server:
+    with harken.background(server_class(("127.0.0.1", 0), Handler)) as server:
         client = socket.create_connection(server.server_address, PATIENCE)
         client.sendall(b"hello")
         if way == "is reset":
@@ -159,9 +171,9 @@ def test_however_a_handler_ends(way: str, capsys: pytest.CaptureFixture[str]) ->
     assert ("a fault" in capsys.readouterr().err) == (way == "raises")
 
 
-def test_a_burst_is_served_whole() -> None:
+def test_a_burst_is_served_whole(server_class: Any) -> None:
     """More connections at once than are taken in one turn."""
-    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Echo, backlog=400)) as server:
+    with harken.background(server_class(("127.0.0.1", 0), Echo, backlog=400)) as server:
         server.suspend()
         clients = [socket.create_connection(server.server_address, PATIENCE) for _ in range(200)]
         server.resume()
@@ -173,7 +185,7 @@ def test_a_burst_is_served_whole() -> None:
         until(lambda: not server.connections())
 
 
-def test_the_default_timeout_holds_for_accepted_connections() -> None:
+def test_the_default_timeout_holds_for_accepted_connections(server_class: Any) -> None:
     """As with socketserver: `socket.setdefaulttimeout`."""
     seen: list[Any] = []
 
@@ -184,7 +196,7 @@ def test_the_default_timeout_holds_for_accepted_connections() -> None:
 
     before = socket.getdefaulttimeout()
     try:
-        with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Handler)) as server:
+        with harken.background(server_class(("127.0.0.1", 0), Handler)) as server:
             socket.setdefaulttimeout(7.0)
             assert ask(server) == b""
     finally:
@@ -192,7 +204,7 @@ def test_the_default_timeout_holds_for_accepted_connections() -> None:
     assert seen == [7.0]
 
 
-def test_limits_and_deadlines_hold_on_the_straight_way() -> None:
+def test_limits_and_deadlines_hold_on_the_straight_way(server_class: Any) -> None:
     """They do not leave it; whoever is refused is told of in the usual order, and every place is given back once."""
     seen: list[str] = []
 
@@ -200,7 +212,7 @@ def test_limits_and_deadlines_hold_on_the_straight_way() -> None:
         def setup(self) -> None:
             self.request.sendall(b"in")
 
-    server = harken.GreenTCPServer(
+    server = server_class(
         ("127.0.0.1", 0), Greeter, max_connections=2, overload="reply", overload_reply=b"full", idle_timeout=60
     )
     events_seen = events.subscribe(lambda event: seen.append(event.name), "accepted", "opened", "rejected", "closed")
@@ -226,7 +238,7 @@ def test_limits_and_deadlines_hold_on_the_straight_way() -> None:
     assert [name for name in seen if name != "closed"] == [*(["accepted", "opened"] * 2 + ["accepted", "rejected"]) * 5]
 
 
-def test_a_burst_takes_no_more_than_the_limit_leaves_room_for() -> None:
+def test_a_burst_takes_no_more_than_the_limit_leaves_room_for(server_class: Any) -> None:
     """Those beyond stay in the backlog until a place is free, and are all served."""
 
     class Once(harken.BaseRequestHandler):
@@ -234,7 +246,7 @@ def test_a_burst_takes_no_more_than_the_limit_leaves_room_for() -> None:
             assert admission.crowd.inside <= 3
             self.request.sendall(self.request.recv(100))
 
-    server = harken.GreenTCPServer(("127.0.0.1", 0), Once, max_connections=3)
+    server = server_class(("127.0.0.1", 0), Once, max_connections=3)
     clients = [socket.create_connection(server.server_address, PATIENCE) for _ in range(5)]
     with harken.background(server):
         found = serving_of(server).admission
@@ -248,3 +260,56 @@ def test_a_burst_takes_no_more_than_the_limit_leaves_room_for() -> None:
         client.close()
     assert server.stats()["rejected_total"] == 0
     assert server.stats()["handler_failed_total"] == 0
+
+
+def test_a_listener_that_accepts_in_its_own_way_is_asked(server_class: Any) -> None:
+    """A TLS socket, a test's double: not every listener is a plain socket."""
+
+    class Door(socket.socket):
+        asked = 0
+
+        def accept(self) -> tuple[socket.socket, Any]:
+            self.asked += 1
+            return super().accept()
+
+    with server_class(("127.0.0.1", 0), Echo) as server:
+        plain = server.socket
+        server.socket = Door(fileno=plain.detach())
+        with harken.background(server):
+            assert not straight.is_straight(serving_of(server))
+            assert ask(server) == b"hello"
+            assert server.socket.asked == 1
+
+
+def test_the_threads_that_are_waited_for_can_be_read() -> None:
+    """`server._threads`, and the thread's name, as monitors of socketserver programs read them."""
+    seen: list[Any] = []
+
+    class Handler(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            seen.extend((threading.current_thread(), threading.current_thread() in self.server._threads))
+            self.request.recv(5)
+
+    with harken.background(harken.ThreadingTCPServer(("127.0.0.1", 0), Handler)) as server:
+        assert straight.is_straight(serving_of(server))
+        ask(server)
+        assert "process_request_thread" in seen[0].name
+        assert seen[1]
+
+
+def test_a_thread_that_cannot_be_started_costs_its_connection_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is closed, told of by `handle_error`, and the next is served."""
+    with harken.background(harken.ThreadingTCPServer(("127.0.0.1", 0), Echo)) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            assert ask(server) == b""
+        assert ask(server) == b"hello"
+        until(lambda: not server.connections())
+    assert "no more threads" in capsys.readouterr().err
+
+
+def refuse(thread: threading.Thread) -> None:
+    """Fail as the system does at its bound."""
+    raise RuntimeError("no more threads")

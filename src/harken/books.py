@@ -104,14 +104,18 @@ class Books:
         """A connection's handler is done: settle why it ends, close it, strike it off."""
         record = request.record
         if record is None:  # the handler has closed it
-            request.end()  # type: ignore[attr-defined]
+            request.end()
+            return
+        if record.successor is not None:
+            self._server.shutdown_request(request)
             return
         early = record.reason is not None or self.connections.careful
-        record.judge(request)
+        if record.reason is None:
+            record.judge(request)
         if early:
             shut(request, socket.SHUT_WR)
             read_off(request)
-        if request.end():  # type: ignore[attr-defined]
+        if request.end():
             request.record = None
             self.connections.strike(record)
 

@@ -8,8 +8,10 @@ Beside it stands a :class:`Record`, one for each connection whatever its request
 from __future__ import annotations
 
 import _socket
+import errno
 import itertools
 import os
+import select
 import socket
 import struct
 import sys
@@ -26,7 +28,7 @@ from harken.peer import Peer, behind
 from harken.stamps import Stamps, stamp
 from harken.tracing import Tracer, mark
 from harken.traffic import accept_queue, moved, queued, traffic, unread
-from harken.unpatched import Socket, family_of, kind_of, proto_of
+from harken.unpatched import Socket, family_of, kind_of, original, proto_of
 
 if TYPE_CHECKING:
     from harken.admission import Ticket
@@ -110,6 +112,56 @@ class Connection(Socket):
 
     __slots__ = ("record",)
     record: Record | None
+    _closed: bool  # socket.socket's own, with _io_refs: the same since Python 3.0
+    _io_refs: int
+
+    @classmethod
+    def take(cls, door: Any, most: int) -> list[tuple[Any, Any]]:
+        """Accept what waits at a door that was found readable, at most ``most``: ``(connection, address)`` each.
+
+        A door that blocks is asked before each further one: its flags are shared with other processes.
+
+        Raises:
+            OSError: as accept(2), for the first; a later one ends the list, and is met again.
+        """
+        taken: list[tuple[Any, Any]] = []
+        blocking = not _LINUX or (door.gettimeout() and socket.getdefaulttimeout() is None)
+        asked = None
+        while True:
+            try:
+                fd, address = door._accept()
+            except OSError:
+                if taken:
+                    return taken
+                raise
+            connection = cls(family_of(door), kind_of(door), proto_of(door), fd)
+            if blocking:
+                connection.setblocking(True)  # BSD's accept() hands O_NONBLOCK on
+            taken.append((connection, address))
+            if len(taken) == most:
+                return taken
+            if asked is None:
+                asked = _poll()
+                asked.register(door, select.POLLIN)
+            if not asked.poll(0):
+                return taken
+
+    def end(self) -> bool:
+        """Tell the peer that nothing more comes, and close; tell whether it is closed, or a file of it still open.
+
+        For the way on which no hook is overridden: the caller has the record.
+        """
+        record, self.record = self.record, None
+        try:
+            self.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the peer, or the handler, was quicker
+        self._closed = True
+        if self._io_refs > 0:  # the last makefile() closes it
+            self.record = record
+            return False
+        _socket.socket.close(self)
+        return True
 
     @property
     def family(self) -> Any:
@@ -144,6 +196,9 @@ class Connection(Socket):
         return _rebuild, (reduction.DupFd(self.fileno()), int(self.family), int(self.type), self.proto)
 
 
+_poll = original("select", "poll")
+
+
 def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tuple[socket.socket, Any]:
     """Take one connection from ``listener``, as ``socket.accept`` does, but as the engine's kind of connection.
 
@@ -153,18 +208,18 @@ def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tupl
     Raises:
         OSError: as accept(2).
     """
-    accepts = getattr(type(listener), "accept", None)
-    if accepts is not Socket.accept and (accepts is not socket.socket.accept or kind is Connection):
+    if not is_plain_door(listener):
         return listener.accept()
-    door = door_of(listener)
-    take = getattr(kind, "take", None)
-    for connection, address in take(door, 1) if take is not None else ():
-        return connection, shown(listener, address)
-    fd, address = door._accept()
-    connection = kind(family_of(door), kind_of(door), proto_of(door), fd)
-    if not _LINUX or (listener.gettimeout() and socket.getdefaulttimeout() is None):
-        connection.setblocking(True)  # BSD's accept() hands O_NONBLOCK on
+    taken = kind.take(door_of(listener), 1)
+    if not taken:
+        raise BlockingIOError(errno.EAGAIN, "nobody waits at the door")
+    connection, address = taken[0]
     return connection, shown(listener, address)
+
+
+def is_plain_door(listener: Any) -> bool:
+    """Tell whether ``listener`` accepts as a socket does: TLS sockets and a test's doubles have ways of their own."""
+    return getattr(type(listener), "accept", None) in _ACCEPTS
 
 
 def door_of(listener: Any) -> Any:
@@ -185,6 +240,7 @@ def _rebuild(duplicate: Any, family: int, kind: int, proto: int) -> socket.socke
 
 # What the programs' `socket.socket` may be: ours, and gevent's where that patched it after us.
 _SOCKETS: Any = (Socket, socket.socket)
+_ACCEPTS = tuple(kind.accept for kind in _SOCKETS)
 
 
 def shut(request: Any, how: int = socket.SHUT_RDWR) -> None:
@@ -726,6 +782,5 @@ class Registry:
 
     def nudge(self) -> None:
         """Let those who wait ask their condition."""
-        if self._waiting:
-            with self._changed:
-                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
+from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from harken.acceptor import MAX_ACCEPT
-from harken.connection import door_of, shown
+from harken.connection import door_of, is_plain_door, shown, shut
 
 if TYPE_CHECKING:
     from harken.serving import Serving
@@ -58,7 +59,8 @@ def is_straight(serving: Serving) -> bool:
         if len(_seen) >= _MOST_SEEN:
             _seen.clear()
         _seen[kind] = (hooks, straight)
-    return straight and serving.entry is None and _own_names.isdisjoint(vars(server))
+    plain = serving.entry is None and is_plain_door(server.socket)
+    return straight and plain and _own_names.isdisjoint(vars(server))
 
 
 def take(serving: Serving) -> bool | None:
@@ -92,16 +94,26 @@ def _start(serving: Serving, admitted: list[tuple[Any, Any]]) -> None:
     server, engine = serving.server, serving.engine
     lazy = getattr(server.RequestHandlerClass, "lazy", False)
     start = engine.starter()
+    serve_here = serve
+    if not engine.shares_threads:
+        serve_here = process_request_thread  # by this name programs find its thread
+        engine.show_threads(server)
     for request, client_address in admitted:
         try:
             if lazy:
                 engine.spawn_on_data(serving.intake.serve, request)
             else:
-                start(serve, serving, request, client_address)
+                start(serve_here, serving, request, client_address)
         except Exception as error:  # noqa: BLE001 - that connection's trouble
             serving.books.failed(request, client_address, error)
             server.handle_error(request, client_address)
             server.shutdown_request(request)
+        except:
+            # Ctrl-C came while its thread was started: that may be in recv(), which close() does not wake.
+            serving.books.interrupted = True
+            shut(request)
+            server.shutdown_request(request)
+            raise
 
 
 def serve_known(serving: Serving, request: Any) -> None:
@@ -109,6 +121,12 @@ def serve_known(serving: Serving, request: Any) -> None:
     record = request.record
     if record is not None:  # or somebody has closed it before its first byte
         serve(serving, request, record.client_address)
+
+
+def process_request_thread(serving: Serving, request: Any, client_address: Any) -> None:
+    """As :func:`serve`, in a thread of the connection's own."""
+    request.record.thread = get_ident()
+    serve(serving, request, client_address)
 
 
 def serve(serving: Serving, request: Any, client_address: Any) -> None:

@@ -315,7 +315,14 @@ def test_handle_request_without_serve_forever():
 
 def test_an_engine_made_by_hand():
     """Jobs are green threads unless a blocking handler was announced."""
-    said = {"daemon_threads": False, "loop": "asyncio", "pool_size": 2, "pool_queue": 2, "stall_after": None}
+    said = {
+        "daemon_threads": False,
+        "loop": "asyncio",
+        "pool_size": 2,
+        "pool_queue": 2,
+        "stall_after": None,
+        "max_memory_bytes": None,
+    }
     engine = Engine(said.__getitem__)
     seen = []
     engine.spawn(lambda: seen.append(asyncio.get_running_loop() is not None))

@@ -25,7 +25,7 @@ LOCAL = ("127.0.0.1", 0)
 
 def engine(**options):
     """Return an engine with stdlib's options, changed by ``options``."""
-    said = {"daemon_threads": False, "block_on_close": True, "stall_after": None, **options}
+    said = {"daemon_threads": False, "block_on_close": True, "stall_after": None, "max_memory_bytes": None, **options}
     return Engine(said.__getitem__)
 
 

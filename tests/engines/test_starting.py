@@ -1,9 +1,8 @@
-"""Threads that are started without waiting for their word, and whoever asks for it later."""
+"""Starting threads, with a cheaper wait for their word."""
 
 import os
-import subprocess
-import sys
 import threading
+import time
 
 import pytest
 
@@ -14,66 +13,31 @@ PATIENCE = 10.0  # seconds
 
 
 @pytest.fixture
-def held(monkeypatch):
-    """An event before which no thread begins that was started without waiting."""
-    let = threading.Event()
+def late(monkeypatch):
+    """Threads begin late: whoever does not wait for their word goes on before it."""
     bootstrap = threading.Thread._bootstrap
 
     def wait_first(thread):
         if type(thread._started) is _starting._Begun:
-            let.wait(PATIENCE)
+            time.sleep(0.05)
         bootstrap(thread)
 
     monkeypatch.setattr(threading.Thread, "_bootstrap", wait_first)
-    yield let
-    let.set()
 
 
-def test_start_does_not_wait(held):
-    """It returns although the thread has not begun."""
-    thread = new_thread(lambda: None, (), daemon=False)
-    start(thread)
+@pytest.mark.usefixtures("late")
+def test_a_started_thread_has_begun():
+    """It is alive, and may be joined."""
+    go = threading.Event()
+    thread = new_thread(go.wait, (PATIENCE,), daemon=False)
     assert not has_begun(thread)
-    held.set()
-    thread.join(PATIENCE)
+    start(thread)
     assert has_begun(thread)
-
-
-def test_it_may_be_joined_right_after(held):
-    """``server._threads[0].join()`` waits for the thread's beginning, and for its end."""
-    ran = []
-    thread = new_thread(ran.append, (1,), daemon=False)
-    start(thread)
-    threading.Timer(0.05, held.set).start()
-    thread.join()
-    assert ran == [1]
-    assert not thread.is_alive()
-
-
-@pytest.mark.parametrize("ask", [threading.Thread.is_alive, repr], ids=["is_alive", "repr"])
-def test_who_asks_whether_it_lives_waits_for_its_beginning(held, ask):
-    """It never looks as if it had not been started."""
-    going = threading.Event()
-    thread = new_thread(going.wait, (PATIENCE,), daemon=False)
-    start(thread)
-    threading.Timer(0.05, held.set).start()
-    answer = ask(thread)
-    going.set()
+    assert thread.is_alive()
+    assert "started" in repr(thread)
+    go.set()
     thread.join(PATIENCE)
-    assert answer is True or "started" in answer
-
-
-def test_many_ask_at_once(held):
-    """Every waiter is released by the one beginning."""
-    thread = new_thread(lambda: None, (), daemon=False)
-    start(thread)
-    waiters = [threading.Thread(target=thread.join) for _ in range(8)]
-    for waiter in waiters:
-        waiter.start()
-    held.set()
-    for waiter in waiters:
-        waiter.join(PATIENCE)
-    assert not any(waiter.is_alive() for waiter in waiters)
+    assert not thread.is_alive()
 
 
 def test_a_storm_of_starts_and_joins():
@@ -140,27 +104,18 @@ def test_elsewhere_threads_start_in_the_plain_way(monkeypatch):
     thread.join(PATIENCE)
 
 
-def test_the_interpreter_waits_for_a_thread_that_has_not_begun():
-    """A program whose last act is to start one still gets its work done."""
-    program = (
-        "import threading, time\n"
-        "from harken.engines._starting import new_thread, start\n"
-        "bootstrap = threading.Thread._bootstrap\n"
-        "threading.Thread._bootstrap = lambda thread: (time.sleep(0.2), bootstrap(thread))\n"
-        "start(new_thread(print, ('done',), daemon=False))\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=True)
-    assert ran.stdout == "done\n"
-
-
+@pytest.mark.usefixtures("late")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_in_a_forked_child_nobody_waits_for_what_will_never_begin(held):
+def test_in_a_child_forked_meanwhile_nobody_waits_for_what_will_never_begin():
     """A thread that had not begun at the fork is not there in the child."""
     thread = new_thread(lambda: None, (), daemon=False)
-    start(thread)
+    starter = threading.Thread(target=start, args=(thread,))
+    starter.start()
+    while type(thread._started) is not _starting._Begun:
+        time.sleep(0.001)
     pid = os.fork()
     if pid == 0:
         os._exit(1 if thread.is_alive() else 0)
-    held.set()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    starter.join(PATIENCE)
     thread.join(PATIENCE)

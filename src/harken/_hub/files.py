@@ -57,7 +57,7 @@ class _File(io.BufferedIOBase):
 
     def __init__(self, sock: Connection) -> None:
         self._sock = sock
-        sock._io_refs += 1  # type: ignore[attr-defined]
+        sock._io_refs += 1
 
     def fileno(self) -> int:
         """Return the connection's descriptor."""

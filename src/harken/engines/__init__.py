@@ -206,6 +206,9 @@ class Engine(ABC):
         """
         self.spawn(function, request, *args)
 
+    def show_threads(self, server: Any) -> None:
+        """Let programs see the handlers' threads in ``server``; called where its hooks, which would do it, are not."""
+
     def adopt(self, request: Any) -> Any:
         """Make a connection fit for this engine's handlers, and return it.
 

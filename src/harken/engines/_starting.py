@@ -1,8 +1,9 @@
-"""Starting a thread without waiting until it runs.
+"""Starting a thread, and waiting for its word that it runs by one lock.
 
-``Thread.start`` waits for the new thread's word that it has begun: two switches of context and some twenty calls before
-the next connection is accepted, a tenth of what a short connection costs. Nothing here needs that word at once. Who
-needs it, ``join()`` and ``is_alive()``, asks later, and then waits the microseconds that are left.
+``Thread.start`` returns when the new thread has begun, and programs rely on that: they ``join()`` what they find in
+``server._threads``. It waits by an Event, and the Condition under that costs some twenty calls and a lock made anew: a
+twentieth of what a short connection costs. (Not to wait at all is dearer: threads then run many at a time, and glibc
+keeps the stacks of few: twice the page faults.)
 """
 
 from __future__ import annotations
@@ -12,43 +13,31 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from harken.lifecycle import at_exit
 from harken.unpatched import patched
 
 __all__ = ["has_begun", "new_thread", "start"]
 
 _Thread = threading.Thread
 
-# The word is kept in an Event that is private to Thread, the same in these versions. On others, and without a GIL, that
-# makes one attribute's store visible before the next one's load, threads are started in the plain way.
-_KNOWN = sys.version_info[:2] in {(3, 11), (3, 12), (3, 13)} and getattr(sys, "_is_gil_enabled", lambda: True)()
+# The word is kept in an Event that is private to Thread, the same in these versions; on others Thread.start waits.
+_KNOWN = sys.version_info[:2] in {(3, 11), (3, 12), (3, 13)}
 
 
 class _Begun(threading.Event):
-    """``Thread._started`` of a thread whose starter does not wait."""
+    """``Thread._started`` with a lock that its one waiter and its one setter share: it is held until the word comes."""
 
     _flag: bool
-    _starting = False
-    _awaited = False
+    _cond: Any
 
     def wait(self, timeout: float | None = None) -> bool:  # the last thing that Thread.start does
-        self._starting = True
+        if not self._flag:
+            with self._cond._lock:
+                pass
         return True
 
-    def is_set(self) -> bool:
-        if self._flag or not self._starting:
-            return self._flag
-        self._awaited = True
-        return super().wait()
-
-    def set(self) -> None:
+    def set(self) -> None:  # the first thing that the new thread does, and once
         self._flag = True
-        if self._awaited:  # stored before the waiter looked at the flag, and so seen here, or the flag was seen there
-            super().set()
-
-    def _at_fork_reinit(self) -> None:  # in a child this thread will never begin
-        self._starting = False
-        super()._at_fork_reinit()  # type: ignore[misc]
+        self._cond._lock.release()
 
 
 def new_thread(function: Callable[..., object], args: tuple[Any, ...], *, daemon: bool) -> threading.Thread:
@@ -61,7 +50,7 @@ def new_thread(function: Callable[..., object], args: tuple[Any, ...], *, daemon
 
 
 def start(thread: threading.Thread) -> None:
-    """Start ``thread``, without waiting until it runs where that can be had.
+    """Start ``thread``, and return when it has begun.
 
     Raises:
         RuntimeError: the system starts no more threads.
@@ -70,19 +59,11 @@ def start(thread: threading.Thread) -> None:
         begun = getattr(thread, "_started", None)
         if type(begun) is threading.Event:
             begun.__class__ = _Begun
+            begun._cond._lock.acquire()  # type: ignore[attr-defined]
     thread.start()
 
 
 def has_begun(thread: threading.Thread) -> bool:
     """Tell whether ``thread`` runs or has run; never waits."""
     begun = getattr(thread, "_started", None)
-    if type(begun) is _Begun:
-        return begun._flag
-    return bool(begun.is_set()) if isinstance(begun, threading.Event) else thread.ident is not None
-
-
-@at_exit
-def _let_begin() -> None:
-    """Before the interpreter waits for threads: those that it does not know yet must have told it of themselves."""
-    for thread in threading.enumerate():
-        thread.is_alive()
+    return begun.is_set() if isinstance(begun, threading.Event) else thread.ident is not None

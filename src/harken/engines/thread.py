@@ -30,10 +30,6 @@ REUSE_THREADS = setting(
 )
 
 
-# Seconds after which a thread that was recorded and has not begun is taken for one that the system refused to start.
-BEGIN_SECONDS = 1.0
-
-
 class Threads(list[threading.Thread]):
     """The threads that ``server_close()`` waits for: ``server._threads``, as programs read it.
 
@@ -83,8 +79,8 @@ class Threads(list[threading.Thread]):
         for thread in self.pop_all():
             if thread is threading.current_thread():
                 continue
-            if not wait_begun(thread, deadline):
-                continue  # the system refused to start it
+            if not has_begun(thread):
+                continue  # recorded, and then the system refused to start it
             thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
                 self.append(thread)
@@ -93,18 +89,8 @@ class Threads(list[threading.Thread]):
 
 
 def ended(thread: threading.Thread) -> bool:
-    """Tell whether ``thread`` has run and is over; one that was just started is not."""
+    """Tell whether ``thread`` has run and is over; one that is just being started is not."""
     return has_begun(thread) and not thread.is_alive()
-
-
-def wait_begun(thread: threading.Thread, deadline: float | None) -> bool:
-    """Wait until ``thread``, which may just have been started, can be joined; False if it was not in time."""
-    end = time.monotonic() + BEGIN_SECONDS
-    while not has_begun(thread):
-        if time.monotonic() >= (end if deadline is None else min(end, deadline)):
-            return False
-        time.sleep(0.001)
-    return True
 
 
 class Engine(SelectorEngine):
@@ -114,6 +100,7 @@ class Engine(SelectorEngine):
         threads: the running threads that are not daemons.
     """
 
+    bursts = True
     full = False  # any number of threads: no property need say so at each connection
 
     def __init__(self, options: Options) -> None:
@@ -141,6 +128,11 @@ class Engine(SelectorEngine):
                 self.threads.remove(thread)
             raise
         return 0
+
+    def show_threads(self, server: Any) -> None:
+        """Let programs read the threads that are waited for from ``server``, as its ``process_request`` would."""
+        if getattr(server, "block_on_close", False) and "_threads" not in vars(server):
+            server._threads = self.threads
 
     def join(self, deadline: float | None) -> int:
         """Wait for the threads that are not daemons; see :class:`harken.engines.Engine`."""
