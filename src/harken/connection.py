@@ -582,12 +582,12 @@ class Record:
 
     def info(self) -> ConnectionInfo:
         """Describe the connection for ``connections()``."""
-        seconds = time.monotonic() - self.started
+        seconds, now = time.monotonic() - self.started, time.time()
         received, sent = self.bytes_moved() or (None, None)
         return ConnectionInfo(
             id=self.id,
             peer=self.peer,
-            opened_at=time.time() - seconds,
+            opened_at=now - seconds,
             seconds=seconds,
             idle_seconds=self.idle_seconds(),
             process=self.process or os.getpid(),
