@@ -39,9 +39,10 @@ def _value(row: Row) -> Any:
     return size(row["value"]) if row["unit"] == "bytes" else row["value"]
 
 
+# An age is sorted by when it began, to the hundredth: workers answer at moments of their own.
 CONNECTIONS = (
     Column("Peer", lambda row: peer_text(row["peer"])),
-    Column("Age", _timed("seconds"), _plain("seconds")),
+    Column("Age", _timed("seconds"), lambda row: -round(row["opened_at"], 2)),
     Column("Idle", _timed("idle_seconds"), _plain("idle_seconds")),
     Column("In", _sized("bytes_in"), _plain("bytes_in")),
     Column("Out", _sized("bytes_out"), _plain("bytes_out")),
