@@ -63,9 +63,10 @@ class Expiry:
                 from harken._hub.task import drive
 
                 drive(_settle(result))
-            flush = getattr(getattr(handler, "wfile", None), "flush", None)
-            if flush is not None and not isinstance(result, Awaitable):
-                flush()  # what is joined with later writes would wait for them
+            wfile: Any = getattr(handler, "wfile", None)
+            # What is joined with later writes would wait for them; a hook that took too long finds all closed.
+            if hasattr(wfile, "flush") and not wfile.closed and not isinstance(result, Awaitable):
+                wfile.flush()
         except OSError:
             pass  # the peer has gone, or does not read: there is nobody to be told
         except Exception as error:  # noqa: BLE001 - as a handler's own

@@ -383,4 +383,4 @@ class Rambling(Words):
         if self.server._harken.engine_name == "green":
             harken.green.sleep(PATIENCE)
         else:
-            threading.Event().wait(3)
+            threading.Event().wait(1.5)  # longer than it is given, shorter than a test waits for threads to go
