@@ -15,7 +15,7 @@ import harken
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SECONDS = 20
-TESTED = {"chat.py", "echo.py", "old_server.py", "proxy.py", "udp_time.py"}
+TESTED = {"async_relay.py", "chat.py", "echo.py", "old_server.py", "proxy.py", "udp_time.py"}
 
 
 def wait_for(stream, pattern, count=1):
@@ -116,6 +116,22 @@ def test_chat(run_program):
                 others.write(b"bob\n")
                 assert others.readline() == b"your name? that name cannot be had\n"
         assert anns.readline() == b"* bob has left\n"
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_async_relay(run_program, workers):
+    """What one says the others hear; the engine is found from the handler."""
+    program = ("-m", "harken", "serve", EXAMPLES / "async_relay.py:Relay", "--bind", "tcp://127.0.0.1:0")
+    process = run_program(*program, "--workers", workers)
+    (port,) = wait_for(process.stderr, r"^listening on tcp://127.0.0.1:(\d+) \(engine asyncio\)")
+    with dial(port) as ann, ann.makefile("rb") as hers:
+        assert hers.readline() == b"1 here\n"
+        with dial(port) as bob, bob.makefile("rb") as his:
+            assert his.readline() == b"2 here\n"
+            bob.sendall(b"hello\n")
+            assert hers.readline() == b"hello\n"
+            ann.sendall(b"good day\n")
+            assert his.readline() == b"good day\n"
 
 
 class Sum(harken.BaseRequestHandler):

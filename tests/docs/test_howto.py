@@ -14,6 +14,7 @@ from blocks import ROOT, Block, blocks, pages
 from harken.cli import COMMANDS, root
 
 FOLDERS = ("tutorials", "how-to")
+OWN = {"README.md", "index.md", "decisions"}
 PYTHON = blocks("python", *FOLDERS)
 CONSOLE = [
     pytest.param(line, id=f"{block}: {line}")
@@ -80,6 +81,13 @@ def check_harken(words: list[str]) -> None:
 def flags(command: click.Command) -> set[str]:
     """All flags of a command."""
     return {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+
+
+def test_every_page_is_in_the_index() -> None:
+    """A page to which no link leads is read by nobody; decisions are linked as a folder."""
+    index = ROOT / "docs" / "index.md"
+    linked = {(index.parent / link).resolve() for link in re.findall(r"\]\(([^)#\s]+)", index.read_text())}
+    assert [str(page) for page in pages(".") if page not in linked and not {page.name, page.parent.name} & OWN] == []
 
 
 @pytest.mark.parametrize("page", [*pages("."), ROOT / "CONTRIBUTING.md"], ids=lambda page: str(page.relative_to(ROOT)))
