@@ -181,13 +181,15 @@ class Engine(Contract):
         with self._turns:
             self._drop_stopped()
             _, on_readable = self._doors.get(number, (None, None))
-            if on_readable is None or not self._loops:
+            # By EPOLLEXCLUSIVE nobody else was woken for who is at a door that others share: not even at our end.
+            if on_readable is None or not (self._loops or self.shares_doors):
                 return False
             self._at = number
             try:
                 more = on_readable()
             except BaseException as error:  # noqa: BLE001 - raised again by the loop's caller
-                self._finish(self._loops[0], error)
+                for loop in self._loops[:1]:
+                    self._finish(loop, error)
                 return False
             if more:
                 self._tick()  # the hub does it before the next turn
