@@ -243,8 +243,9 @@ def test_a_burst_takes_no_more_than_the_limit_leaves_room_for(server_class: Any)
 
     class Once(harken.BaseRequestHandler):
         def handle(self) -> None:
+            data = self.request.recv(100)
             assert admission.crowd.inside <= 3
-            self.request.sendall(self.request.recv(100))
+            self.request.sendall(data)
 
     server = server_class(("127.0.0.1", 0), Once, max_connections=3)
     clients = [socket.create_connection(server.server_address, PATIENCE) for _ in range(5)]
@@ -304,7 +305,8 @@ def test_a_thread_that_cannot_be_started_costs_its_connection_alone(
     with harken.background(harken.ThreadingTCPServer(("127.0.0.1", 0), Echo)) as server:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
-            assert ask(server) == b""
+            with socket.create_connection(server.server_address, PATIENCE) as client:
+                assert client.recv(10) == b""
         assert ask(server) == b"hello"
         until(lambda: not server.connections())
     assert "no more threads" in capsys.readouterr().err
