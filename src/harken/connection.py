@@ -504,8 +504,8 @@ class Record:
 
     def stamped(self) -> Stamps | None:
         """Return the stamps of its traffic: the connection's own where it keeps some."""
-        own = getattr(self.request, "stamps", None)
-        return Stamps.of(own()) if own is not None else self.stamps
+        request = self.request
+        return Stamps.of(request.stamps()) if hasattr(type(request), "stamps") else self.stamps
 
     def judge(self, request: Any) -> str:
         """Settle the reason, while the socket is still open, from what the kernel says; the first judgement holds."""
@@ -519,7 +519,7 @@ class Record:
     def move(self, request: Any) -> None:
         """The same connection goes on as another object, which an engine or a preamble made of the one accepted."""
         accepted: Any = self.request
-        if hasattr(accepted, "record"):
+        if hasattr(type(accepted), "record"):  # the type is asked: gevent's socket, closed, answers by an error
             accepted.record = None
         self._registry.rename(self, self._number if isinstance(request, Connection) else -id(request))
         self._request = _refer(self, request)
