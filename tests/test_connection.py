@@ -83,7 +83,7 @@ def test_what_accept_returns_is_a_blocking_socket(pair):
 def test_no_method_that_moves_data_is_overridden():
     """Reads and writes cost what they cost on a plain socket."""
     own = {name for name in vars(Connection) if callable(getattr(Connection, name))}
-    assert own - {"__module__", "__doc__"} <= {"take", "end", "_real_close", "__reduce_ex__"}
+    assert own - {"__module__", "__doc__"} <= {"take", "end", "fileno", "_real_close", "__reduce_ex__"}
     assert not hasattr(Connection.__new__(Connection), "__dict__")
 
 

@@ -110,8 +110,9 @@ class Connection(Socket):
     No method that moves data is overridden, so a read costs what it costs on a plain socket.
     """
 
-    __slots__ = ("record",)
+    __slots__ = ("_exposed", "record")
     record: Record | None
+    _exposed: bool  # set once the descriptor was given out
     _closed: bool  # socket.socket's own, with _io_refs: the same since Python 3.0
     _io_refs: int
 
@@ -146,16 +147,23 @@ class Connection(Socket):
             if not asked.poll(0):
                 return taken
 
+    def fileno(self) -> int:
+        """Return the descriptor, as any socket; others may hold the connection open by it from now on."""
+        self._exposed = True
+        return super().fileno()
+
     def end(self) -> bool:
         """Tell the peer that nothing more comes, and close; tell whether it is closed, or a file of it still open.
 
-        For the way on which no hook is overridden: the caller has the record.
+        For the way on which no hook is overridden: the caller has the record. close() alone tells the peer as much,
+        where it has closed its side already and nobody else can hold the descriptor.
         """
         record, self.record = self.record, None
-        try:
-            self.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # the peer, or the handler, was quicker
+        if record is None or record.reason != "peer_closed" or _forked or getattr(self, "_exposed", False):
+            try:
+                self.shutdown(socket.SHUT_WR)
+            except OSError:
+                pass  # the peer, or the handler, was quicker
         self._closed = True
         if self._io_refs > 0:  # the last makefile() closes it
             self.record = record
@@ -208,7 +216,7 @@ def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tupl
     Raises:
         OSError: as accept(2).
     """
-    if not is_plain_door(listener):
+    if not is_plain_door(listener, kind):
         return listener.accept()
     taken = kind.take(door_of(listener), 1)
     if not taken:
@@ -217,9 +225,13 @@ def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tupl
     return connection, shown(listener, address)
 
 
-def is_plain_door(listener: Any) -> bool:
-    """Tell whether ``listener`` accepts as a socket does: TLS sockets and a test's doubles have ways of their own."""
-    return getattr(type(listener), "accept", None) in _ACCEPTS
+def is_plain_door(listener: Any, kind: type[Connection]) -> bool:
+    """Tell whether ``listener`` accepts as a socket does: TLS sockets and a test's doubles have ways of their own.
+
+    gevent's too, unless it is the hub that waits for what was accepted.
+    """
+    accepts = getattr(type(listener), "accept", None)
+    return accepts is Socket.accept or (accepts is socket.socket.accept and kind is not Connection)
 
 
 def door_of(listener: Any) -> Any:
@@ -240,7 +252,6 @@ def _rebuild(duplicate: Any, family: int, kind: int, proto: int) -> socket.socke
 
 # What the programs' `socket.socket` may be: ours, and gevent's where that patched it after us.
 _SOCKETS: Any = (Socket, socket.socket)
-_ACCEPTS = tuple(kind.accept for kind in _SOCKETS)
 
 
 def shut(request: Any, how: int = socket.SHUT_RDWR) -> None:
@@ -323,13 +334,21 @@ _firsts = [0]  # the first number of each prefix
 _prefixes = [os.urandom(3).hex()]
 
 
+_forked = False  # whether this process ever had a child, which may hold what it has
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
 def _reseed() -> None:
     _firsts.append(next(_count))
     _prefixes.append(os.urandom(3).hex())
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reseed)
+    os.register_at_fork(before=_note_fork, after_in_child=_reseed)
 
 
 def _gone() -> None:

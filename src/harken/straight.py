@@ -59,7 +59,7 @@ def is_straight(serving: Serving) -> bool:
         if len(_seen) >= _MOST_SEEN:
             _seen.clear()
         _seen[kind] = (hooks, straight)
-    plain = serving.entry is None and is_plain_door(server.socket)
+    plain = serving.entry is None and is_plain_door(server.socket, serving.engine.connection)
     return straight and plain and _own_names.isdisjoint(vars(server))
 
 
