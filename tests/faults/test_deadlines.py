@@ -37,7 +37,7 @@ class Words(harken.StreamRequestHandler):
             if line == b"big\n":
                 self.wfile.write(bytes(BIG))
             elif line == b"work\n":
-                threading.Event().wait(PATIENCE if self.server.patient else 2 * SPAN)
+                threading.Event().wait((8 if self.server.patient else 2) * SPAN)
             self.wfile.write(line)
 
 
@@ -58,7 +58,7 @@ class AsyncWords(harken.AsyncStreamRequestHandler):
             if line == b"big\n":
                 await self.request.sendall(bytes(BIG))
             elif line == b"work\n":
-                await asyncio.sleep(PATIENCE if self.server.patient else 2 * SPAN)
+                await asyncio.sleep((8 if self.server.patient else 2) * SPAN)
             await self.wfile.write(line)
 
 

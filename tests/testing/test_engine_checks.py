@@ -67,6 +67,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_rig, "PATIENCE", 1.0)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # its handlers may fail
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.no_leak_check  # the broken engines leave behind what they do not stop
 @pytest.mark.parametrize(

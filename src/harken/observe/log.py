@@ -122,6 +122,10 @@ def open_log(path: str | None, stream: TextIO) -> logging.Handler:
     return logging.FileHandler(path) if path else logging.StreamHandler(stream)
 
 
+def _formatter(settings: Settings) -> logging.Formatter:
+    return _JSONFormatter() if settings["log_format"] == "json" else _TextFormatter()
+
+
 def reopen(handler: logging.Handler) -> None:
     """Open a file anew, after somebody moved it away; a stream stays as it is. Any thread."""
     if isinstance(handler, logging.FileHandler):
@@ -145,6 +149,7 @@ class LogObserver:
             OSError: the file cannot be opened.
         """
         self.handler = open_log(settings["log_file"], sys.stderr)
+        self.handler.setFormatter(_formatter(settings))
         self.logger = logging.getLogger("harken")
         self._settings = settings
         self._level = logging.INFO
@@ -176,7 +181,7 @@ class LogObserver:
         """Do as the settings say now."""
         self._level = getattr(logging, self._settings["log_level"].upper())
         self.logger.setLevel(self._level)
-        self.handler.setFormatter(_JSONFormatter() if self._settings["log_format"] == "json" else _TextFormatter())
+        self.handler.setFormatter(_formatter(self._settings))
         names = [name for name in events.NAMES if _LEVELS[name] >= self._level]
         self._leave()
         self._unsubscribe.append(events.subscribe(self._follow, "configured"))
