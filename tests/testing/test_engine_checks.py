@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -37,10 +38,13 @@ class Impatient(thread.Engine):
 
 
 class Careless(thread.Engine):
-    """Takes every connection and runs no handler."""
+    """Closes every connection and runs no handler."""
 
     def spawn(self, function: Callable[..., object], *args: Any, done: Any = None) -> int:
-        """Forget it."""
+        """Close it."""
+        for each in args:
+            if isinstance(each, socket.socket):
+                each.close()
         return 0
 
 
