@@ -14,7 +14,8 @@ import time
 
 import pytest
 
-from harken.connection import REASONS, Connection, Registry, accept, peer_fault, shut
+from harken.connection import Connection, accept, peer_fault, shut
+from harken.records import REASONS, Registry
 
 PATIENCE = 5.0  # seconds
 
@@ -145,7 +146,7 @@ def test_a_forked_child_has_ids_of_its_own(run_program):
     process = run_program(
         "-c",
         "import os\n"
-        "from harken.connection import Registry\n"
+        "from harken.records import Registry\n"
         "books = Registry(None, None, None)\n"
         "pid = os.fork()\n"
         "pid and os.waitpid(pid, 0)\n"  # or the lines might mix

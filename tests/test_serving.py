@@ -8,13 +8,13 @@ import pytest
 
 import harken
 from harken import drain, events
-from harken.connection import ConnectionInfo
 from harken.drain import DrainReport
 from harken.engines import Engine
 from harken.engines.inline import Engine as Inline
 from harken.errors import ConfigError, LifecycleError
 from harken.lifecycle import State
 from harken.peer import Peer
+from harken.records import ConnectionInfo
 from harken.serving import Serving, serving_of
 
 LOCAL = ("127.0.0.1", 0)

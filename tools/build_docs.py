@@ -15,13 +15,13 @@ from prose import doc_of, markdown, page, summary_of, table
 import harken
 from harken import cli, errors, events, transports
 from harken.cli.options import load_settings
-from harken.connection import REASONS
 from harken.lifecycle import MOVES, State
 from harken.meter import SECONDS
 from harken.observe import families
 from harken.preambles import proxy_header
 from harken.preambles.proxy_header import ProxyHeader, ProxySSL
 from harken.process import signals
+from harken.records import REASONS
 from harken.settings import Setting
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"

@@ -28,7 +28,7 @@ _HOMES: dict[str, str] = {
     **dict.fromkeys(("ProxyHeader", "ProxySSL"), "harken.preambles.proxy_header"),
     "Peer": "harken.peer",
     "TLS": "harken.preambles.tls",
-    "ConnectionInfo": "harken.connection",
+    "ConnectionInfo": "harken.records",
     "serve": "harken.process.service",
     "start": "harken.process.start",
 }

@@ -21,9 +21,9 @@ from harken.limits.peers import MaxConnectionsPerPeer
 from harken.limits.rate import MaxAcceptRate
 
 if TYPE_CHECKING:
-    from harken.connection import Record, Registry
     from harken.limits.across import Place
     from harken.peer import Peer
+    from harken.records import Record, Registry
     from harken.settings import Settings
 
 __all__ = ["Admission", "Ticket", "wanted"]

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from harken import events
-from harken.connection import Connection, Record, Registry, peer_fault, read_off, shut
+from harken.connection import Connection, peer_fault, read_off, shut
 from harken.meter import Meter
 from harken.peer import behind
+from harken.records import Record, Registry
 from harken.transports import for_socket
 
 __all__ = ["Books"]

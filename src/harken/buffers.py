@@ -17,7 +17,7 @@ from harken import settings
 from harken.reaper import reaper
 
 if TYPE_CHECKING:
-    from harken.connection import Record
+    from harken.records import Record
 
 __all__ = ["FREE_BYTES", "READING", "WRITING", "Buffers", "buffers_of", "wanted"]
 

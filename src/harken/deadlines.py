@@ -24,7 +24,7 @@ from harken.stamps import stamp
 from harken.traffic import queued, tells, traffic
 
 if TYPE_CHECKING:
-    from harken.connection import Record
+    from harken.records import Record
 
 __all__ = ["NAMES", "Deadlines"]
 

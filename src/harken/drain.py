@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from harken import events
 from harken.closing import DOOR_SECONDS, Closing
-from harken.connection import ConnectionInfo, Record
 from harken.farewell import Farewell
 from harken.lifecycle import Latch
+from harken.records import ConnectionInfo, Record
 from harken.settings import seconds, setting
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from harken import preambles
 from harken.acceptor import turn_away
-from harken.connection import Record, receive_now, shut
+from harken.connection import receive_now, shut
 from harken.errors import ConfigError, LifecycleError, PreambleError
 from harken.preambles import Preamble
+from harken.records import Record
 
 if TYPE_CHECKING:
     from harken.books import Books

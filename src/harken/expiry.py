@@ -7,8 +7,9 @@ import time
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any
 
-from harken.connection import CHILD_STATUS, REASONS, Record, forget_unsent
+from harken.connection import forget_unsent
 from harken.reaper import reaper
+from harken.records import CHILD_STATUS, REASONS, Record
 
 if TYPE_CHECKING:
     from harken.serving import Serving

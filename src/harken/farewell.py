@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from harken.idle import Onlooker
 
 if TYPE_CHECKING:
-    from harken.connection import Record
+    from harken.records import Record
     from harken.serving import Serving
 
 __all__ = ["LOOK_SECONDS", "Farewell"]

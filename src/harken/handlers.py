@@ -9,10 +9,10 @@ from typing import Any, Generic, TypeVar, overload
 
 import harken
 from harken import preambles
-from harken.connection import Record
 from harken.entry import refuse_unentered
 from harken.expiry import introduce
 from harken.peer import Peer
+from harken.records import Record
 from harken.serving import Serving
 from harken.transports import for_socket
 

@@ -18,7 +18,8 @@ import threading
 import time
 from typing import Any
 
-from harken.connection import Record, tcp_info
+from harken.connection import tcp_info
+from harken.records import Record
 from harken.unpatched import Socket
 
 __all__ = ["YOUNG_SECONDS", "Onlooker"]

@@ -16,7 +16,7 @@ from harken.shedding import Shedder
 
 if TYPE_CHECKING:
     from harken.admission import Admission
-    from harken.connection import Record
+    from harken.records import Record
     from harken.serving import Serving
 
 __all__ = ["Intake"]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from harken.connection import Record
+    from harken.records import Record
 
 __all__ = ["Report"]
 

@@ -15,12 +15,13 @@ from time import monotonic
 from typing import Any
 
 from harken import preambles, straight
-from harken.connection import Connection, ConnectionInfo, accept, read_off, shut
+from harken.connection import Connection, accept, read_off, shut
 from harken.drain import DrainReport
 from harken.entry import refuse_unentered
 from harken.errors import PreambleError
 from harken.lifecycle import Latch
 from harken.listener import Holding, Listener, note_inode, unlink_if_own
+from harken.records import ConnectionInfo
 from harken.serving import RunningSide, serving_of
 from harken.stacks import foreign_loop
 from harken.transports import bind_options, for_socket

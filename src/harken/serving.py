@@ -21,7 +21,6 @@ from harken.acceptor import Acceptor
 from harken.admission import Admission, wanted
 from harken.books import Books
 from harken.buffers import Buffers, wanted as wants_buffers
-from harken.connection import CHILD_STATUS, REASONS, Record
 from harken.deadlines import NAMES as DEADLINES, Deadlines
 from harken.drain import Drain, DrainReport, drain
 from harken.engines import ENGINE, Engine
@@ -33,6 +32,7 @@ from harken.herald import Herald
 from harken.intake import Intake
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
 from harken.listener import Holding
+from harken.records import CHILD_STATUS, REASONS, Record
 from harken.report import Report
 from harken.settings import Profile, Settings
 from harken.stacks import served_by_caller

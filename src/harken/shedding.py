@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harken.connection import Record
+    from harken.records import Record
 
 __all__ = ["Shedder"]
 

@@ -7,7 +7,7 @@ import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harken.connection import Record
+    from harken.records import Record
 
 __all__ = ["Tally"]
 

@@ -21,7 +21,7 @@ import weakref
 
 import pytest
 
-from harken import _hub, connection as plain
+from harken import _hub, connection as plain, records
 
 PATIENCE = 5.0  # seconds
 FAMILIES = pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
@@ -68,7 +68,7 @@ def test_it_is_a_socket_and_harkens_connection(stage):
 def test_adopt_moves_timeout_and_record(stage):
     """The old object is detached; the record, and the registry, follow the new one."""
     ended = []
-    registry = plain.Registry(lambda *_: None, ended.append, lambda _: None)
+    registry = records.Registry(lambda *_: None, ended.append, lambda _: None)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         with socket.create_connection(listener.getsockname()):
             accepted, address = plain.accept(listener)

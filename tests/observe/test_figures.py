@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from harken.connection import REASONS
 from harken.errors import ConfigError
 from harken.meter import SECONDS, Histogram
 from harken.observe import exposition
 from harken.observe.families import CAUSES, FAMILIES
 from harken.observe.figures import Figures
+from harken.records import REASONS
 
 HERE = ("tcp://127.0.0.1:1",)
 

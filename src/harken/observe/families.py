@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from harken.connection import REASONS
+from harken.records import REASONS
 
 __all__ = ["CAUSES", "FAMILIES", "Family"]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from harken.stacks import request_in
 
 if TYPE_CHECKING:
-    from harken.connection import Record
+    from harken.records import Record
     from harken.serving import Serving
 
 __all__ = ["activity"]

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self
 
-from harken.connection import ConnectionInfo
 from harken.drain import Drain, DrainReport, run
 from harken.process.worker import Worker
+from harken.records import ConnectionInfo
 
 __all__ = ["Started", "start"]
 

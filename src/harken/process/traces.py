@@ -17,8 +17,8 @@ from harken.process.channel import Message
 from harken.tracing import Piece, Tracer
 
 if TYPE_CHECKING:
-    from harken.connection import Record
     from harken.process.control import Client
+    from harken.records import Record
     from harken.serving import Serving
 
 __all__ = ["FORMS", "Followers", "Traces", "redact"]
