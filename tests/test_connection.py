@@ -150,7 +150,7 @@ def test_a_forked_child_has_ids_of_its_own(run_program):
         "books = Registry(None, None, None)\n"
         "pid = os.fork()\n"
         "pid and os.waitpid(pid, 0)\n"  # or the lines might mix
-        "print(books.add(books, None).id, flush=True)",
+        "print(books.add(request, None).id, flush=True)",
     )
     first, second = process.communicate(timeout=20)[0].split()
     assert first.partition("-")[0] != second.partition("-")[0]
@@ -245,7 +245,7 @@ def test_a_recycled_id_is_not_mistaken(books):
     """find() compares the objects, not only their ids."""
     first = type("Request", (), {})()
     record = books.add(first, None)
-    books._records[id(books)] = record
+    books.filed[id(books)] = record
     assert books.find(books) is None
 
 

@@ -103,7 +103,7 @@ class Books:
 
     def close(self, request: Connection) -> None:
         """A connection's handler is done: settle why it ends, close it, strike it off."""
-        record = request.record
+        record = getattr(request, "record", None)
         if record is None:  # the handler has closed it
             request.end()
             return

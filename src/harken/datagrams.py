@@ -144,6 +144,11 @@ class _Ours:
         return type(handler) is type and issubclass(handler, self._base) and bool(self._make(handler) == self._bare)
 
 
+def is_lean(handler: Any) -> bool:
+    """Tell whether serving by this class is to call its ``handle``: there is nothing to make, set up or finish."""
+    return not preambles.armed and _ours().is_bare(handler) and not handler._is_called_from_outside
+
+
 @cache
 def _ours() -> _Ours:
     return _Ours()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harken.preambles.proxy_header import ProxyHeader
     from harken.report import Report
 
-__all__ = ["CHILD_STATUS", "REASONS", "ConnectionInfo", "Record", "Registry"]
+__all__ = ["CHILD_STATUS", "REASONS", "ConnectionInfo", "Record", "Registry", "numbers"]
 
 REASONS: dict[str, str] = {
     "handler_returned": "the handler was done",
@@ -103,13 +103,13 @@ class ConnectionInfo:
 
 # Ids that no other process and no other start of this one gives: a random prefix, and a count. A forked child counts on
 # by a prefix of its own; what it inherited keeps the one that it had.
-_count = itertools.count(1)
+numbers = itertools.count(1)
 _firsts = [0]  # the first number of each prefix
 _prefixes = [os.urandom(3).hex()]
 
 
 def _reseed() -> None:
-    _firsts.append(next(_count))
+    _firsts.append(next(numbers))
     _prefixes.append(os.urandom(3).hex())
 
 
@@ -213,7 +213,7 @@ class Record:
     tracer: Tracer | None = None
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
-        self._number = next(_count)
+        self._number = next(numbers)
         self.client_address = client_address
         self.started = time.monotonic()
         self.key = self._number if isinstance(request, Connection) else -id(request)
@@ -376,8 +376,37 @@ class Record:
         )
 
 
+def _of(request: Any) -> Record | None:
+    """Return the record of a connection, which is made now if need be; None of one that has gone."""
+    return getattr(request, "record", None)
+
+
 class Registry:
-    """The open connections of one server. Safe from every thread and from signal handlers: single dict operations."""
+    """The open connections of one server. Safe from every thread and from signal handlers: single dict operations.
+
+    Attributes:
+        careful: whether a connection is closed only after what its client sent was read off, since the server drains.
+        counts_bytes: whether somebody wants to know of each connection that ends what has moved on it.
+        buffers: who is told what harken holds for connections, if that is bounded.
+        waiting: how many wait for connections to end.
+        filed: what is known of them by number. Of a connection that nobody has asked for yet that is a reference to
+            it, which is called; its record is made when it is first read.
+    """
+
+    # In slots, where compiled code finds them.
+    __slots__ = (
+        "_changed",
+        "_on_close",
+        "buffers",
+        "careful",
+        "counts_bytes",
+        "describe",
+        "end_child",
+        "filed",
+        "waiting",
+    )
+
+    buffers: Buffers | None
 
     def __init__(
         self,
@@ -395,21 +424,18 @@ class Registry:
         self.describe = describe
         self.end_child = end_child
         self._on_close = on_close
-        self._records: dict[int, Record] = {}
+        self.filed: dict[int, Record | Callable[[], Any]] = {}
         self._changed = threading.Condition()
         self.careful = False
-        """Whether a connection is closed only after what its client sent was read off, since the server drains."""
         self.counts_bytes = False
-        """Whether somebody wants to know of each connection that ends what has moved on it."""
-        self._waiting = 0
-        self.buffers: Buffers | None = None
-        """Who is told what harken holds for connections, if that is bounded."""
+        self.waiting = 0
+        self.buffers = None
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self.filed)
 
     def __iter__(self) -> Iterator[Record]:
-        return iter(list(self._records.values()))
+        return filter(None, [known if isinstance(known, Record) else _of(known()) for known in [*self.filed.values()]])
 
     def add(self, request: object, client_address: Any) -> Record | None:
         """Begin a record; None for what is no connection (a datagram's pair, an object without weak references)."""
@@ -421,34 +447,44 @@ class Registry:
             return None
         if isinstance(request, Connection):
             request.record = record
-        self._records[record.key] = record
+        self.filed[record.key] = record
         return record
 
     def begin(self, request: Connection, client_address: Any, now: float) -> Record:
         """Begin the record of a :class:`Connection`; as ``add``, without its calls."""
-        record = request.record = _new(Record)
-        record._number = record.key = number = next(_count)
+        number = next(numbers)
+        record = request.record = self.filed[number] = self._make(request, client_address, number, now)
+        return record
+
+    def remember(self, request: Connection, client_address: Any, number: int, started: float) -> Record:
+        """Return a record for a connection that is open and has none yet; the caller files it."""
+        record = self._make(request, client_address, number, started)
+        record.opened = True
+        return record
+
+    def _make(self, request: Connection, client_address: Any, number: int, started: float) -> Record:
+        record = _new(Record)
+        record._number = record.key = number
         record.client_address = client_address
-        record.started = now
+        record.started = started
         record.reason = None
         record.opened = False
         record.thread = 0
         record._registry = self
         handle = getattr(request, "handle", None)
         record._request = _refer(record, request) if handle is None else handle()
-        self._records[number] = record
         return record
 
     def find(self, request: object) -> Record | None:
         """Return the record of ``request``, if it is open."""
         if isinstance(request, Connection):
             return getattr(request, "record", None)
-        record = self._records.get(-id(request))
-        return record if record is not None and record.request is request else None
+        record = self.filed.get(-id(request))
+        return record if isinstance(record, Record) and record.request is request else None
 
     def holds(self, record: Record) -> bool:
         """Tell whether ``record`` is open."""
-        return self._records.get(record.key) is record
+        return self.filed.get(record.key) is record
 
     def by_id(self, connection_id: str) -> Record | None:
         """Return the open record of this id."""
@@ -457,32 +493,32 @@ class Registry:
     def rename(self, record: Record, key: int) -> None:
         """File an open record under another key."""
         if key != record.key and self.holds(record):
-            self._records[key] = record
-            del self._records[record.key]
+            self.filed[key] = record
+            del self.filed[record.key]
             record.key = key
 
     def strike(self, record: Record) -> None:
         """Forget an ended record and tell ``on_close``, once."""
-        records, key = self._records, record.key
+        records, key = self.filed, record.key
         if records.get(key) is not record or records.pop(key, None) is not record:
             return
         self._on_close(record)
         if self.buffers is not None:
             self.buffers.forget(record)
         record._request = _gone  # or its callback would run for nothing when the request object goes
-        if self._waiting:
+        if self.waiting:
             self.nudge()
 
     def hand_over(self, record: Record | None, pid: int) -> None:
         """Child ``pid`` serves this connection from now on; the caller closes its own copy."""
-        if record is None or self._records.pop(record.key, None) is not record:
+        if record is None or self.filed.pop(record.key, None) is not record:
             return
         request = record.request
         if isinstance(request, Connection):
             request.record = None
         record.process = pid
         record.key = record._number  # the request object goes, and another may get its id()
-        self._records[record.key] = record
+        self.filed[record.key] = record
 
     def child_ended(self, record: Record | None, status: int) -> None:
         """The child that served this connection has exited."""
@@ -498,11 +534,11 @@ class Registry:
     def wait_for(self, condition: Callable[[], bool], timeout: float | None) -> bool:
         """Wait until ``condition()``, asked whenever a connection ends; tell whether it came true in time."""
         with self._changed:
-            self._waiting += 1
+            self.waiting += 1
             try:
                 return self._changed.wait_for(condition, timeout)
             finally:
-                self._waiting -= 1
+                self.waiting -= 1
 
     def nudge(self) -> None:
         """Let those who wait ask their condition."""

@@ -48,5 +48,10 @@ def served_by_caller() -> list[Any]:
 
 
 def request_in(frame: FrameType) -> Any:
-    """Return the request that a frame serves, or None."""
-    return frame.f_locals.get(_REQUEST) if frame.f_code.co_name in _SERVING else None
+    """Return the request that a frame serves, or None: by itself, or as a handler that compiled code calls."""
+    code = frame.f_code
+    if code.co_name in _SERVING:
+        return frame.f_locals.get(_REQUEST)
+    if code.co_name == "handle" and code.co_argcount:
+        return getattr(frame.f_locals.get(code.co_varnames[0]), _REQUEST, None)
+    return None

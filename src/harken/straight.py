@@ -7,15 +7,21 @@ harken's own nobody can tell whether they were called, so engines that take conn
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from operator import attrgetter
 from threading import get_ident
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from harken import events
 from harken.acceptor import MAX_ACCEPT
 from harken.connection import door_of, is_plain_door, shown, shut
+from harken.datagrams import is_lean
+from harken.engines import Way
+from harken.records import numbers
 
 if TYPE_CHECKING:
+    from harken.engines import Lane
     from harken.serving import Serving
 
 __all__ = ["is_straight", "serve", "serve_known", "stock", "take"]
@@ -69,6 +75,9 @@ def take(serving: Serving) -> bool | None:
     None is no, too: and nobody has to be told of it, since no hook of a turn does anything.
     """
     server, acceptor, admission = serving.server, serving.acceptor, serving.admission
+    lane = serving.engine.lane(server, partial(_way, serving)) if _is_quiet(serving) else None
+    if lane is not None:
+        return _take_by(lane, serving)
     most = MAX_ACCEPT if admission is None else admission.places(MAX_ACCEPT)
     try:
         taken = serving.engine.connection.take(door_of(server.socket), most)
@@ -86,6 +95,62 @@ def take(serving: Serving) -> bool | None:
     if taken:
         _start(serving, serving.books.let_in(taken, None if admission is None else serving.intake.admit))
     if len(taken) == MAX_ACCEPT:
+        return True
+    return False if acceptor.paused else None
+
+
+def _is_quiet(serving: Serving) -> bool:
+    """Whether nobody has to be asked or told of connections that come."""
+    books, listened = serving.books, events.subscribers
+    return (
+        serving.admission is None
+        and books.on_open is None
+        and books.meter is None
+        and not listened["accepted"]
+        and not listened["opened"]
+        and not getattr(serving.server.RequestHandlerClass, "lazy", False)
+    )
+
+
+def _way(serving: Serving) -> Way:
+    books = serving.books
+    known = books.connections
+
+    def failed(request: Any, client_address: Any, error: BaseException) -> None:
+        books.failed(request, client_address, error)
+        serving.server.handle_error(request, client_address)
+
+    return Way(
+        server=serving.server,
+        registry=known,
+        filed=known.filed,
+        numbers=numbers,
+        counts=books.counts,
+        reasons=books.reasons,
+        subscribers=events.subscribers,
+        remember=known.remember,
+        close=books.close,
+        failed=failed,
+        shown=shown,
+    )
+
+
+def _take_by(lane: Lane, serving: Serving) -> bool | None:
+    """As :func:`take`, by the engine's own means, which may go on so for a moment without asking."""
+    server, acceptor = serving.server, serving.acceptor
+    handler_class = server.RequestHandlerClass
+    try:
+        taken = lane.take(door_of(server.socket), MAX_ACCEPT, handler_class, is_lean(handler_class))
+    except OSError as error:
+        acceptor.failed(error)
+        taken = 0
+    if not taken:
+        acceptor.found_empty()
+    if acceptor.troubled:
+        acceptor.settle(taken=bool(taken))
+    elif taken:
+        lane.trust(server)
+    if taken == MAX_ACCEPT:
         return True
     return False if acceptor.paused else None
 

@@ -119,6 +119,16 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     batch when it is given the very address that the handler was given, that waits in the hub, and that answers from the
     address that was asked when the socket is bound to all.
 
+``Lane(hub, busy, way)``, or None
+    Connections of one listening socket from the door to their end, as :class:`harken.engines.Way` says; in the hub's
+    thread. ``take(listener, most, handler, lean) -> int`` lets in what is there without waiting; each connection is
+    served from the next turn on, in a context of its own, by a green thread that may have served others before it.
+    ``failed`` is called within ``except``. A connection's ``record`` is made (``remember``) when it is first read; one
+    that ends without is closed, and its reason counted, with no call of Python's unless somebody has to be told: then
+    by ``close``. The set ``busy`` holds the green threads that serve; ``serves(green)`` tells which connection.
+    ``trust(door)`` allows to take what is there without asking for a moment (10 ms), while nobody subscribes to
+    ``accepted`` or ``opened``; ``distrust()`` and ``close()`` (*any thread*) end that.
+
 ``hub.asks_at_ends``
     Whether ``run`` asks ``until`` when a green thread has ended; True until it is set.
 
@@ -160,6 +170,7 @@ __all__ = [
     "Beat",
     "Connection",
     "Hub",
+    "Lane",
     "adopt",
     "current",
     "is_connection",
@@ -187,6 +198,8 @@ Beat: Any
 Batch: Any
 Answers: Any
 """Batches of datagrams of the kind in use."""
+Lane: Any
+"""The compiled way of plain connections; None where there is none."""
 Connection: Any
 """The connection of the kind in use."""
 current: Any
@@ -196,7 +209,7 @@ kind: str
 
 VARIABLE = "HARKEN_HUB"
 _NAMES = ("compiled", "fallback")  # the preferred one first
-_PARTS = ("Answers", "Batch", "Beat", "Connection", "Hub", "current", "on_growth", "quicken")
+_PARTS = ("Answers", "Batch", "Beat", "Connection", "Hub", "Lane", "current", "on_growth", "quicken")
 
 
 def kinds() -> dict[str, ModuleType]:

@@ -185,28 +185,40 @@ PyObject *address_of(const void *address, unsigned length) {
 
 /* -- accepting ---------------------------------------------------------------------------------------------------- */
 
-/* (connection, address); BlockingIOError when nobody is there. */
-PyObject *accept_from(PyTypeObject *type, int fd, int family, int kind, int proto) {
+/* 0; -1 with an exception: BlockingIOError when nobody is there. */
+static int accept_into(PyTypeObject *type, const Listening *door, PyObject **connection, PyObject **peer) {
     Address address;
     socklen_t length = sizeof address;
     int accepted;
-    while ((accepted = accept4(fd, &address.any, &length, SOCK_NONBLOCK | SOCK_CLOEXEC)) < 0) {
+    while ((accepted = accept4(door->fd, &address.any, &length, SOCK_NONBLOCK | SOCK_CLOEXEC)) < 0) {
         if (errno != EINTR)
-            return PyErr_SetFromErrno(PyExc_OSError);
+            return fail(errno);
         if (PyErr_CheckSignals() < 0)
-            return NULL;
+            return -1;
     }
     if (length < sizeof(sa_family_t))
-        address.any.sa_family = (sa_family_t)family;
-    PyObject *connection = make_connection(type, accepted, family, kind, proto);
-    if (connection == NULL) {
+        address.any.sa_family = (sa_family_t)door->family;
+    *connection = make_connection(type, accepted, door->family, door->kind, door->proto);
+    if (*connection == NULL) {
         close(accepted);
-        return NULL;
+        return -1;
     }
-    PyObject *peer = describe(connection, &address, length);
-    PyObject *pair = peer == NULL ? NULL : PyTuple_Pack(2, connection, peer);
+    *peer = describe(*connection, &address, length);
+    if (*peer != NULL)
+        return 0;
+    Py_CLEAR(*connection);
+    return -1;
+}
+
+/* (connection, address) */
+PyObject *accept_from(PyTypeObject *type, int fd, int family, int kind, int proto) {
+    Listening door = {.fd = fd, .family = family, .kind = kind, .proto = proto};
+    PyObject *connection, *peer;
+    if (accept_into(type, &door, &connection, &peer) < 0)
+        return NULL;
+    PyObject *pair = PyTuple_Pack(2, connection, peer);
     Py_DECREF(connection);
-    Py_XDECREF(peer);
+    Py_DECREF(peer);
     return pair;
 }
 
@@ -245,36 +257,67 @@ static int never_blocks(PyObject *listener) {
     return zero;
 }
 
+/* Look at a listening socket before connections are taken from it. */
+int listening_begin(Listening *door, PyObject *listener) {
+    if (socket_parts(listener, &door->fd, &door->family, &door->kind, &door->proto) < 0)
+        return -1;
+    int quiet = never_blocks(listener);
+    door->quiet = quiet > 0;
+    return quiet < 0 ? -1 : 0;
+}
+
+/* Take one, without waiting. 1: there was one; 0: nobody is there; -1. */
+int listening_accept(const Listening *door, PyTypeObject *type, PyObject **connection, PyObject **peer) {
+    if (!door->quiet && !anybody(door->fd))
+        return 0;
+    if (accept_into(type, door, connection, peer) < 0) {
+        if (!PyErr_ExceptionMatches(PyExc_BlockingIOError))
+            return -1;
+        PyErr_Clear();
+        return 0;
+    }
+    if (default_timeout(state_of(*connection)) == 0)
+        return 1;
+    Py_DECREF(*connection);
+    Py_DECREF(*peer);
+    return -1;
+}
+
 /* Connection.take(listener, most): accept at most so many, without waiting: [(connection, address)]. What fails after
  * the first is left for the next call to meet. */
 PyObject *connection_take(PyObject *type, PyObject *const *args, Py_ssize_t count) {
-    int fd, family, kind, proto, quiet;
+    Listening door;
     Py_ssize_t most = count == 2 ? PyNumber_AsSsize_t(args[1], PyExc_OverflowError) : -1;
     if (count != 2 || !PyObject_TypeCheck(args[0], Wire_Type)) {
         PyErr_SetString(PyExc_TypeError, "take() takes a listening socket and a number");
         return NULL;
     }
-    if ((most < 0 && PyErr_Occurred()) || socket_parts(args[0], &fd, &family, &kind, &proto) < 0 ||
-        (quiet = never_blocks(args[0])) < 0)
+    if ((most < 0 && PyErr_Occurred()) || listening_begin(&door, args[0]) < 0)
         return NULL;
     PyObject *taken = PyList_New(0);
-    while (taken != NULL && PyList_GET_SIZE(taken) < most && (quiet || anybody(fd))) {
-        PyObject *pair = accept_from((PyTypeObject *)type, fd, family, kind, proto);
-        if (pair == NULL || default_timeout(state_of(PyTuple_GET_ITEM(pair, 0))) < 0 || PyList_Append(taken, pair) < 0) {
-            Py_XDECREF(pair);
-            if (PyErr_ExceptionMatches(PyExc_OSError) &&
-                (PyList_GET_SIZE(taken) > 0 || PyErr_ExceptionMatches(PyExc_BlockingIOError))) {
-                PyErr_Clear();
-                break;
-            }
-            Py_CLEAR(taken);
+    while (taken != NULL && PyList_GET_SIZE(taken) < most) {
+        PyObject *connection, *peer;
+        int found = listening_accept(&door, (PyTypeObject *)type, &connection, &peer);
+        if (found == 0 || (found < 0 && PyList_GET_SIZE(taken) > 0 && PyErr_ExceptionMatches(PyExc_OSError))) {
+            PyErr_Clear();
+            break;
         }
+        PyObject *pair = found < 0 ? NULL : PyTuple_Pack(2, connection, peer);
+        if (found > 0) {
+            Py_DECREF(connection);
+            Py_DECREF(peer);
+        }
+        if (pair == NULL || PyList_Append(taken, pair) < 0)
+            Py_CLEAR(taken);
         Py_XDECREF(pair);
     }
     return taken;
 }
 
 /* -- the end ------------------------------------------------------------------------------------------------------ */
+
+/* Whether close() will close the descriptor, rather than a file of it later. */
+bool closes_at_once(PyObject *sock) { return quick && socket_fd(sock) >= 0 && !refers(sock); }
 
 /* What shutdown_request() and close_request() do together. close() alone tells the peer as much, where it has closed
  * its side already and nobody else can hold the descriptor. */
@@ -285,7 +328,7 @@ PyObject *connection_end(PyObject *self, PyObject *none) {
         PyErr_Clear(); /* the peer has gone: nobody is left to be told */
     if (fd >= 0 && (!state->ended || !state->stream || state->exposed || forked))
         shutdown(fd, SHUT_WR); /* the peer, or the handler, may have been quicker */
-    if (!quick || fd < 0 || refers(self)) {
+    if (!closes_at_once(self)) {
         PyObject *done = PyObject_CallMethodNoArgs(self, close_name);
         Py_XDECREF(done);
         return done == NULL ? NULL : PyBool_FromLong(socket_fd(self) < 0);

@@ -21,6 +21,8 @@ static PyObject *far_ends[2];
 static PyObject *base_init, *base_real_close, *base_detach, *base_setblocking;
 HIDDEN char scratch[SCRATCH];
 
+PyObject **record_slot(PyObject *self) { return (PyObject **)((char *)self + record_offset); }
+
 State *state_of(PyObject *self) { return (State *)((char *)self + state_offset); }
 
 int fail(int error) {
@@ -584,7 +586,7 @@ static PyType_Spec handle_spec = {
     .slots = handle_slots,
 };
 
-static PyObject *connection_handle(PyObject *self, PyObject *none) {
+PyObject *connection_handle(PyObject *self, PyObject *none) {
     State *state = state_of(self);
     if (state->handle == NULL) {
         if ((state->handle = (Handle *)Handle_Type->tp_alloc(Handle_Type, 0)) == NULL)
@@ -594,15 +596,29 @@ static PyObject *connection_handle(PyObject *self, PyObject *none) {
     return Py_NewRef(state->handle);
 }
 
+/* Its end is told to its record, which it may not have yet. */
+static void make_record(PyObject *self) {
+    PyObject *type, *error, *trace;
+    if (state_of(self)->lane == NULL || *record_slot(self) != NULL)
+        return;
+    PyErr_Fetch(&type, &error, &trace);
+    PyObject *record = lane_record(self);
+    if (record == NULL && PyErr_Occurred())
+        PyErr_WriteUnraisable(self);
+    Py_XDECREF(record);
+    PyErr_Restore(type, error, trace);
+}
+
 /* The connection goes: as a socket does, with a warning if nobody closed it; and its record is told. */
 static void connection_finalize(PyObject *self) {
+    make_record(self); /* as long as it can still be referred to */
     Handle *handle = state_of(self)->handle;
     if (handle != NULL) {
         state_of(self)->handle = NULL;
         handle->target = NULL;
         Py_DECREF(handle);
     }
-    PyObject *type, *error, *trace, *record = *(PyObject **)((char *)self + record_offset);
+    PyObject *type, *error, *trace, *record = *record_slot(self);
     if (record != NULL && record != Py_None) {
         PyErr_Fetch(&type, &error, &trace);
         PyObject *told = PyObject_CallMethod(record, "collected", NULL);
@@ -636,8 +652,27 @@ static PyMethodDef connection_methods[] = {
     {"_real_close", FAST(connection_real_close), METH_FASTCALL, "Close the descriptor."},
 };
 
+/* The record, which is made when it is first asked for. */
+static PyObject *get_record(PyObject *self, void *closure) {
+    PyObject *record = Py_XNewRef(*record_slot(self));
+    if (record == NULL && state_of(self)->lane != NULL)
+        record = lane_record(self);
+    if (record == NULL && !PyErr_Occurred())
+        PyErr_SetString(PyExc_AttributeError, "record");
+    return record;
+}
+
+static int set_record(PyObject *self, PyObject *record, void *closure) {
+    State *state = state_of(self);
+    Py_XSETREF(*record_slot(self), Py_XNewRef(record));
+    Py_CLEAR(state->lane);
+    Py_CLEAR(state->address);
+    return 0;
+}
+
 static PyGetSetDef connection_attributes[] = {
     {"timeout", get_timeout, NULL, "The timeout in seconds.", NULL},
+    {"record", get_record, set_record, "What harken remembers of it.", NULL},
     {"far_end", get_far_end, NULL, "What reads and writes have told of the peer: `peer_closed`, `peer_reset`, None.", NULL},
     {NULL},
 };
@@ -646,6 +681,8 @@ static PyGetSetDef connection_attributes[] = {
 static PyMemberDef connection_members[] = {
     {"<hub>", T_OBJECT_EX, 0, 0, NULL},
     {"<marks>", T_OBJECT_EX, 0, 0, NULL},
+    {"<lane>", T_OBJECT_EX, 0, 0, NULL},
+    {"<address>", T_OBJECT_EX, 0, 0, NULL},
     {NULL},
 };
 
@@ -699,6 +736,8 @@ int connection_ready(PyObject *module) {
     state_offset = (Base_Type->tp_basicsize + 15) & ~(Py_ssize_t)15;
     connection_members[0].offset = state_offset + (Py_ssize_t)offsetof(State, hub);
     connection_members[1].offset = state_offset + (Py_ssize_t)offsetof(State, marked);
+    connection_members[2].offset = state_offset + (Py_ssize_t)offsetof(State, lane);
+    connection_members[3].offset = state_offset + (Py_ssize_t)offsetof(State, address);
     connection_spec.basicsize = (int)(state_offset + (Py_ssize_t)sizeof(State));
     if ((connection_slots[2].pfunc = all_methods()) == NULL) {
         PyErr_NoMemory();

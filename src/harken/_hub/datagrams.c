@@ -15,7 +15,7 @@
 #define TRUSTED_NS 10000000 /* a hook that is overridden while datagrams come is seen so late at most */
 
 static PyTypeObject *Batch_Type;
-static PyObject *no_args, *words[4]; /* of a handler: request, client_address, server, handle */
+static PyObject *no_args;
 static char *space; /* for MOST datagrams of ROOM bytes; the kernel touches what it fills */
 
 /* -- receiving ---------------------------------------------------------------------------------------------------- */
@@ -154,47 +154,6 @@ static int receive_batch(Batch *batch) {
 }
 
 /* -- serving ------------------------------------------------------------------------------------------------------ */
-
-/* A handler raised. What is no Exception ends it without a word to handle_error(), as in a thread; GreenletExit goes
- * on: the hub is being closed. */
-int tell_failure(PyObject *failed, PyObject *request, PyObject *address) {
-    if (PyErr_ExceptionMatches(PyExc_GreenletExit))
-        return -1;
-    if (!PyErr_ExceptionMatches(PyExc_Exception)) {
-        show_exception(failed);
-        return 0;
-    }
-    PyObject *type, *value, *trace;
-    PyErr_Fetch(&type, &value, &trace);
-    PyErr_NormalizeException(&type, &value, &trace);
-    if (trace != NULL)
-        PyException_SetTraceback(value, trace);
-    PyObject *before = PyErr_GetHandledException();
-    PyErr_SetHandledException(value); /* handle_error() asks sys.exc_info() */
-    PyObject *done = PyObject_CallFunctionObjArgs(failed, request, address, value, NULL);
-    int result = 0;
-    if (done == NULL && (result = PyErr_ExceptionMatches(PyExc_GreenletExit) ? -1 : 0) == 0)
-        show_exception(failed);
-    Py_XDECREF(done);
-    PyErr_SetHandledException(before);
-    Py_XDECREF(before);
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(trace);
-    return result;
-}
-
-/* What BaseRequestHandler's constructor does when its setup() and finish() are its own, which do nothing. */
-static PyObject *handle_plainly(PyTypeObject *type, PyObject *const *args) {
-    PyObject *handler = type->tp_new(type, no_args, NULL), *done = NULL;
-    if (handler != NULL && PyObject_SetAttr(handler, words[0], args[0]) == 0 &&
-        PyObject_SetAttr(handler, words[1], args[1]) == 0 && PyObject_SetAttr(handler, words[2], args[2]) == 0) {
-        PyObject *self[] = {handler};
-        done = PyObject_VectorcallMethod(words[3], self, 1, NULL);
-    }
-    Py_XDECREF(handler);
-    return done;
-}
 
 /* Call the service's function in a context of its own. */
 static int serve_piece(Batch *batch, int place) {
@@ -620,10 +579,6 @@ static PyType_Spec batch_spec = {
 };
 
 int datagrams_ready(PyObject *module) {
-    static const char *names[] = {"request", "client_address", "server", "handle"};
-    for (int i = 0; i < 4; i++)
-        if ((words[i] = PyUnicode_InternFromString(names[i])) == NULL)
-            return -1;
     no_args = PyTuple_New(0);
     Batch_Type = (PyTypeObject *)PyType_FromSpec(&batch_spec);
     if (no_args == NULL || Batch_Type == NULL || PyModule_AddObjectRef(module, "Batch", (PyObject *)Batch_Type) < 0)

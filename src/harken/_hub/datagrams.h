@@ -95,5 +95,4 @@ HIDDEN size_t send_answers(Batch *batch, bool nowait);
 HIDDEN void drop_answers(Batch *batch);
 
 /* datagrams.c */
-HIDDEN int tell_failure(PyObject *failed, PyObject *request, PyObject *address);
 #endif

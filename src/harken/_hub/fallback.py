@@ -30,12 +30,15 @@ from harken.waker import Waker
 if TYPE_CHECKING:
     from harken.engines import Door
 
-__all__ = ["KIND", "Answers", "Batch", "Beat", "Connection", "Hub", "current", "on_growth", "quicken"]
+__all__ = ["KIND", "Answers", "Batch", "Beat", "Connection", "Hub", "Lane", "current", "on_growth", "quicken"]
 
 KIND: Final = "fallback"
 _EXPIRED = object()
 # Seconds that a host without patience may let step() sleep at most: some kernels' poll() takes no more (2^31 ms).
 LONGEST = 86400.0
+
+
+Lane = None  # harken.straight does as well
 
 
 def quicken(kind: type) -> None:

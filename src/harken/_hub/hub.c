@@ -167,11 +167,19 @@ static int take_from_door(Hub *hub, uint32_t place, uint32_t generation) {
     return 0;
 }
 
+/* Let whom Python trusts see to a door. 1: done; 0: Python has to be asked; -1. */
+static int take_shortcut(PyObject *shortcut) {
+    Py_INCREF(shortcut);
+    int seen = Py_IS_TYPE(shortcut, Lane_Type) ? lane_shortcut(shortcut) : batch_shortcut(shortcut);
+    Py_DECREF(shortcut);
+    return seen;
+}
+
 static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
     int seen = 0, result = 0;
     if ((int)place < hub->door_count && hub->doors[place].shortcut != NULL &&
         hub->doors[place].generation == generation)
-        seen = batch_shortcut(hub->doors[place].shortcut);
+        seen = take_shortcut(hub->doors[place].shortcut);
     if (seen == 0)
         result = take_from_door(hub, place, generation);
     else if (seen < 0)
@@ -576,7 +584,7 @@ static void remove_door(Hub *hub, int place) {
     Py_DECREF(function);
 }
 
-/* Let a Batch see to a door that is watched. */
+/* Let a Batch or a Lane see to a door that is watched. */
 void hub_set_shortcut(Hub *hub, PyObject *door, PyObject *shortcut) {
     int place = find_door(hub, door);
     if (place >= 0 && hub->doors[place].shortcut != shortcut)

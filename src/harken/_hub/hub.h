@@ -10,6 +10,8 @@
  *   connection.c  Connection: a socket.socket whose calls wait in the hub
  *   rare.c        what a Connection does less often
  *   accept.c      accept(2) straight into a Connection
+ *   lane.c        connections of a plain server, from the door to their end
+ *   handlers.c    calling handlers
  *   files.c       rfile and wfile
  *   awaited.c     what coroutines await of their connection
  *   beat.c        what the loop says of itself, and the watchdog that listens
@@ -82,7 +84,7 @@ typedef struct {
 
 typedef struct {
     PyObject *door, *on_readable; /* NULL: free */
-    PyObject *shortcut;           /* a Batch that may see to it, or NULL */
+    PyObject *shortcut;           /* a Batch or a Lane that may see to it, or NULL */
     int fd;
     bool shared; /* with other processes: one of them wakes, and goes to the end of their queue */
     uint32_t generation;
@@ -147,7 +149,7 @@ extern HIDDEN Hub *all_hubs;
 #define DOOR_BURST 64
 #define TURN_BUDGET 64 /* TURN_OPERATIONS, and TURN_BYTES in pages of 4 KiB */
 
-extern HIDDEN PyTypeObject *Hub_Type, *Timer_Type, *Task_Type, *Connection_Type, *Beat_Type;
+extern HIDDEN PyTypeObject *Hub_Type, *Lane_Type, *Timer_Type, *Task_Type, *Connection_Type, *Beat_Type;
 
 HIDDEN int64_t now_ns(void);
 HIDDEN int seconds_to_ns(PyObject *seconds, int64_t *ns);
@@ -180,6 +182,8 @@ HIDDEN int throw_into(Hub *hub, PyGreenlet *green, PyObject *error);
 HIDDEN void end_process(void);
 HIDDEN void queue_clear(Hub *hub, bool abandon);
 HIDDEN int give_way(Hub *hub);
+HIDDEN int give_context(PyGreenlet *green);
+HIDDEN void leave_hub(Hub *hub, PyGreenlet *me);
 HIDDEN PyObject *spawn(Hub *hub, PyObject *busy, PyObject *function, PyObject *const *args, Py_ssize_t count);
 HIDDEN int report(PyObject *function);
 HIDDEN void show_exception(PyObject *function);
@@ -239,6 +243,10 @@ typedef struct {
     bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it */
     double timeout;   /* seconds; 0: none */
     PyObject *marked; /* bytes that hold Marks, and a member as `hub` is; NULL: nobody wants to know */
+    /* Of which its record will be made, if anybody asks for that; members too. NULL: it has one, or needs none. */
+    PyObject *lane, *address;
+    uint64_t number;
+    int64_t started; /* nanoseconds of CLOCK_MONOTONIC */
 } State;
 
 static inline Marks *marks_of(State *state) {
@@ -317,6 +325,20 @@ HIDDEN int rare_ready(void);
 extern HIDDEN PyMethodDef rare_methods[];
 #define FAST(function) ((PyCFunction)(void (*)(void))(function))
 
+HIDDEN PyObject **record_slot(PyObject *self);
+HIDDEN PyObject *connection_handle(PyObject *self, PyObject *none);
+
+/* lane.c */
+HIDDEN int lane_ready(PyObject *module);
+HIDDEN int lane_shortcut(PyObject *self);
+HIDDEN PyObject *lane_record(PyObject *request);
+
+/* handlers.c */
+HIDDEN int handlers_ready(void);
+HIDDEN int tell_failure(PyObject *failed, PyObject *request, PyObject *address);
+HIDDEN PyObject *handle_plainly(PyTypeObject *type, PyObject *const *args);
+HIDDEN PyObject *handle_fully(PyObject *kind, PyObject *const *args);
+
 /* accept.c */
 HIDDEN int accept_ready(void);
 HIDDEN PyObject *accept_one(PyObject *module, PyObject *listener);
@@ -324,6 +346,14 @@ HIDDEN PyObject *connection_take(PyObject *type, PyObject *const *args, Py_ssize
 HIDDEN PyObject *connection_end(PyObject *self, PyObject *none);
 HIDDEN int default_timeout(State *state);
 HIDDEN PyObject *make_connection(PyTypeObject *type, int fd, int family, int kind, int proto);
+/* A listening socket that was looked at. */
+typedef struct {
+    int fd, family, kind, proto;
+    bool quiet; /* it does not block */
+} Listening;
+HIDDEN int listening_begin(Listening *door, PyObject *listener);
+HIDDEN int listening_accept(const Listening *door, PyTypeObject *type, PyObject **connection, PyObject **peer);
+HIDDEN bool closes_at_once(PyObject *sock);
 HIDDEN PyObject *accept_from(PyTypeObject *type, int fd, int family, int kind, int proto);
 HIDDEN int quick_init(PyObject *self, PyObject *args, PyObject *words);
 HIDDEN int socket_parts(PyObject *sock, int *fd, int *family, int *kind, int *proto);

@@ -210,6 +210,18 @@ void end_process(void) {
     _exit(0);
 }
 
+/* The calling green thread ends. It goes to whoever runs the loop now, which need not be who ran it when it started. */
+void leave_hub(Hub *hub, PyGreenlet *me) {
+    if (PySet_Discard(hub->greens, (PyObject *)me) < 0)
+        PyErr_Clear();
+    if (hub->greenlet == NULL)
+        return;
+    PyGreenlet *parent = PyGreenlet_GET_PARENT(me);
+    if (parent != hub->greenlet && PyGreenlet_SetParent(me, hub->greenlet) < 0)
+        PyErr_Clear();
+    Py_XDECREF(parent);
+}
+
 static PyObject *task_call(PyObject *self, PyObject *none, PyObject *keywords) {
     Task *task = (Task *)self;
     Hub *hub = task->hub;
@@ -232,22 +244,14 @@ static PyObject *task_call(PyObject *self, PyObject *none, PyObject *keywords) {
     PyGreenlet *me = PyGreenlet_GetCurrent();
     if (task->busy != NULL && PySet_Discard(task->busy, (PyObject *)me) < 0)
         PyErr_Clear();
-    if (PySet_Discard(hub->greens, (PyObject *)me) < 0)
-        PyErr_Clear();
-    /* It goes to whoever runs the loop now, which need not be who ran it when this one started. */
-    if (hub->greenlet != NULL) {
-        PyGreenlet *parent = PyGreenlet_GET_PARENT(me);
-        if (parent != hub->greenlet && PyGreenlet_SetParent(me, hub->greenlet) < 0)
-            PyErr_Clear();
-        Py_XDECREF(parent);
-    }
+    leave_hub(hub, me);
     Py_DECREF(me);
     stack_end(stack);
     Py_RETURN_NONE;
 }
 
 /* A new greenlet starts with no context at all; the caller's is copied unless it is empty. */
-static int give_context(PyGreenlet *green) {
+int give_context(PyGreenlet *green) {
 #if PY_VERSION_HEX < 0x030E0000
     if (PyThreadState_Get()->context == NULL)
         return 0;

@@ -9,15 +9,27 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from harken.connection import Connection
 from harken.errors import ConfigError
 from harken.settings import choice, setting
 
-__all__ = ["ENGINE", "LOOP", "DatagramService", "Datagrams", "Door", "Engine", "Options", "is_async", "suited"]
+__all__ = [
+    "ENGINE",
+    "LOOP",
+    "DatagramService",
+    "Datagrams",
+    "Door",
+    "Engine",
+    "Lane",
+    "Options",
+    "Way",
+    "is_async",
+    "suited",
+]
 
 ENGINE = setting(
     "engine",
@@ -107,6 +119,56 @@ class Datagrams(Protocol):
         Raises:
             OSError: as recvmsg(2).
         """
+
+
+class Way(NamedTuple):
+    """What a :class:`Lane` needs of a server; see :meth:`Engine.lane`.
+
+    Attributes:
+        server: the handlers' third argument.
+        registry: where connections are known; its slots say whether anybody has to be told of an end.
+        filed: the registry's, by number.
+        numbers: gives each connection its number.
+        counts: what happened how often.
+        reasons: why connections ended, how often each.
+        subscribers: of events, by name.
+        remember: makes the record of a connection when it is asked for: ``(connection, address, number, started)``.
+        close: called with the connection whose handler is done, where somebody has to be told.
+        failed: called with connection, address and error, within ``except``, when a handler raised an Exception.
+        shown: called with listener and address for addresses that hooks get in another form.
+    """
+
+    server: Any
+    registry: Any
+    filed: dict[int, Any]
+    numbers: Iterator[int]
+    counts: dict[str, int]
+    reasons: dict[str, int]
+    subscribers: Mapping[str, tuple[Callable[..., object], ...]]
+    remember: Callable[[Any, Any, int, float], object]
+    close: Callable[[Any], object]
+    failed: Callable[[Any, Any, BaseException], object]
+    shown: Callable[[Any, Any], Any]
+
+
+class Lane(Protocol):
+    """Lets connections in, serves them and sees to their end, for a server of which nobody has to be asked or told."""
+
+    def take(self, listener: Any, most: int, handler: Any, lean: bool, /) -> int:
+        """Let in what waits at the door, at most so many, without waiting; return how many.
+
+        Args:
+            listener: the listening socket.
+            most: connections.
+            handler: the handler class.
+            lean: whether its making is BaseRequestHandler's, with nothing to set up or finish.
+
+        Raises:
+            OSError: as accept(2), for the first.
+        """
+
+    def trust(self, door: Door, /) -> object:
+        """What comes to ``door`` within a moment may be let in as the last was, without ``on_readable``."""
 
 
 class Engine(ABC):
@@ -220,6 +282,17 @@ class Engine(ABC):
         """Return what serves the datagrams of ``sock`` better than one ``spawn`` each, if there is such a thing here.
 
         Called at the door, from ``on_readable``.
+        """
+        return None
+
+    def lane(self, door: Door, way: Callable[[], Way]) -> Lane | None:
+        """Return what takes connections from ``door`` to their end by itself, if there is such a thing here.
+
+        Called at the door, from ``on_readable``.
+
+        Args:
+            door: at which they come.
+            way: asked when the lane is made.
         """
         return None
 

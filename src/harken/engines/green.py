@@ -27,7 +27,7 @@ from harken._hub import hosts
 from harken._hub.bell import Bell
 from harken._hub.growth import grown
 from harken.connection import Connection
-from harken.engines import Door, Engine as Contract, Options
+from harken.engines import Door, Engine as Contract, Options, Way
 from harken.engines._crew import Crew
 from harken.engines._datagrams import Datagrams
 from harken.green import aside, release_threads
@@ -130,6 +130,7 @@ class Engine(Contract):
         self._lodgers = 0  # handlers that will be started at the first bytes of their connections
         self._awakeners: dict[Callable[..., object], Callable[[Any], None]] = {}
         self._datagrams: dict[int, Datagrams] = {}
+        self._lanes: dict[int, Any] = {}
         self._served: Any = None  # a datagram on its way through the hooks, in the green thread that will serve it
         self._at = 0  # the door that is being served
         self._crowds = 0  # sockets with as many datagram handlers that wait as may
@@ -170,6 +171,9 @@ class Engine(Contract):
         self._distrust()
         with self._turns, self._guard:
             self._doors.pop(id(door), None)
+            lane = self._lanes.pop(id(door), None)
+            if lane is not None:
+                lane.close()
             if self._hub is not None:
                 self._hub.unwatch(door)
 
@@ -304,7 +308,7 @@ class Engine(Contract):
                 self._finish(loop, error)
         finally:
             watchdog.stop()
-            self._close_datagrams()
+            self._close_shortcuts()
 
     def move_in(self) -> Callable[[], None]:
         """Let the hub be a guest in the loop of this thread; see :class:`harken.engines.Engine`."""
@@ -322,7 +326,7 @@ class Engine(Contract):
                 self._moved_in = False
             lodger.leave()
             watchdog.stop()
-            self._close_datagrams()
+            self._close_shortcuts()
 
         return leave
 
@@ -442,6 +446,13 @@ class Engine(Contract):
                 return
         super().beside(function, *args)
 
+    def lane(self, door: Door, way: Callable[[], Way]) -> Any:
+        """Serve connections of a plain server by compiled code alone; see :class:`harken.engines.Engine`."""
+        found = self._lanes.get(id(door))
+        if found is None and _hub.Lane is not None and id(door) in self._doors and self.in_loop_thread:
+            found = self._lanes[id(door)] = _hub.Lane(self._hub, self._jobs, way())
+        return found
+
     # -- datagrams -----------------------------------------------------------------------------------------------------
 
     def datagrams(self, sock: Any) -> Datagrams | None:
@@ -469,8 +480,8 @@ class Engine(Contract):
 
     def _distrust(self) -> None:
         """Something may have changed: ask before more datagrams are taken. Any thread."""
-        for served in tuple(self._datagrams.values()) if self._datagrams else ():
-            served.distrust()
+        for trusted in (*self._datagrams.values(), *self._lanes.values()) if self._datagrams or self._lanes else ():
+            trusted.distrust()
 
     def _take_more(self, number: int, take: Callable[[], object]) -> None:
         """Take more datagrams of a door, while somebody wants that; what goes wrong is the next turn's to see."""
@@ -492,10 +503,11 @@ class Engine(Contract):
         """Whether as many datagram handlers wait as may."""
         return self._crowds > 0
 
-    def _close_datagrams(self) -> None:
-        for served in self._datagrams.values():
+    def _close_shortcuts(self) -> None:
+        for served in (*self._datagrams.values(), *self._lanes.values()):
             served.close()
         self._datagrams.clear()
+        self._lanes.clear()
         self._crowds = 0
 
     def aside(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -571,6 +583,7 @@ class Engine(Contract):
         self._lodgers = 0
         self._bells.clear()
         self._datagrams.clear()
+        self._lanes.clear()
         self._crowds = 0
         self._served = None
         self._hub = self._thread = self._watchdog = None

@@ -1,0 +1,602 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Lane: the way of connections whose server overrides no hook, from its door to their end. What harken.straight does
+ * in Python, for a server on which nobody has to be asked or told: no limit, no deadline, no preamble, no subscriber.
+ *
+ * Of a short connection the kernel has five sixths; what is left to us is some fifteen microseconds, and a call of
+ * Python's is one or two tenths of one. So what nobody asks for is not made: a connection has no Record until somebody
+ * reads its `record`, and its green thread is one that has served others before it. */
+#include "hub.h"
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/socket.h>
+
+#define MOST_IDLE 64            /* green threads that rest, of some 2 KiB: as many as one burst starts */
+#define TRUSTED_NS 10000000     /* 10 ms: how long what Python said of its door holds; as of datagrams */
+
+typedef struct Lane Lane;
+
+/* What a green thread of a lane runs. */
+typedef struct Worker {
+    PyObject_HEAD
+    struct Worker *next, *previous; /* of its lane's */
+    Lane *lane;
+    PyGreenlet *green; /* borrowed: it holds this */
+    PyObject *request, *address, *kind; /* of the connection that it serves; NULL: it rests */
+    bool lean, leaves;
+} Worker;
+
+typedef struct {
+    PyGreenlet *green;
+    Worker *worker;
+} Resting; /* both owned */
+
+struct Lane {
+    PyObject_HEAD
+    Hub *hub;
+    PyObject *busy; /* a set that holds the green threads that serve */
+    /* A Way of harken.engines, read out. */
+    PyObject *server, *registry, *records, *numbers, *counts, *reasons, *subscribers, *remember, *close, *failed, *shown;
+    PyObject *sock, *kind; /* the listening socket, and the handler class, of the last take() */
+    bool lean;
+    bool closed;
+    int64_t trusted; /* until when the door need not be looked at by Python; 0: now */
+    Worker *workers;
+    Resting idle[MOST_IDLE];
+    int idle_count;
+};
+
+HIDDEN PyTypeObject *Lane_Type;
+static PyTypeObject *Worker_Type;
+static PyObject *word_accepted, *word_opened, *word_closed, *reason_returned, *reason_closed, *reason_reset;
+
+/* Where a Registry of harken.records has what it says about ends. */
+static Py_ssize_t careful_at, counts_bytes_at, buffers_at, waiting_at;
+
+/* -- what is known of a connection -------------------------------------------------------------------------------- */
+
+static void forget(State *state) {
+    Py_CLEAR(state->lane);
+    Py_CLEAR(state->address);
+}
+
+/* Begin to know a connection: the records have a reference that does not keep it, by its number. */
+static int note(Lane *lane, PyObject *request, PyObject *address, int64_t now) {
+    State *state = state_of(request);
+    PyObject *number = PyIter_Next(lane->numbers);
+    PyObject *handle = number == NULL ? NULL : connection_handle(request, NULL);
+    int result = handle == NULL ? -1 : PyDict_SetItem(lane->records, number, handle);
+    if (result == 0) {
+        state->number = PyLong_AsUnsignedLongLong(number);
+        state->started = now;
+        state->lane = Py_NewRef(lane);
+        state->address = Py_NewRef(address);
+    }
+    Py_XDECREF(handle);
+    Py_XDECREF(number);
+    return result;
+}
+
+/* The record of a connection that has none, now that somebody asks for it. Another thread may ask at the same time, and
+ * the connection may end meanwhile: what is made counts only if neither has happened. NULL without an exception: it has
+ * ended. */
+PyObject *lane_record(PyObject *request) {
+    State *state = state_of(request);
+    Lane *lane = (Lane *)Py_NewRef(state->lane);
+    PyObject *number = PyLong_FromUnsignedLongLong(state->number);
+    PyObject *started = PyFloat_FromDouble((double)state->started / 1e9);
+    PyObject *made = number == NULL || started == NULL
+                         ? NULL
+                         : PyObject_CallFunctionObjArgs(lane->remember, request, state->address, number, started, NULL);
+    PyObject **slot = record_slot(request), *result = NULL;
+    if (made != NULL && state->lane == (PyObject *)lane && *slot == NULL) {
+        if (PyDict_SetItem(lane->records, number, made) == 0) {
+            forget(state);
+            *slot = Py_NewRef(made);
+        }
+    }
+    if (made != NULL && !PyErr_Occurred())
+        result = Py_XNewRef(*slot);
+    Py_XDECREF(made);
+    Py_XDECREF(started);
+    Py_XDECREF(number);
+    Py_DECREF(lane);
+    return result;
+}
+
+/* -- the end ------------------------------------------------------------------------------------------------------ */
+
+static bool is(Lane *lane, Py_ssize_t offset, PyObject *value) {
+    return *(PyObject **)((char *)lane->registry + offset) == value;
+}
+
+/* Whether nobody subscribes to an event. */
+static bool unheard(Lane *lane, PyObject *event) {
+    PyObject *callbacks = PyDict_GetItemWithError(lane->subscribers, event); /* borrowed */
+    return callbacks != NULL && PyTuple_CheckExact(callbacks) && PyTuple_GET_SIZE(callbacks) == 0;
+}
+
+/* Whether nobody has to be told of an end, nor does anything come before it. */
+static bool ends_unnoticed(Lane *lane) {
+    PyObject *waiting = *(PyObject **)((char *)lane->registry + waiting_at);
+    return is(lane, careful_at, Py_False) && is(lane, counts_bytes_at, Py_False) && is(lane, buffers_at, Py_None) &&
+           waiting != NULL && PyLong_CheckExact(waiting) && Py_SIZE(waiting) == 0 && unheard(lane, word_closed);
+}
+
+/* Why it ends, by what reads have told, or by the kernel; as peer_fault() of harken.connection. NULL: not known. */
+static PyObject *reason_of(State *state, int fd) {
+    if (state->broken)
+        return reason_reset;
+    if (state->ended)
+        return reason_closed;
+    uint8_t now = 0; /* tcpi_state, the first of struct tcp_info */
+    socklen_t length = sizeof now;
+    if (!state->stream || getsockopt(fd, IPPROTO_TCP, TCP_INFO, &now, &length) < 0)
+        return NULL;
+    if (now == TCP_CLOSE)
+        return reason_reset;
+    return now == TCP_CLOSE_WAIT || now == TCP_LAST_ACK ? reason_closed : reason_returned;
+}
+
+static int count(PyObject *counts, PyObject *name, long more) {
+    PyObject *before = PyDict_GetItemWithError(counts, name); /* borrowed */
+    if (before == NULL && PyErr_Occurred())
+        return -1;
+    PyObject *now = PyLong_FromLongLong((before == NULL ? 0 : PyLong_AsLongLong(before)) + more);
+    int result = now == NULL || PyErr_Occurred() ? -1 : PyDict_SetItem(counts, name, now);
+    Py_XDECREF(now);
+    return result;
+}
+
+/* Close it here, if it is a plain case: nobody has asked for its record, nobody has to be told. 1: done; 0: it is not
+ * closed; -1: closed, and an exception. */
+static int end_unnoticed(Lane *lane, PyObject *request) {
+    State *state = state_of(request);
+    if (flush_of(request) < 0) /* others may run meanwhile */
+        PyErr_Clear();         /* the peer has gone: nobody is left to be told */
+    if (state->lane != (PyObject *)lane || *record_slot(request) != NULL || !closes_at_once(request) ||
+        !ends_unnoticed(lane))
+        return 0;
+    PyObject *reason = reason_of(state, socket_fd(request));
+    PyObject *number = reason == NULL ? NULL : PyLong_FromUnsignedLongLong(state->number);
+    if (number == NULL)
+        return PyErr_Occurred() ? -1 : 0;
+    PyObject *closed = connection_end(request, NULL);
+    int result = closed == NULL ? -1 : count(lane->reasons, reason, 1);
+    if (PyDict_DelItem(lane->records, number) < 0)
+        result = -1;
+    forget(state);
+    Py_XDECREF(closed);
+    Py_DECREF(number);
+    return result < 0 ? -1 : 1;
+}
+
+/* The handler is done, or was not even started: close its connection. An exception that is under way stays. */
+static void end(Lane *lane, PyObject *request) {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    int done = end_unnoticed(lane, request);
+    if (done == 0) {
+        PyObject *closed = PyObject_CallOneArg(lane->close, request);
+        done = closed == NULL ? -1 : 1;
+        Py_XDECREF(closed);
+    }
+    if (done < 0)
+        show_exception(lane->close);
+    PyErr_Restore(type, error, trace);
+}
+
+/* -- the handler -------------------------------------------------------------------------------------------------- */
+
+/* -1: GreenletExit. */
+static int serve(Worker *worker) {
+    Lane *lane = worker->lane;
+    PyObject *args[] = {worker->request, worker->address, lane->server};
+    PyObject *done = worker->lean ? handle_plainly((PyTypeObject *)worker->kind, args) : handle_fully(worker->kind, args);
+    int result = done != NULL ? 0 : tell_failure(lane->failed, worker->request, worker->address);
+    Py_XDECREF(done);
+    end(lane, worker->request);
+    return result;
+}
+
+/* -- green threads that are used again ---------------------------------------------------------------------------- */
+
+/* What a connection's green thread has in its context is no other's. */
+static bool has_context(void) {
+#if PY_VERSION_HEX < 0x030E0000
+    return PyThreadState_Get()->context != NULL;
+#else
+    return true;
+#endif
+}
+
+static bool rests(Worker *worker) {
+    Lane *lane = worker->lane;
+    if (lane->closed || worker->leaves || lane->hub->closed || lane->idle_count == MOST_IDLE || has_context())
+        return false;
+    lane->idle[lane->idle_count++] = (Resting){(PyGreenlet *)Py_NewRef(worker->green), (Worker *)Py_NewRef(worker)};
+    return true;
+}
+
+static void drop_resting(Lane *lane, int place) {
+    Resting gone = lane->idle[place];
+    lane->idle[place] = lane->idle[--lane->idle_count];
+    Py_DECREF(gone.worker);
+    Py_DECREF(gone.green);
+}
+
+/* Rest until there is another connection. False: this is the end. */
+static bool go_on(Worker *worker) {
+    if (!rests(worker))
+        return false;
+    PyObject *back = PyGreenlet_Switch(worker->lane->hub->greenlet, NULL, NULL);
+    if (back == NULL) { /* the hub is closed */
+        for (int i = 0; i < worker->lane->idle_count; i++)
+            if (worker->lane->idle[i].worker == worker)
+                drop_resting(worker->lane, i);
+        return false;
+    }
+    Py_DECREF(back);
+    return worker->request != NULL;
+}
+
+static PyObject *worker_call(PyObject *self, PyObject *none, PyObject *words) {
+    Worker *worker = (Worker *)self;
+    Lane *lane = worker->lane;
+    Hub *hub = lane->hub;
+    void *stack = stack_begin();
+    PyGreenlet *me = worker->green;
+    do {
+        int result = serve(worker);
+        if (hub->pending_owner != NULL && current_hub == hub && flush_pending(hub) < 0)
+            PyErr_Clear(); /* of a connection that a handler left: it does not learn that its peer has gone */
+        hub->news |= hub->asks_at_ends;
+        Py_CLEAR(worker->request);
+        Py_CLEAR(worker->address);
+        Py_CLEAR(worker->kind);
+        if (hub->lent)
+            end_process();
+        worker->leaves |= result < 0;
+        if (PySet_Discard(lane->busy, (PyObject *)me) < 0)
+            PyErr_Clear();
+    } while (go_on(worker));
+    PyErr_Clear(); /* GreenletExit: nobody is told of that */
+    leave_hub(hub, me);
+    stack_end(stack);
+    Py_RETURN_NONE;
+}
+
+/* One that nobody else holds, who could throw something into it, or a new one. */
+static Worker *find_worker(Lane *lane, PyGreenlet **green) {
+    while (lane->idle_count > 0) {
+        Resting *last = &lane->idle[lane->idle_count - 1];
+        Worker *worker = last->worker;
+        *green = last->green;
+        PyObject *kept = last->green->dict; /* what somebody has set as its attributes */
+        bool alone = Py_REFCNT(last->green) == 2 && last->green->weakreflist == NULL &&
+                     (kept == NULL || PyDict_GET_SIZE(kept) == 0);
+        lane->idle_count--; /* its references are the caller's now */
+        if (alone)
+            return worker;
+        int done = enqueue(lane->hub, SWITCH, (PyObject *)*green, NULL); /* without a connection: it ends */
+        Py_DECREF(worker);
+        Py_DECREF(*green);
+        if (done < 0)
+            return NULL;
+    }
+    Worker *worker = (Worker *)Worker_Type->tp_alloc(Worker_Type, 0);
+    if (worker == NULL)
+        return NULL;
+    worker->lane = (Lane *)Py_NewRef(lane);
+    if ((worker->next = lane->workers) != NULL)
+        worker->next->previous = worker;
+    lane->workers = worker;
+    *green = worker->green = PyGreenlet_New((PyObject *)worker, lane->hub->greenlet);
+    if (*green == NULL || PySet_Add(lane->hub->greens, (PyObject *)*green) < 0) {
+        Py_CLEAR(*green);
+        Py_CLEAR(worker);
+    }
+    return worker;
+}
+
+/* Let a green thread serve a connection, at the next turn. */
+static int start(Lane *lane, PyObject *request, PyObject *address) {
+    PyGreenlet *green;
+    Worker *worker = find_worker(lane, &green);
+    if (worker == NULL)
+        return -1;
+    worker->request = Py_NewRef(request);
+    worker->address = Py_NewRef(address);
+    worker->kind = Py_NewRef(lane->kind);
+    worker->lean = lane->lean;
+    int result = give_context(green) < 0 || PySet_Add(lane->busy, (PyObject *)green) < 0 ||
+                         enqueue(lane->hub, SWITCH, (PyObject *)green, NULL) < 0
+                     ? -1
+                     : 0;
+    Py_DECREF(worker);
+    Py_DECREF(green);
+    return result;
+}
+
+/* -- the door ----------------------------------------------------------------------------------------------------- */
+
+/* Let a connection that was accepted in. What goes wrong with it is its own affair. */
+static void let_in(Lane *lane, PyObject *request, PyObject *address, int64_t now) {
+    PyObject *told = PyTuple_CheckExact(address) && PyTuple_GET_SIZE(address) > 2
+                         ? PyObject_CallFunctionObjArgs(lane->shown, lane->sock, address, NULL)
+                         : Py_NewRef(address);
+    if (told == NULL || note(lane, request, told, now) < 0 || start(lane, request, told) < 0) {
+        if (tell_failure(lane->failed, request, told == NULL ? Py_None : told) < 0)
+            PyErr_Clear();
+        end(lane, request);
+    }
+    Py_XDECREF(told);
+}
+
+/* Take what is at the door, at most so many, without waiting. -1: nobody could be taken, for that reason. */
+static int take(Lane *lane, int most) {
+    Listening listening;
+    if (listening_begin(&listening, lane->sock) < 0)
+        return -1;
+    int taken = 0;
+    int64_t now = 0;
+    while (taken < most) {
+        PyObject *request, *address;
+        int found = listening_accept(&listening, Connection_Type, &request, &address);
+        if (found <= 0) {
+            if (found < 0 && (taken == 0 || !PyErr_ExceptionMatches(PyExc_OSError)))
+                return -1;
+            PyErr_Clear(); /* it will be met again */
+            break;
+        }
+        if (now == 0)
+            now = now_ns();
+        taken++;
+        let_in(lane, request, address, now);
+        Py_DECREF(request);
+        Py_DECREF(address);
+    }
+    if (taken > 0 && (count(lane->counts, word_accepted, taken) < 0 || count(lane->counts, word_opened, taken) < 0))
+        return -1;
+    return taken;
+}
+
+static PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    Lane *lane = (Lane *)self;
+    int most = count == 4 ? (int)PyNumber_AsSsize_t(args[1], PyExc_OverflowError) : -1;
+    if (count != 4 || !PyObject_TypeCheck(args[0], Wire_Type) || most < 0) {
+        PyErr_SetString(PyExc_TypeError, "take() takes a listening socket, a number, a handler class and a bool");
+        return NULL;
+    }
+    Py_XSETREF(lane->sock, Py_NewRef(args[0]));
+    Py_XSETREF(lane->kind, Py_NewRef(args[2]));
+    lane->lean = args[3] == Py_True;
+    int taken = take(lane, most);
+    return taken < 0 ? NULL : PyLong_FromLong(taken);
+}
+
+/* Its door is readable. 1: that is seen to, as the last time; 0: Python has to be asked what is wanted; -1. */
+int lane_shortcut(PyObject *self) {
+    Lane *lane = (Lane *)self;
+    if (lane->trusted == 0 || now_ns() >= lane->trusted || !unheard(lane, word_accepted) ||
+        !unheard(lane, word_opened))
+        return 0;
+    beat_piece(lane->hub->beat);
+    int taken = take(lane, DOOR_BURST);
+    if (taken > 0)
+        return 1;
+    lane->trusted = 0;
+    if (taken < 0 && !PyErr_ExceptionMatches(PyExc_Exception))
+        return -1;
+    PyErr_Clear(); /* Python's turn meets it again */
+    return 0;
+}
+
+static PyObject *lane_trust(PyObject *self, PyObject *door) {
+    Lane *lane = (Lane *)self;
+    hub_set_shortcut(lane->hub, door, self);
+    lane->trusted = now_ns() + TRUSTED_NS;
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_distrust(PyObject *self, PyObject *none) {
+    ((Lane *)self)->trusted = 0;
+    Py_RETURN_NONE;
+}
+
+/* Those that rest have nothing to wait for any more; those that serve end by themselves. */
+static PyObject *lane_close(PyObject *self, PyObject *none) {
+    Lane *lane = (Lane *)self;
+    lane->closed = true;
+    lane->trusted = 0;
+    while (lane->idle_count > 0) {
+        Resting gone = lane->idle[--lane->idle_count];
+        if (enqueue(lane->hub, SWITCH, (PyObject *)gone.green, NULL) < 0)
+            PyErr_Clear();
+        Py_DECREF(gone.worker);
+        Py_DECREF(gone.green);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *lane_serves(PyObject *self, PyObject *green) {
+    for (Worker *worker = ((Lane *)self)->workers; worker != NULL; worker = worker->next)
+        if ((PyObject *)worker->green == green && worker->request != NULL)
+            return Py_NewRef(worker->request);
+    Py_RETURN_NONE;
+}
+
+/* -- the types ---------------------------------------------------------------------------------------------------- */
+
+static int know_registry(PyTypeObject *type) {
+    const struct {
+        const char *name;
+        Py_ssize_t *at;
+    } slots[] = {{"careful", &careful_at},
+                 {"counts_bytes", &counts_bytes_at},
+                 {"buffers", &buffers_at},
+                 {"waiting", &waiting_at}};
+    for (int i = 0; i < 4; i++)
+        if ((*slots[i].at = slot_offset(type, slots[i].name)) <= 0) {
+            PyErr_Format(PyExc_TypeError, "%R has no slot %s", type, slots[i].name);
+            return -1;
+        }
+    return 0;
+}
+
+static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *words) {
+    PyObject *hub, *busy, *way;
+    if (!PyArg_ParseTuple(args, "O!O!O!:Lane", Hub_Type, &hub, &PySet_Type, &busy, &PyTuple_Type, &way))
+        return NULL;
+    Lane *lane = (Lane *)type->tp_alloc(type, 0);
+    if (lane == NULL)
+        return NULL;
+    if (!PyArg_ParseTuple(way, "OOO!OO!O!O!OOOO", &lane->server, &lane->registry, &PyDict_Type, &lane->records,
+                          &lane->numbers, &PyDict_Type, &lane->counts, &PyDict_Type, &lane->reasons, &PyDict_Type,
+                          &lane->subscribers, &lane->remember, &lane->close, &lane->failed, &lane->shown)) {
+        lane->server = NULL; /* nothing is owned yet */
+        memset(&lane->server, 0, offsetof(Lane, sock) - offsetof(Lane, server));
+        Py_DECREF(lane);
+        return NULL;
+    }
+    for (PyObject **each = &lane->server; each <= &lane->shown; each++)
+        Py_INCREF(*each);
+    lane->hub = (Hub *)Py_NewRef(hub);
+    lane->busy = Py_NewRef(busy);
+    if (know_registry(Py_TYPE(lane->registry)) < 0)
+        Py_CLEAR(lane);
+    return (PyObject *)lane;
+}
+
+static int lane_traverse(PyObject *self, visitproc visit, void *arg) {
+    Lane *lane = (Lane *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(lane->hub);
+    Py_VISIT(lane->busy);
+    for (PyObject **each = &lane->server; each <= &lane->kind; each++)
+        Py_VISIT(*each);
+    for (int i = 0; i < lane->idle_count; i++) {
+        Py_VISIT(lane->idle[i].green);
+        Py_VISIT(lane->idle[i].worker);
+    }
+    return 0;
+}
+
+static int lane_clear(PyObject *self) {
+    Lane *lane = (Lane *)self;
+    lane->closed = true;
+    lane->trusted = 0;
+    while (lane->idle_count > 0)
+        drop_resting(lane, lane->idle_count - 1);
+    for (PyObject **each = &lane->server; each <= &lane->kind; each++)
+        Py_CLEAR(*each);
+    return 0;
+}
+
+static void lane_dealloc(PyObject *self) {
+    Lane *lane = (Lane *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    lane_clear(self);
+    Py_CLEAR(lane->busy);
+    Py_CLEAR(lane->hub);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef lane_methods[] = {
+    {"take", FAST(lane_take), METH_FASTCALL, "take(listener, most, handler, lean): let in what is there; how many."},
+    {"trust", lane_trust, METH_O, "trust(door): what is there may be let in without asking, for a moment."},
+    {"distrust", lane_distrust, METH_NOARGS, "distrust(): no more. Any thread."},
+    {"serves", lane_serves, METH_O, "serves(green): the connection that a green thread of this lane serves, or None."},
+    {"close", lane_close, METH_NOARGS, "Keep no green thread for connections to come. Any thread."},
+    {NULL},
+};
+
+static PyType_Slot lane_slots[] = {
+    {Py_tp_doc, "Lane(hub, busy, way): connections from door to end; the contract stands in harken._hub."},
+    {Py_tp_new, lane_new},
+    {Py_tp_dealloc, lane_dealloc},
+    {Py_tp_traverse, lane_traverse},
+    {Py_tp_clear, lane_clear},
+    {Py_tp_methods, lane_methods},
+    {0, NULL},
+};
+
+static PyType_Spec lane_spec = {
+    .name = "harken._hub.compiled.Lane",
+    .basicsize = sizeof(Lane),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = lane_slots,
+};
+
+static int worker_traverse(PyObject *self, visitproc visit, void *arg) {
+    Worker *worker = (Worker *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(worker->lane);
+    Py_VISIT(worker->request);
+    Py_VISIT(worker->address);
+    Py_VISIT(worker->kind);
+    return 0;
+}
+
+static int worker_clear(PyObject *self) {
+    Worker *worker = (Worker *)self;
+    Py_CLEAR(worker->request);
+    Py_CLEAR(worker->address);
+    Py_CLEAR(worker->kind);
+    return 0;
+}
+
+static void worker_dealloc(PyObject *self) {
+    Worker *worker = (Worker *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    worker_clear(self);
+    if (worker->previous != NULL)
+        worker->previous->next = worker->next;
+    else if (worker->lane != NULL && worker->lane->workers == worker)
+        worker->lane->workers = worker->next;
+    if (worker->next != NULL)
+        worker->next->previous = worker->previous;
+    Py_CLEAR(worker->lane);
+    type->tp_free(self);
+    Py_DECREF(type);
+}
+
+static PyType_Slot worker_slots[] = {
+    {Py_tp_doc, "What a green thread of a lane runs."},
+    {Py_tp_call, worker_call},
+    {Py_tp_dealloc, worker_dealloc},
+    {Py_tp_traverse, worker_traverse},
+    {Py_tp_clear, worker_clear},
+    {0, NULL},
+};
+
+static PyType_Spec worker_spec = {
+    .name = "harken._hub.compiled.Worker",
+    .basicsize = sizeof(Worker),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = worker_slots,
+};
+
+int lane_ready(PyObject *module) {
+    const struct {
+        PyObject **word;
+        const char *text;
+    } words[] = {{&word_accepted, "accepted"},
+                 {&word_opened, "opened"},
+                 {&word_closed, "closed"},
+                 {&reason_returned, "handler_returned"},
+                 {&reason_closed, "peer_closed"},
+                 {&reason_reset, "peer_reset"}};
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        if ((*words[i].word = PyUnicode_InternFromString(words[i].text)) == NULL)
+            return -1;
+    Lane_Type = (PyTypeObject *)PyType_FromSpec(&lane_spec);
+    Worker_Type = (PyTypeObject *)PyType_FromSpec(&worker_spec);
+    if (Lane_Type == NULL || Worker_Type == NULL)
+        return -1;
+    return PyModule_AddObjectRef(module, "Lane", (PyObject *)Lane_Type);
+}
