@@ -147,7 +147,7 @@ def test_a_forked_child_has_ids_of_its_own(run_program):
         "-c",
         "import os\n"
         "from harken.records import Registry\n"
-        "books = Registry(None, None, None)\n"
+        "books, request = Registry(None, None, None), lambda: None\n"
         "pid = os.fork()\n"
         "pid and os.waitpid(pid, 0)\n"  # or the lines might mix
         "print(books.add(request, None).id, flush=True)",

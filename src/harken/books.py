@@ -48,13 +48,29 @@ class Books:
             end_child: ends the child process that serves a connection.
         """
         self.connections = Registry(self.describe, self._closed, end_child)
-        self.counts = Counts()
-        self.reasons = Counts()
+        self._counts = Counts()
+        self._reasons = Counts()
         self.refusals = Counts()
         self.interrupted = False
         self.meter: Meter | None = None
         self.on_open: Callable[[Record], None] | None = None
         self._server = server
+
+    @property
+    def counts(self) -> Counts:
+        """What happened how often."""
+        self._collect()
+        return self._counts
+
+    @property
+    def reasons(self) -> Counts:
+        """Closed connections by reason."""
+        self._collect()
+        return self._reasons
+
+    def _collect(self) -> None:
+        for lane in self.connections.lanes:
+            lane.collect()
 
     def measure(self) -> None:
         """Begin to measure."""
@@ -64,7 +80,7 @@ class Books:
 
     def accepted(self, request: Any, client_address: Any) -> Record | None:
         """A connection was taken from the kernel: begin its record."""
-        self.counts["accepted"] += 1
+        self._counts["accepted"] += 1
         if self.meter is not None:
             self.meter.accepted(request)
         record = self.connections.add(request, client_address)
@@ -81,7 +97,7 @@ class Books:
             taken: the connections, and their clients' addresses.
             admit: tells of each whether it may come in, and closes it if not; None lets all in.
         """
-        self.counts["accepted"] += len(taken)
+        self._counts["accepted"] += len(taken)
         if self.meter is not None and taken:
             self.meter.accepted(taken[0][0], len(taken))
         begin, on_open, wanted, now = self.connections.begin, self.on_open, events.subscribers, time.monotonic()
@@ -98,7 +114,7 @@ class Books:
             if wanted["opened"]:
                 self._tell("opened", record, client_address)
             admitted.append((request, client_address))
-        self.counts["opened"] += len(admitted)
+        self._counts["opened"] += len(admitted)
         return admitted
 
     def close(self, request: Connection) -> None:
@@ -123,7 +139,7 @@ class Books:
     def opened(self, record: Record | None, client_address: Any) -> None:
         """A connection goes to its handler."""
         if record is not None:
-            self.counts["opened"] += 1
+            self._counts["opened"] += 1
             record.opened = True
             if self.on_open is not None and not record.held:
                 self.on_open(record)
@@ -150,7 +166,7 @@ class Books:
             record.reason = "rejected"
         if record is not None and record.silent:
             return  # the exit status tells our parent
-        self.counts["rejected"] += 1
+        self._counts["rejected"] += 1
         self.refusals[reason] += 1
         if events.subscribers["rejected"]:
             self._tell("rejected", record, client_address, reason=reason, detail=detail)
@@ -159,7 +175,7 @@ class Books:
         """The PROXY header or the TLS handshake of a connection failed; its ``detail`` says how."""
         if record.silent:
             return  # the exit status tells our parent
-        self.counts["preamble_failed"] += 1
+        self._counts["preamble_failed"] += 1
         if events.subscribers["preamble_failed"]:
             self._tell("preamble_failed", record, record.client_address, reason=record.detail)
 
@@ -172,7 +188,7 @@ class Books:
             if record is not None and record.reason is None:
                 record.reason = "peer_reset"  # the kernel tells it once, and the handler was told
             return
-        self.counts["handler_failed"] += 1
+        self._counts["handler_failed"] += 1
         if events.subscribers["handler_failed"]:
             self._tell("handler_failed", record, client_address, error=error)
 
@@ -182,14 +198,14 @@ class Books:
 
     def memory(self, name: str, held: int, limit: int | None) -> None:
         """What harken holds for connections has exceeded ``max_memory_bytes``, or does so no more."""
-        self.counts[name] += 1
+        self._counts[name] += 1
         events.emit(name, server=self._server, held=held, limit=limit)
 
     def timed_out(self, record: Record | None, client_address: Any, which: str, seconds: float) -> None:
         """A deadline is over: the setting ``which``, after ``seconds``."""
         if record is not None and record.silent:
             return  # the exit status tells our parent
-        self.counts["timed_out"] += 1
+        self._counts["timed_out"] += 1
         if events.subscribers["timed_out"]:
             self._tell("timed_out", record, client_address, which=which, seconds=seconds)
 
@@ -197,14 +213,14 @@ class Books:
         """A hook that is called beside a handler raised; tell whether that is anybody's fault."""
         if self.excused(record.request, error):
             return False
-        self.counts["handler_failed"] += 1
+        self._counts["handler_failed"] += 1
         if events.subscribers["handler_failed"]:
             self._tell("handler_failed", record, record.client_address, error=error)
         return True
 
     def truncated(self, client_address: Any, size: int) -> None:
         """A datagram was longer than ``size`` bytes, and its end is lost."""
-        self.counts["truncated"] += 1
+        self._counts["truncated"] += 1
         if events.subscribers["truncated"]:
             self._tell("truncated", None, client_address, bytes=size)
 
@@ -246,7 +262,7 @@ class Books:
         if record.held:
             self.opened(record, record.client_address)
         reason = record.reason or "handler_returned"
-        self.reasons[reason] += 1
+        self._reasons[reason] += 1
         if self.meter is not None and record.moved is not None:
             self.meter.moved(record.moved)
         if events.subscribers["closed"]:

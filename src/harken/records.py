@@ -15,7 +15,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from harken import events
 from harken.connection import Connection, forget_unsent, idle_seconds, peer_fault, shut
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harken.preambles.proxy_header import ProxyHeader
     from harken.report import Report
 
-__all__ = ["CHILD_STATUS", "REASONS", "ConnectionInfo", "Record", "Registry", "numbers"]
+__all__ = ["CHILD_STATUS", "REASONS", "ConnectionInfo", "Record", "Registry"]
 
 REASONS: dict[str, str] = {
     "handler_returned": "the handler was done",
@@ -103,13 +103,13 @@ class ConnectionInfo:
 
 # Ids that no other process and no other start of this one gives: a random prefix, and a count. A forked child counts on
 # by a prefix of its own; what it inherited keeps the one that it had.
-numbers = itertools.count(1)
+_count = itertools.count(1)
 _firsts = [0]  # the first number of each prefix
 _prefixes = [os.urandom(3).hex()]
 
 
 def _reseed() -> None:
-    _firsts.append(next(numbers))
+    _firsts.append(next(_count))
     _prefixes.append(os.urandom(3).hex())
 
 
@@ -213,7 +213,7 @@ class Record:
     tracer: Tracer | None = None
 
     def __init__(self, request: object, client_address: Any, registry: Registry) -> None:
-        self._number = next(numbers)
+        self._number = next(_count)
         self.client_address = client_address
         self.started = time.monotonic()
         self.key = self._number if isinstance(request, Connection) else -id(request)
@@ -376,9 +376,18 @@ class Record:
         )
 
 
-def _of(request: Any) -> Record | None:
-    """Return the record of a connection, which is made now if need be; None of one that has gone."""
-    return getattr(request, "record", None)
+class Lane(Protocol):
+    """What lets connections in by itself, as far as records go."""
+
+    closed: bool
+
+    def __len__(self) -> int: ...
+
+    def connections(self) -> list[Any]:
+        """Return the open ones that have no record."""
+
+    def collect(self) -> object:
+        """Tell the books what was counted since."""
 
 
 class Registry:
@@ -389,8 +398,8 @@ class Registry:
         counts_bytes: whether somebody wants to know of each connection that ends what has moved on it.
         buffers: who is told what harken holds for connections, if that is bounded.
         waiting: how many wait for connections to end.
-        filed: what is known of them by number. Of a connection that nobody has asked for yet that is a reference to
-            it, which is called; its record is made when it is first read.
+        filed: the records.
+        lanes: those whose connections get a record when it is first read; see ``Lane`` in :mod:`harken._hub`.
     """
 
     # In slots, where compiled code finds them.
@@ -403,6 +412,7 @@ class Registry:
         "describe",
         "end_child",
         "filed",
+        "lanes",
         "waiting",
     )
 
@@ -424,7 +434,8 @@ class Registry:
         self.describe = describe
         self.end_child = end_child
         self._on_close = on_close
-        self.filed: dict[int, Record | Callable[[], Any]] = {}
+        self.filed: dict[int, Record] = {}
+        self.lanes: list[Lane] = []
         self._changed = threading.Condition()
         self.careful = False
         self.counts_bytes = False
@@ -432,10 +443,21 @@ class Registry:
         self.buffers = None
 
     def __len__(self) -> int:
-        return len(self.filed)
+        return len(self.filed) + sum(map(len, self.lanes))
 
     def __iter__(self) -> Iterator[Record]:
-        return filter(None, [known if isinstance(known, Record) else _of(known()) for known in [*self.filed.values()]])
+        for lane in self.lanes:
+            for connection in lane.connections():
+                getattr(connection, "record", None)  # makes it
+        return iter([*self.filed.values()])
+
+    def use(self, lane: Lane) -> None:
+        """Connections of ``lane`` are ours too; those of lanes that are closed and empty are forgotten."""
+        if lane not in self.lanes:
+            for known in self.lanes:
+                known.collect()
+            self.lanes = [other for other in self.lanes if len(other) or not other.closed]
+            self.lanes.append(lane)
 
     def add(self, request: object, client_address: Any) -> Record | None:
         """Begin a record; None for what is no connection (a datagram's pair, an object without weak references)."""
@@ -452,13 +474,13 @@ class Registry:
 
     def begin(self, request: Connection, client_address: Any, now: float) -> Record:
         """Begin the record of a :class:`Connection`; as ``add``, without its calls."""
-        number = next(numbers)
+        number = next(_count)
         record = request.record = self.filed[number] = self._make(request, client_address, number, now)
         return record
 
-    def remember(self, request: Connection, client_address: Any, number: int, started: float) -> Record:
-        """Return a record for a connection that is open and has none yet; the caller files it."""
-        record = self._make(request, client_address, number, started)
+    def remember(self, request: Connection, client_address: Any, started: float) -> Record:
+        """Return a record for a connection that is open and has none yet; the caller files it by its ``key``."""
+        record = self._make(request, client_address, next(_count), started)
         record.opened = True
         return record
 
@@ -480,7 +502,7 @@ class Registry:
         if isinstance(request, Connection):
             return getattr(request, "record", None)
         record = self.filed.get(-id(request))
-        return record if isinstance(record, Record) and record.request is request else None
+        return record if record is not None and record.request is request else None
 
     def holds(self, record: Record) -> bool:
         """Tell whether ``record`` is open."""

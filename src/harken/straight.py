@@ -18,7 +18,6 @@ from harken.acceptor import MAX_ACCEPT
 from harken.connection import door_of, is_plain_door, shown, shut
 from harken.datagrams import is_lean
 from harken.engines import Way
-from harken.records import numbers
 
 if TYPE_CHECKING:
     from harken.engines import Lane
@@ -124,7 +123,6 @@ def _way(serving: Serving) -> Way:
         server=serving.server,
         registry=known,
         filed=known.filed,
-        numbers=numbers,
         counts=books.counts,
         reasons=books.reasons,
         subscribers=events.subscribers,
@@ -139,6 +137,7 @@ def _take_by(lane: Lane, serving: Serving) -> bool | None:
     """As :func:`take`, by the engine's own means, which may go on so for a moment without asking."""
     server, acceptor = serving.server, serving.acceptor
     handler_class = server.RequestHandlerClass
+    serving.connections.use(lane)
     try:
         taken = lane.take(door_of(server.socket), MAX_ACCEPT, handler_class, is_lean(handler_class))
     except OSError as error:

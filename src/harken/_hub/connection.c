@@ -606,6 +606,7 @@ static void make_record(PyObject *self) {
     if (record == NULL && PyErr_Occurred())
         PyErr_WriteUnraisable(self);
     Py_XDECREF(record);
+    lane_forget(self); /* if there was no memory for one */
     PyErr_Restore(type, error, trace);
 }
 
@@ -663,10 +664,8 @@ static PyObject *get_record(PyObject *self, void *closure) {
 }
 
 static int set_record(PyObject *self, PyObject *record, void *closure) {
-    State *state = state_of(self);
     Py_XSETREF(*record_slot(self), Py_XNewRef(record));
-    Py_CLEAR(state->lane);
-    Py_CLEAR(state->address);
+    lane_forget(self);
     return 0;
 }
 

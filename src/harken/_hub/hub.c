@@ -749,6 +749,7 @@ static PyObject *hub_close(PyObject *self, PyObject *none) {
     drop_doors(hub);
     slots_forget_waiters(hub);
     PySet_Clear(hub->greens);
+    Py_CLEAR(hub->passed);
     close_fds(hub);
     Py_RETURN_NONE;
 }
@@ -766,6 +767,7 @@ void hubs_after_fork(void) {
         slots_abandon(hub);
         hub->event_count = 0;
         hub->pending_owner = NULL; /* the parent sends it */
+        hub->passed = NULL;
         hub->pending_size = 0;
         beat_forget(hub->beat);
         hub->greens = PySet_New(NULL);
@@ -788,6 +790,7 @@ static int hub_traverse(PyObject *self, visitproc visit, void *arg) {
     Hub *hub = (Hub *)self;
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(hub->greenlet);
+    Py_VISIT(hub->passed);
     Py_VISIT(hub->due);
     Py_VISIT(hub->greens);
     Py_VISIT(hub->pending_owner);
@@ -821,6 +824,7 @@ static int hub_clear(PyObject *self) {
     drop_doors(hub);
     slots_forget_waiters(hub);
     Py_CLEAR(hub->pending_owner);
+    Py_CLEAR(hub->passed);
     if (hub->greens != NULL)
         PySet_Clear(hub->greens);
     return 0;

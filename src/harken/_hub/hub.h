@@ -112,6 +112,7 @@ struct Hub {
     Hub *next, *previous; /* all hubs of the process, for fork */
     PyObject *weak;
     PyGreenlet *greenlet; /* the one that runs the loop; NULL outside a turn */
+    PyGreenlet *passed;   /* the one to which another gave its turn last */
     int epoll, wakeup;
     bool woken;  /* the eventfd has been written and not read */
     bool turning; /* inside run() or step() */
@@ -203,6 +204,7 @@ HIDDEN Slot *slot_of(Hub *hub, int fd);
 HIDDEN void slot_renew(Hub *hub, Slot *slot);
 HIDDEN void slot_leave(Hub *hub, Slot *slot, int fd);
 HIDDEN int slot_wait(Hub *hub, PyGreenlet *me, Slot *slot, int fd, int direction, int64_t deadline);
+HIDDEN PyObject *pass_on(Hub *hub, PyGreenlet *me);
 HIDDEN int slot_lodge(Hub *hub, Slot *slot, int fd, PyObject *guest, PyObject *starter);
 HIDDEN void slot_event(Hub *hub, struct epoll_event *event);
 HIDDEN int poll_wait(int fd, int direction, int64_t deadline);
@@ -245,8 +247,8 @@ typedef struct {
     PyObject *marked; /* bytes that hold Marks, and a member as `hub` is; NULL: nobody wants to know */
     /* Of which its record will be made, if anybody asks for that; members too. NULL: it has one, or needs none. */
     PyObject *lane, *address;
-    uint64_t number;
-    int64_t started; /* nanoseconds of CLOCK_MONOTONIC */
+    PyObject *next, *previous; /* borrowed: others of the lane without a record */
+    int64_t started;           /* nanoseconds of CLOCK_MONOTONIC */
 } State;
 
 static inline Marks *marks_of(State *state) {
@@ -332,6 +334,7 @@ HIDDEN PyObject *connection_handle(PyObject *self, PyObject *none);
 HIDDEN int lane_ready(PyObject *module);
 HIDDEN int lane_shortcut(PyObject *self);
 HIDDEN PyObject *lane_record(PyObject *request);
+HIDDEN void lane_forget(PyObject *request);
 
 /* handlers.c */
 HIDDEN int handlers_ready(void);
@@ -350,9 +353,10 @@ HIDDEN PyObject *make_connection(PyTypeObject *type, int fd, int family, int kin
 typedef struct {
     int fd, family, kind, proto;
     bool quiet; /* it does not block */
+    int queued; /* how many still wait there; -1: it is to be asked before each */
 } Listening;
 HIDDEN int listening_begin(Listening *door, PyObject *listener);
-HIDDEN int listening_accept(const Listening *door, PyTypeObject *type, PyObject **connection, PyObject **peer);
+HIDDEN int listening_accept(Listening *door, PyTypeObject *type, PyObject **connection, PyObject **peer);
 HIDDEN bool closes_at_once(PyObject *sock);
 HIDDEN PyObject *accept_from(PyTypeObject *type, int fd, int family, int kind, int proto);
 HIDDEN int quick_init(PyObject *self, PyObject *args, PyObject *words);

@@ -20,7 +20,6 @@ typedef struct Lane Lane;
 /* What a green thread of a lane runs. */
 typedef struct Worker {
     PyObject_HEAD
-    struct Worker *next, *previous; /* of its lane's */
     Lane *lane;
     PyGreenlet *green; /* borrowed: it holds this */
     PyObject *request, *address, *kind; /* of the connection that it serves; NULL: it rests */
@@ -32,75 +31,93 @@ typedef struct {
     Worker *worker;
 } Resting; /* both owned */
 
+/* What Python's books will be told, when somebody reads them. */
+typedef struct {
+    long long taken, ended[3]; /* by what `reasons` says */
+} Tallies;
+
 struct Lane {
     PyObject_HEAD
     Hub *hub;
     PyObject *busy; /* a set that holds the green threads that serve */
     /* A Way of harken.engines, read out. */
-    PyObject *server, *registry, *records, *numbers, *counts, *reasons, *subscribers, *remember, *close, *failed, *shown;
+    PyObject *server, *registry, *filed, *counts, *reasons, *subscribers, *remember, *close, *failed, *shown;
     PyObject *sock, *kind; /* the listening socket, and the handler class, of the last take() */
-    bool lean;
-    bool closed;
+    bool lean, closed;
     int64_t trusted; /* until when the door need not be looked at by Python; 0: now */
-    Worker *workers;
+    PyObject *first; /* borrowed: the open connections that have no record, linked by their State */
+    Py_ssize_t open;
+    Tallies tallies; /* since collect() */
     Resting idle[MOST_IDLE];
     int idle_count;
 };
 
 HIDDEN PyTypeObject *Lane_Type;
 static PyTypeObject *Worker_Type;
-static PyObject *word_accepted, *word_opened, *word_closed, *reason_returned, *reason_closed, *reason_reset;
+enum { RETURNED, CLOSED, RESET, UNKNOWN };
+static PyObject *word_accepted, *word_opened, *word_closed, *word_key, *reasons[3];
 
 /* Where a Registry of harken.records has what it says about ends. */
 static Py_ssize_t careful_at, counts_bytes_at, buffers_at, waiting_at;
 
 /* -- what is known of a connection -------------------------------------------------------------------------------- */
 
-static void forget(State *state) {
-    Py_CLEAR(state->lane);
+/* Nobody will ask for its record any more, or it has one. */
+void lane_forget(PyObject *request) {
+    State *state = state_of(request);
+    Lane *lane = (Lane *)state->lane;
+    if (lane == NULL)
+        return;
+    if (state->next != NULL)
+        state_of(state->next)->previous = state->previous;
+    if (state->previous != NULL)
+        state_of(state->previous)->next = state->next;
+    else
+        lane->first = state->next;
+    lane->open--;
+    state->next = state->previous = NULL;
     Py_CLEAR(state->address);
+    Py_CLEAR(state->lane);
 }
 
-/* Begin to know a connection: the records have a reference that does not keep it, by its number. */
-static int note(Lane *lane, PyObject *request, PyObject *address, int64_t now) {
+/* Begin to know a connection, without keeping it. */
+static void note(Lane *lane, PyObject *request, PyObject *address) {
     State *state = state_of(request);
-    PyObject *number = PyIter_Next(lane->numbers);
-    PyObject *handle = number == NULL ? NULL : connection_handle(request, NULL);
-    int result = handle == NULL ? -1 : PyDict_SetItem(lane->records, number, handle);
-    if (result == 0) {
-        state->number = PyLong_AsUnsignedLongLong(number);
-        state->started = now;
-        state->lane = Py_NewRef(lane);
-        state->address = Py_NewRef(address);
+    state->started = now_ns();
+    state->lane = Py_NewRef(lane);
+    state->address = Py_NewRef(address);
+    if ((state->next = lane->first) != NULL)
+        state_of(state->next)->previous = request;
+    lane->first = request;
+    lane->open++;
+}
+
+/* Put a record in the place of what was known. Another thread may have done that meanwhile, or the connection may have
+ * ended: then what was made is nobody's. */
+static int file(Lane *lane, PyObject *request, PyObject *record) {
+    PyObject *number = PyObject_GetAttr(record, word_key);
+    int result = number == NULL ? -1 : 0;
+    if (result == 0 && state_of(request)->lane == (PyObject *)lane && *record_slot(request) == NULL &&
+        (result = PyDict_SetItem(lane->filed, number, record)) == 0) {
+        *record_slot(request) = Py_NewRef(record);
+        lane_forget(request);
     }
-    Py_XDECREF(handle);
     Py_XDECREF(number);
     return result;
 }
 
-/* The record of a connection that has none, now that somebody asks for it. Another thread may ask at the same time, and
- * the connection may end meanwhile: what is made counts only if neither has happened. NULL without an exception: it has
- * ended. */
+/* The record of a connection that has none, now that somebody asks for it. NULL without an exception: it has ended. */
 PyObject *lane_record(PyObject *request) {
     State *state = state_of(request);
     Lane *lane = (Lane *)Py_NewRef(state->lane);
-    PyObject *number = PyLong_FromUnsignedLongLong(state->number);
-    PyObject *started = PyFloat_FromDouble((double)state->started / 1e9);
-    PyObject *made = number == NULL || started == NULL
+    PyObject *started = PyFloat_FromDouble((double)state->started / 1e9), *result = NULL;
+    PyObject *made = started == NULL
                          ? NULL
-                         : PyObject_CallFunctionObjArgs(lane->remember, request, state->address, number, started, NULL);
-    PyObject **slot = record_slot(request), *result = NULL;
-    if (made != NULL && state->lane == (PyObject *)lane && *slot == NULL) {
-        if (PyDict_SetItem(lane->records, number, made) == 0) {
-            forget(state);
-            *slot = Py_NewRef(made);
-        }
-    }
-    if (made != NULL && !PyErr_Occurred())
-        result = Py_XNewRef(*slot);
+                         : PyObject_CallFunctionObjArgs(lane->remember, request, state->address, started, NULL);
+    if (made != NULL && file(lane, request, made) == 0)
+        result = Py_XNewRef(*record_slot(request));
     Py_XDECREF(made);
     Py_XDECREF(started);
-    Py_XDECREF(number);
     Py_DECREF(lane);
     return result;
 }
@@ -124,29 +141,19 @@ static bool ends_unnoticed(Lane *lane) {
            waiting != NULL && PyLong_CheckExact(waiting) && Py_SIZE(waiting) == 0 && unheard(lane, word_closed);
 }
 
-/* Why it ends, by what reads have told, or by the kernel; as peer_fault() of harken.connection. NULL: not known. */
-static PyObject *reason_of(State *state, int fd) {
+/* Why it ends, by what reads have told, or by the kernel; as peer_fault() of harken.connection. */
+static int reason_of(State *state, int fd) {
     if (state->broken)
-        return reason_reset;
+        return RESET;
     if (state->ended)
-        return reason_closed;
+        return CLOSED;
     uint8_t now = 0; /* tcpi_state, the first of struct tcp_info */
     socklen_t length = sizeof now;
     if (!state->stream || getsockopt(fd, IPPROTO_TCP, TCP_INFO, &now, &length) < 0)
-        return NULL;
+        return UNKNOWN;
     if (now == TCP_CLOSE)
-        return reason_reset;
-    return now == TCP_CLOSE_WAIT || now == TCP_LAST_ACK ? reason_closed : reason_returned;
-}
-
-static int count(PyObject *counts, PyObject *name, long more) {
-    PyObject *before = PyDict_GetItemWithError(counts, name); /* borrowed */
-    if (before == NULL && PyErr_Occurred())
-        return -1;
-    PyObject *now = PyLong_FromLongLong((before == NULL ? 0 : PyLong_AsLongLong(before)) + more);
-    int result = now == NULL || PyErr_Occurred() ? -1 : PyDict_SetItem(counts, name, now);
-    Py_XDECREF(now);
-    return result;
+        return RESET;
+    return now == TCP_CLOSE_WAIT || now == TCP_LAST_ACK ? CLOSED : RETURNED;
 }
 
 /* Close it here, if it is a plain case: nobody has asked for its record, nobody has to be told. 1: done; 0: it is not
@@ -158,18 +165,14 @@ static int end_unnoticed(Lane *lane, PyObject *request) {
     if (state->lane != (PyObject *)lane || *record_slot(request) != NULL || !closes_at_once(request) ||
         !ends_unnoticed(lane))
         return 0;
-    PyObject *reason = reason_of(state, socket_fd(request));
-    PyObject *number = reason == NULL ? NULL : PyLong_FromUnsignedLongLong(state->number);
-    if (number == NULL)
-        return PyErr_Occurred() ? -1 : 0;
+    int reason = reason_of(state, socket_fd(request));
+    if (reason == UNKNOWN)
+        return 0;
     PyObject *closed = connection_end(request, NULL);
-    int result = closed == NULL ? -1 : count(lane->reasons, reason, 1);
-    if (PyDict_DelItem(lane->records, number) < 0)
-        result = -1;
-    forget(state);
+    lane->tallies.ended[reason]++;
+    lane_forget(request);
     Py_XDECREF(closed);
-    Py_DECREF(number);
-    return result < 0 ? -1 : 1;
+    return closed == NULL ? -1 : 1;
 }
 
 /* The handler is done, or was not even started: close its connection. An exception that is under way stays. */
@@ -230,7 +233,7 @@ static void drop_resting(Lane *lane, int place) {
 static bool go_on(Worker *worker) {
     if (!rests(worker))
         return false;
-    PyObject *back = PyGreenlet_Switch(worker->lane->hub->greenlet, NULL, NULL);
+    PyObject *back = pass_on(worker->lane->hub, worker->green);
     if (back == NULL) { /* the hub is closed */
         for (int i = 0; i < worker->lane->idle_count; i++)
             if (worker->lane->idle[i].worker == worker)
@@ -269,6 +272,7 @@ static PyObject *worker_call(PyObject *self, PyObject *none, PyObject *words) {
 
 /* One that nobody else holds, who could throw something into it, or a new one. */
 static Worker *find_worker(Lane *lane, PyGreenlet **green) {
+    Py_CLEAR(lane->hub->passed);
     while (lane->idle_count > 0) {
         Resting *last = &lane->idle[lane->idle_count - 1];
         Worker *worker = last->worker;
@@ -289,9 +293,6 @@ static Worker *find_worker(Lane *lane, PyGreenlet **green) {
     if (worker == NULL)
         return NULL;
     worker->lane = (Lane *)Py_NewRef(lane);
-    if ((worker->next = lane->workers) != NULL)
-        worker->next->previous = worker;
-    lane->workers = worker;
     *green = worker->green = PyGreenlet_New((PyObject *)worker, lane->hub->greenlet);
     if (*green == NULL || PySet_Add(lane->hub->greens, (PyObject *)*green) < 0) {
         Py_CLEAR(*green);
@@ -300,8 +301,8 @@ static Worker *find_worker(Lane *lane, PyGreenlet **green) {
     return worker;
 }
 
-/* Let a green thread serve a connection, at the next turn. */
-static int start(Lane *lane, PyObject *request, PyObject *address) {
+/* Let a green thread serve a connection: now, while all that is known of it is at hand, or at the next turn. */
+static int start(Lane *lane, PyObject *request, PyObject *address, bool now) {
     PyGreenlet *green;
     Worker *worker = find_worker(lane, &green);
     if (worker == NULL)
@@ -311,10 +312,12 @@ static int start(Lane *lane, PyObject *request, PyObject *address) {
     worker->kind = Py_NewRef(lane->kind);
     worker->lean = lane->lean;
     int result = give_context(green) < 0 || PySet_Add(lane->busy, (PyObject *)green) < 0 ||
-                         enqueue(lane->hub, SWITCH, (PyObject *)green, NULL) < 0
+                         (!now && enqueue(lane->hub, SWITCH, (PyObject *)green, NULL) < 0)
                      ? -1
                      : 0;
     Py_DECREF(worker);
+    if (result == 0 && now)
+        resume(lane->hub, green, NULL);
     Py_DECREF(green);
     return result;
 }
@@ -322,11 +325,14 @@ static int start(Lane *lane, PyObject *request, PyObject *address) {
 /* -- the door ----------------------------------------------------------------------------------------------------- */
 
 /* Let a connection that was accepted in. What goes wrong with it is its own affair. */
-static void let_in(Lane *lane, PyObject *request, PyObject *address, int64_t now) {
+static void let_in(Lane *lane, PyObject *request, PyObject *address, bool now) {
     PyObject *told = PyTuple_CheckExact(address) && PyTuple_GET_SIZE(address) > 2
                          ? PyObject_CallFunctionObjArgs(lane->shown, lane->sock, address, NULL)
                          : Py_NewRef(address);
-    if (told == NULL || note(lane, request, told, now) < 0 || start(lane, request, told) < 0) {
+    lane->tallies.taken++;
+    if (told != NULL)
+        note(lane, request, told);
+    if (told == NULL || start(lane, request, told, now) < 0) {
         if (tell_failure(lane->failed, request, told == NULL ? Py_None : told) < 0)
             PyErr_Clear();
         end(lane, request);
@@ -335,12 +341,11 @@ static void let_in(Lane *lane, PyObject *request, PyObject *address, int64_t now
 }
 
 /* Take what is at the door, at most so many, without waiting. -1: nobody could be taken, for that reason. */
-static int take(Lane *lane, int most) {
+static int take(Lane *lane, int most, bool now) {
     Listening listening;
     if (listening_begin(&listening, lane->sock) < 0)
         return -1;
     int taken = 0;
-    int64_t now = 0;
     while (taken < most) {
         PyObject *request, *address;
         int found = listening_accept(&listening, Connection_Type, &request, &address);
@@ -350,15 +355,13 @@ static int take(Lane *lane, int most) {
             PyErr_Clear(); /* it will be met again */
             break;
         }
-        if (now == 0)
-            now = now_ns();
         taken++;
         let_in(lane, request, address, now);
         Py_DECREF(request);
         Py_DECREF(address);
+        if (now && lane->trusted == 0)
+            break; /* a handler that was served has changed something */
     }
-    if (taken > 0 && (count(lane->counts, word_accepted, taken) < 0 || count(lane->counts, word_opened, taken) < 0))
-        return -1;
     return taken;
 }
 
@@ -372,7 +375,7 @@ static PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t cou
     Py_XSETREF(lane->sock, Py_NewRef(args[0]));
     Py_XSETREF(lane->kind, Py_NewRef(args[2]));
     lane->lean = args[3] == Py_True;
-    int taken = take(lane, most);
+    int taken = take(lane, most, false); /* Python is at the door: handlers would keep it there */
     return taken < 0 ? NULL : PyLong_FromLong(taken);
 }
 
@@ -383,7 +386,7 @@ int lane_shortcut(PyObject *self) {
         !unheard(lane, word_opened))
         return 0;
     beat_piece(lane->hub->beat);
-    int taken = take(lane, DOOR_BURST);
+    int taken = take(lane, DOOR_BURST, true);
     if (taken > 0)
         return 1;
     lane->trusted = 0;
@@ -420,12 +423,39 @@ static PyObject *lane_close(PyObject *self, PyObject *none) {
     Py_RETURN_NONE;
 }
 
-static PyObject *lane_serves(PyObject *self, PyObject *green) {
-    for (Worker *worker = ((Lane *)self)->workers; worker != NULL; worker = worker->next)
-        if ((PyObject *)worker->green == green && worker->request != NULL)
-            return Py_NewRef(worker->request);
+/* -- the books ---------------------------------------------------------------------------------------------------- */
+
+static int add(PyObject *counts, PyObject *name, long long more) {
+    PyObject *before = more == 0 ? NULL : PyDict_GetItemWithError(counts, name); /* borrowed */
+    if (more == 0 || (before == NULL && PyErr_Occurred()))
+        return more == 0 ? 0 : -1;
+    PyObject *now = PyLong_FromLongLong((before == NULL ? 0 : PyLong_AsLongLong(before)) + more);
+    int result = now == NULL || PyErr_Occurred() ? -1 : PyDict_SetItem(counts, name, now);
+    Py_XDECREF(now);
+    return result;
+}
+
+static PyObject *lane_collect(PyObject *self, PyObject *none) {
+    Lane *lane = (Lane *)self;
+    Tallies tallies = lane->tallies;
+    lane->tallies = (Tallies){0};
+    if (add(lane->counts, word_accepted, tallies.taken) < 0 || add(lane->counts, word_opened, tallies.taken) < 0)
+        return NULL;
+    for (int i = 0; i < UNKNOWN; i++)
+        if (add(lane->reasons, reasons[i], tallies.ended[i]) < 0)
+            return NULL;
     Py_RETURN_NONE;
 }
+
+static PyObject *lane_connections(PyObject *self, PyObject *none) {
+    PyObject *found = PyList_New(0);
+    for (PyObject *each = ((Lane *)self)->first; found != NULL && each != NULL; each = state_of(each)->next)
+        if (PyList_Append(found, each) < 0)
+            Py_CLEAR(found);
+    return found;
+}
+
+static Py_ssize_t lane_length(PyObject *self) { return ((Lane *)self)->open; }
 
 /* -- the types ---------------------------------------------------------------------------------------------------- */
 
@@ -452,8 +482,8 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *words) {
     Lane *lane = (Lane *)type->tp_alloc(type, 0);
     if (lane == NULL)
         return NULL;
-    if (!PyArg_ParseTuple(way, "OOO!OO!O!O!OOOO", &lane->server, &lane->registry, &PyDict_Type, &lane->records,
-                          &lane->numbers, &PyDict_Type, &lane->counts, &PyDict_Type, &lane->reasons, &PyDict_Type,
+    if (!PyArg_ParseTuple(way, "OOO!O!O!O!OOOO", &lane->server, &lane->registry, &PyDict_Type, &lane->filed,
+                          &PyDict_Type, &lane->counts, &PyDict_Type, &lane->reasons, &PyDict_Type,
                           &lane->subscribers, &lane->remember, &lane->close, &lane->failed, &lane->shown)) {
         lane->server = NULL; /* nothing is owned yet */
         memset(&lane->server, 0, offsetof(Lane, sock) - offsetof(Lane, server));
@@ -509,8 +539,14 @@ static PyMethodDef lane_methods[] = {
     {"take", FAST(lane_take), METH_FASTCALL, "take(listener, most, handler, lean): let in what is there; how many."},
     {"trust", lane_trust, METH_O, "trust(door): what is there may be let in without asking, for a moment."},
     {"distrust", lane_distrust, METH_NOARGS, "distrust(): no more. Any thread."},
-    {"serves", lane_serves, METH_O, "serves(green): the connection that a green thread of this lane serves, or None."},
+    {"collect", lane_collect, METH_NOARGS, "collect(): tell the books what was counted since. Any thread."},
+    {"connections", lane_connections, METH_NOARGS, "connections(): the open ones that have no record. Any thread."},
     {"close", lane_close, METH_NOARGS, "Keep no green thread for connections to come. Any thread."},
+    {NULL},
+};
+
+static PyMemberDef lane_members[] = {
+    {"closed", T_BOOL, offsetof(Lane, closed), READONLY, "Whether no connection will come any more."},
     {NULL},
 };
 
@@ -521,6 +557,8 @@ static PyType_Slot lane_slots[] = {
     {Py_tp_traverse, lane_traverse},
     {Py_tp_clear, lane_clear},
     {Py_tp_methods, lane_methods},
+    {Py_tp_members, lane_members},
+    {Py_sq_length, lane_length},
     {0, NULL},
 };
 
@@ -554,12 +592,6 @@ static void worker_dealloc(PyObject *self) {
     PyTypeObject *type = Py_TYPE(self);
     PyObject_GC_UnTrack(self);
     worker_clear(self);
-    if (worker->previous != NULL)
-        worker->previous->next = worker->next;
-    else if (worker->lane != NULL && worker->lane->workers == worker)
-        worker->lane->workers = worker->next;
-    if (worker->next != NULL)
-        worker->next->previous = worker->previous;
     Py_CLEAR(worker->lane);
     type->tp_free(self);
     Py_DECREF(type);
@@ -588,9 +620,10 @@ int lane_ready(PyObject *module) {
     } words[] = {{&word_accepted, "accepted"},
                  {&word_opened, "opened"},
                  {&word_closed, "closed"},
-                 {&reason_returned, "handler_returned"},
-                 {&reason_closed, "peer_closed"},
-                 {&reason_reset, "peer_reset"}};
+                 {&word_key, "key"},
+                 {&reasons[RETURNED], "handler_returned"},
+                 {&reasons[CLOSED], "peer_closed"},
+                 {&reasons[RESET], "peer_reset"}};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         if ((*words[i].word = PyUnicode_InternFromString(words[i].text)) == NULL)
             return -1;

@@ -235,7 +235,7 @@ void slot_event(Hub *hub, struct epoll_event *event) {
 
 /* Give up the running green thread: to the one that the next event is for, which saves a switch to the hub and one
  * from it, or to the hub. NULL: an exception. */
-static PyObject *pass_on(Hub *hub, PyGreenlet *me) {
+PyObject *pass_on(Hub *hub, PyGreenlet *me) {
     while (hub->next_event < hub->event_count) {
         struct epoll_event *event = &hub->events[hub->next_event];
         if ((uint32_t)event->data.u64 & DOOR_BIT)
@@ -253,9 +253,8 @@ static PyObject *pass_on(Hub *hub, PyGreenlet *me) {
         slot->waiter[READ] = NULL;
         hub->budget = TURN_BUDGET;
         beat_piece(hub->beat);
-        PyObject *back = next == me ? Py_NewRef(Py_None) : PyGreenlet_Switch(next, NULL, NULL);
-        Py_DECREF(next);
-        return back;
+        Py_XSETREF(hub->passed, next); /* `me` may rest for long, and would hold it */
+        return next == me ? Py_NewRef(Py_None) : PyGreenlet_Switch(next, NULL, NULL);
     }
     return PyGreenlet_Switch(hub->greenlet, NULL, NULL);
 }

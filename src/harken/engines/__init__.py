@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from harken.connection import Connection
 from harken.errors import ConfigError
+from harken.records import Lane as Unrecorded
 from harken.settings import choice, setting
 
 __all__ = [
@@ -127,12 +128,11 @@ class Way(NamedTuple):
     Attributes:
         server: the handlers' third argument.
         registry: where connections are known; its slots say whether anybody has to be told of an end.
-        filed: the registry's, by number.
-        numbers: gives each connection its number.
+        filed: the registry's records, by number.
         counts: what happened how often.
         reasons: why connections ended, how often each.
         subscribers: of events, by name.
-        remember: makes the record of a connection when it is asked for: ``(connection, address, number, started)``.
+        remember: makes the record of a connection when it is asked for: ``(connection, address, started)``.
         close: called with the connection whose handler is done, where somebody has to be told.
         failed: called with connection, address and error, within ``except``, when a handler raised an Exception.
         shown: called with listener and address for addresses that hooks get in another form.
@@ -141,17 +141,16 @@ class Way(NamedTuple):
     server: Any
     registry: Any
     filed: dict[int, Any]
-    numbers: Iterator[int]
     counts: dict[str, int]
     reasons: dict[str, int]
     subscribers: Mapping[str, tuple[Callable[..., object], ...]]
-    remember: Callable[[Any, Any, int, float], object]
+    remember: Callable[[Any, Any, float], object]
     close: Callable[[Any], object]
     failed: Callable[[Any, Any, BaseException], object]
     shown: Callable[[Any, Any], Any]
 
 
-class Lane(Protocol):
+class Lane(Unrecorded, Protocol):
     """Lets connections in, serves them and sees to their end, for a server of which nobody has to be asked or told."""
 
     def take(self, listener: Any, most: int, handler: Any, lean: bool, /) -> int:
