@@ -5,13 +5,12 @@ The running side (``serving.py``) and the hooks (``server.py``) say here what ha
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
 from harken import events
-from harken.connection import Connection, peer_fault, read_off, shut
+from harken.connection import Connection, peer_fault
 from harken.meter import Meter
 from harken.peer import behind
 from harken.records import Record, Registry
@@ -117,21 +116,20 @@ class Books:
         self._counts["opened"] += len(admitted)
         return admitted
 
-    def close(self, request: Connection) -> None:
-        """A connection's handler is done: settle why it ends, close it, strike it off."""
+    def close(self, request: Any) -> None:
+        """A connection's handler is done: settle why it ends, close it, strike it off.
+
+        Args:
+            request: a :class:`Connection`, or what else tells by ``record`` and closes by ``end()``.
+        """
         record = getattr(request, "record", None)
         if record is None:  # the handler has closed it
             request.end()
             return
-        if record.successor is not None:
+        if record.successor is not None or record.was_ended:  # seldom: there is more to do
             self._server.shutdown_request(request)
             return
-        early = record.reason is not None or self.connections.careful
-        if record.reason is None:
-            record.judge(request)
-        if early:
-            shut(request, socket.SHUT_WR)
-            read_off(request)
+        record.judge(request)
         if request.end():
             request.record = None
             self.connections.strike(record)
@@ -238,7 +236,7 @@ class Books:
         return own_fault is not None and bool(own_fault(wire, error))
 
     def ended(self, request: Any) -> None:
-        """A request object that cannot tell by itself (it is no :class:`Connection`) was closed."""
+        """A request object that cannot tell by itself (it has no ``record``) was closed."""
         record = self.connections.find(request)
         if record is not None:
             record.ended()

@@ -491,7 +491,7 @@ class TCPServer(BaseServer):
     def close_request(self, request: Any) -> None:
         """Close a connection. May be overridden."""
         request.close()
-        if not isinstance(request, Connection):
+        if not hasattr(type(request), "record"):  # it does not tell by itself
             self._harken.books.ended(request)
 
 

@@ -64,7 +64,8 @@ def is_straight(serving: Serving) -> bool:
         if len(_seen) >= _MOST_SEEN:
             _seen.clear()
         _seen[kind] = (hooks, straight)
-    plain = serving.entry is None and is_plain_door(server.socket, serving.engine.connection)
+    known_client = serving.entry is None or not serving.entry.tells_client
+    plain = known_client and is_plain_door(server.socket, serving.engine.connection)
     return straight and plain and _own_names.isdisjoint(vars(server))
 
 
@@ -102,7 +103,8 @@ def _is_quiet(serving: Serving) -> bool:
     """Whether nobody has to be asked or told of connections that come."""
     books, listened = serving.books, events.subscribers
     return (
-        serving.admission is None
+        serving.entry is None
+        and serving.admission is None
         and books.on_open is None
         and books.meter is None
         and not listened["accepted"]
@@ -156,9 +158,9 @@ def _take_by(lane: Lane, serving: Serving) -> bool | None:
 
 def _start(serving: Serving, admitted: list[tuple[Any, Any]]) -> None:
     server, engine = serving.server, serving.engine
-    lazy = getattr(server.RequestHandlerClass, "lazy", False)
+    serve_here = serve if serving.entry is None else enter
+    lazy = serving.entry is None and getattr(server.RequestHandlerClass, "lazy", False)
     start = engine.starter()
-    serve_here = serve
     if not engine.shares_threads:
         serve_here = process_request_thread  # by this name programs find its thread
         engine.show_threads(server)
@@ -188,9 +190,26 @@ def serve_known(serving: Serving, request: Any) -> None:
 
 
 def process_request_thread(serving: Serving, request: Any, client_address: Any) -> None:
-    """As :func:`serve`, in a thread of the connection's own."""
+    """As :func:`serve`, or :func:`enter`, in a thread of the connection's own."""
+    if serving.entry is not None:
+        enter(serving, request, client_address)
+        return
     request.record.thread = get_ident()
     serve(serving, request, client_address)
+
+
+def enter(serving: Serving, request: Any, client_address: Any) -> None:
+    """Take one connection through its preambles, and serve what it goes on as."""
+    passed = serving.entry.enter(request, client_address)  # type: ignore[union-attr]
+    if passed is None:
+        return
+    request, client_address = passed
+    kind = type(request)
+    if hasattr(kind, "record") and hasattr(kind, "end"):
+        request.record.thread = get_ident()
+        serve(serving, request, client_address)
+    else:  # a preamble's or a program's own class, which the hooks close
+        serving.server.process_request_thread(request, client_address)
 
 
 def serve(serving: Serving, request: Any, client_address: Any) -> None:

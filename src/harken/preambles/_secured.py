@@ -40,6 +40,8 @@ class Secured(ssl.SSLSocket):
 
     record: Any = None
     _sslobj: Any
+    _closed: bool  # socket.socket's own, with _io_refs
+    _io_refs: int
     _ended = False  # our side: close_notify was sent, or nothing can be sent any more
     _turns: Turns | None = None
 
@@ -75,6 +77,20 @@ class Secured(ssl.SSLSocket):
         """End our side when nobody will read on."""
         self._end()
         socket.socket.shutdown(self, socket.SHUT_WR)
+
+    def end(self) -> bool:
+        """Say goodbye and close, as ``part`` and ``close`` do, without telling the record; see ``Connection.end``."""
+        record, self.record = self.record, None
+        try:
+            self.part()
+        except OSError:
+            pass  # the peer, or the handler, was quicker
+        self._closed = True
+        if self._io_refs > 0:  # the last makefile() closes it
+            self.record = record
+            return False
+        self._let_go()
+        return True
 
     def unwrap(self) -> socket.socket:
         """End TLS and go on in plain text, which takes the peer's close_notify too; see ``ssl.SSLSocket.unwrap``."""
