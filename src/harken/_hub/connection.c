@@ -249,8 +249,10 @@ static PyObject *connection_trace(PyObject *self, PyObject *yes) {
 
 /* -- receiving, again --------------------------------------------------------------------------------------------- */
 
-/* recv(2) that waits. A connection that was read empty is not asked again before an event says that there is more. */
-ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags) {
+/* recv(2) that waits. A connection that was read empty is not asked again before an event says that there is more. With
+ * `fresh` the bytes go into an object that is made for them: never while this waits, so that what others have just given
+ * back, and the processor's cache still has, is used first. */
+static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **fresh, size_t size, int flags) {
     int64_t deadline = 0;
     size_t have = 0;
     if (state->marked != NULL && !marks_of(state)->whole)
@@ -262,6 +264,11 @@ ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags
         if (fd < 0)
             return -1;
         if (flags != 0 || state->nonblocking || !attached(state) || !state->slot->dry) {
+            if (fresh != NULL && *fresh == NULL) {
+                if ((*fresh = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)) == NULL)
+                    return -1;
+                into = PyBytes_AS_STRING(*fresh);
+            }
             ssize_t got = recv(fd, into + have, size - have, flags);
             if (got >= 0) {
                 state->ended = got == 0;
@@ -288,9 +295,15 @@ ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags
             if (flags & MSG_DONTWAIT)
                 return fail(EAGAIN);
         }
+        if (fresh != NULL && have == 0)
+            Py_CLEAR(*fresh);
         if (wait_ready(self, state, READ, &deadline) < 0)
             return -1;
     }
+}
+
+ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags) {
+    return receive_to(self, state, into, NULL, size, flags);
 }
 
 static PyObject *connection_recv(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -316,10 +329,8 @@ static PyObject *connection_recv(PyObject *self, PyObject *const *args, Py_ssize
         state->large = got > LARGE;
         return got < 0 ? NULL : PyBytes_FromStringAndSize(scratch, got);
     }
-    PyObject *result = PyBytes_FromStringAndSize(NULL, size);
-    if (result == NULL)
-        return NULL;
-    ssize_t got = receive(self, state, PyBytes_AS_STRING(result), (size_t)size, flags);
+    PyObject *result = NULL;
+    ssize_t got = receive_to(self, state, NULL, &result, (size_t)size, flags);
     state->large = got > LARGE;
     if (got < 0)
         Py_CLEAR(result);
