@@ -128,7 +128,8 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     by ``close``. ``len()`` and ``connections()`` have those that are open without a record; ``collect()`` tells the
     books what was counted since (*any thread*, both). The set ``busy`` holds the green threads that serve.
     ``trust(door)`` allows to take what is there without asking for a moment (10 ms), while nobody subscribes to
-    ``accepted`` or ``opened``; ``distrust()`` and ``close()`` (*any thread*) end that.
+    ``accepted`` or ``opened``, and server and handler class stay as they are; ``distrust()`` and ``close()`` (*any
+    thread*) end that.
 
 ``hub.asks_at_ends``
     Whether ``run`` asks ``until`` when a green thread has ended; True until it is set.

@@ -45,6 +45,10 @@ struct Lane {
     PyObject *sock, *kind; /* the listening socket, and the handler class, of the last take() */
     bool lean, closed;
     int64_t trusted; /* until when the door need not be looked at by Python; 0: now */
+    /* What Python has looked at: the server's attributes, and the versions of the two classes. */
+    PyObject *names;
+    Py_ssize_t name_count;
+    unsigned int versions[2];
     PyObject *first; /* borrowed: the open connections that have no record, linked by their State */
     Py_ssize_t open;
     Tallies tallies; /* since collect() */
@@ -55,7 +59,7 @@ struct Lane {
 HIDDEN PyTypeObject *Lane_Type;
 static PyTypeObject *Worker_Type;
 enum { RETURNED, CLOSED, RESET, UNKNOWN };
-static PyObject *word_accepted, *word_opened, *word_closed, *word_key, *reasons[3];
+static PyObject *word_accepted, *word_opened, *word_class, *word_closed, *word_key, *word_socket, *reasons[3];
 
 /* Where a Registry of harken.records has what it says about ends. */
 static Py_ssize_t careful_at, counts_bytes_at, buffers_at, waiting_at;
@@ -379,11 +383,22 @@ static PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t cou
     return taken < 0 ? NULL : PyLong_FromLong(taken);
 }
 
+/* Programs patch hooks while they serve. A class that was changed, or one above it, has another version (0: none yet);
+ * and a hook of the server itself is one attribute more. */
+static unsigned int version_of(PyObject *type) { return PyType_Check(type) ? ((PyTypeObject *)type)->tp_version_tag : 0; }
+
+static bool is_as_it_was(Lane *lane) {
+    return lane->names != NULL && PyDict_GET_SIZE(lane->names) == lane->name_count &&
+           PyDict_GetItemWithError(lane->names, word_socket) == lane->sock &&
+           PyDict_GetItemWithError(lane->names, word_class) == lane->kind && lane->versions[0] != 0 &&
+           lane->versions[1] != 0 && version_of((PyObject *)Py_TYPE(lane->server)) == lane->versions[0] &&
+           version_of(lane->kind) == lane->versions[1] && unheard(lane, word_accepted) && unheard(lane, word_opened);
+}
+
 /* Its door is readable. 1: that is seen to, as the last time; 0: Python has to be asked what is wanted; -1. */
 int lane_shortcut(PyObject *self) {
     Lane *lane = (Lane *)self;
-    if (lane->trusted == 0 || now_ns() >= lane->trusted || !unheard(lane, word_accepted) ||
-        !unheard(lane, word_opened))
+    if (lane->trusted == 0 || now_ns() >= lane->trusted || !is_as_it_was(lane))
         return 0;
     beat_piece(lane->hub->beat);
     int taken = take(lane, DOOR_BURST, true);
@@ -398,6 +413,12 @@ int lane_shortcut(PyObject *self) {
 
 static PyObject *lane_trust(PyObject *self, PyObject *door) {
     Lane *lane = (Lane *)self;
+    Py_XSETREF(lane->names, PyObject_GenericGetDict(lane->server, NULL));
+    if (lane->names == NULL)
+        return NULL;
+    lane->name_count = PyDict_GET_SIZE(lane->names);
+    lane->versions[0] = version_of((PyObject *)Py_TYPE(lane->server));
+    lane->versions[1] = version_of(lane->kind);
     hub_set_shortcut(lane->hub, door, self);
     lane->trusted = now_ns() + TRUSTED_NS;
     Py_RETURN_NONE;
@@ -504,6 +525,7 @@ static int lane_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(lane->hub);
     Py_VISIT(lane->busy);
+    Py_VISIT(lane->names);
     for (PyObject **each = &lane->server; each <= &lane->kind; each++)
         Py_VISIT(*each);
     for (int i = 0; i < lane->idle_count; i++) {
@@ -517,6 +539,7 @@ static int lane_clear(PyObject *self) {
     Lane *lane = (Lane *)self;
     lane->closed = true;
     lane->trusted = 0;
+    Py_CLEAR(lane->names);
     while (lane->idle_count > 0)
         drop_resting(lane, lane->idle_count - 1);
     for (PyObject **each = &lane->server; each <= &lane->kind; each++)
@@ -620,7 +643,9 @@ int lane_ready(PyObject *module) {
     } words[] = {{&word_accepted, "accepted"},
                  {&word_opened, "opened"},
                  {&word_closed, "closed"},
+                 {&word_class, "RequestHandlerClass"},
                  {&word_key, "key"},
+                 {&word_socket, "socket"},
                  {&reasons[RETURNED], "handler_returned"},
                  {&reasons[CLOSED], "peer_closed"},
                  {&reasons[RESET], "peer_reset"}};
