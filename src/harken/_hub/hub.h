@@ -183,7 +183,6 @@ HIDDEN int throw_into(Hub *hub, PyGreenlet *green, PyObject *error);
 HIDDEN void end_process(void);
 HIDDEN void queue_clear(Hub *hub, bool abandon);
 HIDDEN int give_way(Hub *hub);
-HIDDEN int give_context(PyGreenlet *green);
 HIDDEN void leave_hub(Hub *hub, PyGreenlet *me);
 HIDDEN PyObject *spawn(Hub *hub, PyObject *busy, PyObject *function, PyObject *const *args, Py_ssize_t count);
 HIDDEN int report(PyObject *function);

@@ -23,6 +23,7 @@ typedef struct Worker {
     Lane *lane;
     PyGreenlet *green; /* borrowed: it holds this */
     PyObject *request, *address, *kind; /* of the connection that it serves; NULL: it rests */
+    PyObject *context;                  /* to serve it in; NULL: there is none */
     bool lean, leaves;
 } Worker;
 
@@ -196,14 +197,32 @@ static void end(Lane *lane, PyObject *request) {
 
 /* -- the handler -------------------------------------------------------------------------------------------------- */
 
+/* A new green thread could be given its context by who starts it; one without frames of Python's, as those that rest,
+ * could not: greenlet takes it for one that runs. */
+static int enter_context(Worker *worker) { return worker->context == NULL ? 0 : PyContext_Enter(worker->context); }
+
+static void leave_context(Worker *worker) {
+    if (worker->context == NULL)
+        return;
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    if (PyContext_Exit(worker->context) < 0)
+        PyErr_Clear(); /* the handler has entered another for good: this green thread is nobody else's */
+    Py_CLEAR(worker->context);
+    PyErr_Restore(type, error, trace);
+}
+
 /* -1: GreenletExit. */
 static int serve(Worker *worker) {
     Lane *lane = worker->lane;
     PyObject *args[] = {worker->request, worker->address, lane->server};
+    if (enter_context(worker) < 0)
+        PyErr_Clear();
     PyObject *done = worker->lean ? handle_plainly((PyTypeObject *)worker->kind, args) : handle_fully(worker->kind, args);
     int result = done != NULL ? 0 : tell_failure(lane->failed, worker->request, worker->address);
     Py_XDECREF(done);
     end(lane, worker->request);
+    leave_context(worker);
     return result;
 }
 
@@ -308,14 +327,18 @@ static Worker *find_worker(Lane *lane, PyGreenlet **green) {
 /* Let a green thread serve a connection: now, while all that is known of it is at hand, or at the next turn. */
 static int start(Lane *lane, PyObject *request, PyObject *address, bool now) {
     PyGreenlet *green;
-    Worker *worker = find_worker(lane, &green);
-    if (worker == NULL)
+    PyObject *context = has_context() ? PyContext_CopyCurrent() : NULL;
+    Worker *worker = context == NULL && PyErr_Occurred() ? NULL : find_worker(lane, &green);
+    if (worker == NULL) {
+        Py_XDECREF(context);
         return -1;
+    }
     worker->request = Py_NewRef(request);
     worker->address = Py_NewRef(address);
     worker->kind = Py_NewRef(lane->kind);
     worker->lean = lane->lean;
-    int result = give_context(green) < 0 || PySet_Add(lane->busy, (PyObject *)green) < 0 ||
+    worker->context = context;
+    int result = PySet_Add(lane->busy, (PyObject *)green) < 0 ||
                          (!now && enqueue(lane->hub, SWITCH, (PyObject *)green, NULL) < 0)
                      ? -1
                      : 0;
@@ -599,6 +622,7 @@ static int worker_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(worker->request);
     Py_VISIT(worker->address);
     Py_VISIT(worker->kind);
+    Py_VISIT(worker->context);
     return 0;
 }
 
@@ -607,6 +631,7 @@ static int worker_clear(PyObject *self) {
     Py_CLEAR(worker->request);
     Py_CLEAR(worker->address);
     Py_CLEAR(worker->kind);
+    Py_CLEAR(worker->context);
     return 0;
 }
 

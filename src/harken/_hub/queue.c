@@ -251,7 +251,7 @@ static PyObject *task_call(PyObject *self, PyObject *none, PyObject *keywords) {
 }
 
 /* A new greenlet starts with no context at all; the caller's is copied unless it is empty. */
-int give_context(PyGreenlet *green) {
+static int give_context(PyGreenlet *green) {
 #if PY_VERSION_HEX < 0x030E0000
     if (PyThreadState_Get()->context == NULL)
         return 0;
