@@ -116,6 +116,8 @@ struct Hub {
     int epoll, wakeup;
     bool woken;  /* the eventfd has been written and not read */
     bool turning; /* inside run() or step() */
+    bool rounds;  /* inside run() */
+    int64_t latest; /* when run()'s caller wants to be asked, whatever happens */
     bool occupies; /* this thread is the hub's between turns too: see occupy() */
     bool lent;   /* in a forked child, whose green thread ran here: it ends with that one */
     bool closed;
@@ -169,6 +171,7 @@ extern HIDDEN bool forked;
 HIDDEN int hub_ready(PyObject *module);
 HIDDEN PyObject *hub_current(PyObject *module, PyObject *none);
 HIDDEN int hub_wake(Hub *hub);
+HIDDEN bool fetch_in_its_place(Hub *hub);
 HIDDEN void hub_set_shortcut(Hub *hub, PyObject *door, PyObject *shortcut);
 HIDDEN void hubs_after_fork(void);
 HIDDEN void resume(Hub *hub, PyGreenlet *green, PyObject *value);

@@ -236,7 +236,9 @@ void slot_event(Hub *hub, struct epoll_event *event) {
 /* Give up the running green thread: to the one that the next event is for, which saves a switch to the hub and one
  * from it, or to the hub. NULL: an exception. */
 PyObject *pass_on(Hub *hub, PyGreenlet *me) {
-    while (hub->next_event < hub->event_count) {
+    while (hub->next_event < hub->event_count || fetch_in_its_place(hub)) {
+        if (hub->event_count <= 0)
+            break;
         struct epoll_event *event = &hub->events[hub->next_event];
         if ((uint32_t)event->data.u64 & DOOR_BIT)
             break;
