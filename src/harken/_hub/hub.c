@@ -275,7 +275,8 @@ bool fetch_in_its_place(Hub *hub) {
 
 /* One turn, which sleeps until `latest` at most: 0 not at all, INT64_MAX without end. */
 static int turn(Hub *hub, int64_t latest) {
-    fetch(hub, sleep_time(hub, latest));
+    if (hub->next_event >= hub->event_count) /* or a green thread has fetched some, and found the loop's among them */
+        fetch(hub, sleep_time(hub, latest));
     if (PyErr_CheckSignals() < 0 || dispatch_all(hub) < 0)
         return dispatch_edges(hub);
     return heap_run(hub) < 0 ? -1 : run_queue(hub);

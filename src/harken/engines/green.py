@@ -134,7 +134,7 @@ class Engine(Contract):
         self._served: Any = None  # a datagram on its way through the hooks, in the green thread that will serve it
         self._at = 0  # the door that is being served
         self._crowds = 0  # sockets with as many datagram handlers that wait as may
-        self._bells: list[Bell] = []
+        self._bells: list[tuple[Bell, int]] = []  # rung once there are not so many handlers any more
         self._crew = Crew(self._are_daemons)
         self._hub: Any = None
         self._stalls = Tally()
@@ -332,8 +332,9 @@ class Engine(Contract):
 
     def _is_over(self) -> bool:
         """Whether the hub's thread may end; asked by the hub when a green thread has ended, for one."""
-        for bell in tuple(self._bells):
-            bell.ring()
+        for bell, handlers in tuple(self._bells):
+            if handlers != len(self._jobs) + self._lodgers:
+                bell.ring()
         hub = self._hub
         if hub is not None:
             hub.asks_at_ends = self._leaving or not self._loops or bool(self._bells)
@@ -545,14 +546,14 @@ class Engine(Contract):
 
     def _await_end(self, seconds: float | None) -> None:
         """Wait until some handler has ended."""
-        bell = Bell()
-        self._bells.append(bell)
-        self.wake()  # it rings at the end of the turn
+        waiting = (bell := Bell(), len(self._jobs) + self._lodgers)
+        self._bells.append(waiting)
+        self.wake()  # so that the hub tells of ends
         try:
             if self._others():
                 bell.wait(seconds)
         finally:
-            self._bells.remove(bell)
+            self._bells.remove(waiting)
 
     def _are_daemons(self) -> bool:
         return bool(self.options("daemon_threads"))
