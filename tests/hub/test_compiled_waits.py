@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -435,3 +436,106 @@ def test_collection_in_between(hub: Any) -> None:
     assert [far.recv(10) for _, far in pairs] == [b"x"] * 20
     for _, far in pairs:
         far.close()
+
+
+@contextlib.contextmanager
+def aside(prepare: Callable[[Any], object], asked: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Run a hub in a thread that is not the main one, where green threads may ask the epoll set for it."""
+    ready = threading.Event()
+    made: list[Any] = []
+    stopped: list[bool] = []
+
+    def until() -> bool:
+        asked()
+        return bool(stopped)
+
+    def serve() -> None:
+        hub = compiled.Hub()
+        prepare(hub)
+        made.append(hub)
+        ready.set()
+        hub.run(until, lambda: 60.0, lambda: None)
+        hub.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert ready.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        stopped.append(True)
+        made[0].wake()
+        thread.join(PATIENCE)
+
+
+def test_what_a_waiting_green_thread_fetches_is_not_lost() -> None:
+    """It asks the epoll set in the loop's place; where a door comes first the loop goes on with the same events."""
+    pairs = [tcp_pair() for _ in range(3)]
+    silent, _silent = tcp_pair()
+    door, knocker = socket.socketpair()
+    got: list[bytes] = []
+    opened, sent = threading.Event(), threading.Event()
+    over = threading.Semaphore(0)
+
+    def read(connection: Any) -> None:
+        while data := connection.recv(10):
+            got.append(data)
+            over.release()
+
+    def prepare(hub: Any) -> None:
+        def wait_for_nothing() -> None:
+            opened.set()
+            sent.wait(PATIENCE)  # all comes while the loop is kept
+            with contextlib.suppress(TimeoutError):
+                hub.wait(silent, timeout=0.01)
+            over.release()
+
+        def open_door() -> None:
+            if door.recv(1) == b"!":
+                hub.spawn(wait_for_nothing)  # the last that is due in its turn
+
+        hub.watch(door, open_door)
+        for connection, _ in pairs:
+            hub.spawn(read, connection)
+
+    with aside(prepare):
+        for _ in range(30):
+            opened.clear()
+            sent.clear()
+            knocker.send(b"!")
+            assert opened.wait(PATIENCE)
+            knocker.send(b"?")
+            for _, far in pairs:
+                far.send(b"x")
+            sent.set()
+            for _ in (*pairs, silent):
+                assert over.acquire(timeout=PATIENCE)
+        for _, far in pairs:
+            far.close()
+    for sock in (*(near for near, _ in pairs), silent, _silent, door, knocker):
+        sock.close()
+    assert len(got) == 90
+
+
+def test_one_connection_alone_costs_no_turn_of_the_loop() -> None:
+    """The green thread that waits is the one that asks for events: the caller of run() is not asked again."""
+    asked: list[bool] = []
+    connection, far = tcp_pair()
+
+    def echo() -> None:
+        while data := connection.recv(10):
+            connection.sendall(data)
+
+    def talk(times: int) -> None:
+        for _ in range(times):
+            far.send(b"x")
+            assert far.recv(1) == b"x"
+
+    far.settimeout(PATIENCE)
+    with aside(lambda hub: hub.spawn(echo), lambda: asked.append(True)):
+        talk(3)
+        before = len(asked)
+        talk(100)
+        assert len(asked) == before
+        far.close()
+    connection.close()
