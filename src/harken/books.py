@@ -126,7 +126,7 @@ class Books:
         if record is None:  # the handler has closed it
             request.end()
             return
-        if record.successor is not None or record.was_ended:  # seldom: there is more to do
+        if record.successor is not None or record.reason is not None or self.connections.careful:  # there is more to do
             self._server.shutdown_request(request)
             return
         record.judge(request)

@@ -103,17 +103,28 @@ class Entry:
             server.shutdown_request(passed)
             raise
         else:
-            address = client_address if record is None or record.spoken_for is None else record.spoken_for
-            refusal = self._refusal(record)
-            self._known(record, address)
-            if refusal is not None:
-                self._turn_away(record, passed, address, refusal)
-                return None
-            if self._welcome(record, passed, address):
-                return passed, address
-        _read_out(passed)
-        server.shutdown_request(passed)
+            if not self.tells_client and (record is None or record.report is None):
+                return passed, client_address
+            return self._introduce(record, passed, client_address)
+        self._drop(passed)
         return None
+
+    def _introduce(self, record: Record | None, request: Any, client_address: Any) -> tuple[Any, Any] | None:
+        """The preambles have run: ask and tell whoever had to wait for what they learned."""
+        address = client_address if record is None or record.spoken_for is None else record.spoken_for
+        refusal = self._refusal(record)
+        self._known(record, address)
+        if refusal is not None:
+            self._turn_away(record, request, address, refusal)
+            return None
+        if self._welcome(record, request, address):
+            return request, address
+        self._drop(request)
+        return None
+
+    def _drop(self, request: Any) -> None:
+        _read_out(request)
+        self._serving.server.shutdown_request(request)
 
     def _run(self, record: Record | None, request: Any) -> Any:
         if record is None or not hasattr(request, "recv"):
@@ -135,7 +146,7 @@ class Entry:
         return request
 
     def _known(self, record: Record | None, address: Any) -> None:
-        """The preambles have run: tell that the connection opened, if that had to wait for the client's address."""
+        """Tell that the connection opened, if that waited for the client's address; a child tells its parent."""
         if record is None:
             return
         if record.report is not None and record.silent:
@@ -221,6 +232,9 @@ def refuse_unentered(server: Any, request: Any) -> None:
     Raises:
         LifecycleError: it did.
     """
+    record = getattr(request, "record", None)
+    if record is not None and record.entered:
+        return
     serving = getattr(server, "_harken", None)
     entry = getattr(serving, "entry", None)
     if isinstance(entry, Entry) and not entry.passed(request):

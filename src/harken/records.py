@@ -303,12 +303,15 @@ class Record:
 
     def move(self, request: Any) -> None:
         """The same connection goes on as another object, which an engine or a preamble made of the one accepted."""
-        accepted: Any = self.request
+        accepted: Any = self._request()
         if hasattr(type(accepted), "record"):  # the type is asked: gevent's socket, closed, answers by an error
             accepted.record = None
-        self._registry.rename(self, self._number if isinstance(request, Connection) else -id(request))
+        tells = hasattr(type(request), "record")
+        key = self._number if tells else -id(request)
+        if key != self.key:
+            self._registry.rename(self, key)
         self._request = _refer(self, request)
-        if hasattr(type(request), "record"):
+        if tells:
             request.record = self
         if self.stamps is not None and not self.in_preamble:
             stamp(request, self)
@@ -499,7 +502,7 @@ class Registry:
 
     def find(self, request: object) -> Record | None:
         """Return the record of ``request``, if it is open."""
-        if isinstance(request, Connection):
+        if hasattr(type(request), "record"):
             return getattr(request, "record", None)
         record = self.filed.get(-id(request))
         return record if record is not None and record.request is request else None
@@ -514,7 +517,7 @@ class Registry:
 
     def rename(self, record: Record, key: int) -> None:
         """File an open record under another key."""
-        if key != record.key and self.holds(record):
+        if self.holds(record):
             self.filed[key] = record
             del self.filed[record.key]
             record.key = key

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import socket
+import ssl
 from time import monotonic
 from typing import Any
 
 from harken.entry import note_failure, reason_of
 from harken.errors import LifecycleError, PreambleError
-from harken.preambles.tls import Handshake, certificates_of, secure
+from harken.preambles._handshake import Handshake, secure
+from harken.preambles.tls import certificates_of
 from harken.serving import serving_of
 from harken.settings import UNSET
 
@@ -17,8 +19,6 @@ __all__ = ["start_tls"]
 
 def start_tls(handler: Any, tls: Any = None) -> socket.socket:
     """Do the handshake of a handler's connection, as the server; see ``BaseRequestHandler.start_tls``."""
-    import ssl
-
     if isinstance(handler.request, ssl.SSLSocket) and handler.request.version() is not None:
         raise LifecycleError("start_tls(): the connection is under TLS already")
     serving = serving_of(handler.server)

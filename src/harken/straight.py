@@ -103,8 +103,7 @@ def _is_quiet(serving: Serving) -> bool:
     """Whether nobody has to be asked or told of connections that come."""
     books, listened = serving.books, events.subscribers
     return (
-        serving.entry is None
-        and serving.admission is None
+        serving.admission is None
         and books.on_open is None
         and books.meter is None
         and not listened["accepted"]
@@ -132,6 +131,7 @@ def _way(serving: Serving) -> Way:
         close=books.close,
         failed=failed,
         shown=shown,
+        enter=None if serving.entry is None else partial(enter, serving),
     )
 
 

@@ -53,7 +53,7 @@ def use_fallback(monkeypatch):
     def use():
         from harken.engines.green import Engine
 
-        for name in ("Hub", "Connection", "current"):
+        for name in ("Hub", "Lane", "Connection", "current"):
             monkeypatch.setattr(_hub, name, getattr(fallback, name))
         monkeypatch.setattr(Engine, "connection", fallback.Connection)
 

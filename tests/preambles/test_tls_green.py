@@ -1,5 +1,6 @@
 """TLS on a hub: its own way between OpenSSL and the wire, compiled and in Python."""
 
+import os
 import socket
 import ssl
 import threading
@@ -8,7 +9,7 @@ import pytest
 
 import harken
 
-from .tls_kit import PATIENCE
+from .tls_kit import PATIENCE, Echo, until
 
 HUBS = ("green", "green-fallback")
 
@@ -83,3 +84,53 @@ def test_a_client_gets_a_ticket_and_comes_back_by_it(engine, serving, dial, trus
             client.sendall(b"again")
             assert client.recv(100) == b"again"
             assert client.session_reused
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_a_ticket_waits_for_the_first_answer(engine, serving, dial_wire):
+    """In a packet of its own it would wake the client for nothing."""
+    served = []
+
+    class Known(Echo):
+        def handle(self):
+            served.append(self.request)
+            super().handle()
+
+    with serving(engine, Known) as server, dial_wire(server) as client:
+        until(lambda: served and served[0].waits_for() == "reading")
+        client.sock.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.sock.recv(1)
+        client.sock.settimeout(PATIENCE)
+        client.send(b"first")
+        assert client.read() == b"first"
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_a_ticket_comes_with_the_goodbye(engine, serving, dial_wire):
+    """At the latest: a client that was told nothing can come back quickly all the same."""
+
+    class Leave(harken.BaseRequestHandler):
+        def handle(self):
+            pass
+
+    with serving(engine, Leave) as server, dial_wire(server) as client:
+        assert client.read() == b""
+        assert client.session.has_ticket
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_a_connection_that_was_given_away_is_ended_for_all(engine, serving, dial_wire):
+    """Whoever has a copy of the descriptor keeps no client waiting for the end."""
+    kept = []
+
+    class Copied(harken.BaseRequestHandler):
+        def handle(self):
+            kept.append(os.dup(self.request.fileno()))
+            assert self.request.recv(1) == b""
+
+    with serving(engine, Copied) as server, dial_wire(server) as client:
+        client.end()
+        assert client.read() == b""
+        assert client.sock.recv(1) == b""
+        os.close(kept.pop())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-import time
 
 import pytest
 
@@ -13,7 +12,7 @@ import harken
 from harken import events, straight
 from harken.serving import serving_of
 
-from .tls_kit import PATIENCE, Echo, plain
+from .tls_kit import PATIENCE, Echo, plain, until
 
 ENGINES = ("thread", "pool", "green", "green-fallback")
 TOLD = ("accepted", "opened", "rejected", "preamble_failed", "handler_failed", "closed")
@@ -54,14 +53,6 @@ def told():
     end = events.subscribe(seen.append, *TOLD)
     yield seen
     end()
-
-
-def until(condition):
-    """Wait for something, with a bound."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def visit(server, way, dial):

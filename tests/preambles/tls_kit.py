@@ -6,7 +6,8 @@ import contextlib
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import harken
 from harken import events
@@ -23,6 +24,14 @@ class Echo(harken.BaseRequestHandler):
     def handle(self):
         while data := self.request.recv(65536):
             self.request.sendall(data)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for something, with a bound."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 class Closed:
@@ -103,6 +112,12 @@ class Wire:
             self._tls.unwrap()
         self._flush()
         self.sock.shutdown(socket.SHUT_WR)
+
+    @property
+    def session(self) -> ssl.SSLSession:
+        """By which one comes back."""
+        assert self._tls.session is not None
+        return self._tls.session
 
     def read(self) -> bytes:
         """Read something; an empty answer is a proper end.

@@ -125,8 +125,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     served in a context of its own, from the next turn on, by a green thread that may have served others before it.
     ``failed`` is called within ``except``. A connection's ``record`` is made (``remember``) when it is first read; one
     that ends without is closed, and its reason counted, with no call of Python's unless somebody has to be told: then
-    by ``close``. ``len()`` and ``connections()`` have those that are open without a record; ``collect()`` tells the
-    books what was counted since (*any thread*, both). The set ``busy`` holds the green threads that serve.
+    by ``close``. Where the way has ``enter``, that serves a connection to its end in the handler's place. ``len()`` and
+    ``connections()`` have those that are open without a record; ``collect()`` tells the books what was counted since
+    (*any thread*, both). The set ``busy`` holds the green threads that serve.
     ``trust(door)`` allows to take what is there without asking for a moment (10 ms), while nobody subscribes to
     ``accepted`` or ``opened``, and server and handler class stay as they are; ``distrust()`` and ``close()`` (*any
     thread*) end that.
@@ -154,10 +155,10 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from types import ModuleType
 from typing import Any
 
+from harken.connection import Connection as Wire
 from harken.errors import ConfigError
 
 __all__ = [
@@ -263,8 +264,7 @@ def adopt(sock: Any, make: Any = None) -> Any:
 
 def is_connection(sock: object) -> bool:
     """Tell whether the hub waits for ``sock``: a Connection of either kind."""
-    loaded = (sys.modules.get(f"harken._hub.{name}") for name in _NAMES)
-    return isinstance(sock, tuple(module.Connection for module in loaded if module is not None))
+    return isinstance(sock, Wire) and hasattr(sock, "waits_for")
 
 
 def __getattr__(name: str) -> Any:

@@ -62,11 +62,8 @@ static void set_slot(PyObject *object, Py_ssize_t offset, PyObject *value) {
     Py_XSETREF(*(PyObject **)((char *)object + offset), value);
 }
 
-/* Do for a new connection what socket.socket.__init__ does for a descriptor that is known to be right and does not
- * block. False: it must be called. */
-static bool fill_in(PyObject *made, int fd, int family, int kind, int proto) {
-    if (!quick)
-        return false;
+/* Do for a new socket what socket.socket.__init__ does for a descriptor that is known to be right and does not block. */
+static void fill_socket(PyObject *made, int fd, int family, int kind, int proto) {
     memcpy((char *)made + sizeof(PyObject), (char *)pattern + sizeof(PyObject),
            (size_t)Wire_Type->tp_basicsize - sizeof(PyObject));
     Head *head = (Head *)made;
@@ -76,7 +73,23 @@ static bool fill_in(PyObject *made, int fd, int family, int kind, int proto) {
     head->proto = proto;
     set_slot(made, io_refs, PyLong_FromLong(0));
     set_slot(made, closed, Py_NewRef(Py_False));
+}
+
+/* The same for a new connection. False: it must be called. */
+static bool fill_in(PyObject *made, int fd, int family, int kind, int proto) {
+    if (!quick)
+        return false;
+    fill_socket(made, fd, family, kind, proto);
     make_stream_known(state_of(made), family, kind, proto);
+    return true;
+}
+
+/* The same for a new object of another class of sockets, which is to have the descriptor of `sock` too. */
+bool stand_for(PyObject *made, PyObject *sock) {
+    if (!quick || !PyObject_TypeCheck(made, Socket_Type) || ((Head *)made)->fd != -1)
+        return false;
+    Head *head = (Head *)sock;
+    fill_socket(made, head->fd, head->family, head->kind, head->proto);
     return true;
 }
 
@@ -339,6 +352,12 @@ PyObject *connection_take(PyObject *type, PyObject *const *args, Py_ssize_t coun
 /* Whether close() will close the descriptor, rather than a file of it later. */
 bool closes_at_once(PyObject *sock) { return quick && socket_fd(sock) >= 0 && !refers(sock); }
 
+/* A socket is closed: its descriptor is another one's to close. Only where closes_at_once(). */
+void stand_down(PyObject *sock) {
+    ((Head *)sock)->fd = -1;
+    set_slot(sock, closed, Py_NewRef(Py_True));
+}
+
 /* What shutdown_request() and close_request() do together. close() alone tells the peer as much, where it has closed
  * its side already and nobody else can hold the descriptor. */
 PyObject *connection_end(PyObject *self, PyObject *none) {
@@ -356,8 +375,7 @@ PyObject *connection_end(PyObject *self, PyObject *none) {
     if (!state->exposed && !forked)
         leave_unasked(state); /* the kernel takes a file that nobody has any more out of the epoll set */
     let_go(self, state);
-    ((Head *)self)->fd = -1;
-    set_slot(self, closed, Py_NewRef(Py_True));
+    stand_down(self);
     close(fd);
     Py_RETURN_TRUE;
 }

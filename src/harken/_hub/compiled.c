@@ -18,7 +18,7 @@ static PyObject *after_fork_here(PyObject *module, PyObject *none) {
 static PyMethodDef functions[] = {
     {"current", hub_current, METH_NOARGS, "The hub whose green thread calls; None elsewhere."},
     {"on_growth", on_growth, METH_O, "on_growth(function): tell function(connection, bytes) what large readers hold."},
-    {"quicken", quicken, METH_O, "quicken(class): give the connection under TLS a compiled recv() and sendall()."},
+    {"quicken", quicken, METH_O, "quicken(class): give the connection under TLS what secured.c has."},
     {"accept", accept_one, METH_O, "accept(listener): take a connection, (Connection, address), without waiting."},
     {"rebuild", rebuild, METH_VARARGS, "Make a Connection that has travelled from another process."},
     {"_after_fork", after_fork, METH_NOARGS, "What os.register_at_fork calls in the child."},

@@ -360,6 +360,8 @@ typedef struct {
 HIDDEN int listening_begin(Listening *door, PyObject *listener);
 HIDDEN int listening_accept(Listening *door, PyTypeObject *type, PyObject **connection, PyObject **peer);
 HIDDEN bool closes_at_once(PyObject *sock);
+HIDDEN bool stand_for(PyObject *made, PyObject *sock);
+HIDDEN void stand_down(PyObject *sock);
 HIDDEN PyObject *accept_from(PyTypeObject *type, int fd, int family, int kind, int proto);
 HIDDEN int quick_init(PyObject *self, PyObject *args, PyObject *words);
 HIDDEN int socket_parts(PyObject *sock, int *fd, int *family, int *kind, int *proto);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
  * Lane: the way of connections whose server overrides no hook, from its door to their end. What harken.straight does
- * in Python, for a server on which nobody has to be asked or told: no limit, no deadline, no preamble, no subscriber.
+ * in Python, for a server on which nobody has to be asked or told: no limit, no deadline, no subscriber. Preambles are
+ * Python's affair, and what comes after them.
  *
  * Of a short connection the kernel has five sixths; what is left to us is some fifteen microseconds, and a call of
  * Python's is one or two tenths of one. So what nobody asks for is not made: a connection has no Record until somebody
@@ -42,7 +43,7 @@ struct Lane {
     Hub *hub;
     PyObject *busy; /* a set that holds the green threads that serve */
     /* A Way of harken.engines, read out. */
-    PyObject *server, *registry, *filed, *counts, *reasons, *subscribers, *remember, *close, *failed, *shown;
+    PyObject *server, *registry, *filed, *counts, *reasons, *subscribers, *remember, *close, *failed, *shown, *enter;
     PyObject *sock, *kind; /* the listening socket, and the handler class, of the last take() */
     bool lean, closed;
     int64_t trusted; /* until when the door need not be looked at by Python; 0: now */
@@ -212,16 +213,35 @@ static void leave_context(Worker *worker) {
     PyErr_Restore(type, error, trace);
 }
 
+/* Something comes before the handler, and so before the end: Python sees to both. -1: GreenletExit. */
+static int enter(Worker *worker) {
+    PyObject *args[] = {worker->request, worker->address};
+    PyObject *done = PyObject_Vectorcall(worker->lane->enter, args, 2, NULL);
+    Py_XDECREF(done);
+    if (done != NULL)
+        return 0;
+    if (PyErr_ExceptionMatches(PyExc_GreenletExit))
+        return -1;
+    show_exception(worker->lane->enter);
+    return 0;
+}
+
 /* -1: GreenletExit. */
-static int serve(Worker *worker) {
+static int handle(Worker *worker) {
     Lane *lane = worker->lane;
     PyObject *args[] = {worker->request, worker->address, lane->server};
-    if (enter_context(worker) < 0)
-        PyErr_Clear();
     PyObject *done = worker->lean ? handle_plainly((PyTypeObject *)worker->kind, args) : handle_fully(worker->kind, args);
     int result = done != NULL ? 0 : tell_failure(lane->failed, worker->request, worker->address);
     Py_XDECREF(done);
     end(lane, worker->request);
+    return result;
+}
+
+/* -1: GreenletExit. */
+static int serve(Worker *worker) {
+    if (enter_context(worker) < 0)
+        PyErr_Clear();
+    int result = worker->lane->enter != Py_None ? enter(worker) : handle(worker);
     leave_context(worker);
     return result;
 }
@@ -526,15 +546,15 @@ static PyObject *lane_new(PyTypeObject *type, PyObject *args, PyObject *words) {
     Lane *lane = (Lane *)type->tp_alloc(type, 0);
     if (lane == NULL)
         return NULL;
-    if (!PyArg_ParseTuple(way, "OOO!O!O!O!OOOO", &lane->server, &lane->registry, &PyDict_Type, &lane->filed,
+    if (!PyArg_ParseTuple(way, "OOO!O!O!O!OOOOO", &lane->server, &lane->registry, &PyDict_Type, &lane->filed,
                           &PyDict_Type, &lane->counts, &PyDict_Type, &lane->reasons, &PyDict_Type,
-                          &lane->subscribers, &lane->remember, &lane->close, &lane->failed, &lane->shown)) {
+                          &lane->subscribers, &lane->remember, &lane->close, &lane->failed, &lane->shown, &lane->enter)) {
         lane->server = NULL; /* nothing is owned yet */
         memset(&lane->server, 0, offsetof(Lane, sock) - offsetof(Lane, server));
         Py_DECREF(lane);
         return NULL;
     }
-    for (PyObject **each = &lane->server; each <= &lane->shown; each++)
+    for (PyObject **each = &lane->server; each <= &lane->enter; each++)
         Py_INCREF(*each);
     lane->hub = (Hub *)Py_NewRef(hub);
     lane->busy = Py_NewRef(busy);

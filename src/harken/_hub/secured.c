@@ -1,21 +1,24 @@
 /* SPDX-License-Identifier: MIT
  *
- * recv() and sendall() of a connection under TLS, for harken.preambles._hubbed: between the wire and OpenSSL's memory
- * there is one call. What is not of every day (no Connection below, sockets that do not wait, flags, something that
- * stands before the next write, large pieces) is left to the methods that these two replace. */
+ * recv(), sendall() and the handshake of a connection under TLS, for harken.preambles._hubbed: between the wire and
+ * OpenSSL's memory there is one call. What is not of every day (no Connection below, sockets that do not wait, flags,
+ * something that stands before the next write, large pieces) is left to the methods that these replace. */
 #include "hub.h"
+#include <sys/socket.h>
 
 #define PIECE 16384                /* as in _hubbed.py: plain text in a record, at the most */
 #define SLICE (PIECE + 2048 + 5)   /* and one on the wire */
 
-/* Slots of the class. */
-enum { INNER, SSLOBJ, INCOMING, OUTGOING, GUARD, AHEAD, REST, BROKEN, TRACED, SLOTS };
-static const char *slot_names[SLOTS] = {"_inner", "_sslobj", "_incoming", "_outgoing", "_guard",
-                                        "_ahead", "_rest",   "_broken",   "_traced"};
+/* Slots of the class. The first are what calls use while others may close the connection. */
+enum { INNER, SSLOBJ, INCOMING, OUTGOING, GUARD, HELD, AHEAD = HELD, REST, BROKEN, TRACED, TICKETS, ENDED, RECORD, SLOTS };
+static const char *slot_names[SLOTS] = {"_inner", "_sslobj", "_incoming", "_outgoing", "_guard", "_ahead",
+                                        "_rest",  "_broken", "_traced",   "_tickets",  "_ended", "record"};
 static Py_ssize_t offsets[SLOTS];
-static PyObject *slow_recv, *slow_sendall; /* what was replaced */
-static PyObject *word_acquire, *word_eof, *word_fail, *word_judge, *word_pending, *word_read, *word_recv, *word_release,
-    *word_sendall, *word_tell, *word_write, *word_write_eof, *word_flush;
+static PyObject *slow_recv, *slow_sendall, *slow_shake, *slow_end, *slow_stand_for; /* what was replaced */
+static PyObject *want_read, *none_pending;                                          /* ssl.SSLWantReadError, and 0 */
+static PyObject *word_acquire, *word_break_off, *word_do_handshake, *word_eof, *word_fail, *word_judge, *word_pending,
+    *word_read, *word_record, *word_recv, *word_release, *word_sendall, *word_shutdown, *word_tell, *word_version,
+    *word_write, *word_write_eof;
 
 static inline PyObject **slot(PyObject *self, int which) { return (PyObject **)((char *)self + offsets[which]); }
 
@@ -70,10 +73,12 @@ static Py_ssize_t at_hand(PyObject *sslobj, PyObject *incoming) {
     return eof == NULL ? -1 : eof == Py_True;
 }
 
+static int say(PyObject *self, PyObject *const held[]);
+
 /* Wait for more from the peer; what OpenSSL has to say to it goes first. Returns how much is held then. */
-static Py_ssize_t feed(PyObject *self, PyObject *inner, PyObject *incoming) {
-    Py_ssize_t unsaid = size_in(PyObject_GetAttr(*slot(self, OUTGOING), word_pending));
-    if (unsaid < 0 || (unsaid > 0 && call_off(self, word_flush, NULL) < 0))
+static Py_ssize_t feed(PyObject *self, PyObject *const held[]) {
+    PyObject *inner = held[INNER], *incoming = held[INCOMING];
+    if (say(self, held) < 0)
         return -1;
     ssize_t got = receive(inner, state_of(inner), scratch, SLICE, 0);
     if (got < 0)
@@ -101,7 +106,8 @@ static PyObject *ask(PyObject *self, PyObject *word) {
     return result;
 }
 
-static PyObject *read_plain(PyObject *self, PyObject *sslobj, PyObject *guard, Py_ssize_t size) {
+/* None: more is needed from the wire. */
+static PyObject *read_plain(PyObject *self, PyObject *inner, PyObject *sslobj, PyObject *guard, Py_ssize_t size) {
     PyObject *number = PyLong_FromSsize_t(size);
     if (number == NULL || lock(guard) < 0) {
         Py_XDECREF(number);
@@ -111,34 +117,38 @@ static PyObject *read_plain(PyObject *self, PyObject *sslobj, PyObject *guard, P
     Py_DECREF(number);
     if (unlock(guard) < 0)
         Py_CLEAR(data);
-    return data != NULL ? data : ask(self, word_judge);
+    if (data == NULL)
+        data = ask(self, word_judge);
+    if (data != NULL && PyBytes_Check(data) && PyBytes_GET_SIZE(data) == 0)
+        state_of(inner)->ended = true; /* by close_notify: it says nothing more, as if it had closed its side */
+    return data;
 }
 
 static PyObject *pump(PyObject *self, PyObject *const held[], Py_ssize_t size) {
-    PyObject *inner = held[INNER], *sslobj = held[SSLOBJ], *incoming = held[INCOMING], *guard = held[GUARD];
-    for (;;) {
-        Py_ssize_t most = at_hand(sslobj, incoming);
-        if (most == 0)
-            most = feed(self, inner, incoming);
-        if (most < 0)
-            return NULL;
-        PyObject *data = read_plain(self, sslobj, guard, most < size ? most : size); /* no larger buffer than needed */
+    PyObject *inner = held[INNER], *sslobj = held[SSLOBJ], *guard = held[GUARD];
+    Py_ssize_t most = at_hand(sslobj, held[INCOMING]), more;
+    if (most == 0)
+        most = feed(self, held);
+    while (most >= 0) {
+        /* No larger buffer than needed. */
+        PyObject *data = read_plain(self, inner, sslobj, guard, most < size ? most : size);
         if (data != Py_None)
             return data;
         Py_DECREF(data);
-        if ((most = feed(self, inner, incoming)) < 0)
-            return NULL;
+        more = feed(self, held);
+        most = more < 0 ? -1 : most + more; /* OpenSSL keeps the pieces of a record */
     }
+    return NULL;
 }
 
 /* Held: somebody else may close the connection while this call waits. */
 static void hold(PyObject *self, PyObject *held[]) {
-    for (int which = 0; which < SLOTS; which++)
+    for (int which = 0; which < HELD; which++)
         held[which] = Py_NewRef(*slot(self, which));
 }
 
 static void drop(PyObject *held[]) {
-    for (int which = 0; which < SLOTS; which++)
+    for (int which = 0; which < HELD; which++)
         Py_DECREF(held[which]);
 }
 
@@ -165,7 +175,7 @@ static PyObject *secured_recv(PyObject *self, PyObject *const *args, Py_ssize_t 
         PyErr_Clear(); /* whatever it is, the other one tells */
     if (size <= 0 || !is_plain_case(self) || PyBytes_GET_SIZE(*slot(self, AHEAD)) > 0)
         return leave_to(slow_recv, self, args, count, names);
-    PyObject *held[SLOTS];
+    PyObject *held[HELD];
     hold(self, held);
     PyObject *data = pump(self, held, size);
     drop(held);
@@ -176,12 +186,18 @@ static PyObject *secured_recv(PyObject *self, PyObject *const *args, Py_ssize_t 
 
 /* -- sending ------------------------------------------------------------------------------------------------------- */
 
+/* What OpenSSL has to send: all of it, tickets too. */
+static PyObject *take_outgoing(PyObject *self, PyObject *const held[]) {
+    Py_XSETREF(*slot(self, TICKETS), Py_NewRef(none_pending));
+    return call(held[OUTGOING], word_read, NULL);
+}
+
 static PyObject *encrypt(PyObject *self, PyObject *const held[], PyObject *plain) {
     if (lock(held[GUARD]) < 0)
         return NULL;
     PyObject *data = NULL;
     if (call_off(held[SSLOBJ], word_write, plain) == 0)
-        data = call(held[OUTGOING], word_read, NULL);
+        data = take_outgoing(self, held);
     if (unlock(held[GUARD]) < 0)
         Py_CLEAR(data);
     return data != NULL ? data : ask(self, word_fail);
@@ -201,11 +217,23 @@ static int send_all(PyObject *self, PyObject *const held[], PyObject *data) {
     return sent < 0 ? -1 : 0;
 }
 
+/* Send what OpenSSL has to say of its own accord, unless a write is under way, or it is tickets: nobody waits for those.
+ */
+static int say(PyObject *self, PyObject *const held[]) {
+    Py_ssize_t unsaid = size_in(PyObject_GetAttr(held[OUTGOING], word_pending));
+    if (unsaid <= 0 || unsaid == PyLong_AsSsize_t(*slot(self, TICKETS)) || *slot(self, REST) != Py_None)
+        return unsaid < 0 ? -1 : 0;
+    PyObject *data = take_outgoing(self, held);
+    int result = data == NULL ? -1 : send_all(self, held, data);
+    Py_XDECREF(data);
+    return result;
+}
+
 static PyObject *secured_sendall(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
     Py_ssize_t size = count == 1 && names == NULL && PyBytes_CheckExact(args[0]) ? PyBytes_GET_SIZE(args[0]) : 0;
     if (size == 0 || size > PIECE || !is_plain_case(self) || *slot(self, REST) != Py_None)
         return leave_to(slow_sendall, self, args, count, names);
-    PyObject *held[SLOTS];
+    PyObject *held[HELD];
     hold(self, held);
     PyObject *data = encrypt(self, held, args[0]);
     int result = data == NULL ? -1 : send_all(self, held, data);
@@ -216,13 +244,131 @@ static PyObject *secured_sendall(PyObject *self, PyObject *const *args, Py_ssize
     Py_RETURN_NONE;
 }
 
+/* -- the handshake ------------------------------------------------------------------------------------------------- */
+
+/* It is done. What TLS 1.3 has left to say are tickets, which go with the first answer; see _settle(). */
+static int settle(PyObject *self, PyObject *const held[]) {
+    PyObject *version = call(held[SSLOBJ], word_version, NULL);
+    if (version == NULL)
+        return -1;
+    bool has_tickets = PyUnicode_Check(version) && PyUnicode_CompareWithASCIIString(version, "TLSv1.3") == 0;
+    Py_DECREF(version);
+    if (!has_tickets)
+        return say(self, held);
+    PyObject *tickets = PyObject_GetAttr(held[OUTGOING], word_pending);
+    if (tickets == NULL)
+        return -1;
+    Py_XSETREF(*slot(self, TICKETS), tickets);
+    return 0;
+}
+
+/* 1: it is done; 0: OpenSSL wants to read; -1. */
+static int shake_on(PyObject *self, PyObject *const held[]) {
+    if (lock(held[GUARD]) < 0)
+        return -1;
+    int done = call_off(held[SSLOBJ], word_do_handshake, NULL);
+    if (unlock(held[GUARD]) < 0)
+        return -1;
+    if (done == 0)
+        return settle(self, held) < 0 ? -1 : 1;
+    if (PyErr_ExceptionMatches(want_read)) {
+        PyErr_Clear();
+        return 0;
+    }
+    Py_XDECREF(ask(self, word_break_off));
+    return -1;
+}
+
+/* The timeout of the next wait. Not 0, which would be none. */
+static double left(double deadline) {
+    double seconds = deadline - (double)now_ns() / 1e9;
+    return seconds > 0.001 ? seconds : 0.001;
+}
+
+static PyObject *secured_shake(PyObject *self, PyObject *deadline) {
+    double until = PyFloat_CheckExact(deadline) ? PyFloat_AS_DOUBLE(deadline) : 0;
+    if (until <= 0 || !is_plain_case(self))
+        return PyObject_CallFunctionObjArgs(slow_shake, self, deadline, NULL);
+    PyObject *held[HELD];
+    hold(self, held);
+    State *state = state_of(held[INNER]);
+    double timeout = state->timeout;
+    int done;
+    while ((done = shake_on(self, held)) == 0) {
+        state->timeout = left(until);
+        if (feed(self, held) < 0)
+            done = -1;
+        state->timeout = timeout;
+        if (done < 0)
+            break;
+    }
+    drop(held);
+    return done < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* -- beginning and end --------------------------------------------------------------------------------------------- */
+
+static PyObject *secured_stand_for(PyObject *self, PyObject *inner) {
+    if (PyObject_TypeCheck(inner, Connection_Type) && stand_for(self, inner))
+        Py_RETURN_NONE;
+    return PyObject_CallFunctionObjArgs(slow_stand_for, self, inner, NULL);
+}
+
+/* Send close_notify, if that can be done at once; whatever comes of it. -1: something else was raised meanwhile. */
+static int say_goodbye(PyObject *self, PyObject *const held[]) {
+    if (lock(held[GUARD]) < 0)
+        return -1;
+    int done = call_off(held[SSLOBJ], word_shutdown, NULL);
+    if (unlock(held[GUARD]) < 0)
+        return -1;
+    if (done < 0) { /* the usual: the peer's close_notify has not come */
+        if (!PyErr_ExceptionMatches(PyExc_OSError))
+            return -1;
+        PyErr_Clear();
+    }
+    PyObject *data = take_outgoing(self, held);
+    if (data == NULL)
+        return -1;
+    int fd = socket_fd(held[INNER]); /* the peer may not read, or have gone */
+    (void)!send(fd, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data), MSG_DONTWAIT | MSG_NOSIGNAL);
+    Py_DECREF(data);
+    return 0;
+}
+
+static PyObject *secured_end(PyObject *self, PyObject *none) {
+    if (!is_plain_case(self) || *slot(self, REST) != Py_None || *slot(self, ENDED) != Py_False || !closes_at_once(self))
+        return PyObject_CallOneArg(slow_end, self);
+    PyObject *held[HELD], *closed = NULL;
+    hold(self, held);
+    Py_XSETREF(*slot(self, RECORD), Py_NewRef(Py_None));
+    Py_XSETREF(*slot(self, ENDED), Py_NewRef(Py_True));
+    if (say_goodbye(self, held) == 0 && closes_at_once(self)) {
+        stand_down(self);
+        Py_XSETREF(*slot(self, SSLOBJ), Py_NewRef(Py_None));
+        if (PyObject_SetAttr(held[INNER], word_record, Py_None) == 0) /* after start_tls() it leads here */
+            closed = connection_end(held[INNER], NULL);
+    } else if (!PyErr_Occurred()) {
+        closed = Py_NewRef(Py_True); /* another thread was quicker */
+    }
+    drop(held);
+    return closed;
+}
+
 /* -- the class ----------------------------------------------------------------------------------------------------- */
 
-static PyMethodDef quick[] = {
-    {"recv", FAST(secured_recv), METH_FASTCALL | METH_KEYWORDS,
-     "Read at most that many bytes, waiting in the hub for the first."},
-    {"sendall", FAST(secured_sendall), METH_FASTCALL | METH_KEYWORDS,
-     "Send all of the bytes, waiting in the hub for room; the timeout bounds each part of 64 KiB."},
+static struct {
+    PyMethodDef method;
+    PyObject **slow;
+} quick[] = {
+    {{"recv", FAST(secured_recv), METH_FASTCALL | METH_KEYWORDS,
+      "Read at most that many bytes, waiting in the hub for the first."},
+     &slow_recv},
+    {{"sendall", FAST(secured_sendall), METH_FASTCALL | METH_KEYWORDS,
+      "Send all of the bytes, waiting in the hub for room; the timeout bounds each part of 64 KiB."},
+     &slow_sendall},
+    {{"shake", secured_shake, METH_O, "Do the TLS handshake, waiting in the hub until a deadline."}, &slow_shake},
+    {{"end", secured_end, METH_NOARGS, "Say goodbye and close, when nothing will be read on."}, &slow_end},
+    {{"_stand_for", secured_stand_for, METH_O, "Become a socket of the same descriptor."}, &slow_stand_for},
 };
 
 static int replace(PyTypeObject *type, PyMethodDef *method, PyObject **slow) {
@@ -242,10 +388,23 @@ PyObject *quicken(PyObject *module, PyObject *type) {
         PyObject **word;
         const char *text;
     } words[] = {
-        {&word_acquire, "acquire"}, {&word_eof, "eof"},   {&word_fail, "_fail"},       {&word_flush, "_flush"},
-        {&word_judge, "_judge"},    {&word_read, "read"}, {&word_pending, "pending"},  {&word_release, "release"},
-        {&word_recv, "recv"}, {&word_sendall, "sendall"}, {&word_tell, "_tell"},
-        {&word_write, "write"},     {&word_write_eof, "write_eof"},
+        {&word_acquire, "acquire"},
+        {&word_break_off, "_break_off"},
+        {&word_do_handshake, "do_handshake"},
+        {&word_eof, "eof"},
+        {&word_fail, "_fail"},
+        {&word_judge, "_judge"},
+        {&word_pending, "pending"},
+        {&word_read, "read"},
+        {&word_record, "record"},
+        {&word_recv, "recv"},
+        {&word_release, "release"},
+        {&word_sendall, "sendall"},
+        {&word_shutdown, "shutdown"},
+        {&word_tell, "_tell"},
+        {&word_version, "version"},
+        {&word_write, "write"},
+        {&word_write_eof, "write_eof"},
     };
     if (!PyType_Check(type) || slow_recv != NULL) {
         PyErr_SetString(PyExc_TypeError, "quicken() takes one class, once");
@@ -257,8 +416,14 @@ PyObject *quicken(PyObject *module, PyObject *type) {
     for (size_t each = 0; each < sizeof words / sizeof *words; each++)
         if ((*words[each].word = PyUnicode_InternFromString(words[each].text)) == NULL)
             return NULL;
-    if (replace((PyTypeObject *)type, &quick[0], &slow_recv) < 0 ||
-        replace((PyTypeObject *)type, &quick[1], &slow_sendall) < 0)
+    PyObject *ssl = PyImport_ImportModule("ssl");
+    want_read = ssl == NULL ? NULL : PyObject_GetAttrString(ssl, "SSLWantReadError");
+    Py_XDECREF(ssl);
+    none_pending = PyLong_FromLong(0);
+    if (want_read == NULL || none_pending == NULL)
         return NULL;
+    for (size_t each = 0; each < sizeof quick / sizeof *quick; each++)
+        if (replace((PyTypeObject *)type, &quick[each].method, quick[each].slow) < 0)
+            return NULL;
     Py_RETURN_NONE;
 }

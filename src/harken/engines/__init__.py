@@ -136,6 +136,8 @@ class Way(NamedTuple):
         close: called with the connection whose handler is done, where somebody has to be told.
         failed: called with connection, address and error, within ``except``, when a handler raised an Exception.
         shown: called with listener and address for addresses that hooks get in another form.
+        enter: called with connection and address in place of the handler, where preambles come first: it serves the
+            connection to its end. None where there are none.
     """
 
     server: Any
@@ -148,6 +150,7 @@ class Way(NamedTuple):
     close: Callable[[Any], object]
     failed: Callable[[Any, Any, BaseException], object]
     shown: Callable[[Any, Any], Any]
+    enter: Callable[[Any, Any], object] | None
 
 
 class Lane(Unrecorded, Protocol):

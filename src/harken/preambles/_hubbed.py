@@ -17,6 +17,7 @@ from typing import Any
 from harken import _hub
 from harken.preambles._secured import Secured, give
 from harken.tracing import tell_call
+from harken.unpatched import family_of, kind_of, proto_of
 
 __all__ = ["Hubbed"]
 
@@ -33,7 +34,29 @@ class Hubbed(Secured):
     """An accepted connection under TLS; the hub waits. Two green threads may use it, one reading and one writing."""
 
     # In slots, where compiled methods find them.
-    __slots__ = ("_ahead", "_broken", "_guard", "_incoming", "_inner", "_outgoing", "_rest", "_sslobj", "_traced")
+    __slots__ = (
+        "_ahead",
+        "_broken",
+        "_context",
+        "_ended",
+        "_guard",
+        "_incoming",
+        "_inner",
+        "_outgoing",
+        "_rest",
+        "_sslobj",
+        "_tickets",
+        "_traced",
+        "record",
+    )
+
+    # What ssl.SSLSocket keeps in each of its objects, and here is the same in all.
+    _session = None
+    _connected = True
+    server_side = True
+    server_hostname = None
+    do_handshake_on_connect = False
+    suppress_ragged_eofs = True
 
     _inner: Any
     _sslobj: Any
@@ -41,15 +64,12 @@ class Hubbed(Secured):
     _outgoing: ssl.MemoryBIO
     _guard: _thread.LockType
     _context: ssl.SSLContext
-    _session: None
-    _connected: bool
-    do_handshake_on_connect: bool
-    suppress_ragged_eofs: bool
     _ahead: bytes
     # What stands before the next write: None nothing; else bytes that were not sent yet, or b"" while others send.
     _rest: bytes | None
     _broken: bool  # a record was cut in the middle: nothing that we send can be understood any more
     _traced: bool
+    _tickets: int  # bytes that OpenSSL has to say and that need not go before a wait
 
     @classmethod
     def over(cls, inner: Any, context: ssl.SSLContext, first: bytes = b"") -> Hubbed:
@@ -61,24 +81,28 @@ class Hubbed(Secured):
             first: what was received already.
         """
         self = cls.__new__(cls)
-        socket.socket.__init__(self, int(inner.family), int(inner.type), inner.proto, inner.fileno())
-        _socket.socket.settimeout(self, 0.0)  # the hub waits, nobody else
+        self._stand_for(inner)
+        self.record = None
         self._inner = inner
-        self._ahead, self._rest, self._broken, self._traced = b"", None, False, False
+        self._ahead, self._rest, self._tickets = b"", None, 0
+        self._broken = self._traced = self._ended = False
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._incoming.write(first)
         self._guard = _thread.allocate_lock()  # OpenSSL lets go of the GIL, and programs have other threads too
         self._context = context
-        self._session = None
-        self._connected = True
-        self.server_side = True
-        self.server_hostname = None
-        self.do_handshake_on_connect = False
-        self.suppress_ragged_eofs = True
         self._sslobj = context._wrap_bio(  # type: ignore[attr-defined]
             self._incoming, self._outgoing, server_side=True, owner=self
         )
         return self
+
+    def _stand_for(self, inner: Any) -> None:
+        """Become a socket of the same descriptor, which asks nobody to wait: the hub does."""
+        socket.socket.__init__(self, family_of(inner), kind_of(inner), proto_of(inner), inner.fileno())
+        _socket.socket.settimeout(self, 0.0)
+
+    def fileno(self) -> int:
+        """Return the descriptor, as any socket; the hub's connection notes that somebody has it."""
+        return self._inner.fileno()  # type: ignore[no-any-return]
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -146,11 +170,13 @@ class Hubbed(Secured):
     def _flush(self) -> None:
         """Send what OpenSSL has to say of its own accord, unless a write is under way."""
         if self._outgoing.pending and self._rest is None:
+            self._tickets = 0
             self._send(self._outgoing.read())
 
     def _feed(self) -> None:
-        """Wait for more from the peer; what OpenSSL has to say to it goes first."""
-        self._flush()
+        """Wait for more from the peer; what OpenSSL has to say to it goes first, but for tickets."""
+        if self._outgoing.pending != self._tickets:
+            self._flush()
         try:
             data = self._inner.recv(SLICE)
         except BlockingIOError:
@@ -218,6 +244,8 @@ class Hubbed(Secured):
         if self._rest is not None:
             self._make_way()
         size = len(plain)
+        if size:
+            self._tickets = 0
         if size <= PIECE:
             if not size:
                 return
@@ -278,7 +306,11 @@ class Hubbed(Secured):
     def do_handshake(self, block: bool = False) -> None:
         """Do the TLS handshake, waiting in the hub; the timeout holds for all of it."""
         timeout = self.gettimeout()
-        deadline = time.monotonic() + timeout if timeout else None
+        self.shake(time.monotonic() + timeout if timeout else None)
+
+    def shake(self, deadline: float | None) -> None:
+        """Do the TLS handshake, waiting in the hub until ``deadline``, by ``time.monotonic()``."""
+        timeout = self.gettimeout()
         try:
             while True:
                 try:
@@ -289,14 +321,27 @@ class Hubbed(Secured):
                     if deadline is not None:
                         self.settimeout(max(0.001, deadline - time.monotonic()))
                     self._feed()
-            if self._sslobj.version() != "TLSv1.3":
-                self._flush()
-            # Else what is left are tickets, which nobody waits for: they go with the first answer, or before a wait.
-        except ssl.SSLError:
-            self._send_last()  # OpenSSL's alert, that tells the peer why
-            raise
+            self._settle()
+        except ssl.SSLError as error:
+            self._break_off(error)
         finally:
             self.settimeout(timeout)
+
+    def _settle(self) -> None:
+        """The handshake is done. What TLS 1.3 has left to say are tickets, which nobody waits for.
+
+        They go with the first answer, rather than in a packet of their own that wakes the client; or at the end.
+        """
+        if self._sslobj.version() == "TLSv1.3":
+            self._tickets = self._outgoing.pending
+        else:
+            self._flush()
+
+    def _break_off(self, error: Exception) -> None:
+        """Raise ``error``, which the handshake met, after OpenSSL's alert that tells the peer why."""
+        if isinstance(error, ssl.SSLError):
+            self._send_last()
+        raise error
 
     def unwrap(self) -> socket.socket:
         """End TLS and go on in plain text; see ``ssl.SSLSocket.unwrap``."""
@@ -339,6 +384,7 @@ class Hubbed(Secured):
 
     def _send_last(self) -> None:
         """Send what OpenSSL has to say if that can be done at once, and if it can be understood."""
+        self._tickets = 0
         data = (self._rest or b"") + self._outgoing.read()
         if not data or self._broken or self._rest == b"":
             return
@@ -347,11 +393,45 @@ class Hubbed(Secured):
         except OSError:
             pass  # the peer does not read, or has gone
 
+    @property
+    def far_end(self) -> str | None:
+        """Why the peer is gone, if it is; what reads have told is asked first."""
+        return self._inner.far_end or super().far_end
+
+    def end(self) -> bool:
+        """Say goodbye and close, when nothing will be read on; see ``Connection.end``."""
+        record, self.record = self.record, None
+        self._say_goodbye()
+        self._closed = True
+        if self._io_refs > 0:  # the last makefile() closes it
+            self.record = record
+            return False
+        self._give_up()
+        self._inner.end()
+        return True
+
+    def _say_goodbye(self) -> None:
+        """Send close_notify, as :meth:`_end`, but keep nothing of what has come."""
+        sslobj = self._sslobj
+        if self._ended or sslobj is None:
+            return
+        self._ended = True
+        try:
+            with self._guard:
+                sslobj.shutdown()
+        except OSError:  # the usual: the peer's close_notify has not come
+            pass
+        self._send_last()
+
     def _let_go(self) -> None:
+        self._give_up()
+        self._inner.close()
+
+    def _give_up(self) -> None:
+        """Leave the descriptor to the hub's connection."""
         self._sslobj = None
         _socket.socket.detach(self)
         self._inner.record = None  # after start_tls() it leads here
-        self._inner.close()
 
     def detach(self) -> int:
         """Give the descriptor away; nothing knows of TLS any more."""
@@ -359,8 +439,7 @@ class Hubbed(Secured):
         self._closed = True
         return self._inner.detach()  # type: ignore[no-any-return]
 
-    def __del__(self) -> None:
-        _socket.socket.detach(self)  # the descriptor is the other's to close
+    __del__ = _socket.socket.detach  # the descriptor is the other's to close
 
     def waits_for(self) -> Any:
         """For what a green thread waits here, as the hub's connection tells: ``reading``, ``writing`` or None."""
