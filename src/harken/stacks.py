@@ -52,6 +52,7 @@ def request_in(frame: FrameType) -> Any:
     code = frame.f_code
     if code.co_name in _SERVING:
         return frame.f_locals.get(_REQUEST)
-    if code.co_name == "handle" and code.co_argcount:
-        return getattr(frame.f_locals.get(code.co_varnames[0]), _REQUEST, None)
-    return None
+    if code.co_name != "handle" or not code.co_argcount:
+        return None
+    handler = frame.f_locals.get(code.co_varnames[0])
+    return getattr(handler, "_carried", None) or getattr(handler, _REQUEST, None)  # an async handler's is another's
