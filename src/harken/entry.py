@@ -232,12 +232,11 @@ def refuse_unentered(server: Any, request: Any) -> None:
     Raises:
         LifecycleError: it did.
     """
-    record = getattr(request, "record", None)
-    if record is not None and record.entered:
+    entry = getattr(getattr(server, "_harken", None), "entry", None)
+    if not isinstance(entry, Entry):  # asked first: a connection of such a server may need no record
         return
-    serving = getattr(server, "_harken", None)
-    entry = getattr(serving, "entry", None)
-    if isinstance(entry, Entry) and not entry.passed(request):
+    record = getattr(request, "record", None)
+    if (record is None or not record.entered) and not entry.passed(request):
         raise LifecycleError(
             f"{type(server).__name__} hands its handler a connection whose preambles (TLS, PROXY) have not run; "
             "an overridden hook must end in harken's process_request() or process_request_thread()"

@@ -10,12 +10,12 @@
 #define SLICE (PIECE + 2048 + 5)   /* and one on the wire */
 
 /* Slots of the class. The first are what calls use while others may close the connection. */
-enum { INNER, SSLOBJ, INCOMING, OUTGOING, GUARD, HELD, AHEAD = HELD, REST, BROKEN, TRACED, TICKETS, ENDED, RECORD, SLOTS };
+enum { INNER, SSLOBJ, INCOMING, OUTGOING, GUARD, HELD, AHEAD = HELD, REST, BROKEN, TRACED, ENDED, RECORD, SLOTS };
 static const char *slot_names[SLOTS] = {"_inner", "_sslobj", "_incoming", "_outgoing", "_guard", "_ahead",
-                                        "_rest",  "_broken", "_traced",   "_tickets",  "_ended", "record"};
+                                        "_rest",  "_broken", "_traced",   "_ended",    "record"};
 static Py_ssize_t offsets[SLOTS];
 static PyObject *slow_recv, *slow_sendall, *slow_shake, *slow_end, *slow_stand_for; /* what was replaced */
-static PyObject *want_read, *none_pending;                                          /* ssl.SSLWantReadError, and 0 */
+static PyObject *want_read;                                                         /* ssl.SSLWantReadError */
 static PyObject *word_acquire, *word_break_off, *word_do_handshake, *word_eof, *word_fail, *word_judge, *word_pending,
     *word_read, *word_record, *word_recv, *word_release, *word_sendall, *word_shutdown, *word_tell, *word_version,
     *word_write, *word_write_eof;
@@ -186,18 +186,12 @@ static PyObject *secured_recv(PyObject *self, PyObject *const *args, Py_ssize_t 
 
 /* -- sending ------------------------------------------------------------------------------------------------------- */
 
-/* What OpenSSL has to send: all of it, tickets too. */
-static PyObject *take_outgoing(PyObject *self, PyObject *const held[]) {
-    Py_XSETREF(*slot(self, TICKETS), Py_NewRef(none_pending));
-    return call(held[OUTGOING], word_read, NULL);
-}
-
 static PyObject *encrypt(PyObject *self, PyObject *const held[], PyObject *plain) {
     if (lock(held[GUARD]) < 0)
         return NULL;
     PyObject *data = NULL;
     if (call_off(held[SSLOBJ], word_write, plain) == 0)
-        data = take_outgoing(self, held);
+        data = call(held[OUTGOING], word_read, NULL);
     if (unlock(held[GUARD]) < 0)
         Py_CLEAR(data);
     return data != NULL ? data : ask(self, word_fail);
@@ -217,13 +211,12 @@ static int send_all(PyObject *self, PyObject *const held[], PyObject *data) {
     return sent < 0 ? -1 : 0;
 }
 
-/* Send what OpenSSL has to say of its own accord, unless a write is under way, or it is tickets: nobody waits for those.
- */
+/* Send what OpenSSL has to say of its own accord, unless a write is under way. */
 static int say(PyObject *self, PyObject *const held[]) {
     Py_ssize_t unsaid = size_in(PyObject_GetAttr(held[OUTGOING], word_pending));
-    if (unsaid <= 0 || unsaid == PyLong_AsSsize_t(*slot(self, TICKETS)) || *slot(self, REST) != Py_None)
+    if (unsaid <= 0 || *slot(self, REST) != Py_None)
         return unsaid < 0 ? -1 : 0;
-    PyObject *data = take_outgoing(self, held);
+    PyObject *data = call(held[OUTGOING], word_read, NULL);
     int result = data == NULL ? -1 : send_all(self, held, data);
     Py_XDECREF(data);
     return result;
@@ -246,20 +239,14 @@ static PyObject *secured_sendall(PyObject *self, PyObject *const *args, Py_ssize
 
 /* -- the handshake ------------------------------------------------------------------------------------------------- */
 
-/* It is done. What TLS 1.3 has left to say are tickets, which go with the first answer; see _settle(). */
+/* It is done; see _settle(). */
 static int settle(PyObject *self, PyObject *const held[]) {
     PyObject *version = call(held[SSLOBJ], word_version, NULL);
     if (version == NULL)
         return -1;
     bool has_tickets = PyUnicode_Check(version) && PyUnicode_CompareWithASCIIString(version, "TLSv1.3") == 0;
     Py_DECREF(version);
-    if (!has_tickets)
-        return say(self, held);
-    PyObject *tickets = PyObject_GetAttr(held[OUTGOING], word_pending);
-    if (tickets == NULL)
-        return -1;
-    Py_XSETREF(*slot(self, TICKETS), tickets);
-    return 0;
+    return has_tickets ? 0 : say(self, held);
 }
 
 /* 1: it is done; 0: OpenSSL wants to read; -1. */
@@ -315,7 +302,7 @@ static PyObject *secured_stand_for(PyObject *self, PyObject *inner) {
 }
 
 /* Send close_notify, if that can be done at once; whatever comes of it. -1: something else was raised meanwhile. */
-static int say_goodbye(PyObject *self, PyObject *const held[]) {
+static int say_goodbye(PyObject *const held[]) {
     if (lock(held[GUARD]) < 0)
         return -1;
     int done = call_off(held[SSLOBJ], word_shutdown, NULL);
@@ -326,7 +313,7 @@ static int say_goodbye(PyObject *self, PyObject *const held[]) {
             return -1;
         PyErr_Clear();
     }
-    PyObject *data = take_outgoing(self, held);
+    PyObject *data = call(held[OUTGOING], word_read, NULL);
     if (data == NULL)
         return -1;
     int fd = socket_fd(held[INNER]); /* the peer may not read, or have gone */
@@ -342,7 +329,7 @@ static PyObject *secured_end(PyObject *self, PyObject *none) {
     hold(self, held);
     Py_XSETREF(*slot(self, RECORD), Py_NewRef(Py_None));
     Py_XSETREF(*slot(self, ENDED), Py_NewRef(Py_True));
-    if (say_goodbye(self, held) == 0 && closes_at_once(self)) {
+    if (say_goodbye(held) == 0 && closes_at_once(self)) {
         stand_down(self);
         Py_XSETREF(*slot(self, SSLOBJ), Py_NewRef(Py_None));
         if (PyObject_SetAttr(held[INNER], word_record, Py_None) == 0) /* after start_tls() it leads here */
@@ -419,8 +406,7 @@ PyObject *quicken(PyObject *module, PyObject *type) {
     PyObject *ssl = PyImport_ImportModule("ssl");
     want_read = ssl == NULL ? NULL : PyObject_GetAttrString(ssl, "SSLWantReadError");
     Py_XDECREF(ssl);
-    none_pending = PyLong_FromLong(0);
-    if (want_read == NULL || none_pending == NULL)
+    if (want_read == NULL)
         return NULL;
     for (size_t each = 0; each < sizeof quick / sizeof *quick; each++)
         if (replace((PyTypeObject *)type, &quick[each].method, quick[each].slow) < 0)

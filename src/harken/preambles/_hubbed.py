@@ -45,7 +45,6 @@ class Hubbed(Secured):
         "_outgoing",
         "_rest",
         "_sslobj",
-        "_tickets",
         "_traced",
         "record",
     )
@@ -69,7 +68,6 @@ class Hubbed(Secured):
     _rest: bytes | None
     _broken: bool  # a record was cut in the middle: nothing that we send can be understood any more
     _traced: bool
-    _tickets: int  # bytes that OpenSSL has to say and that need not go before a wait
 
     @classmethod
     def over(cls, inner: Any, context: ssl.SSLContext, first: bytes = b"") -> Hubbed:
@@ -84,7 +82,7 @@ class Hubbed(Secured):
         self._stand_for(inner)
         self.record = None
         self._inner = inner
-        self._ahead, self._rest, self._tickets = b"", None, 0
+        self._ahead, self._rest = b"", None
         self._broken = self._traced = self._ended = False
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._incoming.write(first)
@@ -170,13 +168,11 @@ class Hubbed(Secured):
     def _flush(self) -> None:
         """Send what OpenSSL has to say of its own accord, unless a write is under way."""
         if self._outgoing.pending and self._rest is None:
-            self._tickets = 0
             self._send(self._outgoing.read())
 
     def _feed(self) -> None:
-        """Wait for more from the peer; what OpenSSL has to say to it goes first, but for tickets."""
-        if self._outgoing.pending != self._tickets:
-            self._flush()
+        """Wait for more from the peer; what OpenSSL has to say to it goes first."""
+        self._flush()
         try:
             data = self._inner.recv(SLICE)
         except BlockingIOError:
@@ -244,8 +240,6 @@ class Hubbed(Secured):
         if self._rest is not None:
             self._make_way()
         size = len(plain)
-        if size:
-            self._tickets = 0
         if size <= PIECE:
             if not size:
                 return
@@ -330,11 +324,10 @@ class Hubbed(Secured):
     def _settle(self) -> None:
         """The handshake is done. What TLS 1.3 has left to say are tickets, which nobody waits for.
 
-        They go with the first answer, rather than in a packet of their own that wakes the client; or at the end.
+        They go with the first answer, or before a wait: not later. A client's kernel may hold its request back until
+        what ended the handshake is acknowledged (Nagle), and ours acknowledges at once only with something to send.
         """
-        if self._sslobj.version() == "TLSv1.3":
-            self._tickets = self._outgoing.pending
-        else:
+        if self._sslobj.version() != "TLSv1.3":
             self._flush()
 
     def _break_off(self, error: Exception) -> None:
@@ -384,7 +377,6 @@ class Hubbed(Secured):
 
     def _send_last(self) -> None:
         """Send what OpenSSL has to say if that can be done at once, and if it can be understood."""
-        self._tickets = 0
         data = (self._rest or b"") + self._outgoing.read()
         if not data or self._broken or self._rest == b"":
             return
