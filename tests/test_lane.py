@@ -20,7 +20,7 @@ from harken.serving import serving_of
 
 PATIENCE = 10.0  # seconds
 
-pytestmark = pytest.mark.skipif(_hub.Lane is None, reason="only with Python that has the compiled hub")
+pytestmark = pytest.mark.skipif(_hub.Lane is None, reason="the compiled hub is not in use: build it")
 
 
 class Echo(harken.BaseRequestHandler):
