@@ -11,6 +11,7 @@ import time
 import pytest
 
 import harken
+from harken.preambles._secured import Secured
 
 from .tls_kit import BESIDE, ENGINES, PATIENCE, plain
 
@@ -42,10 +43,13 @@ def test_the_request_is_an_ssl_socket(engine, serving, dial):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_much_passes_both_ways_at_once(engine, serving, dial):
+def test_much_passes_both_ways_at_once(engine, serving, dial, trusting):
     """Three million bytes each way, in pieces of every size, arrive as they were sent."""
     data = bytes(range(256)) * 12000
-    with serving(engine) as server, dial(server) as client:
+    context = trusting()
+    context.sslsocket_class = Secured
+    with serving(engine) as server, dial(server, context=context) as client:
+        client.share()  # between two threads, which OpenSSL's objects are not for
         sender = threading.Thread(target=client.sendall, args=(data,))
         sender.start()
         got = bytearray()
