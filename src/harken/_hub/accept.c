@@ -9,8 +9,6 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <limits.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <stddef.h>
 #include <sys/ioctl.h>
@@ -272,36 +270,18 @@ static int never_blocks(PyObject *listener) {
     return zero;
 }
 
-/* How many wait at a listening TCP socket: of such a one tcpi_unacked is its queue, see tcp_get_info() in
- * net/ipv4/tcp.c. -1: not told. */
-static int queue_of(const Listening *door) {
-    struct tcp_info info;
-    socklen_t length = offsetof(struct tcp_info, tcpi_unacked) + sizeof info.tcpi_unacked, most = length;
-    if (door->family == AF_UNIX || getsockopt(door->fd, IPPROTO_TCP, TCP_INFO, &info, &length) < 0 || length < most)
-        return -1;
-    return (int)info.tcpi_unacked;
-}
-
-/* Look at a listening socket before connections are taken from it. Where no child of ours can take them too, its queue
- * is asked once, instead of the door for each. */
+/* Look at a listening socket before connections are taken from it. */
 int listening_begin(Listening *door, PyObject *listener) {
     if (socket_parts(listener, &door->fd, &door->family, &door->kind, &door->proto) < 0)
         return -1;
     int quiet = never_blocks(listener);
     door->quiet = quiet > 0;
-    door->queued = quiet > 0 || forked ? -1 : queue_of(door);
     return quiet < 0 ? -1 : 0;
 }
 
-static bool may_accept(Listening *door) {
-    if (door->quiet)
-        return true;
-    return door->queued >= 0 ? door->queued-- > 0 : anybody(door->fd);
-}
-
 /* Take one, without waiting. 1: there was one; 0: nobody is there; -1. */
-int listening_accept(Listening *door, PyTypeObject *type, PyObject **connection, PyObject **peer) {
-    if (!may_accept(door))
+int listening_accept(const Listening *door, PyTypeObject *type, PyObject **connection, PyObject **peer) {
+    if (!door->quiet && !anybody(door->fd))
         return 0;
     if (accept_into(type, door, connection, peer) < 0) {
         if (!PyErr_ExceptionMatches(PyExc_BlockingIOError))

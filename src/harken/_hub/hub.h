@@ -355,10 +355,9 @@ HIDDEN PyObject *make_connection(PyTypeObject *type, int fd, int family, int kin
 typedef struct {
     int fd, family, kind, proto;
     bool quiet; /* it does not block */
-    int queued; /* how many still wait there; -1: it is to be asked before each */
 } Listening;
 HIDDEN int listening_begin(Listening *door, PyObject *listener);
-HIDDEN int listening_accept(Listening *door, PyTypeObject *type, PyObject **connection, PyObject **peer);
+HIDDEN int listening_accept(const Listening *door, PyTypeObject *type, PyObject **connection, PyObject **peer);
 HIDDEN bool closes_at_once(PyObject *sock);
 HIDDEN bool stand_for(PyObject *made, PyObject *sock);
 HIDDEN void stand_down(PyObject *sock);
