@@ -608,9 +608,9 @@ PyObject *connection_handle(PyObject *self, PyObject *none) {
 }
 
 /* Its end is told to its record, which it may not have yet. */
-static void make_record(PyObject *self) {
+void make_record(PyObject *self) {
     PyObject *type, *error, *trace;
-    if (state_of(self)->lane == NULL || *record_slot(self) != NULL)
+    if (state_of(self)->worker == NULL || *record_slot(self) != NULL)
         return;
     PyErr_Fetch(&type, &error, &trace);
     PyObject *record = lane_record(self);
@@ -667,7 +667,7 @@ static PyMethodDef connection_methods[] = {
 /* The record, which is made when it is first asked for. */
 static PyObject *get_record(PyObject *self, void *closure) {
     PyObject *record = Py_XNewRef(*record_slot(self));
-    if (record == NULL && state_of(self)->lane != NULL)
+    if (record == NULL && state_of(self)->worker != NULL)
         record = lane_record(self);
     if (record == NULL && !PyErr_Occurred())
         PyErr_SetString(PyExc_AttributeError, "record");
@@ -691,8 +691,6 @@ static PyGetSetDef connection_attributes[] = {
 static PyMemberDef connection_members[] = {
     {"<hub>", T_OBJECT_EX, 0, 0, NULL},
     {"<marks>", T_OBJECT_EX, 0, 0, NULL},
-    {"<lane>", T_OBJECT_EX, 0, 0, NULL},
-    {"<address>", T_OBJECT_EX, 0, 0, NULL},
     {NULL},
 };
 
@@ -746,8 +744,6 @@ int connection_ready(PyObject *module) {
     state_offset = (Base_Type->tp_basicsize + 15) & ~(Py_ssize_t)15;
     connection_members[0].offset = state_offset + (Py_ssize_t)offsetof(State, hub);
     connection_members[1].offset = state_offset + (Py_ssize_t)offsetof(State, marked);
-    connection_members[2].offset = state_offset + (Py_ssize_t)offsetof(State, lane);
-    connection_members[3].offset = state_offset + (Py_ssize_t)offsetof(State, address);
     connection_spec.basicsize = (int)(state_offset + (Py_ssize_t)sizeof(State));
     if ((connection_slots[2].pfunc = all_methods()) == NULL) {
         PyErr_NoMemory();

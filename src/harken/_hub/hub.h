@@ -247,10 +247,7 @@ typedef struct {
     bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it */
     double timeout;   /* seconds; 0: none */
     PyObject *marked; /* bytes that hold Marks, and a member as `hub` is; NULL: nobody wants to know */
-    /* Of which its record will be made, if anybody asks for that; members too. NULL: it has one, or needs none. */
-    PyObject *lane, *address;
-    PyObject *next, *previous; /* borrowed: others of the lane without a record */
-    int64_t started;           /* nanoseconds of CLOCK_MONOTONIC */
+    struct Worker *worker; /* borrowed: who serves it on a lane, and knows what its record will be made of; or NULL */
 } State;
 
 static inline Marks *marks_of(State *state) {
@@ -330,6 +327,7 @@ extern HIDDEN PyMethodDef rare_methods[];
 #define FAST(function) ((PyCFunction)(void (*)(void))(function))
 
 HIDDEN PyObject **record_slot(PyObject *self);
+HIDDEN void make_record(PyObject *self);
 HIDDEN PyObject *connection_handle(PyObject *self, PyObject *none);
 
 /* lane.c */

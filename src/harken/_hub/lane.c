@@ -21,6 +21,8 @@ typedef struct Lane Lane;
 /* What a green thread of a lane runs. */
 typedef struct Worker {
     PyObject_HEAD
+    struct Worker *next, *previous; /* of those whose connections are open and have no record */
+    int64_t started;                /* when the connection was accepted, in nanoseconds of CLOCK_MONOTONIC */
     Lane *lane;
     PyGreenlet *green; /* borrowed: it holds this */
     PyObject *request, *address, *kind; /* of the connection that it serves; NULL: it rests */
@@ -51,7 +53,7 @@ struct Lane {
     PyObject *names;
     Py_ssize_t name_count;
     unsigned int versions[2];
-    PyObject *first; /* borrowed: the open connections that have no record, linked by their State */
+    Worker *first; /* of those whose connections are open and have no record */
     Py_ssize_t open;
     Tallies tallies; /* since collect() */
     Resting idle[MOST_IDLE];
@@ -71,40 +73,38 @@ static Py_ssize_t careful_at, counts_bytes_at, buffers_at, waiting_at;
 /* Nobody will ask for its record any more, or it has one. */
 void lane_forget(PyObject *request) {
     State *state = state_of(request);
-    Lane *lane = (Lane *)state->lane;
-    if (lane == NULL)
+    Worker *worker = state->worker;
+    if (worker == NULL)
         return;
-    if (state->next != NULL)
-        state_of(state->next)->previous = state->previous;
-    if (state->previous != NULL)
-        state_of(state->previous)->next = state->next;
+    if (worker->next != NULL)
+        worker->next->previous = worker->previous;
+    if (worker->previous != NULL)
+        worker->previous->next = worker->next;
     else
-        lane->first = state->next;
-    lane->open--;
-    state->next = state->previous = NULL;
-    Py_CLEAR(state->address);
-    Py_CLEAR(state->lane);
+        worker->lane->first = worker->next;
+    worker->lane->open--;
+    worker->next = worker->previous = NULL;
+    state->worker = NULL;
 }
 
-/* Begin to know a connection, without keeping it. */
-static void note(Lane *lane, PyObject *request, PyObject *address) {
-    State *state = state_of(request);
-    state->started = now_ns();
-    state->lane = Py_NewRef(lane);
-    state->address = Py_NewRef(address);
-    if ((state->next = lane->first) != NULL)
-        state_of(state->next)->previous = request;
-    lane->first = request;
+/* Begin to know a connection by whom serves it, who keeps it. */
+static void note(Worker *worker) {
+    Lane *lane = worker->lane;
+    worker->started = now_ns();
+    state_of(worker->request)->worker = worker;
+    if ((worker->next = lane->first) != NULL)
+        worker->next->previous = worker;
+    lane->first = worker;
     lane->open++;
 }
 
 /* Put a record in the place of what was known. Another thread may have done that meanwhile, or the connection may have
  * ended: then what was made is nobody's. */
-static int file(Lane *lane, PyObject *request, PyObject *record) {
+static int file(Worker *worker, PyObject *request, PyObject *record) {
     PyObject *number = PyObject_GetAttr(record, word_key);
     int result = number == NULL ? -1 : 0;
-    if (result == 0 && state_of(request)->lane == (PyObject *)lane && *record_slot(request) == NULL &&
-        (result = PyDict_SetItem(lane->filed, number, record)) == 0) {
+    if (result == 0 && state_of(request)->worker == worker && *record_slot(request) == NULL &&
+        (result = PyDict_SetItem(worker->lane->filed, number, record)) == 0) {
         *record_slot(request) = Py_NewRef(record);
         lane_forget(request);
     }
@@ -114,18 +114,27 @@ static int file(Lane *lane, PyObject *request, PyObject *record) {
 
 /* The record of a connection that has none, now that somebody asks for it. NULL without an exception: it has ended. */
 PyObject *lane_record(PyObject *request) {
-    State *state = state_of(request);
-    Lane *lane = (Lane *)Py_NewRef(state->lane);
-    PyObject *started = PyFloat_FromDouble((double)state->started / 1e9), *result = NULL;
-    PyObject *made = started == NULL
-                         ? NULL
-                         : PyObject_CallFunctionObjArgs(lane->remember, request, state->address, started, NULL);
-    if (made != NULL && file(lane, request, made) == 0)
+    Worker *worker = (Worker *)Py_NewRef(state_of(request)->worker);
+    PyObject *started = PyFloat_FromDouble((double)worker->started / 1e9), *result = NULL;
+    PyObject *made = started == NULL ? NULL
+                                     : PyObject_CallFunctionObjArgs(worker->lane->remember, request, worker->address,
+                                                                    started, NULL);
+    if (made != NULL && file(worker, request, made) == 0)
         result = Py_XNewRef(*record_slot(request));
     Py_XDECREF(made);
     Py_XDECREF(started);
-    Py_DECREF(lane);
+    Py_DECREF(worker);
     return result;
+}
+
+/* The green thread is done with its connection. One that is open still, since its end failed or nobody served it, gets
+ * a record, which is told when it goes. */
+static void drop_request(Worker *worker) {
+    if (worker->request != NULL)
+        make_record(worker->request);
+    Py_CLEAR(worker->request);
+    Py_CLEAR(worker->address);
+    Py_CLEAR(worker->kind);
 }
 
 /* -- the end ------------------------------------------------------------------------------------------------------ */
@@ -168,7 +177,7 @@ static int end_unnoticed(Lane *lane, PyObject *request) {
     State *state = state_of(request);
     if (flush_of(request) < 0) /* others may run meanwhile */
         PyErr_Clear();         /* the peer has gone: nobody is left to be told */
-    if (state->lane != (PyObject *)lane || *record_slot(request) != NULL || !closes_at_once(request) ||
+    if (state->worker == NULL || *record_slot(request) != NULL || !closes_at_once(request) ||
         !ends_unnoticed(lane))
         return 0;
     int reason = reason_of(state, socket_fd(request));
@@ -298,9 +307,7 @@ static PyObject *worker_call(PyObject *self, PyObject *none, PyObject *words) {
         if (hub->pending_owner != NULL && current_hub == hub && flush_pending(hub) < 0)
             PyErr_Clear(); /* of a connection that a handler left: it does not learn that its peer has gone */
         hub->news |= hub->asks_at_ends;
-        Py_CLEAR(worker->request);
-        Py_CLEAR(worker->address);
-        Py_CLEAR(worker->kind);
+        drop_request(worker);
         if (hub->lent)
             end_process();
         worker->leaves |= result < 0;
@@ -358,6 +365,7 @@ static int start(Lane *lane, PyObject *request, PyObject *address, bool now) {
     worker->kind = Py_NewRef(lane->kind);
     worker->lean = lane->lean;
     worker->context = context;
+    note(worker);
     int result = PySet_Add(lane->busy, (PyObject *)green) < 0 ||
                          (!now && enqueue(lane->hub, SWITCH, (PyObject *)green, NULL) < 0)
                      ? -1
@@ -377,8 +385,6 @@ static void let_in(Lane *lane, PyObject *request, PyObject *address, bool now) {
                          ? PyObject_CallFunctionObjArgs(lane->shown, lane->sock, address, NULL)
                          : Py_NewRef(address);
     lane->tallies.taken++;
-    if (told != NULL)
-        note(lane, request, told);
     if (told == NULL || start(lane, request, told, now) < 0) {
         if (tell_failure(lane->failed, request, told == NULL ? Py_None : told) < 0)
             PyErr_Clear();
@@ -513,8 +519,8 @@ static PyObject *lane_collect(PyObject *self, PyObject *none) {
 
 static PyObject *lane_connections(PyObject *self, PyObject *none) {
     PyObject *found = PyList_New(0);
-    for (PyObject *each = ((Lane *)self)->first; found != NULL && each != NULL; each = state_of(each)->next)
-        if (PyList_Append(found, each) < 0)
+    for (Worker *each = ((Lane *)self)->first; found != NULL && each != NULL; each = each->next)
+        if (PyList_Append(found, each->request) < 0)
             Py_CLEAR(found);
     return found;
 }
@@ -648,9 +654,7 @@ static int worker_traverse(PyObject *self, visitproc visit, void *arg) {
 
 static int worker_clear(PyObject *self) {
     Worker *worker = (Worker *)self;
-    Py_CLEAR(worker->request);
-    Py_CLEAR(worker->address);
-    Py_CLEAR(worker->kind);
+    drop_request(worker);
     Py_CLEAR(worker->context);
     return 0;
 }
