@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from harken.traffic import accept_queue
@@ -24,6 +25,7 @@ __all__ = [
     "Connection",
     "accept",
     "backlog_length",
+    "end_wire",
     "forget_unsent",
     "idle_seconds",
     "peer_fault",
@@ -111,12 +113,7 @@ class Connection(Socket):
                 self.shutdown(socket.SHUT_WR)
             except OSError:
                 pass  # the peer, or the handler, was quicker
-        self._closed = True
-        if self._io_refs > 0:  # the last makefile() closes it
-            self.record = record
-            return False
-        _socket.socket.close(self)
-        return True
+        return end_wire(self, record, lambda: _socket.socket.close(self))
 
     @property
     def family(self) -> Any:
@@ -152,6 +149,22 @@ class Connection(Socket):
 
 
 _poll = original("select", "poll")
+
+
+def end_wire(sock: Any, record: Record | None, close: Callable[[], object]) -> bool:
+    """Close a socket whose record has been taken from it; tell whether it is closed, or a file of it still open.
+
+    Args:
+        sock: it is marked as closed.
+        record: it gets that back where a file keeps it open: the last makefile() closes it, and tells.
+        close: closes the descriptor.
+    """
+    sock._closed = True
+    if sock._io_refs > 0:
+        sock.record = record
+        return False
+    close()
+    return True
 
 
 def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tuple[socket.socket, Any]:

@@ -24,7 +24,7 @@ from contextlib import nullcontext
 from time import monotonic
 from typing import Any, TypeVar
 
-from harken.connection import peer_fault, shut
+from harken.connection import end_wire, peer_fault, shut
 
 __all__ = ["Secured"]
 
@@ -85,12 +85,7 @@ class Secured(ssl.SSLSocket):
             self.part()
         except OSError:
             pass  # the peer, or the handler, was quicker
-        self._closed = True
-        if self._io_refs > 0:  # the last makefile() closes it
-            self.record = record
-            return False
-        self._let_go()
-        return True
+        return end_wire(self, record, self._let_go)
 
     def unwrap(self) -> socket.socket:
         """End TLS and go on in plain text, which takes the peer's close_notify too; see ``ssl.SSLSocket.unwrap``."""
