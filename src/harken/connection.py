@@ -12,7 +12,6 @@ import select
 import socket
 import struct
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from harken.traffic import accept_queue
@@ -25,9 +24,9 @@ __all__ = [
     "Connection",
     "accept",
     "backlog_length",
-    "end_wire",
     "forget_unsent",
     "idle_seconds",
+    "kept_open",
     "peer_fault",
     "read_off",
     "receive_now",
@@ -113,7 +112,10 @@ class Connection(Socket):
                 self.shutdown(socket.SHUT_WR)
             except OSError:
                 pass  # the peer, or the handler, was quicker
-        return end_wire(self, record, lambda: _socket.socket.close(self))
+        if kept_open(self, record):
+            return False
+        _socket.socket.close(self)
+        return True
 
     @property
     def family(self) -> Any:
@@ -151,20 +153,16 @@ class Connection(Socket):
 _poll = original("select", "poll")
 
 
-def end_wire(sock: Any, record: Record | None, close: Callable[[], object]) -> bool:
-    """Close a socket whose record has been taken from it; tell whether it is closed, or a file of it still open.
+def kept_open(sock: Any, record: Record | None) -> bool:
+    """Mark a socket as closed whose record was taken from it; tell whether a file of it keeps the descriptor open.
 
-    Args:
-        sock: it is marked as closed.
-        record: it gets that back where a file keeps it open: the last makefile() closes it, and tells.
-        close: closes the descriptor.
+    Then it has its record again: the last makefile() closes it, and tells.
     """
     sock._closed = True
     if sock._io_refs > 0:
         sock.record = record
-        return False
-    close()
-    return True
+        return True
+    return False
 
 
 def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tuple[socket.socket, Any]:

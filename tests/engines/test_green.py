@@ -430,3 +430,23 @@ def test_a_handler_may_fork():
             with socket.create_connection(server.server_address, PATIENCE) as client:
                 client.sendall(b"hello")
                 assert client.recv(100) == b"hello from the child"
+
+
+def test_waiting_for_a_handler_keeps_nobody_busy(monkeypatch):
+    """The hub takes a turn when it is to tell of ends, and then when there is one: it is not asked again and again."""
+    asked = []
+    plain = Engine._is_over
+    monkeypatch.setattr(Engine, "_is_over", lambda engine: asked.append(True) or plain(engine))
+
+    class Waits(harken.BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"x")
+            self.request.recv(1)
+
+    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Waits)) as server:
+        with socket.create_connection(server.server_address, 10) as client:
+            assert client.recv(1) == b"x"
+            engine = server._harken.engine
+            before = len(asked)
+            assert engine.join(time.monotonic() + 0.3) == 1
+            assert len(asked) - before < 20

@@ -24,7 +24,7 @@ from contextlib import nullcontext
 from time import monotonic
 from typing import Any, TypeVar
 
-from harken.connection import end_wire, peer_fault, shut
+from harken.connection import kept_open, peer_fault, shut
 
 __all__ = ["Secured"]
 
@@ -85,7 +85,10 @@ class Secured(ssl.SSLSocket):
             self.part()
         except OSError:
             pass  # the peer, or the handler, was quicker
-        return end_wire(self, record, self._let_go)
+        if kept_open(self, record):
+            return False
+        self._let_go()
+        return True
 
     def unwrap(self) -> socket.socket:
         """End TLS and go on in plain text, which takes the peer's close_notify too; see ``ssl.SSLSocket.unwrap``."""
