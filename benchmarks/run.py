@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime as dt
 import os
+import random
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except (PlanError, build.CannotBuildError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 2
-    runner = _Runner(measure.Bench(load, _cores(options)), options.python)
+    runner = _Runner(measure.Bench(load, _cores(options)), options.python, alive=options.alive)
     runner.prepare({rival.name: rival for rivals in asked.values() for rival in rivals}.values())
     measured = {scenario.name: runner.run(scenario, asked[scenario.name]) for scenario in scenarios}
     head = machine.describe_machine(runner.modules, options.python)
@@ -47,8 +49,8 @@ def main(words: Sequence[str] | None = None) -> int:
 class _Runner:
     """Runs a scenario's rounds in turn over the rivals, so that what else the machine does meets all alike."""
 
-    def __init__(self, bench: measure.Bench, python: str) -> None:
-        self._bench, self._python = bench, python
+    def __init__(self, bench: measure.Bench, python: str, *, alive: bool) -> None:
+        self._bench, self._python, self._alive = bench, python, alive
         self._commands: dict[str, list[str]] = {}
         self._environments: dict[str, dict[str, str]] = {}
         self.left_out: dict[str, str] = {}
@@ -78,17 +80,34 @@ class _Runner:
         except build.CannotBuildError as error:
             self._leave_out(scenario.name, str(error))
             return {**about, "rivals": {}}
-        for number in range(scenario.rounds):
-            for name, rounds in taken.items():
-                rounds.append(self._round(scenario, name, number, words))
+        with contextlib.ExitStack() as stack:
+            windows = {name: self._window(scenario, name, words, stack) for name in names}
+            for number in range(scenario.rounds):
+                for name in random.sample(names, len(names)):  # nobody always follows the same
+                    taken[name].append(self._round(scenario, name, number, windows[name]))
         figures = {name: results.gather(rounds) for name, rounds in taken.items()}
         return {**about, "rivals": {name: each for name, each in figures.items() if each}}
 
-    def _round(self, scenario: Scenario, rival: str, number: int, words: Sequence[str]) -> dict[str, Any] | None:
-        command = [*self._commands[rival], *words]
+    def _window(
+        self, scenario: Scenario, rival: str, words: Sequence[str], stack: contextlib.ExitStack
+    ) -> Callable[[], dict[str, Any]]:
+        """Return what gives a round's figures: with fresh servers, or with those that live as long as `stack`."""
+        command, environment = [*self._commands[rival], *words], self._environments[rival]
+        if not self._alive:
+            return lambda: self._bench.measure(scenario, command, environment)
+        try:
+            servers = stack.enter_context(self._bench.started(scenario, command, environment))
+        except measure.RoundError as error:
+            told = str(error)
+            return lambda: _raise(told)
+        return lambda: self._bench.window(scenario, servers)
+
+    def _round(
+        self, scenario: Scenario, rival: str, number: int, window: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any] | None:
         where = f"{scenario.name} {number + 1}/{scenario.rounds} {rival}"
         try:
-            figures = self._bench.measure(scenario, command, self._environments[rival])
+            figures = window()
         except measure.RoundError as error:
             self._leave_out(where, str(error))
             return None
@@ -103,6 +122,10 @@ class _Runner:
         print(f"run.py: {what} left out: {why}", file=sys.stderr)
 
 
+def _raise(why: str) -> NoReturn:
+    raise measure.RoundError(why)
+
+
 def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenario", type=_names, metavar="NAME,…", help="only these (see scenarios.toml)")
@@ -111,6 +134,11 @@ def _parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="length of the timed window, instead of the scenario's")
     parser.add_argument("--baseline", metavar="RIVAL", default="floor", help="whose rate is 1.00 (default: the floor)")
     parser.add_argument("--quick", action="store_true", help="a round of a moment and few connections: does it run?")
+    parser.add_argument(
+        "--alive",
+        action="store_true",
+        help="keep all servers alive over the rounds: short windows, many of them, and no fresh start in between",
+    )
     parser.add_argument("--python", default=sys.executable, help="interpreter of the Python servers")
     parser.add_argument("--cores", type=int, nargs=2, metavar=("SERVER", "LOAD"), help="cores to pin to")
     parser.add_argument("--output", type=Path, help="JSON file (default: build/bench/DATE.json), tables beside it")
@@ -137,6 +165,8 @@ def _choose_scenarios(options: argparse.Namespace) -> list[Scenario]:
             targets.parse(text)
     names = options.scenario or [name for name, scenario in known.items() if scenario.default]
     chosen = choose(known, names, "scenario")
+    if options.alive and (held := [scenario.name for scenario in chosen if scenario.held]):
+        raise PlanError(f"--alive, and {held[0]}: what a connection keeps is seen in a fresh server only")
     if options.quick:
         chosen = [scenario.smallest(QUICK_SECONDS) for scenario in chosen]
     changes = {name: getattr(options, name) for name in ("rounds", "seconds") if getattr(options, name) is not None}

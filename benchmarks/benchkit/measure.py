@@ -38,7 +38,7 @@ class Bench:
     patience: float = START_SECONDS
 
     def measure(self, scenario: Scenario, command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
-        """Run one round and return its figures.
+        """Run one round with fresh servers and return its figures.
 
         Args:
             scenario: what the load does.
@@ -48,21 +48,38 @@ class Bench:
         Raises:
             RoundError: a server did not start or the load failed.
         """
+        with self.started(scenario, command, environment) as servers:
+            figures = self.window(scenario, servers)
+        complaints = "\n".join(filter(None, (server.complaints for server in servers)))[-2000:]
+        return {**figures, "complaints": complaints}
+
+    @contextlib.contextmanager
+    def started(
+        self, scenario: Scenario, command: Sequence[str], environment: Mapping[str, str]
+    ) -> Iterator[list[Server]]:
+        """Start servers that have met a few connections; end them after the body. Arguments and errors as `measure`."""
         servers: list[Server] = []
         try:
             for _ in range(scenario.processes):
                 servers.append(Server(command, self.cores[0], environment, self.patience))  # noqa: PERF401 - all that started are ended
             if scenario.mode != "udp":
                 self._acquaint(scenario, servers)
-            fresh = _usage(servers)
-            reports, begin, end = self._run_loads(scenario, servers)
+            yield servers
         except ServerError as error:
             raise RoundError(str(error)) from None
         finally:
             for server in servers:
                 server.end()
-        complaints = "\n".join(filter(None, (server.complaints for server in servers)))[-2000:]
-        return {**_figures(scenario, reports, fresh, begin, end), "complaints": complaints}
+
+    def window(self, scenario: Scenario, servers: Sequence[Server]) -> dict[str, Any]:
+        """Let the load talk to started servers for the timed window, and return the figures.
+
+        Raises:
+            RoundError: the load failed.
+        """
+        fresh = _usage(servers)
+        reports, begin, end = self._run_loads(scenario, servers)
+        return {**_figures(scenario, reports, fresh, begin, end), "complaints": ""}
 
     def _acquaint(self, scenario: Scenario, servers: Sequence[Server]) -> None:
         """Let servers serve a few connections that go again, as in any but the first second of a server's life.

@@ -99,6 +99,20 @@ def test_targets_are_judged(tmp_path):
     assert "uvloop" not in table  # not measured, not judged
 
 
+def test_servers_can_stay_alive_over_the_rounds(tmp_path):
+    """With --alive one server of each kind meets all windows; what a connection keeps is not asked that way."""
+    output = tmp_path / "result.json"
+    words = "--alive", "--scenario", "echo-1", "--rivals", "floor,harken_green", "--output", output
+    result = run_benchmarks(*words, "--rounds", "3", "--seconds", "0.05")
+    assert result.returncode == 0, result.stderr
+    rivals = json.loads(output.read_text())["scenarios"]["echo-1"]["rivals"]
+    assert {name: len(figures["rate"]) for name, figures in rivals.items()} == {"floor": 3, "harken_green": 3}
+    assert not any(any(figures["errors"]) for figures in rivals.values())
+    refused = run_benchmarks("--alive", "--scenario", "idle-10k")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("run.py: --alive, and idle-10k: ")
+
+
 def test_counts_a_wrong_answer_as_an_error():
     """A server that answers with other bytes than were sent yields errors and no messages."""
     subprocess.run(["make", "-s", "-C", HOME, "load"], check=True, timeout=50)
