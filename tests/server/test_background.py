@@ -1,0 +1,61 @@
+"""``background()``: a server that serves while a block runs."""
+
+import socket
+import time
+
+import pytest
+
+import harken
+from harken.errors import LifecycleError
+from harken.server import TCPServer
+
+from .kit import LOCAL, PATIENCE, Upper, ask, connect
+
+
+def test_background_is_ready_when_entered_and_closed_when_left():
+    """The server is what the block gets."""
+    server = harken.ThreadingTCPServer(LOCAL, Upper)
+    with harken.background(server) as entered:
+        assert entered is server
+        with connect(server) as client:
+            assert ask(client) == b"HELLO"
+    assert server.socket.fileno() == -1
+    assert server.stats()["state"] == "closed"
+
+
+def test_background_ends_with_idle_clients():
+    """They are cut, since nobody waits for them."""
+    server = harken.ThreadingTCPServer(LOCAL, Upper)
+    began = time.monotonic()
+    with harken.background(server):
+        client = connect(server)
+        ask(client)
+    assert time.monotonic() - began < PATIENCE / 2
+    assert client.recv(1) == b""
+    client.close()
+
+
+def test_background_raises_what_serving_raised():
+    """A server that cannot serve fails in the caller's thread, at once."""
+    server = TCPServer(LOCAL, Upper)
+    server.server_close()
+    with pytest.raises(LifecycleError, match="closed"), harken.background(server):
+        pytest.fail("must not be entered")
+
+
+def test_background_works_in_a_thread_that_has_served():
+    """A program serves, stops, and then runs its server in the background."""
+    server = TCPServer(LOCAL, Upper)
+    server.shutdown()
+    server.serve_forever()
+    with harken.background(server, timeout=2.0), connect(server) as client:
+        assert ask(client) == b"HELLO"
+        client.shutdown(socket.SHUT_WR)
+
+
+def test_background_passes_on_what_the_block_raised():
+    """And closes all the same."""
+    server = TCPServer(LOCAL, Upper)
+    with pytest.raises(LookupError, match="block's fault"), harken.background(server):
+        raise LookupError("block's fault")
+    assert server.socket.fileno() == -1

@@ -1,0 +1,55 @@
+"""A server that is full: each answer to the next client."""
+
+import pytest
+
+import harken
+
+from .kit import LOCAL, Upper, ask, connect, named, serving, wait_until
+
+
+def full_pool(**settings):
+    """Return a pool server with one thread, no queue."""
+    return harken.PoolTCPServer(LOCAL, Upper, pool_size=1, pool_queue=0, **settings)
+
+
+def test_overload_reset(told):
+    """With the pool full the next client is reset, and the first goes on."""
+    with serving(full_pool(overload="reset")) as server, connect(server) as first:
+        assert ask(first) == b"HELLO"
+        with pytest.raises(ConnectionResetError), connect(server) as second:  # connect() itself may be reset
+            second.recv(1)
+        assert ask(first) == b"HELLO"
+        wait_until(lambda: server.stats()["rejected_total"] == 1)
+    assert [event.reason for event in named(told, "rejected")] == ["overload"]
+
+
+def test_overload_reply():
+    """With the pool full the next client gets the reply and the end."""
+    with serving(full_pool(overload="reply", overload_reply=b"busy\n")) as server, connect(server) as first:
+        assert ask(first) == b"HELLO"
+        with connect(server) as second:
+            assert second.recv(100) == b"busy\n"
+            assert second.recv(100) == b""
+
+
+def test_overload_shed(told):
+    """The longest idle client makes room for the next."""
+    with serving(full_pool(overload="shed")) as server, connect(server) as first:
+        assert ask(first) == b"HELLO"
+        with connect(server) as second:
+            assert ask(second) == b"HELLO"
+            assert first.recv(1) == b""
+    assert "shed" in [event.reason for event in named(told, "closed")]
+
+
+def test_overload_wait(told):
+    """By default the next client waits in the backlog; one event when that begins and one when it ends."""
+    with serving(full_pool()) as server, connect(server) as first:
+        assert ask(first) == b"HELLO"
+        with connect(server) as second:
+            second.sendall(b"second")
+            wait_until(lambda: named(told, "paused"))
+            assert server.stats()["accepted_total"] == 1
+            first.close()
+            assert second.recv(100) == b"SECOND"
+    assert len(named(told, "paused")) == len(named(told, "resumed")) == 1
