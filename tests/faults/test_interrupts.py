@@ -13,7 +13,7 @@ import pytest
 
 from .kit import Program, connect, ends, exchange, is_silent, receive
 
-AT_ONCE = 3.0  # seconds, on a busy machine; it is some 0.1
+AT_ONCE = 15.0  # seconds, on a busy machine; it is some 0.1, and what is not ended waits for 20 or for ever
 CONCURRENT = ["thread", "pool", "fork"]
 
 TEN_LINES = """
@@ -91,9 +91,7 @@ def test_term_lets_a_busy_handler_finish(program: Callable[..., Program], engine
             expect_shut(started)
         busy.sendall(b"go")
         assert receive(busy, 100) == b"done"
-        began = time.monotonic()
-        started.expect_exit(0, 10)
-        assert time.monotonic() - began < AT_ONCE
+        started.expect_exit(0, AT_ONCE)
 
 
 def expect_shut(started: Program) -> None:
@@ -116,8 +114,8 @@ def test_term_cuts_at_the_deadline(program: Callable[..., Program], engine: str)
         assert receive(stuck, 7) == b"at work"
         began = time.monotonic()
         started.send(signal.SIGTERM)
-        started.expect_exit(3, 10)
-        assert 0.4 < time.monotonic() - began < 0.5 + AT_ONCE
+        started.expect_exit(3, 0.5 + AT_ONCE)
+        assert time.monotonic() - began > 0.4
         assert ends(stuck) in ("closed", "reset")
 
 
