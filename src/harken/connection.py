@@ -12,6 +12,8 @@ import select
 import socket
 import struct
 import sys
+from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harken.traffic import accept_queue
@@ -251,16 +253,11 @@ def read_off(request: object) -> None:
         pass  # nothing left, or it has closed
 
 
-_forked = False  # whether this process ever had a child, which may hold what it has
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
+# Whether this process ever had a child, which may hold what it has: empty, or not. Noted in C alone, as in listener.py.
+_forked: deque[bool] = deque(maxlen=1)
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_note_fork)
+    os.register_at_fork(before=partial(_forked.append, True))
 
 
 def tcp_info(request: object, length: int) -> bytes:

@@ -8,6 +8,9 @@ import socket
 import stat
 import threading
 import weakref
+from collections import deque
+from itertools import accumulate
+from operator import not_
 from typing import NamedTuple
 
 from harken.errors import ConfigError
@@ -82,19 +85,14 @@ def unlink_if_own(path: str | bytes, inode: Inode | None) -> bool:
     return False
 
 
-# How often this process has forked children that may hold its listeners.
-_forks = 0
-
-
 # Threads that fork a child of the other kind at this moment.
 _apart: set[int] = set()
 
-
-def _count_fork() -> None:
-    global _forks
-    if threading.get_ident() not in _apart:
-        _forks += 1
-
+# How often this process has forked children that may hold its listeners. Counted by iterators, so in C alone: os.fork()
+# shows and drops what its hooks raise, and Ctrl-C raises in whatever Python code runs next. It would be lost.
+_forks: deque[int] = deque([0], maxlen=1)
+_forks_apart = map(_apart.__contains__, iter(threading.get_ident, None))  # of each fork, whether it is of that kind
+_count_fork = map(_forks.append, accumulate(map(not_, _forks_apart))).__next__
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_parent=_count_fork)
@@ -116,7 +114,7 @@ class Holding:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = weakref.ref(sock)
         self._process = os.getpid()
-        self._forks = _forks
+        self._forks = _forks[0]
 
     def alone(self, sock: object) -> bool:
         """Whether ``sock`` is that socket, and neither a child nor a program that was started can have it as well."""
@@ -127,7 +125,7 @@ class Holding:
             inheritable = own.get_inheritable()
         except OSError:  # closed
             return False
-        return not inheritable and (self._process, self._forks) == (os.getpid(), _forks)
+        return not inheritable and (self._process, self._forks) == (os.getpid(), _forks[0])
 
 
 class Listener(socket.socket):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 
@@ -23,6 +24,24 @@ server.serve_forever()
 TEN_LINES_WITH = """
 with getattr(harken, sys.argv[1])(("127.0.0.1", 0), Echo) as server:
     server.serve_forever()
+"""
+# C's raise(): the signal is there before the next of Python's code runs. The hook stands between fork and harken's own.
+IN_FORK = """
+import ctypes, functools, os, signal, sys
+hook = {sys.argv[1]: functools.partial(ctypes.CDLL(None)["raise"], signal.SIGINT)}
+if sys.argv[1] == "after_in_parent":
+    os.register_at_fork(**hook)
+import harken
+if sys.argv[1] == "before":  # these are called in the reverse order
+    os.register_at_fork(**hook)
+
+class Waiting(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.recv(1)
+
+server = harken.ForkingTCPServer(("127.0.0.1", 0), Waiting)
+print(server.server_address[1], flush=True)
+server.serve_forever()
 """
 SERVE = """
 class Handler(harken.BaseRequestHandler):
@@ -72,6 +91,16 @@ def test_ctrl_c_on_a_plain_server_with_a_client(program: Callable[..., Program])
         started.send(signal.SIGINT)
         started.expect_exit(-signal.SIGINT, AT_ONCE)
         assert ends(idle) == "closed"
+
+
+@pytest.mark.parametrize("when", ["before", "after_in_parent"])
+def test_ctrl_c_while_it_forks_is_not_lost(run_program: Callable[..., subprocess.Popen[str]], when: str) -> None:
+    """os.fork() drops what Python's hooks raise, and none of harken's is there to meet the interrupt."""
+    process = run_program("-c", IN_FORK, when)
+    assert process.stdout is not None
+    with connect(("127.0.0.1", int(process.stdout.readline()))) as client:
+        assert process.wait(AT_ONCE) == -signal.SIGINT
+        assert ends(client) == "closed"
 
 
 def serving(program: Callable[..., Program], engine: str, drain_timeout: float) -> Program:
