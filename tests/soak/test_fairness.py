@@ -15,9 +15,9 @@ from .conftest import FULL, HOSTS, PATIENCE, Serve, Served
 QUIET = 99
 ROUNDS = 20 if FULL else 1
 COUNT = struct.Struct(">Q")
-# Bytes that the flood may move while all the quiet ones are answered. A turn is at most TURN_BYTES (256 KiB), and 99
+# Bytes that the flood may move while all the quiet ones are answered. A turn is at most TURN_BYTES (1 MiB), and 99
 # events fit two waits of the hub's: some turns, far fewer than the hundred that a quiet one after the other would make.
-MOST = 8 << 18
+MOST = 8 << 20
 FLOOD_BYTES = 2 * MOST * ROUNDS
 ON_A_HUB = [host for host in HOSTS if host.values[0] == "green"]
 

@@ -278,7 +278,7 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
                 if (flags == 0 && got > 0 && have < size)
                     mark_dry(state, fd);
                 if (current_hub != NULL)
-                    current_hub->budget -= (int)(got >> 12);
+                    current_hub->budget -= PIECES(got);
                 if (got > 0 && !(flags & MSG_PEEK))
                     moved(self, state, READ, into, have);
                 return (ssize_t)have;
@@ -378,7 +378,7 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
             moved(self, state, WRITE, data + done - sent, (size_t)sent);
             if (!all || done == size) {
                 if (current_hub != NULL)
-                    current_hub->budget -= (int)(done >> 12);
+                    current_hub->budget -= PIECES(done);
                 return (ssize_t)done;
             }
             continue;

@@ -432,8 +432,9 @@ static int put(Writer *writer, const char *data, size_t size) {
     Hub *hub = current_hub;
     State *state = state_of(sock);
     bool more = writer->reader != NULL && held(writer->reader) > 0;
-    bool joins = hub != NULL && (more || hub->pending_owner == sock) && size <= PENDING && !state->nonblocking &&
-                 !in_hub(hub);
+    /* What is pending is the running green thread's: so this is one. */
+    bool joins = hub != NULL && size <= PENDING && !state->nonblocking &&
+                 (hub->pending_owner == sock || (more && !in_hub(hub)));
     Py_INCREF(sock);
     begin_writing(state);
     int result;

@@ -150,7 +150,8 @@ extern HIDDEN Hub *all_hubs;
 /* As the contract has them, in __init__.py. */
 #define BUSY "this socket is already used by another green thread"
 #define DOOR_BURST 64
-#define TURN_BUDGET 64 /* TURN_OPERATIONS, and TURN_BYTES in pages of 4 KiB */
+#define TURN_BUDGET 64 /* TURN_OPERATIONS, and TURN_BYTES in pieces of 16 KiB: */
+#define PIECES(size) ((int)((size) >> 14))
 
 extern HIDDEN PyTypeObject *Hub_Type, *Lane_Type, *Timer_Type, *Task_Type, *Connection_Type, *Beat_Type;
 

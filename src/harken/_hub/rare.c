@@ -10,7 +10,7 @@
 
 #define FIRST_PAUSE 1000000   /* nanoseconds: a Unix listener with a full backlog cannot be waited for */
 #define LONGEST_PAUSE 50000000
-#define FILE_PIECE 262144 /* TURN_BYTES: what is sent of a file before the others get their turn */
+#define FILE_PIECE 1048576 /* TURN_BYTES: what is sent of a file before the others get their turn */
 
 static PyObject *base_method[7], *base_connect_ex, *base_shutdown, *base_fileno;
 enum { RECVFROM, RECVFROM_INTO, RECVMSG, RECVMSG_INTO, SENDTO, SENDMSG, KINDS };
@@ -177,7 +177,7 @@ static int64_t send_pieces(PyObject *self, int file, int64_t offset, int64_t mos
         if (done > 0) {
             sent += done;
             moved(self, state, WRITE, NULL, (size_t)done);
-            if (current_hub != NULL && (current_hub->budget -= (int)(done >> 12) + 1) < 0 && give_way(current_hub) < 0)
+            if (current_hub != NULL && (current_hub->budget -= PIECES(done) + 1) < 0 && give_way(current_hub) < 0)
                 return -1;
         } else if (error == EAGAIN) {
             if (wait_ready(self, state, WRITE, &deadline) < 0)

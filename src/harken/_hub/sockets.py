@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from harken import connection
-from harken._hub import TURN_OPERATIONS
+from harken._hub import TURN_BYTES, TURN_OPERATIONS
 from harken._hub.files import Reader, Writer
 from harken._hub.pending import flush_of
 from harken._hub.wire import Wire, give_way, here, wait
@@ -28,9 +28,9 @@ _send = _socket.socket.send
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _INET = (socket.AF_INET, socket.AF_INET6)
 # TURN_BYTES in TURN_OPERATIONS: an operation costs one, and one more for each of these.
-_PAGE_SHIFT = 12
+_PIECE_SHIFT = 14
 # Bytes that one sendfile(2) may send, so that a quick peer cannot keep the hub; as much as a turn allows.
-_SENDFILE_BYTES = 256 << 10
+_SENDFILE_BYTES = TURN_BYTES
 # Seconds between attempts to connect to a Unix listener whose queue is full: there is nothing to wait for.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
@@ -101,7 +101,7 @@ class Connection(connection.Connection):
         if data is None:
             data = _wait_and_retry(wire, False, lambda: _recv(self, bufsize, flags))
         size = len(data)
-        wire.spent += 1 + (size >> _PAGE_SHIFT)
+        wire.spent += 1 + (size >> _PIECE_SHIFT)
         if 0 < size < bufsize and not flags and not wire.wet:
             wire.dry = True
         if wire.traced:
@@ -122,7 +122,7 @@ class Connection(connection.Connection):
                     raise
         if size is None:
             size = _wait_and_retry(wire, False, lambda: _recv_into(self, buffer, nbytes, flags))
-        wire.spent += 1 + (size >> _PAGE_SHIFT)
+        wire.spent += 1 + (size >> _PIECE_SHIFT)
         if 0 < size < (nbytes or memoryview(buffer).nbytes) and not flags and not wire.wet:
             wire.dry = True
         if wire.traced:
@@ -150,7 +150,7 @@ class Connection(connection.Connection):
                 raise
         if sent is None:
             sent = _wait_and_retry(wire, True, lambda: _send(self, data, flags))
-        wire.spent += 1 + (sent >> _PAGE_SHIFT)
+        wire.spent += 1 + (sent >> _PIECE_SHIFT)
         if wire.traced:
             tell_call(self, "send", (data,), sent)
         return sent
@@ -168,7 +168,7 @@ class Connection(connection.Connection):
         except BlockingIOError:
             if wire.timeout == 0.0:
                 raise
-        wire.spent += 1 + (sent >> _PAGE_SHIFT)
+        wire.spent += 1 + (sent >> _PIECE_SHIFT)
         if wire.traced:
             tell_call(self, "sendall", (data,), None)
         if type(data) is bytes and sent == len(data):
@@ -222,7 +222,7 @@ class Connection(connection.Connection):
             sent = attempt()
         except BlockingIOError:
             sent = _wait_and_retry(wire, True, attempt)
-        wire.spent += 1 + (sent >> _PAGE_SHIFT)
+        wire.spent += 1 + (sent >> _PIECE_SHIFT)
         if wire.traced:
             tell(self, True, b"", sent)
         return sent
