@@ -16,6 +16,7 @@ from greenlet import getcurrent, greenlet
 
 import harken
 from harken import _hub, events
+from harken.books import Books
 from harken.serving import serving_of
 
 PATIENCE = 10.0  # seconds
@@ -100,6 +101,29 @@ def test_those_that_end_unasked_are_counted(server: Any) -> None:
     figures = server.stats()
     assert (figures["accepted_total"], figures["open"]) == (7, 0)
     assert figures["closed_total"] == {"peer_closed": 6, "peer_reset": 1}
+
+
+def test_an_end_that_nobody_waits_for_is_no_call_of_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every version of Python; while somebody waits for ends, each is one."""
+    closed: list[Any] = []
+    close = Books.close
+
+    def note(self: Books, request: Any) -> None:
+        closed.append(request)
+        close(self, request)
+
+    monkeypatch.setattr(Books, "close", note)
+    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Echo)) as server:
+        visit(server)
+        closed.clear()  # the first has a record
+        for _ in range(3):
+            visit(server)
+        assert not closed
+        known = serving_of(server).connections
+        known.waiting += 1
+        visit(server)
+        known.waiting -= 1
+        assert len(closed) == 1
 
 
 def test_a_handler_that_returns_first_is_the_reason() -> None:

@@ -153,7 +153,7 @@ static bool unheard(Lane *lane, PyObject *event) {
 static bool ends_unnoticed(Lane *lane) {
     PyObject *waiting = *(PyObject **)((char *)lane->registry + waiting_at);
     return is(lane, careful_at, Py_False) && is(lane, counts_bytes_at, Py_False) && is(lane, buffers_at, Py_None) &&
-           waiting != NULL && PyLong_CheckExact(waiting) && Py_SIZE(waiting) == 0 && unheard(lane, word_closed);
+           waiting != NULL && PyLong_CheckExact(waiting) && PyLong_AsLong(waiting) == 0 && unheard(lane, word_closed);
 }
 
 /* Why it ends, by what reads have told, or by the kernel; as peer_fault() of harken.connection. */
