@@ -18,6 +18,7 @@ import harken
 from harken import green
 from harken._hub import Connection
 from harken.engines.green import Engine
+from harken.serving import serving_of
 
 PATIENCE = 5.0  # seconds
 LOCAL = ("127.0.0.1", 0)
@@ -358,6 +359,7 @@ def test_ctrl_c_with_idle_clients_ends_the_process(run_program, tmp_path):
     program.write_text(
         PROGRAM.format(daemon=False)
         + """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in its background
 def press():
     global client
     client = connect()
@@ -370,6 +372,25 @@ server.serve_forever()
     output, errors = process.communicate(timeout=20)
     assert process.returncode == -signal.SIGINT, errors
     assert output == "ended\n"
+
+
+def test_ctrl_c_while_the_loop_begins_leaves_nothing_running():
+    """The hub has just been started: it does not go on for a loop that nobody runs any more."""
+    with harken.GreenTCPServer(LOCAL, Echo) as server:
+        engine = serving_of(server).engine
+        need_hub = engine._need_hub
+
+        def interrupted():
+            need_hub()
+            raise KeyboardInterrupt
+
+        engine._need_hub = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            server.serve_forever(0.01)
+        del engine._need_hub
+        thread = engine._thread
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("daemon", [True, False])
@@ -446,7 +467,7 @@ def test_waiting_for_a_handler_keeps_nobody_busy(monkeypatch):
     with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Waits)) as server:
         with socket.create_connection(server.server_address, 10) as client:
             assert client.recv(1) == b"x"
-            engine = server._harken.engine
+            engine = serving_of(server).engine
             before = len(asked)
             assert engine.join(time.monotonic() + 0.3) == 1
             assert len(asked) - before < 20

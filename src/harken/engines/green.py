@@ -204,10 +204,10 @@ class Engine(Contract):
     def run(self, stopped: Callable[[], bool], tick: Callable[[], None], patience: Callable[[], float]) -> None:
         """Let the hub serve the doors until ``stopped``; see :class:`harken.engines.Engine`."""
         loop = _Loop(stopped, tick, patience)
-        with self._turns, self._guard:
-            self._loops.append(loop)
-            self._need_hub().wake()
-        try:
+        try:  # Ctrl-C may come as soon as the hub runs: a loop that stayed in the list would keep it running
+            with self._turns, self._guard:
+                self._loops.append(loop)
+                self._need_hub().wake()
             loop.wait()
         finally:
             self._leave(loop)
