@@ -82,10 +82,10 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve(run_program: Any) -> Serve:
-    """Return a function that starts server.py: ``serve(engine, hub, work)``."""
+    """Return a function that starts server.py: ``serve(engine, hub, work, **settings)``."""
 
-    def start(engine: str, hub: str | None, work: str) -> Served:
+    def start(engine: str, hub: str | None, work: str, **settings: Any) -> Served:
         env = {"HARKEN_HUB": hub} if hub else {}
-        return Served(run_program(SERVER, engine, work, env=env, stdin=-1, bufsize=1))
+        return Served(run_program(SERVER, engine, work, json.dumps(settings), env=env, stdin=-1, bufsize=1))
 
     return start

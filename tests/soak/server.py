@@ -1,4 +1,4 @@
-"""A server in a process of its own: ``python server.py ENGINE WORK``.
+"""A server in a process of its own: ``python server.py ENGINE WORK SETTINGS``, the last as JSON.
 
 It prints its port, then a line for each line that it reads: ``census`` prints what it holds, as JSON; ``release`` lets
 a handler go on that keeps its thread; ``moved`` prints how many bytes the flood has moved.
@@ -196,7 +196,7 @@ def answer(server: Server, word: str) -> str:
     return json.dumps(census(server)) if word == "census" else str(Flood.moved)
 
 
-def main(engine: str, work: str) -> None:
+def main(engine: str, work: str, settings: str) -> None:
     signals = 0
 
     def count(number: int, frame: object) -> None:
@@ -205,7 +205,7 @@ def main(engine: str, work: str) -> None:
         print(signals, flush=True)
 
     signal.signal(signal.SIGUSR1, count)
-    with Server(("127.0.0.1", 0), WORKS[work], engine=engine) as server:
+    with Server(("127.0.0.1", 0), WORKS[work], engine=engine, **json.loads(settings)) as server:
         threading.Thread(target=listen, args=(server,), daemon=True).start()
         print(server.server_address[1], flush=True)
         server.serve_forever()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from .conftest import FULL, HOSTS, Serve, Served
 
@@ -19,21 +22,39 @@ SLACK_OBJECTS = 100
 SLACK_REFERENCES = 100
 MOST_THREADS = 40  # a pool of 32 starts them as they are needed
 SLACK_BYTES = 2 << 20  # malloc's arenas; a leak of 100 bytes a connection is 10 MB in the long run
+# A green server without settings serves by compiled code alone, from the door to the end (where that is built). With
+# limits and deadlines each connection is admitted, recorded and watched; under TLS something comes before its handler.
+GUARDED = {
+    "max_connections": 1000,
+    "max_connections_per_peer": 1000,
+    "max_memory_bytes": 1 << 30,
+    "idle_timeout": 60.0,
+    "read_timeout": 60.0,
+    "handler_timeout": 60.0,
+}
 WAYS = ("echo", "raise", "wait", "timeout", "silent", "half", "reset", "broken", "none")
 
 
-def pass_through(served: Served, number: int) -> None:
+def half_close(client: socket.socket) -> None:
+    """Say that nothing more will come; an SSLSocket's own shutdown() would take the TLS away, too."""
+    socket.socket.shutdown(client, socket.SHUT_WR)
+
+
+def pass_through(served: Served, number: int, tls: ssl.SSLContext | None = None) -> None:
     """Use a connection in one of the ways. Many addresses take turns: a closed one keeps its port a minute."""
     way = WAYS[number % len(WAYS)]
-    with served.connect(f"127.0.{number // 200 % 200}.{number % 200 + 1}") as client:
+    client = served.connect(f"127.0.{number // 200 % 200}.{number % 200 + 1}")
+    if tls is not None and way != "none":
+        client = tls.wrap_socket(client, server_hostname="localhost")
+    with client:
         if way in {"silent", "none"}:
             if way == "silent":
-                client.shutdown(socket.SHUT_WR)
+                half_close(client)
             return
         with contextlib.suppress(ConnectionError):
             client.sendall(b"echo\nhello\n" if way in {"echo", "half", "reset", "broken"} else f"{way}\n".encode())
             if way == "half":
-                client.shutdown(socket.SHUT_WR)
+                half_close(client)
             if way in {"echo", "half"}:
                 assert client.recv(6) == b"hello\n"
             if way in {"raise", "half"}:
@@ -51,23 +72,47 @@ def settled(served: Served) -> dict[str, Any]:
     return census
 
 
-@pytest.mark.parametrize(
-    "engine, hub, work", [(*host.values, "ends") for host in HOSTS] + [("asyncio", None, "asyncends")]
-)
-def test_nothing_is_left_of_a_connection(engine: str, hub: str | None, work: str, serve: Serve) -> None:
-    """Descriptors, threads, objects, memory and the references to what is shared are as many afterwards as before."""
-    served = serve(engine, hub, work)
+def check(served: Served, many: int, tls: ssl.SSLContext | None = None) -> None:
+    """Count what the server holds before so many connections and after."""
     for number in range(WARM):
-        pass_through(served, number)
+        pass_through(served, number, tls)
     before = settled(served)
-    count = MANY if engine != "fork" or FULL else MANY // 4  # a process each
-    for number in range(count):
-        pass_through(served, number)
+    for number in range(many):
+        pass_through(served, number, tls)
     after = settled(served)
+    grown = [new - old for new, old in zip(after["references"], before["references"], strict=True)]
+    print(many, {name: (before[name], after[name]) for name in before if name != "references"}, "references", grown)
     assert after["descriptors"] == before["descriptors"]
     assert after["threads"] <= max(before["threads"], MOST_THREADS)
     assert after["objects"] - before["objects"] <= SLACK_OBJECTS
     assert after["blocks"] - before["blocks"] <= SLACK_BLOCKS
     assert after["rss"] - before["rss"] <= SLACK_BYTES
-    grown = [new - old for new, old in zip(after["references"], before["references"], strict=True)]
     assert max(grown) <= SLACK_REFERENCES, grown
+
+
+@pytest.mark.parametrize(
+    "engine, hub, work", [(*host.values, "ends") for host in HOSTS] + [("asyncio", None, "asyncends")]
+)
+def test_nothing_is_left_of_a_connection(engine: str, hub: str | None, work: str, serve: Serve) -> None:
+    """Descriptors, threads, objects, memory and the references to what is shared are as many afterwards as before."""
+    check(serve(engine, hub, work), MANY if engine != "fork" or FULL else MANY // 4)  # a process each
+
+
+GREEN = [host for host in HOSTS if host.values[0] == "green"]
+
+
+@pytest.mark.parametrize("engine, hub", GREEN)
+def test_nothing_is_left_of_one_that_is_guarded(engine: str, hub: str | None, serve: Serve) -> None:
+    """By limits and deadlines, none of which it meets."""
+    check(serve(engine, hub, "ends", **GUARDED), MANY)
+
+
+@pytest.mark.parametrize("engine, hub", GREEN)
+def test_nothing_is_left_of_one_under_tls(engine: str, hub: str | None, serve: Serve, tmp_path: Path) -> None:
+    """Nor of a handshake that the client breaks off."""
+    authority = trustme.CA()
+    pem = tmp_path / "server.pem"
+    authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(pem)
+    tls = ssl.create_default_context()
+    authority.configure_trust(tls)
+    check(serve(engine, hub, "ends", tls_cert=str(pem), tls_key=str(pem)), MANY, tls)
