@@ -15,7 +15,7 @@ import pytest
 from greenlet import getcurrent, greenlet
 
 import harken
-from harken import _hub, events
+from harken import _hub, events, straight
 from harken.books import Books
 from harken.serving import serving_of
 
@@ -124,6 +124,30 @@ def test_an_end_that_nobody_waits_for_is_no_call_of_pythons(monkeypatch: pytest.
         visit(server)
         known.waiting -= 1
         assert len(closed) == 1
+
+
+def test_who_comes_soon_is_let_in_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every version of Python: server and handler class are seen to be as they were."""
+    asked = 0
+    take_by = straight._take_by
+
+    def note(lane: Any, serving: Any) -> bool | None:
+        nonlocal asked
+        before = serving.server.stats()["accepted_total"]
+        more = take_by(lane, serving)
+        asked += serving.server.stats()["accepted_total"] - before
+        return more
+
+    monkeypatch.setattr(straight, "_take_by", note)
+    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Echo)) as server:
+        visit(server)
+        asked, come = 0, server.stats()["accepted_total"]
+
+        def unasked() -> bool:
+            visit(server)
+            return asked < server.stats()["accepted_total"] - come
+
+        until(unasked)
 
 
 def test_a_handler_that_returns_first_is_the_reason() -> None:
