@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import select
@@ -33,6 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if FULL and SERVER.parent in item.path.parents:
             item.add_marker(pytest.mark.timeout(1800))
+
+
+@pytest.fixture(autouse=True)
+def _no_stacks_of_long_runs() -> None:
+    """A long run is no hang; and showing the stacks of what runs on meanwhile has ended the interpreter."""
+    if FULL:
+        faulthandler.cancel_dump_traceback_later()
 
 
 class Served:
