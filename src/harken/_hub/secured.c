@@ -16,21 +16,55 @@ static const char *slot_names[SLOTS] = {"_inner", "_sslobj", "_incoming", "_outg
 static Py_ssize_t offsets[SLOTS];
 static PyObject *slow_recv, *slow_sendall, *slow_shake, *slow_end, *slow_stand_for; /* what was replaced */
 static PyObject *want_read;                                                         /* ssl.SSLWantReadError */
-static PyObject *word_acquire, *word_break_off, *word_do_handshake, *word_eof, *word_fail, *word_judge, *word_pending,
-    *word_read, *word_record, *word_recv, *word_release, *word_sendall, *word_shutdown, *word_tell, *word_version,
-    *word_write, *word_write_eof;
+static PyObject *word_break_off, *word_fail, *word_judge, *word_record, *word_recv, *word_sendall, *word_tell;
+
+/* What is called on OpenSSL's objects for every message, looked up once: of `type`, which programs cannot change. */
+typedef struct {
+    const char *module, *kind, *text;
+    PyObject *name;
+    PyTypeObject *type;
+    PyObject *found; /* its method, or property */
+} Member;
+
+enum { ACQUIRE, RELEASE, SHAKE, PLAIN, PLAIN_READ, PLAIN_WRITE, BYE, VERSION, READ_OUT, WRITE_IN, WRITE_EOF, HELD_BACK, EOF_SEEN, MEMBERS };
+static Member members[MEMBERS] = {
+    [ACQUIRE] = {"_thread", "LockType", "acquire"},
+    [RELEASE] = {"_thread", "LockType", "release"},
+    [SHAKE] = {"_ssl", "_SSLSocket", "do_handshake"},
+    [PLAIN] = {"_ssl", "_SSLSocket", "pending"},
+    [PLAIN_READ] = {"_ssl", "_SSLSocket", "read"},
+    [PLAIN_WRITE] = {"_ssl", "_SSLSocket", "write"},
+    [BYE] = {"_ssl", "_SSLSocket", "shutdown"},
+    [VERSION] = {"_ssl", "_SSLSocket", "version"},
+    [READ_OUT] = {"_ssl", "MemoryBIO", "read"},
+    [WRITE_IN] = {"_ssl", "MemoryBIO", "write"},
+    [WRITE_EOF] = {"_ssl", "MemoryBIO", "write_eof"},
+    [HELD_BACK] = {"_ssl", "MemoryBIO", "pending"},
+    [EOF_SEEN] = {"_ssl", "MemoryBIO", "eof"},
+};
 
 static inline PyObject **slot(PyObject *self, int which) { return (PyObject **)((char *)self + offsets[which]); }
 
-static inline PyObject *call(PyObject *object, PyObject *name, PyObject *argument) {
+static inline PyObject *call(PyObject *object, int which, PyObject *argument) {
+    Member *member = &members[which];
     PyObject *args[] = {object, argument};
-    return PyObject_VectorcallMethod(name, args, argument == NULL ? 1 : 2, NULL);
+    size_t count = argument == NULL ? 1 : 2;
+    return Py_IS_TYPE(object, member->type) ? PyObject_Vectorcall(member->found, args, count, NULL)
+                                            : PyObject_VectorcallMethod(member->name, args, count, NULL);
 }
 
-static inline int call_off(PyObject *object, PyObject *name, PyObject *argument) {
-    PyObject *result = call(object, name, argument);
+static inline int call_off(PyObject *object, int which, PyObject *argument) {
+    PyObject *result = call(object, which, argument);
     Py_XDECREF(result);
     return result == NULL ? -1 : 0;
+}
+
+static inline PyObject *ask_for(PyObject *object, int which) {
+    Member *member = &members[which];
+    if (!Py_IS_TYPE(object, member->type))
+        return PyObject_GetAttr(object, member->name);
+    PyGetSetDef *property = ((PyGetSetDescrObject *)member->found)->d_getset;
+    return property->get(object, property->closure);
 }
 
 static inline Py_ssize_t size_in(PyObject *number) {
@@ -40,12 +74,12 @@ static inline Py_ssize_t size_in(PyObject *number) {
 }
 
 /* The guard, which stands for OpenSSL's state: a lock of Python's, waited for without the GIL. */
-static inline int lock(PyObject *guard) { return call_off(guard, word_acquire, NULL); }
+static inline int lock(PyObject *guard) { return call_off(guard, ACQUIRE, NULL); }
 
 static int unlock(PyObject *guard) {
     PyObject *kind, *error, *trace;
     PyErr_Fetch(&kind, &error, &trace);
-    int result = call_off(guard, word_release, NULL);
+    int result = call_off(guard, RELEASE, NULL);
     if (kind != NULL)
         PyErr_Restore(kind, error, trace);
     return result;
@@ -65,10 +99,10 @@ static bool is_plain_case(PyObject *self) {
 
 /* How much OpenSSL could give at the most without more from the wire: 0 nothing, -1 with an exception. */
 static Py_ssize_t at_hand(PyObject *sslobj, PyObject *incoming) {
-    Py_ssize_t held = size_in(PyObject_GetAttr(incoming, word_pending));
-    if (held != 0 || (held = size_in(call(sslobj, word_pending, NULL))) != 0)
+    Py_ssize_t held = size_in(ask_for(incoming, HELD_BACK));
+    if (held != 0 || (held = size_in(call(sslobj, PLAIN, NULL))) != 0)
         return held;
-    PyObject *eof = PyObject_GetAttr(incoming, word_eof);
+    PyObject *eof = ask_for(incoming, EOF_SEEN);
     Py_XDECREF(eof);
     return eof == NULL ? -1 : eof == Py_True;
 }
@@ -84,9 +118,9 @@ static Py_ssize_t feed(PyObject *self, PyObject *const held[]) {
     if (got < 0)
         return -1;
     if (got == 0)
-        return call_off(incoming, word_write_eof, NULL) < 0 ? -1 : 1;
+        return call_off(incoming, WRITE_EOF, NULL) < 0 ? -1 : 1;
     PyObject *data = PyBytes_FromStringAndSize(scratch, got);
-    int done = data == NULL ? -1 : call_off(incoming, word_write, data);
+    int done = data == NULL ? -1 : call_off(incoming, WRITE_IN, data);
     Py_XDECREF(data);
     return done < 0 ? -1 : got;
 }
@@ -99,7 +133,7 @@ static PyObject *ask(PyObject *self, PyObject *word) {
     PyErr_NormalizeException(&kind, &error, &trace);
     if (trace != NULL)
         PyException_SetTraceback(error, trace);
-    PyObject *result = call(self, word, error);
+    PyObject *result = PyObject_CallMethodOneArg(self, word, error);
     Py_XDECREF(kind);
     Py_XDECREF(error);
     Py_XDECREF(trace);
@@ -113,7 +147,7 @@ static PyObject *read_plain(PyObject *self, PyObject *inner, PyObject *sslobj, P
         Py_XDECREF(number);
         return NULL;
     }
-    PyObject *data = call(sslobj, word_read, number);
+    PyObject *data = call(sslobj, PLAIN_READ, number);
     Py_DECREF(number);
     if (unlock(guard) < 0)
         Py_CLEAR(data);
@@ -190,8 +224,8 @@ static PyObject *encrypt(PyObject *self, PyObject *const held[], PyObject *plain
     if (lock(held[GUARD]) < 0)
         return NULL;
     PyObject *data = NULL;
-    if (call_off(held[SSLOBJ], word_write, plain) == 0)
-        data = call(held[OUTGOING], word_read, NULL);
+    if (call_off(held[SSLOBJ], PLAIN_WRITE, plain) == 0)
+        data = call(held[OUTGOING], READ_OUT, NULL);
     if (unlock(held[GUARD]) < 0)
         Py_CLEAR(data);
     return data != NULL ? data : ask(self, word_fail);
@@ -213,10 +247,10 @@ static int send_all(PyObject *self, PyObject *const held[], PyObject *data) {
 
 /* Send what OpenSSL has to say of its own accord, unless a write is under way. */
 static int say(PyObject *self, PyObject *const held[]) {
-    Py_ssize_t unsaid = size_in(PyObject_GetAttr(held[OUTGOING], word_pending));
+    Py_ssize_t unsaid = size_in(ask_for(held[OUTGOING], HELD_BACK));
     if (unsaid <= 0 || *slot(self, REST) != Py_None)
         return unsaid < 0 ? -1 : 0;
-    PyObject *data = call(held[OUTGOING], word_read, NULL);
+    PyObject *data = call(held[OUTGOING], READ_OUT, NULL);
     int result = data == NULL ? -1 : send_all(self, held, data);
     Py_XDECREF(data);
     return result;
@@ -241,7 +275,7 @@ static PyObject *secured_sendall(PyObject *self, PyObject *const *args, Py_ssize
 
 /* It is done; see _settle(). */
 static int settle(PyObject *self, PyObject *const held[]) {
-    PyObject *version = call(held[SSLOBJ], word_version, NULL);
+    PyObject *version = call(held[SSLOBJ], VERSION, NULL);
     if (version == NULL)
         return -1;
     bool has_tickets = PyUnicode_Check(version) && PyUnicode_CompareWithASCIIString(version, "TLSv1.3") == 0;
@@ -253,7 +287,7 @@ static int settle(PyObject *self, PyObject *const held[]) {
 static int shake_on(PyObject *self, PyObject *const held[]) {
     if (lock(held[GUARD]) < 0)
         return -1;
-    int done = call_off(held[SSLOBJ], word_do_handshake, NULL);
+    int done = call_off(held[SSLOBJ], SHAKE, NULL);
     if (unlock(held[GUARD]) < 0)
         return -1;
     if (done == 0)
@@ -305,7 +339,7 @@ static PyObject *secured_stand_for(PyObject *self, PyObject *inner) {
 static int say_goodbye(PyObject *const held[]) {
     if (lock(held[GUARD]) < 0)
         return -1;
-    int done = call_off(held[SSLOBJ], word_shutdown, NULL);
+    int done = call_off(held[SSLOBJ], BYE, NULL);
     if (unlock(held[GUARD]) < 0)
         return -1;
     if (done < 0) { /* the usual: the peer's close_notify has not come */
@@ -313,7 +347,7 @@ static int say_goodbye(PyObject *const held[]) {
             return -1;
         PyErr_Clear();
     }
-    PyObject *data = call(held[OUTGOING], word_read, NULL);
+    PyObject *data = call(held[OUTGOING], READ_OUT, NULL);
     if (data == NULL)
         return -1;
     int fd = socket_fd(held[INNER]); /* the peer may not read, or have gone */
@@ -370,28 +404,31 @@ static int replace(PyTypeObject *type, PyMethodDef *method, PyObject **slow) {
     return result;
 }
 
+static int look_up(Member *member) {
+    PyObject *module = PyImport_ImportModule(member->module);
+    PyObject *type = module == NULL ? NULL : PyObject_GetAttrString(module, member->kind);
+    Py_XDECREF(module);
+    member->name = type == NULL ? NULL : PyUnicode_InternFromString(member->text);
+    member->found = member->name == NULL ? NULL : PyObject_GetAttr(type, member->name);
+    bool property = member == &members[HELD_BACK] || member == &members[EOF_SEEN];
+    if (member->found != NULL && !Py_IS_TYPE(member->found, property ? &PyGetSetDescr_Type : &PyMethodDescr_Type))
+        Py_CLEAR(type); /* whatever it is, it is asked by name */
+    member->type = (PyTypeObject *)type;
+    return member->found == NULL ? -1 : 0;
+}
+
 PyObject *quicken(PyObject *module, PyObject *type) {
     const struct {
         PyObject **word;
         const char *text;
     } words[] = {
-        {&word_acquire, "acquire"},
         {&word_break_off, "_break_off"},
-        {&word_do_handshake, "do_handshake"},
-        {&word_eof, "eof"},
         {&word_fail, "_fail"},
         {&word_judge, "_judge"},
-        {&word_pending, "pending"},
-        {&word_read, "read"},
         {&word_record, "record"},
         {&word_recv, "recv"},
-        {&word_release, "release"},
         {&word_sendall, "sendall"},
-        {&word_shutdown, "shutdown"},
         {&word_tell, "_tell"},
-        {&word_version, "version"},
-        {&word_write, "write"},
-        {&word_write_eof, "write_eof"},
     };
     if (!PyType_Check(type) || slow_recv != NULL) {
         PyErr_SetString(PyExc_TypeError, "quicken() takes one class, once");
@@ -402,6 +439,9 @@ PyObject *quicken(PyObject *module, PyObject *type) {
             return PyErr_Format(PyExc_TypeError, "%R has no slot %s", type, slot_names[which]);
     for (size_t each = 0; each < sizeof words / sizeof *words; each++)
         if ((*words[each].word = PyUnicode_InternFromString(words[each].text)) == NULL)
+            return NULL;
+    for (int which = 0; which < MEMBERS; which++)
+        if (look_up(&members[which]) < 0)
             return NULL;
     PyObject *ssl = PyImport_ImportModule("ssl");
     want_read = ssl == NULL ? NULL : PyObject_GetAttrString(ssl, "SSLWantReadError");
