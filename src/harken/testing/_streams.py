@@ -19,7 +19,7 @@ __all__ = ["CHECKS"]
 CLIENTS, ROUNDS = 16, 10
 SHORT_CONNECTIONS, SHORT_CLIENTS = 1000, 4
 # The same where each is a process: a fork copies the page tables, some ten milliseconds of a large test process's.
-SHORT_CHILDREN = 200
+SHORT_CHILDREN = 80
 # More than the kernel's buffers of both ends take (tcp_wmem and tcp_rmem grow to some 4 + 6 MB, but not at once).
 MANY_BYTES = 8 << 20
 
@@ -102,7 +102,7 @@ def handler_raises(make: Make, transport: str) -> None:
 
 @on("tcp")
 def short_connections(make: Make, transport: str) -> None:
-    """A thousand short connections (200 children), one after the other from a few clients, are all served."""
+    """A thousand short connections (80 children), one after the other from a few clients, are all served."""
     with rig(make, transport) as tested:
         count = SHORT_CHILDREN if tested.engine.in_child else SHORT_CONNECTIONS
 
