@@ -87,7 +87,8 @@ class Bench:
         What is made once is not counted as a connection's, and an allocator that learns from what is given back has
         learned: under TLS uvloop maps and unmaps 256 KiB for each read until the first connection has closed.
         """
-        changes: dict[str, Any] = {"connections": ACQUAINTANCES * scenario.processes, "idle": 0, "seconds": 0.1}
+        changes: dict[str, Any] = {"connections": ACQUAINTANCES * scenario.processes, "idle": 0}
+        changes["seconds"] = min(scenario.seconds / 2, 0.1)
         changes |= {} if scenario.mode in {"lines", "pipeline", "churn"} else {"mode": "echo"}
         self._run_loads(dataclasses.replace(scenario, **changes), servers)
 
