@@ -202,7 +202,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--impl", choices=("harken", "stdlib"), default="harken", help="stdlib proves this script")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the report here")
     parser.add_argument(
-        "--quick", action="store_true", help="leave out the cases that CPython marks as slow (walltime)"
+        "--quick", action="store_true", help="leave out slow cases: those that CPython marks (walltime), and SLOW"
     )
     parser.add_argument("--seconds", type=float, default=CASE_SECONDS, help="that one case may take")
     options = parser.parse_args(arguments)

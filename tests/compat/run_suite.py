@@ -28,7 +28,7 @@ class Journal(unittest.TestResult):
     """Writes one JSON line when a case begins and one for each thing that it says."""
 
     def __init__(self, out: TextIO, seconds: float, hasty: frozenset[str]) -> None:
-        """Write to ``out``; a case may take ``seconds``, and those in ``hasty`` (expected to fail) 2."""
+        """Write to ``out``; a case may take ``seconds``, and those in ``hasty`` (expected to fail) 1."""
         super().__init__()
         self.out = out
         self.seconds = seconds
@@ -42,7 +42,7 @@ class Journal(unittest.TestResult):
         """Start the clock: when it runs out, the stacks are printed and this process ends."""
         super().startTest(test)
         self._tell(test, "begun")
-        faulthandler.dump_traceback_later(2.0 if test.id() in self.hasty else self.seconds, exit=True)
+        faulthandler.dump_traceback_later(1.0 if test.id() in self.hasty else self.seconds, exit=True)
 
     def stopTest(self, test: unittest.TestCase) -> None:
         """Stop the clock."""
@@ -123,7 +123,8 @@ def main() -> int:
     before = json.loads(options.done.read_text())
     with cgi_as_root():
         suite = unittest.defaultTestLoader.loadTestsFromName(f"test.{options.module}")
-    chosen = [case for case in cases(suite) if is_wanted(options.module, case.id()) and case.id() not in before["done"]]
+    wanted = [case for case in cases(suite) if is_wanted(options.module, case.id(), quick=options.quick)]
+    chosen = [case for case in wanted if case.id() not in before["done"]]
     with open(options.journal, "a") as out:
         unittest.TestSuite(chosen).run(Journal(out, options.seconds, frozenset(before["hasty"])))
     # Threads that a case left behind must not keep the process.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import selectors
 import socket
 import threading
@@ -17,8 +18,13 @@ import harken
 
 from .kit import PATIENCE, Echo, Program, connect, exchange, reset, running
 
+FULL = os.environ.get("HARKEN_SOAK") == "full"
 CLIENTS = 1000
 CYCLES = 100
+# Where each client is a process: as many in the long run, else enough to wait for one another in the backlog.
+CHILDREN = 1000 if FULL else 300
+CYCLES_WITH_CHILDREN = 100 if FULL else 30
+RESETS = {"ForkingTCPServer": 2000 if FULL else 200}
 CROWD_SECONDS = 40.0
 
 ANSWER = """
@@ -73,12 +79,13 @@ def _move_on(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> st
 @pytest.mark.parametrize("kind", ["ThreadingTCPServer", "PoolTCPServer", "ForkingTCPServer"])
 def test_a_thousand_clients_at_the_same_moment(program: Callable[..., Program], kind: str) -> None:
     """None is refused, none is reset, and each gets its own answer."""
+    count = CHILDREN if kind == "ForkingTCPServer" else CLIENTS
     started = program(ANSWER, kind)
-    assert ask_all(started.address, CLIENTS) == {"answered": CLIENTS}
-    started.wait("closed", CLIENTS)
+    assert ask_all(started.address, count) == {"answered": count}
+    started.wait("closed", count)
     opened = [event["connection"] for event in started.of("opened")]
     closed = [event["connection"] for event in started.of("closed")]
-    assert len(set(opened)) == len(opened) == CLIENTS
+    assert len(set(opened)) == len(opened) == count
     assert sorted(closed) == sorted(opened)
 
 
@@ -89,7 +96,7 @@ def test_a_flood_of_resets(program: Callable[..., Program], kind: str) -> None:
     if kind != "TCPServer":
         old = connect(started.address)
         exchange(old)
-    for turn in range(500 if kind == "ForkingTCPServer" else 2000):  # there each is a process
+    for turn in range(RESETS.get(kind, 2000)):
         client = socket.create_connection(started.address, 10)
         if turn % 3:
             client.send(b"x" * turn)
@@ -114,7 +121,7 @@ def test_a_hundred_cycles_on_one_port(kind: str, free_port: int) -> None:
 @pytest.mark.parametrize("kind", ["TCPServer", "ThreadingTCPServer", "PoolTCPServer", "ForkingTCPServer"])
 def test_a_hundred_cycles_with_a_client_each(kind: str, free_port: int) -> None:
     """Started, used and stopped in a row, with SO_REUSEADDR for what is in TIME_WAIT."""
-    for _ in range(CYCLES):
+    for _ in range(CYCLES_WITH_CHILDREN if kind == "ForkingTCPServer" else CYCLES):
         server = getattr(harken, kind)(("127.0.0.1", free_port), Echo, allow_reuse_address=True)
         with running(server), connect(("127.0.0.1", free_port)) as client:
             exchange(client)

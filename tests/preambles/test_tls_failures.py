@@ -226,7 +226,7 @@ def test_500_silent_clients_do_not_delay_the_next(engine, serving, dial):
     """Each is in a handshake of its own; the good client is served at once, and in the end nobody is left."""
     pool = {"pool_size": 510, "pool_queue": 0}
     settings = {"pool": pool, "asyncio": pool, "fork": {"max_children": 510}}.get(engine, {})
-    count = 500 if engine != "fork" else 150  # processes are dear
+    count = 500 if engine != "fork" else 60  # processes are dear
     with serving(engine, preamble_timeout=30.0, backlog=1000, **settings) as server:
         silent = [socket.create_connection(server.server_address) for _ in range(count)]
         try:

@@ -97,7 +97,7 @@ def check(served: Served, many: int, tls: ssl.SSLContext | None = None) -> None:
 )
 def test_nothing_is_left_of_a_connection(engine: str, hub: str | None, work: str, serve: Serve) -> None:
     """Descriptors, threads, objects, memory and the references to what is shared are as many afterwards as before."""
-    check(serve(engine, hub, work), MANY if engine != "fork" or FULL else MANY // 4)  # a process each
+    check(serve(engine, hub, work), MANY if engine != "fork" or FULL else MANY // 8)  # a process each
 
 
 GREEN = [host for host in HOSTS if host.values[0] == "green"]
