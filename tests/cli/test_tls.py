@@ -4,13 +4,17 @@ import datetime as dt
 import re
 import socket
 import ssl
-import subprocess
-import sys
 
 import pytest
 import trustme
 
 PATIENCE = 20  # seconds
+APP = """
+import harken
+class Echo(harken.BaseRequestHandler):
+    def handle(self):
+        pass
+"""
 
 
 @pytest.fixture(scope="module")
@@ -97,48 +101,28 @@ def test_serve(pki, run_program, tmp_path):
         (["--bind", "tls://127.0.0.1:0?cert=app.py"], "holds no certificate in PEM"),
     ],
 )
-def test_check_tells_what_is_wrong(flags, message, pki, tmp_path):
+def test_check_tells_what_is_wrong(flags, message, pki, tmp_path, harken):
     """One line and status 1."""
-    (tmp_path / "app.py").write_text(
-        "import harken\nclass Echo(harken.BaseRequestHandler):\n    def handle(self):\n        pass\n"
-    )
+    (tmp_path / "app.py").write_text(APP)
     bind = [] if "--bind" in flags else ["--bind", "tcp://127.0.0.1:0"]
-    done = subprocess.run(
-        [sys.executable, "-m", "harken", "check", "app.py:Echo", *bind, *(flag.format(pki) for flag in flags)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    status, _, err = harken("check", "app.py:Echo", *bind, *(flag.format(pki) for flag in flags))
+    assert status == 1
+    (line,) = err.splitlines()
     assert message in line.replace(f"{tmp_path}/", "")
 
 
-def test_check_is_content_with_a_good_certificate(pki, tmp_path):
+def test_check_is_content_with_a_good_certificate(pki, tmp_path, harken):
     """And never shows a passphrase that stands where its file belongs."""
-    (tmp_path / "app.py").write_text(
-        "import harken\nclass Echo(harken.BaseRequestHandler):\n    def handle(self):\n        pass\n"
-    )
+    (tmp_path / "app.py").write_text(APP)
     flags = ["--tls-cert", pki / "site.pem", "--tls-key", pki / "site.key", "--tls-password", "hunter2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "harken", "check", "app.py:Echo", "--bind", "tcp://127.0.0.1:0", *flags],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "hunter2" not in done.stdout + done.stderr
+    done = harken("check", "app.py:Echo", "--bind", "tcp://127.0.0.1:0", *map(str, flags))
+    assert done.status == 0, done.err
+    assert "hunter2" not in done.out + done.err
 
 
-def test_check_warns_of_a_certificate_that_expires(pki, tmp_path):
+def test_check_warns_of_a_certificate_that_expires(pki, tmp_path, harken):
     """One line on stderr for each, also of those that are chosen by name, and status 0 all the same."""
-    (tmp_path / "app.py").write_text(
-        "import harken\nclass Echo(harken.BaseRequestHandler):\n    def handle(self):\n        pass\n"
-    )
+    (tmp_path / "app.py").write_text(APP)
     now, authority = dt.datetime.now(dt.UTC), trustme.CA()
     for name, days in (("soon", 9.5), ("past", -2)):
         end = now + dt.timedelta(days=days)
@@ -146,25 +130,8 @@ def test_check_warns_of_a_certificate_that_expires(pki, tmp_path):
         made.private_key_and_cert_chain_pem.write_to_path(tmp_path / f"{name}.pem")
     tls = 'tls = {cert = "soon.pem", sni = {"past.example" = "past.pem"}}\n'
     (tmp_path / "harken.toml").write_text(tls)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "harken",
-            "check",
-            "app.py:Echo",
-            "--bind",
-            "tcp://127.0.0.1:0",
-            "--config",
-            "harken.toml",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    soon, past = done.stderr.splitlines()
+    done = harken("check", "app.py:Echo", "--bind", "tcp://127.0.0.1:0", "--config", "harken.toml")
+    assert done.status == 0, done.err
+    soon, past = done.err.splitlines()
     assert "soon.pem expires in 9 days" in soon
     assert "past.pem expired on" in past
