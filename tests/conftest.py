@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 SETTLE_SECONDS = 10.0  # a thread or child that is told to end has this long to be gone: 250 threads, on a busy machine
+PROMPT_SECONDS = 0.1  # and nearly all need less; only what is left then is worth a collection
 ROOT = Path(__file__).resolve().parent.parent
 
 # Reasons for which a test may skip even where nothing should: what no machine of that kind can have.
@@ -81,6 +82,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("skips that fail this run: install what is missing, or allow the reason in conftest")
         for test, reason in wrong:
             terminalreporter.line(f"{test}: {reason}")
+
+
+def pytest_collection_finish() -> None:
+    """Take what the tests are made of out of the collector's sight: many tests collect, and many fork."""
+    gc.collect()
+    gc.freeze()
 
 
 # ── leaks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -172,15 +179,21 @@ def nothing_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
         _end_children(before[2])
 
 
+def _settle(before: Before, deadline: float) -> list[str]:
+    """Wait until nothing is left, and return what still is."""
+    while (leaks := _leaks(*before)) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return leaks
+
+
 def _judge(request: pytest.FixtureRequest, before: Before) -> None:
     if request.node.get_closest_marker("no_leak_check") or not request.node.stash.get(PASSED, False):
         return
-    deadline = time.monotonic() + SETTLE_SECONDS
-    leaks = _leaks(*before)
+    now = time.monotonic()
+    leaks = _settle(before, now + PROMPT_SECONDS)
     if leaks:
         gc.collect()  # a caught exception's traceback keeps a closed-over socket in a cycle
-    while (leaks := leaks and _leaks(*before)) and time.monotonic() < deadline:
-        time.sleep(0.01)
+        leaks = _settle(before, now + SETTLE_SECONDS)
     if leaks:
         pytest.fail("left behind: " + "; ".join(leaks), pytrace=False)
 
