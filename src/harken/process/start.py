@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from harken.drain import Drain, DrainReport, run
 from harken.process.worker import Worker
 from harken.records import ConnectionInfo
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["Started", "start"]
 
@@ -59,6 +61,8 @@ class Started:
         self._error: BaseException | None = None
 
     async def _begin(self) -> None:
+        import asyncio  # whoever declares settings is imported by every command, and few have a loop
+
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._over = asyncio.Event()
@@ -102,6 +106,8 @@ class Started:
         Raises:
             BaseException: what ended the server.
         """
+        import asyncio
+
         try:
             await self._over.wait()
         except asyncio.CancelledError:
@@ -116,6 +122,8 @@ class Started:
         Args:
             timeout: seconds to wait; None takes the setting ``drain_timeout``.
         """
+        import asyncio
+
         if self._report is None:
             seconds = self._worker.settings["drain_timeout"] if timeout is None else timeout
             self._report = asyncio.ensure_future(self._end(seconds))
@@ -127,6 +135,8 @@ class Started:
 
     async def _end(self, seconds: float) -> DrainReport:
         """Drain in a thread: the loop goes on, and its handlers with it."""
+        import asyncio
+
         servings = [server.serving for server in self._servers]
         drains = [Drain(serving, seconds, serving.own_records()) for serving in servings]
         try:
