@@ -6,7 +6,6 @@ import contextlib
 import os
 import socket
 import stat
-import threading
 import weakref
 from collections import deque
 from itertools import accumulate
@@ -14,6 +13,7 @@ from operator import not_
 from typing import NamedTuple
 
 from harken.errors import ConfigError
+from harken.unpatched import original
 
 __all__ = [
     "AddressInUse",
@@ -85,13 +85,14 @@ def unlink_if_own(path: str | bytes, inode: Inode | None) -> bool:
     return False
 
 
+_get_ident = original("_thread", "get_ident")  # gevent's is no C
 # Threads that fork a child of the other kind at this moment.
 _apart: set[int] = set()
 
 # How often this process has forked children that may hold its listeners. Counted by iterators, so in C alone: os.fork()
 # shows and drops what its hooks raise, and Ctrl-C raises in whatever Python code runs next. It would be lost.
 _forks: deque[int] = deque([0], maxlen=1)
-_forks_apart = map(_apart.__contains__, iter(threading.get_ident, None))  # of each fork, whether it is of that kind
+_forks_apart = map(_apart.__contains__, iter(_get_ident, None))  # of each fork, whether it is of that kind
 _count_fork = map(_forks.append, accumulate(map(not_, _forks_apart))).__next__
 
 if hasattr(os, "register_at_fork"):
@@ -100,7 +101,7 @@ if hasattr(os, "register_at_fork"):
 
 def fork_without_listeners() -> int:
     """As ``os.fork()``, for a child that will close its copies of all listeners at once."""
-    here = threading.get_ident()
+    here = _get_ident()
     _apart.add(here)
     try:
         return os.fork()
