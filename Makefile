@@ -18,8 +18,9 @@ serve: $(VENV)/.have-run ## serve examples/echo.py on BIND, by default tcp://127
 test: $(VENV)/.have-test ## run the tests (ARGS="-k name" picks some), JOBS at a time
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-# What else has a long form than tests/soak: storms against limits, floods, the slow cases of CPython's own suites.
-LONG := tests/soak tests/faults/test_limits.py tests/faults/test_floods.py tests/compat
+# What else has a long form than tests/soak: storms against limits, floods, the slow cases of CPython's own suites, and
+# every kind of work that a rival takes.
+LONG := tests/soak tests/faults/test_limits.py tests/faults/test_floods.py tests/compat tests/benchmarks
 
 soak: $(VENV)/.have-test ## run tests/soak in full: 30,000 messages, 100,000 connections …, and what else has a long form
 	HARKEN_SOAK=full $(BIN)/python -m pytest $(LONG) $(ARGS)
