@@ -150,6 +150,25 @@ def test_who_comes_soon_is_let_in_without_asking(monkeypatch: pytest.MonkeyPatch
         until(unasked)
 
 
+def test_nobody_is_looked_for_who_was_let_in_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A green thread that waits while the loop is at the door does not bring it the door again."""
+    found = []
+    take_by = straight._take_by
+
+    def note(lane: Any, serving: Any) -> bool | None:
+        before = serving.server.stats()["accepted_total"]
+        more = take_by(lane, serving)
+        found.append(serving.server.stats()["accepted_total"] - before)
+        return more
+
+    monkeypatch.setattr(straight, "_take_by", note)
+    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Echo)) as server:
+        for _ in range(20):
+            visit(server)
+        assert found
+        assert 0 not in found
+
+
 def test_a_handler_that_returns_first_is_the_reason() -> None:
     """The kernel is asked where no read has told of the peer's end."""
 

@@ -177,6 +177,7 @@ static int take_shortcut(PyObject *shortcut) {
 
 static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
     int seen = 0, result = 0;
+    hub->at_door = true;
     if ((int)place < hub->door_count && hub->doors[place].shortcut != NULL &&
         hub->doors[place].generation == generation)
         seen = take_shortcut(hub->doors[place].shortcut);
@@ -184,6 +185,7 @@ static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
         result = take_from_door(hub, place, generation);
     else if (seen < 0)
         result = -1;
+    hub->at_door = false;
     Door *door = (int)place < hub->door_count ? &hub->doors[place] : NULL;
     if (door != NULL && door->door != NULL && door->generation == generation && door->shared)
         go_to_the_end(hub, (int)place);
@@ -261,10 +263,11 @@ static void fetch(Hub *hub, int timeout) {
 }
 
 /* A green thread has nothing to hand its turn to. If the loop had nothing else to do either but to sleep until there is
- * an event, let the green thread do that: one connection that talks alone costs no switch at all. Not where a signal
- * handler may raise, which is to end the loop and not a handler. */
+ * an event, let the green thread do that: one connection that talks alone costs no switch at all. Not while the loop takes
+ * connections: that would bring it the door again, at which nobody is any more. And not where a signal handler may
+ * raise, which is to end the loop and not a handler. */
 bool fetch_in_its_place(Hub *hub) {
-    if (!hub->rounds || hub->news || hub->event_count <= 0 || hub->signals[0] >= 0 || hub->closed)
+    if (!hub->rounds || hub->at_door || hub->news || hub->event_count <= 0 || hub->signals[0] >= 0 || hub->closed)
         return false;
     int timeout = sleep_time(hub, hub->latest);
     if (timeout == 0)

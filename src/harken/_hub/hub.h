@@ -117,6 +117,7 @@ struct Hub {
     bool woken;  /* the eventfd has been written and not read */
     bool turning; /* inside run() or step() */
     bool rounds;  /* inside run() */
+    bool at_door; /* taking connections, of which more may wait */
     int64_t latest; /* when run()'s caller wants to be asked, whatever happens */
     bool occupies; /* this thread is the hub's between turns too: see occupy() */
     bool lent;   /* in a forked child, whose green thread ran here: it ends with that one */
