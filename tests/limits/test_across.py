@@ -55,6 +55,22 @@ def test_never_more_than_the_maximum_are_let_in(across, maximum):
     assert across.inside == maximum
 
 
+def test_who_is_held_up_on_the_way_in_has_been_counted(across):
+    """Others may fill all places between its look at them and its entry."""
+    slow, quick = across.place(0), across.place(1)
+    near, maximum = across.near, 1000
+
+    def be_held_up(asked):
+        answer, across.near = near(asked), near
+        while quick.admit(maximum):
+            pass
+        return answer
+
+    across.near = be_held_up
+    assert slow.admit(maximum)
+    assert across.inside == maximum
+
+
 def test_who_leaves_makes_room_for_all(across):
     """Whatever process it was in."""
     one, two = (MaxConnections(1, across.place(number)) for number in range(2))

@@ -113,16 +113,20 @@ class Place:
             self.across.add(self._number, change)
 
     def admit(self, maximum: int) -> bool:
-        """Let one in, if fewer than ``maximum`` are inside; tell whether."""
+        """Let one in, if fewer than ``maximum`` are inside; tell whether.
+
+        It counts before it is asked whether there is room: whoever is held up in between, while others fill the last
+        places, has been seen by them. So the number is exact, and who is turned away was so for one that is let in.
+        """
         with self._guard:
+            self.across.add(self._number, 1)
             if not self.near(maximum):
-                self.across.add(self._number, 1)
                 return True
             with self.across.locked():
-                if self.across.inside >= maximum:
-                    return False
-                self.across.add(self._number, 1)
-                return True
+                if self.across.inside <= maximum:
+                    return True
+                self.across.add(self._number, -1)
+                return False
 
     def take_token(self, maximum: float, now: float) -> bool:
         """Take a token of the bucket, which holds one second's; tell whether one was left.
