@@ -197,9 +197,10 @@ static int dispatch(Hub *hub, struct epoll_event *event) {
     uint64_t count;
     if (!(low & DOOR_BIT))
         slot_event(hub, event);
-    else if (low == SIGNAL_TAG)
+    else if (low == SIGNAL_TAG) {
         drain_signals(hub);
-    else if (low != WAKEUP_TAG)
+        hub->news = true; /* what its handler has done may be what the caller waits for */
+    } else if (low != WAKEUP_TAG)
         return open_door(hub, low & ~DOOR_BIT, (uint32_t)(event->data.u64 >> 32));
     else {
         hub->woken = false;

@@ -122,7 +122,7 @@ struct Hub {
     bool occupies; /* this thread is the hub's between turns too: see occupy() */
     bool lent;   /* in a forked child, whose green thread ran here: it ends with that one */
     bool closed;
-    bool news;   /* something has happened that run()'s caller wants to know of: a door, a wake-up, an end */
+    bool news;   /* something has happened that run()'s caller wants to know of: a door, a wake-up, a signal, an end */
     bool asks_at_ends; /* whether the end of a green thread is news */
     int signals[2]; /* a socketpair for signal.set_wakeup_fd, or -1 */
     struct epoll_event *events; /* of this turn: `next_event` up to `event_count` are not handed out yet */
