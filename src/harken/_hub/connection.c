@@ -16,14 +16,13 @@
 
 HIDDEN PyTypeObject *Connection_Type;
 static PyTypeObject *Base_Type; /* harken.connection.Connection */
-static Py_ssize_t state_offset, record_offset; /* the latter of harken.connection.Connection's slot */
+HIDDEN Py_ssize_t state_offset;
+static Py_ssize_t record_offset; /* of harken.connection.Connection's slot */
 static PyObject *far_ends[2];
 static PyObject *base_init, *base_real_close, *base_detach, *base_setblocking;
 HIDDEN char scratch[SCRATCH];
 
 PyObject **record_slot(PyObject *self) { return (PyObject **)((char *)self + record_offset); }
-
-State *state_of(PyObject *self) { return (State *)((char *)self + state_offset); }
 
 int fail(int error) {
     errno = error;

@@ -315,15 +315,27 @@ static int size_of(PyObject *const *args, Py_ssize_t count, Py_ssize_t *size) {
     return *size == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
+/* The next line. It may lie here whole, and nobody want to know when requests begin. */
+static inline PyObject *next_line(Reader *reader) {
+    if (held(reader) > 0 && reader->sock != NULL && state_of(reader->sock)->marked == NULL) {
+        const char *end = memchr(start(reader), '\n', (size_t)held(reader));
+        if (end != NULL)
+            return slice(reader, end - start(reader) + 1);
+    }
+    return asked(reader) < 0 ? NULL : read_line(reader, -1);
+}
+
 static PyObject *reader_readline(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Py_ssize_t limit;
+    if (count == 0)
+        return next_line((Reader *)self);
     if (size_of(args, count, &limit) < 0 || asked((Reader *)self) < 0)
         return NULL;
     return read_line((Reader *)self, limit);
 }
 
 static PyObject *reader_next(PyObject *self) {
-    PyObject *line = asked((Reader *)self) < 0 ? NULL : read_line((Reader *)self, -1);
+    PyObject *line = next_line((Reader *)self);
     if (line != NULL && PyBytes_GET_SIZE(line) == 0)
         Py_CLEAR(line);
     return line;
@@ -489,7 +501,23 @@ static PyObject *writer_offer(PyObject *self, PyObject *data) {
     return all ? Py_NewRef(Py_None) : PyLong_FromSsize_t(done);
 }
 
+/* One more answer of a batch, with room for it and more to come, and nobody who wants to know when it began. */
+static inline bool joins_on(Writer *writer, PyObject *data) {
+    Hub *hub = current_hub;
+    PyObject *sock = writer->sock;
+    size_t size = (size_t)PyBytes_GET_SIZE(data);
+    if (hub == NULL || sock == NULL || hub->pending_owner != sock || hub->pending_size + size > PENDING ||
+        writer->reader == NULL || held(writer->reader) == 0 || state_of(sock)->marked != NULL ||
+        state_of(sock)->nonblocking)
+        return false;
+    memcpy(hub->pending + hub->pending_size, PyBytes_AS_STRING(data), size);
+    hub->pending_size += size;
+    return true;
+}
+
 static PyObject *writer_write(PyObject *self, PyObject *data) {
+    if (PyBytes_CheckExact(data) && joins_on((Writer *)self, data))
+        return PyLong_FromSsize_t(PyBytes_GET_SIZE(data));
     if (PyBytes_CheckExact(data))
         return put((Writer *)self, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data)) < 0
                    ? NULL

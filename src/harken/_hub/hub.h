@@ -252,6 +252,8 @@ typedef struct {
     struct Worker *worker; /* borrowed: who serves it on a lane, and knows what its record will be made of; or NULL */
 } State;
 
+extern HIDDEN Py_ssize_t state_offset;
+static inline State *state_of(PyObject *self) { return (State *)((char *)self + state_offset); }
 static inline Marks *marks_of(State *state) {
     return state->marked == NULL ? NULL : (Marks *)PyBytes_AS_STRING(state->marked);
 }
@@ -298,7 +300,6 @@ HIDDEN int connection_ready(PyObject *module);
 HIDDEN PyObject *connection_adopt(PyObject *sock);
 HIDDEN int connection_lodge(Hub *hub, PyObject *self, PyObject *starter);
 HIDDEN PyObject *rebuild(PyObject *module, PyObject *args);
-HIDDEN State *state_of(PyObject *self);
 HIDDEN int begin(PyObject *self, State *state);
 HIDDEN int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline);
 HIDDEN int fail(int error);
