@@ -792,6 +792,7 @@ void hubs_after_fork(void) {
         heap_clear(hub, true);
         slots_abandon(hub);
         hub->event_count = 0;
+        hub->at_door = false;
         hub->pending_owner = NULL; /* the parent sends it */
         hub->passed = NULL;
         hub->pending_size = 0;
