@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import _socket
 import os
+import select
 import socket
+import ssl
 import threading
 import weakref
 from collections.abc import Iterator, MutableSet
 from contextlib import contextmanager
 
-__all__ = ["opening"]
+__all__ = ["opening", "shake"]
 
 _open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _forking = threading.RLock()
@@ -24,6 +26,27 @@ def opening() -> Iterator[MutableSet[socket.socket]]:
     """Nobody forks while the block runs; what it puts into the set that it is given is closed in forked children."""
     with _forking:
         yield _open
+
+
+def shake(client: ssl.SSLSocket, patience: float) -> None:
+    """Do a client's handshake in steps, between which alone the process may fork; each is waited for so many seconds.
+
+    OpenSSL's locks are not made for fork(2): a child in which one is held by a thread that it does not have waits for
+    ever in its own handshake. A thread's first handshake holds that of the random numbers for long.
+    """
+    client.settimeout(0)
+    while True:
+        try:
+            with opening():
+                client.do_handshake()
+            break
+        except ssl.SSLWantReadError:
+            ready = select.select([client], [], [], patience)[0]
+        except ssl.SSLWantWriteError:
+            ready = select.select([], [client], [], patience)[1]
+        if not ready:
+            raise TimeoutError("the handshake timed out")
+    client.settimeout(patience)
 
 
 def _forget() -> None:

@@ -25,7 +25,7 @@ from harken.serving import serving_of
 from harken.settings import Settings
 from harken.testing._census import Census, wait_until
 from harken.testing._check import DATAGRAMS, Make, expect
-from harken.testing._clients import opening
+from harken.testing._clients import opening, shake
 from harken.testing._obedient import Obedient, ObedientToDatagrams
 from harken.testing._wires import connected, settings_of
 
@@ -199,6 +199,11 @@ class Rig:
             f"{len(self.of('closed'))} of {count} connections were closed",
         )
 
+    @property
+    def forks_beside_tls(self) -> bool:
+        """Whether connections are children of the process in which the clients do TLS."""
+        return self.engine.in_child and "tls" in self._wire
+
     # -- clients -------------------------------------------------------------------------------------------------------
 
     def client(self, *commands: str) -> socket.socket:
@@ -226,7 +231,7 @@ class Rig:
             ours.add(client)
             self._clients.append(client)
         if isinstance(client, ssl.SSLSocket):
-            client.do_handshake()
+            shake(client, PATIENCE)
         return client
 
     def held(self, count: int = 1, verb: str = "hold") -> list[socket.socket]:

@@ -144,7 +144,7 @@ def several_loops(make: Make, transport: str) -> None:
     with rig(make, transport, start=False) as tested:
         tested.start(loops=3)
         times = 3 if tested.engine.in_child else 10
-        at_once(4, lambda _number: tested.expect_serves(times))
+        at_once(tested, 4, lambda _number: tested.expect_serves(times))
         bounded("shutdown() of several loops", tested.server.shutdown)
         tested.expect_ended()
 
