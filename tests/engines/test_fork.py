@@ -237,3 +237,20 @@ def test_pids_that_a_program_added_do_not_stop_the_loop(engine):
 def test_the_default_is_stdlibs():
     """Forty children."""
     assert fork.MAX_CHILDREN.default == fork.MAX_CHILDREN.serve == 40
+
+
+def test_a_child_is_not_collected_before_all_is_known_of_it(engine, monkeypatch):
+    """Another loop may collect while a child is being started: its end is told, and its door does not stay."""
+    told, opened = [], engine._open_end
+
+    def open_late(pid):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # it is over by now
+        engine.collect()  # as another loop does
+        return opened(pid)
+
+    monkeypatch.setattr(engine, "_open_end", open_late)
+    pid = engine.spawn(lambda: 3, done=told.append)
+    engine.collect()
+    assert told == [3]
+    assert pid not in engine.children
+    assert not engine._doors

@@ -80,15 +80,18 @@ class Engine(SelectorEngine):
         if pid == 0:
             _be_child(function, args)
         self.children.add(pid)
-        end = self._open_end(pid)
-        self._ends[pid] = (end, done)
-        if end is not None:
-            self.watch(end, self._child_exited)
+        end = None
+        try:
+            end = self._open_end(pid)
+            if end is not None:
+                self.watch(end, self._child_exited)
+        finally:
+            self._ends[pid] = (end, done)  # last: other loops collect it from now on, and unwatch its end
         return pid
 
     def collect(self) -> None:
         """Reap the children that have exited; never blocks."""
-        for pid in list(self.children):
+        for pid in list(self._ends):
             self._reap(pid, os.WNOHANG)
 
     def join(self, deadline: float | None) -> int:
