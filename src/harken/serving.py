@@ -404,7 +404,13 @@ class Serving:
 
         limits = self.deadlines.limits if self.deadlines is not None else dict.fromkeys(DEADLINES)
 
+        handing_over = threading.RLock()  # another loop may collect the child while this one is at that
+
         def done(status: int) -> None:
+            with handing_over:
+                end(status)
+
+        def end(status: int) -> None:
             heard()
             tally.give_back(place, record)
             if self.books.meter is not None and record is not None:
@@ -421,7 +427,9 @@ class Serving:
         try:
             if record is not None:
                 record.report = report
-            pid = self.engine.spawn(self._in_child, function, request, client_address, place, done=done)
+            with handing_over:
+                pid = self.engine.spawn(self._in_child, function, request, client_address, place, done=done)
+                self.connections.hand_over(record, pid)
         except BaseException:
             tally.give_back(place, None)
             if report is not None:
@@ -430,7 +438,6 @@ class Serving:
         finally:
             if report is not None:
                 report.hand_on()
-        self.connections.hand_over(record, pid)
         if report is not None and report.open:
             self.engine.watch(report, heard)
 
