@@ -396,18 +396,19 @@ class Serving:
         place = tally.take()
         report = Report(record, self._told) if self.entry is not None and record is not None else None
 
+        known = threading.RLock()  # several loops may hear of the child, also while this one gets to know it
+
         def heard() -> bool:
-            if report is not None and report.open:
-                self.engine.unwatch(report)
-                report.hear()
+            with known:
+                if report is not None and report.open:
+                    self.engine.unwatch(report)
+                    report.hear()
             return False
 
         limits = self.deadlines.limits if self.deadlines is not None else dict.fromkeys(DEADLINES)
 
-        handing_over = threading.RLock()  # another loop may collect the child while this one is at that
-
         def done(status: int) -> None:
-            with handing_over:
+            with known:
                 end(status)
 
         def end(status: int) -> None:
@@ -427,7 +428,7 @@ class Serving:
         try:
             if record is not None:
                 record.report = report
-            with handing_over:
+            with known:
                 pid = self.engine.spawn(self._in_child, function, request, client_address, place, done=done)
                 self.connections.hand_over(record, pid)
         except BaseException:
@@ -438,8 +439,9 @@ class Serving:
         finally:
             if report is not None:
                 report.hand_on()
-        if report is not None and report.open:
-            self.engine.watch(report, heard)
+        with known:
+            if report is not None and report.open:
+                self.engine.watch(report, heard)
 
     def _told(self, record: Record) -> None:
         """A child told what the preambles learned of its connection, or ended without."""
