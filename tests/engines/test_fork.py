@@ -254,3 +254,30 @@ def test_a_child_is_not_collected_before_all_is_known_of_it(engine, monkeypatch)
     assert told == [3]
     assert pid not in engine.children
     assert not engine._doors
+
+
+def test_children_of_the_program_are_reaped_too(engine):
+    """A program that forks by itself adds its children to ``active_children``, and relies on their being collected."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    engine.children.add(pid)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    engine.collect()
+    assert pid not in engine.children
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+
+
+def test_the_status_is_told_however_many_loops_find_an_end(engine):
+    """Of those that ask the kernel for it one is answered; what it learned is told, once."""
+    told = []
+    for status in range(1, 21):
+        pid = engine.spawn(lambda status=status: status, done=told.append)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        loops = [threading.Thread(target=engine.collect) for _ in range(4)]
+        for loop in loops:
+            loop.start()
+        for loop in loops:
+            loop.join(PATIENCE)
+    assert told == list(range(1, 21))

@@ -10,8 +10,10 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from harken.engines import Options
@@ -61,6 +63,8 @@ class Engine(SelectorEngine):
         super().__init__(options)
         self.children: set[int] = set()
         self._ends: dict[int, tuple[_Exit | None, Callable[[int], None] | None]] = {}
+        self._starting: set[int] = set()  # of whom another loop must not be told the end yet
+        self._reaping = threading.RLock()  # a signal handler may collect, too
 
     @property
     def full(self) -> bool:
@@ -78,7 +82,9 @@ class Engine(SelectorEngine):
             self._wait_for_exit()
         pid = fork_without_listeners()
         if pid == 0:
+            self._reaping = threading.RLock()  # another loop may have had it
             _be_child(function, args)
+        self._starting.add(pid)
         self.children.add(pid)
         end = None
         try:
@@ -86,19 +92,23 @@ class Engine(SelectorEngine):
             if end is not None:
                 self.watch(end, self._child_exited)
         finally:
-            self._ends[pid] = (end, done)  # last: other loops collect it from now on, and unwatch its end
+            self._ends[pid] = (end, done)
+            self._starting.discard(pid)
         return pid
 
     def collect(self) -> None:
         """Reap the children that have exited; never blocks."""
-        for pid in list(self._ends):
-            self._reap(pid, os.WNOHANG)
+        for pid in list(self.children):  # also those that a program added by itself
+            if pid not in self._starting:
+                self._reap(pid)
 
     def join(self, deadline: float | None) -> int:
         """Wait for the children; see :class:`harken.engines.Engine`."""
         if deadline is None:
             for pid in list(self.children):
-                self._reap(pid, 0)
+                with suppress(ChildProcessError):
+                    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+                self._reap(pid)
             return len(self.children)
         self.collect()
         while self.children and time.monotonic() < deadline:
@@ -127,15 +137,16 @@ class Engine(SelectorEngine):
             except ProcessLookupError:
                 pass  # it has exited; the next collect() reaps it
 
-    def _reap(self, pid: int, flags: int) -> None:
-        try:
-            ended, status = os.waitpid(pid, flags)
-        except ChildProcessError:  # somebody else reaped it, or SIGCHLD is ignored
-            ended, status = pid, 0
-        if ended == 0:
-            return
-        self.children.discard(pid)
-        end, done = self._ends.pop(pid, (None, None))
+    def _reap(self, pid: int) -> None:
+        with self._reaping:  # of several loops that find it the one that learns its status tells it
+            try:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:  # somebody else reaped it, or SIGCHLD is ignored
+                ended, status = pid, 0
+            if ended == 0:
+                return
+            self.children.discard(pid)
+            end, done = self._ends.pop(pid, (None, None))
         if end is not None:
             self.unwatch(end)
             os.close(end.fileno())
