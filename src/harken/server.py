@@ -219,7 +219,7 @@ class BaseServer:
         if serving.entry is not None:
             serve = partial(_enter, self, serve)
         if engine.in_child:
-            serving.hand_to_child(serve, request, client_address)
+            serving.children.serve(serve, request, client_address)
             self.close_request(request)
         else:
             if type(request) is not engine.connection:  # a program accepted it by itself

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 from harken import events, plugins
@@ -21,22 +21,19 @@ from harken.acceptor import Acceptor
 from harken.admission import Admission, wanted
 from harken.books import Books
 from harken.buffers import Buffers, wanted as wants_buffers
+from harken.children import Children
 from harken.deadlines import NAMES as DEADLINES, Deadlines
 from harken.drain import Drain, DrainReport, drain
 from harken.engines import ENGINE, Engine
 from harken.entry import Entry, entry_of
 from harken.errors import ConfigError, LifecycleError
-from harken.expiry import Expiry, child_status
-from harken.farewell import LOOK_SECONDS, Farewell
-from harken.herald import Herald
+from harken.expiry import Expiry
 from harken.intake import Intake
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
 from harken.listener import Holding
-from harken.records import CHILD_STATUS, REASONS, Record
-from harken.report import Report
+from harken.records import REASONS, Record
 from harken.settings import Profile, Settings
 from harken.stacks import served_by_caller
-from harken.tally import Tally
 from harken.transports import for_socket
 
 if TYPE_CHECKING:
@@ -94,8 +91,6 @@ class Serving:
         if engine is not None:
             self.engine = engine
         self._packet_size = (-1, 0)
-        self._herald: Herald | None = None
-        self._tally: Tally | None = None
         self._shared: Serving | None = None
         self.place: Place | None = None
         """This process's among several over which limits hold; given before any connection comes."""
@@ -147,6 +142,15 @@ class Serving:
         elif self.deadlines is not None:
             self.deadlines.refresh(self.settings)
         _ = self.deadlines
+
+    @cached_property
+    def children(self) -> Children:
+        """Those in which an engine that forks serves connections, made when first needed."""
+        with self.guard:
+            made: Children | None = vars(self).get("children")
+            if made is None:
+                made = vars(self)["children"] = Children(self)
+            return made
 
     @cached_property
     def entry(self) -> Entry | None:
@@ -384,96 +388,6 @@ class Serving:
         if self.started:
             self.engine.wake()
 
-    # -- one connection ------------------------------------------------------------------------------------------------
-
-    def hand_to_child(self, function: Callable[..., object], request: Any, client_address: Any) -> None:
-        """Run ``function(request, client_address)`` in a child; its record lasts until the child exits."""
-        record = self.connections.find(request)
-        if self.entry is not None:
-            self.entry.refresh()
-        self._herald = self._herald or Herald()
-        self._tally = tally = self._tally or Tally()
-        place = tally.take()
-        report = Report(record, self._told) if self.entry is not None and record is not None else None
-
-        known = threading.RLock()  # several loops may hear of the child, also while this one gets to know it
-
-        def heard() -> bool:
-            with known:
-                if report is not None and report.open:
-                    self.engine.unwatch(report)
-                    report.hear()
-            return False
-
-        limits = self.deadlines.limits if self.deadlines is not None else dict.fromkeys(DEADLINES)
-
-        def done(status: int) -> None:
-            with known:
-                end(status)
-
-        def end(status: int) -> None:
-            heard()
-            tally.give_back(place, record)
-            if self.books.meter is not None and record is not None:
-                self.books.meter.handled(record.started)
-            if CHILD_STATUS["rejected"] == status and record is not None:
-                self.books.rejected(record, record.client_address, record.detail or "verify_request")
-            if CHILD_STATUS["preamble_failed"] == status and record is not None:
-                self.books.preamble_failed(record)
-            which = next((name for name in DEADLINES if CHILD_STATUS[name] == status), None)
-            if which is not None and record is not None:
-                self.books.timed_out(record, record.client_address, which, limits[which] or 0.0)
-            self.connections.child_ended(record, status)
-
-        try:
-            if record is not None:
-                record.report = report
-            with known:
-                pid = self.engine.spawn(self._in_child, function, request, client_address, place, done=done)
-                self.connections.hand_over(record, pid)
-        except BaseException:
-            tally.give_back(place, None)
-            if report is not None:
-                report.close()
-            raise
-        finally:
-            if report is not None:
-                report.hand_on()
-        with known:
-            if report is not None and report.open:
-                self.engine.watch(report, heard)
-
-    def _told(self, record: Record) -> None:
-        """A child told what the preambles learned of its connection, or ended without."""
-        if record.held:
-            self.books.opened(record, record.client_address)
-
-    def _in_child(self, function: Callable[..., object], request: Any, client_address: Any, place: int) -> int:
-        """The child's part: the listener is the parent's alone, and so are the books."""
-        self.on_child()
-        record = self.connections.find(request)
-        if record is not None:
-            record.silent = True
-        if self.deadlines is not None:
-            self.deadlines.after_fork(record)
-        if not isinstance(request, tuple) and hasattr(self.server, "socket"):
-            self.server.socket.close()
-        if self._herald is not None and record is not None:
-            self._herald.listen(partial(self._drain_in_child, record))
-        function(request, client_address)
-        if record is not None and self._tally is not None:
-            self._tally.tell(place, record)
-        return child_status(record)
-
-    def _drain_in_child(self, record: Record, jitter: float) -> None:
-        """The server drains: say goodbye to the one connection that is served here, until the process ends."""
-        self.lifecycle.state = State.DRAINING
-        self.connections.careful = True
-        farewell = Farewell(self, jitter)
-        time.sleep(LOOK_SECONDS)  # the word woke the handler's thread, which goes back to what it waited for
-        while True:
-            time.sleep(farewell.turn([record]))
-
     def _end_child(self, pid: int) -> None:
         end = getattr(self.engine, "end_child", None)
         if end is not None:
@@ -490,7 +404,8 @@ class Serving:
             return
         if self.books.interrupted:
             self.cut("shutdown")
-        self._herald = None
+        if "children" in vars(self):
+            self.children.serve_on()
         block = self.option("block_on_close") and not self.option("daemon_threads") and not self.abandoned
         self.engine.join(None if block else time.monotonic())
         deadlines = vars(self).get("deadlines")
@@ -528,9 +443,8 @@ class Serving:
 
     def tell_children(self) -> None:
         """Let forked children know that the server drains."""
-        if self._herald is not None:
-            pids = [record.process for record in self.connections if record.process]
-            self._herald.tell(self.settings["drain_jitter"], pids)
+        if "children" in vars(self):
+            self.children.tell_of_drain()
 
     def suspend(self) -> None:
         """Leave new connections in the backlog; open ones go on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+from itertools import count
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,15 +25,15 @@ class Tally:
         """Begin with every place free."""
         self._memory = mmap.mmap(-1, MAX_PLACES * _PLACE.size)
         self._free: list[int] = []
-        self._used = 0
+        self._unused = count()
 
     def take(self) -> int:
         """Return a place for a child that is about to be forked; -1 when there is none."""
-        if self._free:
+        try:  # not a look first: several loops fork at once
             place = self._free.pop()
-        elif self._used < MAX_PLACES:
-            place, self._used = self._used, self._used + 1
-        else:
+        except IndexError:
+            place = next(self._unused)
+        if place >= MAX_PLACES:
             return -1
         self._write(place, _NOTHING)
         return place

@@ -1,0 +1,88 @@
+"""Connections that are served in children, of which several loops may hear at once."""
+
+import os
+import socket
+import threading
+from types import SimpleNamespace
+
+import harken
+from harken.children import _Child
+from harken.tally import Tally
+
+PATIENCE = 10.0  # seconds
+BESIDE = 0.3  # seconds for another thread to do what it must not, which it would at once
+
+
+def beside(work):
+    """Let another thread do ``work`` while this one is where it is; it may have to wait for us."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(BESIDE)
+    return thread
+
+
+class Filed(dict):
+    """A registry's records, of which one is collected by another loop as soon as it is taken out."""
+
+    def __init__(self, records, collect):
+        super().__init__(records)
+        self.collect, self.thread = collect, None
+
+    def pop(self, key, *default):
+        """Take it out; the first time, while another loop collects."""
+        found = super().pop(key, *default)
+        if self.thread is None and found is not None:
+            self.thread = beside(self.collect)
+        return found
+
+
+def test_an_end_is_told_though_another_loop_learns_of_it_first(monkeypatch):
+    """It may have exited before its connection was handed over."""
+
+    class Nothing(harken.BaseRequestHandler):
+        """Ends at once."""
+
+    with harken.background(harken.ForkingTCPServer(("127.0.0.1", 0), Nothing)) as server:
+        serving = server._harken
+        engine = serving.engine
+        spawn = engine.spawn
+
+        def spawn_one_that_ends(*args, **keywords):
+            pid = spawn(*args, **keywords)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            return pid
+
+        monkeypatch.setattr(engine, "spawn", spawn_one_that_ends)
+        filed = serving.connections.filed = Filed(serving.connections.filed, engine.collect)
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            assert client.recv(1) == b""
+        assert serving.connections.wait_for(lambda: not filed, PATIENCE)
+        filed.thread.join(PATIENCE)
+        assert server.stats()["closed_total"] == {"handler_returned": 1}
+
+
+def test_one_loop_at_a_time_hears_of_a_child():
+    """By its report and by its end: the report's descriptor is closed once, since it may be another's then."""
+    serving = SimpleNamespace(
+        deadlines=None,
+        entry=object(),
+        books=SimpleNamespace(meter=None),
+        connections=SimpleNamespace(hand_over=lambda *_: None, child_ended=lambda *_: None),
+        engine=SimpleNamespace(spawn=lambda *_, done: 1, watch=lambda *_: None, unwatch=lambda _: None),
+    )
+    child = _Child(serving, Tally(), SimpleNamespace(held=False, moved=None, requests=None))
+    child.start(lambda: 0)
+    hear, heard = child._report.hear, []
+
+    def hear_slowly():
+        heard.append(threading.get_ident())
+        if len(heard) == 1:
+            other.append(beside(lambda: child._ended(0)))
+        hear()
+
+    other = []
+    child._report.hear = hear_slowly
+    child._told()
+    other[0].join(PATIENCE)
+    assert heard == [threading.get_ident()]
+    assert not child._report.open
