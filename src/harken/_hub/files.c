@@ -108,6 +108,11 @@ int flush_of(PyObject *sock) {
     return hub != NULL && hub->pending_owner == sock ? flush_pending(hub) : 0;
 }
 
+static inline void append(Hub *hub, const char *data, size_t size) {
+    memcpy(hub->pending + hub->pending_size, data, size);
+    hub->pending_size += size;
+}
+
 static int join(Hub *hub, PyObject *sock, const char *data, size_t size) {
     if (hub->pending_owner != NULL && (hub->pending_owner != sock || hub->pending_size + size > PENDING) &&
         flush_pending(hub) < 0)
@@ -118,8 +123,7 @@ static int join(Hub *hub, PyObject *sock, const char *data, size_t size) {
     }
     if (hub->pending_owner == NULL)
         hub->pending_owner = Py_NewRef(sock);
-    memcpy(hub->pending + hub->pending_size, data, size);
-    hub->pending_size += size;
+    append(hub, data, size);
     return 0;
 }
 
@@ -186,7 +190,7 @@ static int keep_more(Reader *reader, const char *data, Py_ssize_t size) {
 }
 
 /* A call begins. If bytes lie here after an answer, they are the next request, which has come already. */
-static int asked(Reader *reader) {
+static inline int asked(Reader *reader) {
     PyObject *sock = open_sock(reader->sock);
     if (sock == NULL)
         return -1;
@@ -315,14 +319,12 @@ static int size_of(PyObject *const *args, Py_ssize_t count, Py_ssize_t *size) {
     return *size == -1 && PyErr_Occurred() ? -1 : 0;
 }
 
-/* The next line. It may lie here whole, and nobody want to know when requests begin. */
+/* The next line, which of a batch lies here whole. */
 static inline PyObject *next_line(Reader *reader) {
-    if (held(reader) > 0 && reader->sock != NULL && state_of(reader->sock)->marked == NULL) {
-        const char *end = memchr(start(reader), '\n', (size_t)held(reader));
-        if (end != NULL)
-            return slice(reader, end - start(reader) + 1);
-    }
-    return asked(reader) < 0 ? NULL : read_line(reader, -1);
+    if (asked(reader) < 0)
+        return NULL;
+    const char *end = held(reader) > 0 ? memchr(start(reader), '\n', (size_t)held(reader)) : NULL;
+    return end != NULL ? slice(reader, end - start(reader) + 1) : read_line(reader, -1);
 }
 
 static PyObject *reader_readline(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -444,11 +446,14 @@ static int put(Writer *writer, const char *data, size_t size) {
     Hub *hub = current_hub;
     State *state = state_of(sock);
     bool more = writer->reader != NULL && held(writer->reader) > 0;
-    /* What is pending is the running green thread's: so this is one. */
-    bool joins = hub != NULL && size <= PENDING && !state->nonblocking &&
-                 (hub->pending_owner == sock || (more && !in_hub(hub)));
-    Py_INCREF(sock);
+    bool mine = hub != NULL && hub->pending_owner == sock; /* what is pending is a green thread's: the running one's */
+    bool joins = size <= PENDING && !state->nonblocking && (mine || (more && hub != NULL && !in_hub(hub)));
     begin_writing(state);
+    if (joins && mine && more && hub->pending_size + size <= PENDING) { /* most answers of a batch */
+        append(hub, data, size);
+        return 0;
+    }
+    Py_INCREF(sock);
     int result;
     if (joins)
         result = join(hub, sock, data, size) < 0 || (!more && flush_pending(hub) < 0) ? -1 : 0;
@@ -501,23 +506,7 @@ static PyObject *writer_offer(PyObject *self, PyObject *data) {
     return all ? Py_NewRef(Py_None) : PyLong_FromSsize_t(done);
 }
 
-/* One more answer of a batch, with room for it and more to come, and nobody who wants to know when it began. */
-static inline bool joins_on(Writer *writer, PyObject *data) {
-    Hub *hub = current_hub;
-    PyObject *sock = writer->sock;
-    size_t size = (size_t)PyBytes_GET_SIZE(data);
-    if (hub == NULL || sock == NULL || hub->pending_owner != sock || hub->pending_size + size > PENDING ||
-        writer->reader == NULL || held(writer->reader) == 0 || state_of(sock)->marked != NULL ||
-        state_of(sock)->nonblocking)
-        return false;
-    memcpy(hub->pending + hub->pending_size, PyBytes_AS_STRING(data), size);
-    hub->pending_size += size;
-    return true;
-}
-
 static PyObject *writer_write(PyObject *self, PyObject *data) {
-    if (PyBytes_CheckExact(data) && joins_on((Writer *)self, data))
-        return PyLong_FromSsize_t(PyBytes_GET_SIZE(data));
     if (PyBytes_CheckExact(data))
         return put((Writer *)self, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data)) < 0
                    ? NULL

@@ -26,7 +26,12 @@ typedef struct {
     PyObject *found; /* its method, or property */
 } Member;
 
-enum { ACQUIRE, RELEASE, SHAKE, PLAIN, PLAIN_READ, PLAIN_WRITE, BYE, VERSION, READ_OUT, WRITE_IN, WRITE_EOF, HELD_BACK, EOF_SEEN, MEMBERS };
+enum {
+    ACQUIRE, RELEASE,                                      /* the guard */
+    SHAKE, PLAIN, PLAIN_READ, PLAIN_WRITE, BYE, VERSION,   /* OpenSSL */
+    READ_OUT, WRITE_IN, WRITE_EOF, HELD_BACK, EOF_SEEN,    /* its memory */
+    MEMBERS
+};
 static Member members[MEMBERS] = {
     [ACQUIRE] = {"_thread", "LockType", "acquire"},
     [RELEASE] = {"_thread", "LockType", "release"},
