@@ -6,13 +6,13 @@ import contextvars
 import gc
 import socket
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from greenlet import getcurrent, greenlet
+from waiting import wait_until
 
 import harken
 from harken import _hub, events, straight
@@ -41,18 +41,10 @@ def connect(server: Any) -> socket.socket:
     return client
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Wait for something, with a bound."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
 def visit(server: Any) -> None:
     """Come, and leave when the server has nothing left of it."""
     connect(server).close()
-    until(lambda: not len(serving_of(server).connections))
+    wait_until(lambda: not len(serving_of(server).connections))
 
 
 @pytest.fixture
@@ -86,7 +78,7 @@ def test_a_record_is_made_when_somebody_asks(server: Any) -> None:
     assert len(known.filed) == 3
     for client in clients:
         client.close()
-    until(lambda: not len(known))
+    wait_until(lambda: not len(known))
     assert server.stats()["closed_total"] == {"peer_closed": 4}
 
 
@@ -97,7 +89,7 @@ def test_those_that_end_unasked_are_counted(server: Any) -> None:
     client = connect(server)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     client.close()
-    until(lambda: not len(serving_of(server).connections))
+    wait_until(lambda: not len(serving_of(server).connections))
     figures = server.stats()
     assert (figures["accepted_total"], figures["open"]) == (7, 0)
     assert figures["closed_total"] == {"peer_closed": 6, "peer_reset": 1}
@@ -147,7 +139,7 @@ def test_who_comes_soon_is_let_in_without_asking(monkeypatch: pytest.MonkeyPatch
             visit(server)
             return asked < server.stats()["accepted_total"] - come
 
-        until(unasked)
+        wait_until(unasked)
 
 
 def test_nobody_is_looked_for_who_was_let_in_already(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +173,7 @@ def test_a_handler_that_returns_first_is_the_reason() -> None:
             client = connect(server)
             assert client.recv(1) == b""
             client.close()
-        until(lambda: server.stats()["closed_total"] == {"handler_returned": 3})
+        wait_until(lambda: server.stats()["closed_total"] == {"handler_returned": 3})
 
 
 def test_one_can_be_closed_by_its_id(server: Any) -> None:
@@ -191,7 +183,7 @@ def test_one_can_be_closed_by_its_id(server: Any) -> None:
     server.close_connection(info.id)
     assert client.recv(1) == b""
     client.close()
-    until(lambda: server.stats()["closed_total"].get("killed") == 1)
+    wait_until(lambda: server.stats()["closed_total"].get("killed") == 1)
 
 
 def test_who_subscribes_is_told_of_the_next_one(server: Any) -> None:
@@ -201,7 +193,7 @@ def test_who_subscribes_is_told_of_the_next_one(server: Any) -> None:
     end = events.subscribe(lambda event: seen.append(event.name), "accepted", "opened", "closed")
     try:
         visit(server)
-        until(lambda: "closed" in seen)
+        wait_until(lambda: "closed" in seen)
     finally:
         end()
     assert seen == ["accepted", "opened", "closed"]
@@ -215,7 +207,7 @@ def test_an_end_is_told_of_to_who_subscribed_meanwhile(server: Any) -> None:
     try:
         port = client.getsockname()[1]
         client.close()
-        until(lambda: seen)
+        wait_until(lambda: seen)
     finally:
         end()
     assert (seen[0].reason, seen[0].peer.port) == ("peer_closed", port)
@@ -252,7 +244,7 @@ def test_one_that_somebody_knows_is_used_no_more(how: str) -> None:
             visit(server)
         assert known[1:] == [False, False]
         if how == "kept":
-            until(lambda: known[0].dead)
+            wait_until(lambda: known[0].dead)
 
 
 def test_each_connection_has_a_context_of_its_own() -> None:
@@ -286,7 +278,7 @@ def test_a_handler_that_raises_ends_alone(error: BaseException, capsys: pytest.C
                 client.sendall(b"!")
                 assert client.recv(1) == b""
         connect(server).close()
-        until(lambda: not len(serving_of(server).connections))
+        wait_until(lambda: not len(serving_of(server).connections))
     assert ("a fault" in capsys.readouterr().err) == isinstance(error, ValueError)
 
 
@@ -309,7 +301,7 @@ def test_nobody_is_lost_while_others_ask(server: Any) -> None:
         over.set()
         for thread in asking:
             thread.join()
-    until(lambda: not len(serving_of(server).connections))
+    wait_until(lambda: not len(serving_of(server).connections))
     figures = server.stats()
     assert figures["accepted_total"] - before == 150
     assert sum(figures["closed_total"].values()) == figures["accepted_total"]
@@ -335,7 +327,7 @@ def test_a_paused_door_forgets_nobody(server: Any) -> None:
         visit_beside(server, 1)
     assert len(server.connections()) == 1
     client.close()
-    until(lambda: not len(serving_of(server).connections))
+    wait_until(lambda: not len(serving_of(server).connections))
     assert server.stats()["closed_total"] == {"peer_closed": 5}
     assert len(serving_of(server).connections.lanes) <= 2  # those that are closed and empty go
 
@@ -343,7 +335,7 @@ def test_a_paused_door_forgets_nobody(server: Any) -> None:
 def visit_beside(server: Any, others: int) -> None:
     """Come and leave, where others stay."""
     connect(server).close()
-    until(lambda: len(serving_of(server).connections) == others)
+    wait_until(lambda: len(serving_of(server).connections) == others)
 
 
 def living() -> set[int]:
@@ -360,5 +352,5 @@ def test_resting_green_threads_end_with_their_server() -> None:
         clients = [connect(server) for _ in range(5)]
         for client in clients:
             client.close()
-        until(lambda: not len(serving_of(server).connections))
+        wait_until(lambda: not len(serving_of(server).connections))
     assert living() <= before

@@ -7,13 +7,13 @@ import os
 import resource
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken import _hub, events
@@ -67,18 +67,10 @@ def connect(server: Any) -> socket.socket:
     return socket.create_connection(server.server_address, PATIENCE)
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Wait for something, with a bound."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def test_it_starts_at_the_first_bytes(server: Any) -> None:
     """The connection is open and listed before; its handler is not there."""
     with connect(server) as client, connect(server) as other:
-        until(lambda: len(server.connections()) == 2)
+        wait_until(lambda: len(server.connections()) == 2)
         other.sendall(b"b\n")
         assert other.recv(10) == b"b\n"
         assert server.begun == [other.getsockname()]
@@ -107,15 +99,15 @@ def test_a_connection_that_never_speaks(server: Any, way: str) -> None:
     unsubscribe = events.subscribe(lambda event: seen.append(event.reason), "closed")
     try:
         client = connect(server)
-        until(server.connections)
+        wait_until(server.connections)
         if way == "killed":
             assert server.close_connection(server.connections()[0].id)
             assert client.recv(10) == b""
         elif way == "rst":
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         client.close()
-        until(lambda: not server.connections())
-        until(lambda: seen)
+        wait_until(lambda: not server.connections())
+        wait_until(lambda: seen)
         assert seen == [{"fin": "peer_closed", "rst": "peer_reset", "killed": "killed"}[way]]
     finally:
         unsubscribe()
@@ -124,7 +116,7 @@ def test_a_connection_that_never_speaks(server: Any, way: str) -> None:
 def test_a_drain_cuts_those_that_never_spoke(server: Any) -> None:
     """They are waited for like others, and cut at the deadline."""
     with connect(server) as client:
-        until(server.connections)
+        wait_until(server.connections)
         report = server.drain(0.05)
         assert (report.cut, report.left) == (1, 0)
         assert client.recv(10) == b""
@@ -137,7 +129,7 @@ def test_the_server_is_closed_while_they_wait() -> None:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     with connect(server) as client:
-        until(server.connections)
+        wait_until(server.connections)
         server.shutdown()
         thread.join(PATIENCE)
         closer = threading.Thread(target=server.server_close)
@@ -153,11 +145,11 @@ def test_the_server_is_closed_while_they_wait() -> None:
 def test_a_connection_closed_under_it(server: Any) -> None:
     """Whoever finds the socket and closes it leaves nothing behind."""
     with connect(server) as client:
-        until(server.connections)
+        wait_until(server.connections)
         [record] = list(server._harken.connections)
         server._harken.engine._hub.call_soon_threadsafe(record.request.close)
         assert client.recv(10) == b""
-        until(lambda: not server.connections())
+        wait_until(lambda: not server.connections())
     server.shutdown()
     server.server_close()
 
@@ -167,7 +159,7 @@ def test_other_engines_start_it_at_once() -> None:
     server: Any = harken.ThreadingTCPServer(("127.0.0.1", 0), Lazy)
     server.begun = []
     with harken.background(server), connect(server):
-        until(lambda: server.begun)
+        wait_until(lambda: server.begun)
 
 
 @pytest.mark.skipif(_hub.kind != "compiled", reason="needs the compiled hub")
@@ -183,7 +175,7 @@ def test_what_an_idle_one_costs() -> None:
             before = len(server.connections())
             for _ in range(count):
                 stack.enter_context(socket.socket()).connect(server.server_address)
-            until(lambda: len(server._harken.connections) == before + count)
+            wait_until(lambda: len(server._harken.connections) == before + count)
             gc.collect()
 
         def resident() -> int:

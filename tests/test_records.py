@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from waiting import wait_until
 
 from harken.connection import accept, peer_fault
 from harken.records import REASONS, Registry
@@ -49,14 +50,6 @@ def pair(request, tmp_path):
 
 
 both = pytest.mark.parametrize("pair", ["tcp", "unix"], indirect=True)
-
-
-def wait_until(condition):
-    """Wait, within bounds, for what the kernel does by itself."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.001)
 
 
 def reset(client):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken import events, straight
@@ -56,14 +56,6 @@ def ask(server: Any) -> bytes:
         return got
 
 
-def until(condition: Callable[[], object]) -> None:
-    """Wait for something, with a bound."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
 def note(seen: list[str], name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
     """Return a hook that notes that it was called."""
 
@@ -98,7 +90,7 @@ def test_every_hook_that_is_overridden_is_called(
             setattr(server, name, note(seen, name, getattr(server, name)))
         assert not straight.is_straight(serving_of(server))
         assert ask(server) == b"hello"
-        until(lambda: seen)
+        wait_until(lambda: seen)
 
 
 def test_a_hook_patched_in_harkens_own_class(server_class: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +99,7 @@ def test_a_hook_patched_in_harkens_own_class(server_class: Any, monkeypatch: pyt
     monkeypatch.setattr(harken.TCPServer, "close_request", note(seen, "closed", harken.TCPServer.close_request))
     with harken.background(server_class(("127.0.0.1", 0), Echo)) as server:
         assert ask(server) == b"hello"
-        until(lambda: seen)
+        wait_until(lambda: seen)
 
 
 def test_events_and_figures_are_the_same(server_class: Any) -> None:
@@ -119,7 +111,7 @@ def test_events_and_figures_are_the_same(server_class: Any) -> None:
     try:
         with harken.background(server_class(("127.0.0.1", 0), Echo)) as server:
             assert ask(server) == b"hello"
-            until(lambda: len(seen) == 3)
+            wait_until(lambda: len(seen) == 3)
             identity = seen[0][1]
             assert seen == [
                 ("accepted", identity, None),
@@ -164,10 +156,10 @@ def test_however_a_handler_ends(server_class: Any, way: str, capsys: pytest.Capt
         if way == "keeps a file":
             assert len(server.connections()) == 1
             kept.pop().close()
-        until(lambda: not server.connections())
+        wait_until(lambda: not server.connections())
         client.close()
         reason = {"raises": "handler_failed", "is reset": "peer_reset"}.get(way, "handler_returned")
-        until(lambda: server.stats()["closed_total"] == {reason: 1})
+        wait_until(lambda: server.stats()["closed_total"] == {reason: 1})
     assert ("a fault" in capsys.readouterr().err) == (way == "raises")
 
 
@@ -182,7 +174,7 @@ def test_a_burst_is_served_whole(server_class: Any) -> None:
         for client in clients:
             assert client.recv(10) == b"x"
             client.close()
-        until(lambda: not server.connections())
+        wait_until(lambda: not server.connections())
 
 
 def test_the_default_timeout_holds_for_accepted_connections(server_class: Any) -> None:
@@ -230,9 +222,9 @@ def test_limits_and_deadlines_hold_on_the_straight_way(server_class: Any) -> Non
                 assert admission.crowd.inside == 2
                 for client in clients:
                     client.close()
-                until(lambda: not serving.connections)
+                wait_until(lambda: not serving.connections)
                 assert admission.crowd.inside == 0
-            until(lambda: seen.count("closed") == 10)
+            wait_until(lambda: seen.count("closed") == 10)
     finally:
         events_seen()
     assert [name for name in seen if name != "closed"] == [*(["accepted", "opened"] * 2 + ["accepted", "rejected"]) * 5]
@@ -256,7 +248,7 @@ def test_a_burst_takes_no_more_than_the_limit_leaves_room_for(server_class: Any)
         for client in clients:
             client.sendall(b"hello")
         assert [client.recv(100) for client in clients] == [b"hello"] * 5
-        until(lambda: admission.crowd.inside == 0)
+        wait_until(lambda: admission.crowd.inside == 0)
     for client in clients:
         client.close()
     assert server.stats()["rejected_total"] == 0
@@ -308,7 +300,7 @@ def test_a_thread_that_cannot_be_started_costs_its_connection_alone(
             with socket.create_connection(server.server_address, PATIENCE) as client:
                 assert client.recv(10) == b""
         assert ask(server) == b"hello"
-        until(lambda: not server.connections())
+        wait_until(lambda: not server.connections())
     assert "no more threads" in capsys.readouterr().err
 
 

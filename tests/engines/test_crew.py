@@ -8,19 +8,12 @@ import time
 import weakref
 
 import pytest
+from waiting import wait_until
 
 from harken.engines import _crew
 from harken.engines._crew import Crew
 
 PATIENCE = 5.0  # seconds
-
-
-def wait_until(condition):
-    """Wait, within bounds, for what a thread does after its job."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.001)
 
 
 class Job:

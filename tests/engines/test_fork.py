@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from waiting import wait_until
 
 from harken.engines import fork
 from harken.engines.fork import Engine
@@ -51,14 +52,6 @@ class Pipe:
     def close(self):
         os.close(self.writer)
         os.close(self.reader)
-
-
-def wait_until(condition):
-    """Wait, within bounds, for what another process does."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.002)
 
 
 def exited(pid):

@@ -16,25 +16,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from waiting import wait_until
+
 import harken
 from harken import events
 from harken.testing._clients import opening
 
 LOCAL = ("127.0.0.1", 0)
 PATIENCE = 15.0  # seconds that anything may take before the test fails
-
-
-def wait_until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
-    """Wait for a condition that no event announces.
-
-    Raises:
-        AssertionError: it did not come true in time.
-    """
-    end = time.monotonic() + patience
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        pause.wait(0.005)
 
 
 class Seen(list[events.Event]):

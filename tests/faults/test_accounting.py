@@ -7,10 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 import harken
 
-from .kit import LOCAL, Echo, connect, exchange, running, seeing, wait_until
+from .kit import LOCAL, Echo, connect, exchange, running, seeing
 
 
 @pytest.mark.parametrize("engine", ["inline", "thread", "pool", "green"])

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 import harken
 
-from .kit import LOCAL, PATIENCE, running, seeing, wait_until
+from .kit import LOCAL, PATIENCE, running, seeing
 
 
 class Answer(harken.DatagramRequestHandler):

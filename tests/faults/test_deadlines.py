@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken.errors import ConfigError
 
-from .kit import LOCAL, PATIENCE, Seen, connect, ends, exchange, receive, running, seeing, wait_until
+from .kit import LOCAL, PATIENCE, Seen, connect, ends, exchange, receive, running, seeing
 
 ENGINES = ("inline", "thread", "pool", "green", "fork", "asyncio")
 BESIDE = tuple(engine for engine in ENGINES if engine != "inline")  # which serve others meanwhile

@@ -12,12 +12,13 @@ import time
 
 import pytest
 import trustme
+from waiting import wait_until
 
 import harken
 from harken import green
 from harken.testing._clients import opening
 
-from .kit import LOCAL, PATIENCE, connect, ends, running, seeing, wait_until
+from .kit import LOCAL, PATIENCE, connect, ends, running, seeing
 
 ENGINES = ["inline", "thread", "pool", "fork", "green", "asyncio"]
 CONCURRENT = ENGINES[1:]

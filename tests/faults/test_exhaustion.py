@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 import harken
 
-from .kit import LOCAL, Echo, Program, connect, ends, exchange, fate, running, seeing, wait_until
+from .kit import LOCAL, Echo, Program, connect, ends, exchange, fate, running, seeing
 
 LIMIT = 256  # descriptors of the server
 CLIENTS = 2000

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 import harken
 
-from .kit import LOCAL, Seen, connect, exchange, receive, reset, running, seeing, wait_until
+from .kit import LOCAL, Seen, connect, exchange, receive, reset, running, seeing
 
 
 class Lines(harken.StreamRequestHandler):

@@ -15,26 +15,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken.errors import ConfigError
 from harken.serving import serving_of
 
-from .kit import (
-    LOCAL,
-    PATIENCE,
-    Echo,
-    Seen,
-    connect,
-    ends,
-    exchange,
-    fate,
-    is_silent,
-    receive,
-    running,
-    seeing,
-    wait_until,
-)
+from .kit import LOCAL, PATIENCE, Echo, Seen, connect, ends, exchange, fate, is_silent, receive, running, seeing
 
 ENGINES = ("thread", "pool", "green", "fork", "asyncio", "asyncio-threads")
 

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken import buffers
 
-from .kit import LOCAL, PATIENCE, Seen, connect, ends, exchange, receive, running, seeing, wait_until
+from .kit import LOCAL, PATIENCE, Seen, connect, ends, exchange, receive, running, seeing
 
 PAYLOAD = bytes(50_000_000)
 PIECE = bytes(65536)

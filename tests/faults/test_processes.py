@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 import harken
 
-from .kit import LOCAL, Echo, Program, connect, ends, exchange, running, seeing, wait_until
+from .kit import LOCAL, Echo, Program, connect, ends, exchange, running, seeing
 
 FORKING = """
 with harken.ForkingTCPServer(("127.0.0.1", 0), Echo, allow_reuse_address=True) as server:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings as hypothesis_settings, strategies as st
+from waiting import wait_until
 
 import harken
 
-from .kit import LOCAL, PATIENCE, Echo, connect, running, seeing, wait_until
+from .kit import LOCAL, PATIENCE, Echo, connect, running, seeing
 
 SILENT = 300
 SLOW = 100

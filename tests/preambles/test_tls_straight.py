@@ -7,12 +7,13 @@ import ssl
 import threading
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken import events, straight
 from harken.serving import serving_of
 
-from .tls_kit import PATIENCE, Echo, plain, until
+from .tls_kit import PATIENCE, Echo, plain
 
 ENGINES = ("thread", "pool", "green", "green-fallback")
 TOLD = ("accepted", "opened", "rejected", "preamble_failed", "handler_failed", "closed")
@@ -66,7 +67,7 @@ def visit(server, way, dial):
     with dial(server) as client:
         client.sendall(way.encode())
         if way == "keeps a file":
-            until(lambda: ByHand.kept)
+            wait_until(lambda: ByHand.kept)
             assert len(server.connections()) == 1
             ByHand.kept.pop().close()
         assert client.recv(1) == b""
@@ -82,7 +83,7 @@ def test_the_straight_way_tells_what_the_hooks_tell(engine, way, serving, dial, 
         with serving(engine, ByHand, kind=kind) as server:
             assert straight.is_straight(serving_of(server)) is direct
             visit(server, way, dial)
-            until(lambda: told and told[-1].name == "closed")
+            wait_until(lambda: told and told[-1].name == "closed")
             assert not server.connections()
             figures = server.stats()
         assert len({event.connection for event in told}) == 1
@@ -121,7 +122,7 @@ def test_a_drain_ends_in_order_what_was_not_read(engine, serving, dial):
         client.sendall(bytes(100_000))
         drain = threading.Thread(target=server.drain, args=(PATIENCE,))
         drain.start()
-        until(lambda: serving_of(server).draining)
+        wait_until(lambda: serving_of(server).draining)
         go.set()
         client.suppress_ragged_eofs = False
         assert client.recv(100) == b"bye"

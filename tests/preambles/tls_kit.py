@@ -6,8 +6,7 @@ import contextlib
 import socket
 import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import harken
 from harken import events
@@ -24,14 +23,6 @@ class Echo(harken.BaseRequestHandler):
     def handle(self):
         while data := self.request.recv(65536):
             self.request.sendall(data)
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for something, with a bound."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 class Closed:

@@ -10,10 +10,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 PATIENCE = 20.0
 UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -46,14 +46,6 @@ def children_of(pid):
             if int(rest.split()[1]) == pid:
                 found[int(entry.name)] = (name, rest.split()[0])
     return found
-
-
-def wait_until(condition):
-    """Wait for what nobody announces."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,6 @@ from typing import Any
 LOCAL = ("127.0.0.1", 0)
 PATIENCE = 10.0  # seconds that anything may take before the test fails
 SOURCE = Path(__file__).parents[2] / "src"
-
-
-def wait_until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
-    """Wait for a condition that no event announces.
-
-    Raises:
-        AssertionError: it did not come true in ``patience`` seconds.
-    """
-    end = time.monotonic() + patience
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < end, "the condition did not come true in time"
-        pause.wait(0.005)
 
 
 def run(function: Callable[..., Any], *args: Any, **keywords: Any) -> threading.Thread:

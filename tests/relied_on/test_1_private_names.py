@@ -12,8 +12,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from waiting import wait_until
 
-from .kit import LOCAL, PATIENCE, ask, connect, join, python, read_all, run, serving, wait_until
+from .kit import LOCAL, PATIENCE, ask, connect, join, python, read_all, run, serving
 
 
 def echo_handler(impl: Any) -> Any:

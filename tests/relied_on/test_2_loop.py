@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import trustme
+from waiting import wait_until
 
-from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, read_all, run, serving, wait_until
+from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, read_all, run, serving
 
 
 def echo_handler(impl: Any) -> Any:

@@ -17,8 +17,9 @@ from unittest import mock
 
 import pytest
 import trustme
+from waiting import wait_until
 
-from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, read_all, run, serving, wait_until
+from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, read_all, run, serving
 
 HOOKS = """
     get_request verify_request process_request process_request_thread finish_request handle_error shutdown_request

@@ -12,8 +12,9 @@ from unittest import mock
 
 import pytest
 import trustme
+from waiting import wait_until
 
-from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, open_fds, run, serving, wait_until
+from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, open_fds, run, serving
 
 
 def echo_handler(impl: Any) -> Any:

@@ -18,8 +18,9 @@ from unittest import mock
 
 import pytest
 import trustme
+from waiting import wait_until
 
-from .kit import LOCAL, PATIENCE, ask, connect, join, read_all, run, serving, wait_until
+from .kit import LOCAL, PATIENCE, ask, connect, join, read_all, run, serving
 
 
 def echo_handler(impl: Any) -> Any:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
-from .kit import LOCAL, PATIENCE, ask, connect, join, python, read_all, run, serving, wait_until
+from .kit import LOCAL, PATIENCE, ask, connect, join, python, read_all, run, serving
 
 # --- datagrams --------------------------------------------------------------------------------------------------------
 

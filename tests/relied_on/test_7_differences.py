@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
-from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, python, read_all, run, serving, wait_until
+from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, python, read_all, run, serving
 
 
 def echo_handler(harken: Any) -> Any:

@@ -4,7 +4,6 @@ import contextlib
 import socket
 import struct
 import threading
-import time
 
 import harken
 
@@ -56,14 +55,6 @@ def reset(client):
     """Close with a reset."""
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     client.close()
-
-
-def wait_until(condition):
-    """Wait, within bounds, for what no event announces."""
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.002)
 
 
 def stop(server):

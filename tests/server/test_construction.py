@@ -5,12 +5,13 @@ import socket
 import threading
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken.errors import ConfigError
 from harken.server import BaseServer, TCPServer
 
-from .kit import LOCAL, PATIENCE, Upper, ask, connect, in_thread, serving, wait_until
+from .kit import LOCAL, PATIENCE, Upper, ask, connect, in_thread, serving
 
 
 @pytest.mark.parametrize("engine", ["inline", "thread", "pool", "fork"])

@@ -5,12 +5,13 @@ import threading
 import time
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken.errors import LifecycleError
 from harken.server import TCPServer
 
-from .kit import LOCAL, PATIENCE, Upper, ask, connect, in_thread, named, serving, wait_until
+from .kit import LOCAL, PATIENCE, Upper, ask, connect, in_thread, named, serving
 
 
 def test_a_drain_waits_for_open_connections(told):

@@ -5,11 +5,12 @@ import os
 import socket
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken.server import TCPServer
 
-from .kit import LOCAL, Upper, ask, connect, named, serving, wait_until
+from .kit import LOCAL, Upper, ask, connect, named, serving
 
 
 @pytest.mark.parametrize("kind", ["TCPServer", "ThreadingTCPServer", "PoolTCPServer", "ForkingTCPServer"])

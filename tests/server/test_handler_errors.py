@@ -6,11 +6,12 @@ import socket
 import socketserver
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken.server import TCPServer
 
-from .kit import LOCAL, Upper, ask, connect, named, reset, serving, wait_until
+from .kit import LOCAL, Upper, ask, connect, named, reset, serving
 
 
 class Failing:

@@ -5,10 +5,11 @@ import socket
 import threading
 
 import pytest
+from waiting import wait_until
 
 from harken.server import TCPServer
 
-from .kit import LOCAL, Nothing, Upper, ask, connect, named, serving, wait_until
+from .kit import LOCAL, Nothing, Upper, ask, connect, named, serving
 
 
 def test_the_hooks_run_in_stdlibs_order():

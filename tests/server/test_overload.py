@@ -1,10 +1,11 @@
 """A server that is full: each answer to the next client."""
 
 import pytest
+from waiting import wait_until
 
 import harken
 
-from .kit import LOCAL, Upper, ask, connect, named, serving, wait_until
+from .kit import LOCAL, Upper, ask, connect, named, serving
 
 
 def full_pool(**settings):

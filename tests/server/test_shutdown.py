@@ -5,6 +5,8 @@ import socket
 import threading
 import time
 
+import pytest
+
 import harken
 from harken.server import TCPServer
 
@@ -45,32 +47,16 @@ def test_shutdown_twice_and_after_the_end():
     stop(server)
 
 
-def test_shutdown_from_a_handler_of_a_plain_server():
-    """It runs in the serving thread, which stdlib deadlocks; here the loop ends after the handler."""
+@pytest.mark.parametrize("kind", [TCPServer, harken.ThreadingTCPServer])
+def test_shutdown_from_a_handler(kind):
+    """A plain server's runs in the serving thread, which stdlib deadlocks; others wait for the loop alone."""
 
     class Stopping(harken.BaseRequestHandler):
         def handle(self):
             self.server.shutdown()
             self.request.sendall(b"stopped")
 
-    with TCPServer(LOCAL, Stopping) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        with connect(server) as client:
-            assert client.recv(100) == b"stopped"
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-
-
-def test_shutdown_from_a_handler_of_a_threading_server():
-    """It waits for the loop, not for itself."""
-
-    class Stopping(harken.BaseRequestHandler):
-        def handle(self):
-            self.server.shutdown()
-            self.request.sendall(b"stopped")
-
-    with harken.ThreadingTCPServer(LOCAL, Stopping) as server:
+    with kind(LOCAL, Stopping) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         with connect(server) as client:

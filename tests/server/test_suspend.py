@@ -3,12 +3,23 @@
 import socket
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken.errors import LifecycleError
 from harken.server import TCPServer
 
-from .kit import LOCAL, PATIENCE, Upper, ask, connect, serving, wait_until
+from .kit import LOCAL, PATIENCE, Upper, ask, connect, serving
+
+
+def expect_no_answer_before_resume(server, client):
+    """Who has asked a suspended server is answered when that goes on."""
+    client.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        client.recv(1)
+    server.resume()
+    client.settimeout(PATIENCE)
+    assert client.recv(100) == b"HELLO"
 
 
 def test_suspended_connections_wait_in_the_backlog():
@@ -20,12 +31,7 @@ def test_suspended_connections_wait_in_the_backlog():
         with connect(server) as waiting:
             waiting.sendall(b"hello")
             assert ask(before) == b"HELLO"
-            waiting.settimeout(0.05)
-            with pytest.raises(TimeoutError):
-                waiting.recv(1)
-            server.resume()
-            waiting.settimeout(PATIENCE)
-            assert waiting.recv(100) == b"HELLO"
+            expect_no_answer_before_resume(server, waiting)
 
 
 def test_suspending_twice_is_harmless_and_resuming_is_not():
@@ -67,9 +73,4 @@ def test_room_in_the_pool_does_not_end_a_suspension():
             first.close()
             wait_until(lambda: server.stats()["closed_total"])
             second.sendall(b"hello")
-            second.settimeout(0.1)
-            with pytest.raises(TimeoutError):
-                second.recv(1)
-            server.resume()
-            second.settimeout(PATIENCE)
-            assert second.recv(100) == b"HELLO"
+            expect_no_answer_before_resume(server, second)
