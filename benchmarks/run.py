@@ -111,7 +111,7 @@ class _Runner:
         except measure.RoundError as error:
             self._leave_out(where, str(error))
             return None
-        per_cpu, complaints = figures["rate_per_cpu"] or 0, figures["complaints"].splitlines()
+        per_cpu, complaints = figures["rate_per_cpu"] or 0, figures.get("complaints", "").splitlines()
         said = f", says {complaints[-1]}" if complaints else ""
         wrong = f"{figures['errors']} errors, {figures['unserved']} unserved"
         print(f"{where}: {figures['rate']:,}/s, {per_cpu:,} per CPU second, {wrong}{said}", file=sys.stderr)

@@ -38,7 +38,7 @@ class Bench:
     patience: float = START_SECONDS
 
     def measure(self, scenario: Scenario, command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
-        """Run one round with fresh servers and return its figures.
+        """Run one round with fresh servers and return its figures, and as ``complaints`` what they wrote to stderr.
 
         Args:
             scenario: what the load does.
@@ -79,7 +79,7 @@ class Bench:
         """
         fresh = _usage(servers)
         reports, begin, end = self._run_loads(scenario, servers)
-        return {**_figures(scenario, reports, fresh, begin, end), "complaints": ""}
+        return _figures(scenario, reports, fresh, begin, end)
 
     def _acquaint(self, scenario: Scenario, servers: Sequence[Server]) -> None:
         """Let servers serve a few connections that go again, as in any but the first second of a server's life.

@@ -23,12 +23,15 @@ sys.path[0] = str(Path(__file__).parent)
 
 from suites import is_wanted
 
+# What a case may take that is expected to hang: others of its suite take milliseconds.
+HASTY_SECONDS = 1.0
+
 
 class Journal(unittest.TestResult):
     """Writes one JSON line when a case begins and one for each thing that it says."""
 
     def __init__(self, out: TextIO, seconds: float, hasty: frozenset[str]) -> None:
-        """Write to ``out``; a case may take ``seconds``, and those in ``hasty`` (expected to fail) 1."""
+        """Write to ``out``; a case may take ``seconds``, and those in ``hasty`` (expected to fail) HASTY_SECONDS."""
         super().__init__()
         self.out = out
         self.seconds = seconds
@@ -42,7 +45,7 @@ class Journal(unittest.TestResult):
         """Start the clock: when it runs out, the stacks are printed and this process ends."""
         super().startTest(test)
         self._tell(test, "begun")
-        faulthandler.dump_traceback_later(1.0 if test.id() in self.hasty else self.seconds, exit=True)
+        faulthandler.dump_traceback_later(HASTY_SECONDS if test.id() in self.hasty else self.seconds, exit=True)
 
     def stopTest(self, test: unittest.TestCase) -> None:
         """Stop the clock."""
