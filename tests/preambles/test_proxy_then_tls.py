@@ -90,6 +90,7 @@ def test_the_header_comes_before_the_handshake(both, trusting, pki, engine, tran
                 client.sendall(b"hello\n")
                 assert read_line(client) == "hello\n"
                 if engine != "inline":
+                    told.wait("opened")  # a child's parent is told of the client by and by
                     (open_now,) = server.connections()
                     assert open_now.peer.address == "192.0.2.1"
         closed = told.wait("closed")[0]
