@@ -123,11 +123,12 @@ def test_who_comes_soon_is_let_in_without_asking(monkeypatch: pytest.MonkeyPatch
     asked = 0
     take_by = straight._take_by
 
-    def note(lane: Any, serving: Any) -> bool | None:
+    def note(*args: Any) -> bool | None:
         nonlocal asked
-        before = serving.server.stats()["accepted_total"]
-        more = take_by(lane, serving)
-        asked += serving.server.stats()["accepted_total"] - before
+        server = args[1].server
+        before = server.stats()["accepted_total"]
+        more = take_by(*args)
+        asked += server.stats()["accepted_total"] - before
         return more
 
     monkeypatch.setattr(straight, "_take_by", note)
@@ -147,10 +148,11 @@ def test_nobody_is_looked_for_who_was_let_in_already(monkeypatch: pytest.MonkeyP
     found = []
     take_by = straight._take_by
 
-    def note(lane: Any, serving: Any) -> bool | None:
-        before = serving.server.stats()["accepted_total"]
-        more = take_by(lane, serving)
-        found.append(serving.server.stats()["accepted_total"] - before)
+    def note(*args: Any) -> bool | None:
+        server = args[1].server
+        before = server.stats()["accepted_total"]
+        more = take_by(*args)
+        found.append(server.stats()["accepted_total"] - before)
         return more
 
     monkeypatch.setattr(straight, "_take_by", note)

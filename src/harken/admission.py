@@ -112,6 +112,7 @@ class Admission:
         """
         if all(member is not registry for member, _ in self._members):
             self._members.append((registry, ring))
+            registry.await_ends(len(self._held))
             self._count_again()
 
     def refresh(self, settings: Settings, engine_name: str) -> None:
@@ -182,21 +183,36 @@ class Admission:
         Returns:
             None, or why it is refused; then nothing of it is counted.
         """
-        ticket = Ticket(self)
         reserved = bool(self._reserved) and self._take_reserved()
-        if reserved:
-            ticket.limits.append(self.crowd)
         at_door = self._at_door[1:] if reserved or record is None else self._at_door
+        ticket, reason = self._judge(at_door, peer if client_known else None, (self.crowd,) if reserved else ())
+        if reason is None and record is not None:
+            record.ticket = ticket
+        elif reason is None:
+            ticket.give_back()
+        return reason
+
+    def admit_unrecorded(self, peer: Callable[[], Peer]) -> tuple[Ticket, str | None]:
+        """Ask as :meth:`admit` does about a connection that has no record yet, nor a place reserved.
+
+        Returns:
+            Its ticket, and None; or one that was given back, and why.
+        """
+        return self._judge(self._at_door, peer, ())
+
+    def _judge(
+        self, at_door: tuple[Limit, ...], peer: Callable[[], Peer] | None, passed: tuple[Limit, ...]
+    ) -> tuple[Ticket, str | None]:
+        ticket = Ticket(self)
+        ticket.limits += passed
         reason = None
-        if client_known and self._by_client:  # first: who is not wanted must not use up the tokens of others
+        if peer is not None and self._by_client:  # first: who is not wanted must not use up the tokens of others
             reason = self._ask(self._by_client, ticket, peer())
         if reason is None:
             reason = self._ask(at_door, ticket, ticket.peer)
-        if reason is not None or record is None:
+        if reason is not None:
             ticket.give_back()
-        else:
-            record.ticket = ticket
-        return reason
+        return ticket, reason
 
     def admit_client(self, record: Record, peer: Peer) -> str | None:
         """Ask the limits that judge the real client, once a preamble has told who that is; as :meth:`admit`.
@@ -236,6 +252,10 @@ class Admission:
         if self.crowd.near:
             return int(self.reserve())
         return min(most, max(0, maximum - self.crowd.inside))
+
+    def spare(self, most: int) -> int:
+        """How many connections may come, at most ``most``, before :attr:`full` must be looked at again."""
+        return self.crowd.spare(most, len(self._members)) if self.policy in ("wait", "shed") else most
 
     def reserve(self) -> bool:
         """Count a connection before ``admit`` is asked, where several loops accept; tell whether it has a place."""
@@ -278,6 +298,8 @@ class Admission:
     def hold(self, who: object, wake: Callable[[], None]) -> None:
         """Call ``wake()`` whenever there may be room, until :meth:`unhold`."""
         self._free_since = None
+        if self._held.setdefault(id(who), wake) is wake:
+            self._await_ends(1)
         self._held[id(who)] = wake
 
     def holds(self, who: object) -> bool:
@@ -291,7 +313,12 @@ class Admission:
 
     def unhold(self, who: object) -> None:
         """Call no more."""
-        self._held.pop(id(who), None)
+        if self._held.pop(id(who), None) is not None:
+            self._await_ends(-1)
+
+    def _await_ends(self, change: int) -> None:
+        for registry, _ in self._members:
+            registry.await_ends(change)
 
     def left(self) -> None:
         """Somebody has left: wake those that wait for room."""

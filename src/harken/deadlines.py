@@ -76,6 +76,10 @@ SAMPLES, FINEST_SECONDS, COARSEST_SECONDS = 0.02, 0.02, 1.0
 SLACK_SECONDS = 0.002
 # Entries of connections that have ended which are not worth a sweep.
 FEW = 512
+# Those that come unannounced are found within this share of the shortest deadline, and few of the short ones are.
+SWEEP = 0.25
+# Seconds for which connections may come unannounced once they were expected; compiled lanes take 10 ms of it.
+EXPECTED_SECONDS = 1.0
 
 
 class Deadlines:
@@ -99,6 +103,7 @@ class Deadlines:
         self._look_at = math.inf
         self._look: int | None = None
         self._sampling: int | None = None
+        self._expected = -math.inf
         self._stuck: dict[int, tuple[Record, object, float]] = {}
         self._datagrams: dict[int, tuple[float, Any]] = {}  # in the order in which they came
         self._datagram_look: int | None = None
@@ -125,15 +130,26 @@ class Deadlines:
             return
         if not record.in_preamble:
             self.entered(record)
-        self._push(time.monotonic() + soonest, record)
+        self._push(record.started + soonest, record)
         if self._sampling is None and self.limits["write_timeout"] is not None:
             self._sample_in(self._span)
+
+    def expect(self) -> None:
+        """Connections may come of which nobody tells: they are looked for, get records so, and are watched."""
+        if self._soonest is not None:
+            self._expected = time.monotonic()  # before the look: who stops sampling looks the other way round
+            if self._sampling is None:
+                self._sample_in(self._span)
 
     def entered(self, record: Record) -> None:
         """Its preambles have run, if there are any: from now on it is its handler's."""
         request = record.request
-        if self._stamps_all or (self.limits["idle_timeout"] is not None and not tells(request)):
+        if self.needs_stamps(request):
             stamp(request, record)
+
+    def needs_stamps(self, request: Any) -> bool:
+        """Tell whether connections such as this, or of this listener, have to stamp what they do."""
+        return self._stamps_all or (self.limits["idle_timeout"] is not None and not tells(request))
 
     def stop(self) -> None:
         """Look at nobody any more."""
@@ -257,23 +273,29 @@ class Deadlines:
 
     @property
     def _span(self) -> float:
-        limit = self.limits["write_timeout"] or 0.0
-        return min(COARSEST_SECONDS, max(FINEST_SECONDS, limit * SAMPLES))
+        limit, soonest = self.limits["write_timeout"], self._soonest or 0.0
+        if limit is None:
+            return max(FINEST_SECONDS, soonest * SWEEP)
+        return min(COARSEST_SECONDS, max(FINEST_SECONDS, limit * SAMPLES), max(FINEST_SECONDS, soonest * SWEEP))
 
     def _sample_in(self, seconds: float) -> None:
         self._sampling = reaper.call_at(time.monotonic() + seconds, self._sample)
 
     def _sample(self) -> None:
-        """Look who has unsent bytes, and whose peer takes none of them. The reaper's thread."""
+        """Look who has come, who has unsent bytes, and whose peer takes none of them. The reaper's thread."""
         self._sampling = None
-        limit = self.limits["write_timeout"]
-        if limit is None:
-            return
-        anybody = False
+        records = list(self._records())
+        wait, limit = self._span, self.limits["write_timeout"]
+        if limit is not None:
+            wait = self._look_for_stuck(records, limit, wait)
+        more = (limit is not None and records) or time.monotonic() - self._expected <= EXPECTED_SECONDS
+        if more and self._sampling is None:
+            self._sample_in(wait)
+
+    def _look_for_stuck(self, records: Iterable[Record], limit: float, wait: float) -> float:
+        """Return after how many seconds to look again, at most ``wait``."""
         before, self._stuck = self._stuck, {}
-        wait = self._span
-        for record in self._records():
-            anybody = True
+        for record in records:
             request = record.request
             if record.reason is not None or request is None or not (unsent := queued(request)) or record.in_preamble:
                 continue
@@ -286,8 +308,7 @@ class Deadlines:
                 continue
             self._stuck[id(record)] = (record, mark, since)
             wait = min(wait, max(SLACK_SECONDS, since + limit - now))
-        if anybody:
-            self._sample_in(wait)
+        return wait
 
 
 def taken(request: Any, unsent: int) -> object:

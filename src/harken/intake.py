@@ -15,7 +15,7 @@ from harken.lifecycle import State
 from harken.shedding import Shedder
 
 if TYPE_CHECKING:
-    from harken.admission import Admission
+    from harken.admission import Admission, Ticket
     from harken.records import Record
     from harken.serving import Serving
 
@@ -81,12 +81,30 @@ class Intake:
             lambda: record.peer if record is not None else books.describe(request, client_address),
             client_known=serving.entry is None or not serving.entry.tells_client,
         )
+        if reason is not None:
+            self._refuse(record, request, client_address, reason)
+        return reason is None
+
+    def admit_unrecorded(self, request: Any, client_address: Any) -> Ticket | None:
+        """Ask as :meth:`admit` does about a connection that gets a record only when somebody reads it.
+
+        Returns:
+            What it was let in by; None: it was refused, and is closed.
+        """
+        books, admission = self._serving.books, self._serving.admission
+        assert admission is not None, "who asks has limits"
+        ticket, reason = admission.admit_unrecorded(partial(books.describe, request, client_address))
         if reason is None:
-            return True
-        books.rejected(record, client_address, reason)
-        turn_away(request, admission.reply)
+            return ticket
+        record = books.connections.begin(request, client_address, time.monotonic())
+        self._refuse(record, request, client_address, reason)
+        return None
+
+    def _refuse(self, record: Record | None, request: Any, client_address: Any, reason: str) -> None:
+        serving = self._serving
+        serving.books.rejected(record, client_address, reason)
+        turn_away(request, serving.admission.reply if serving.admission is not None else b"")
         serving.server.close_request(request)
-        return False
 
     def _accept_ready(self) -> bool | None:
         """Take one connection of the readable door through the hooks; tell whether there is another.

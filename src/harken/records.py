@@ -482,7 +482,7 @@ class Registry:
         return record
 
     def remember(self, request: Connection, client_address: Any, started: float) -> Record:
-        """Return a record for a connection that is open and has none yet; the caller files it by its ``key``."""
+        """Return a record for a connection that is open and has none yet; who wants it files it by its ``key``."""
         record = self._make(request, client_address, next(_count), started)
         record.opened = True
         return record
@@ -564,6 +564,11 @@ class Registry:
                 return self._changed.wait_for(condition, timeout)
             finally:
                 self.waiting -= 1
+
+    def await_ends(self, change: int) -> None:
+        """So many more wait for connections to end, or fewer, and are told otherwise than by :meth:`nudge`."""
+        with self._changed:
+            self.waiting += change
 
     def nudge(self) -> None:
         """Let those who wait ask their condition."""

@@ -17,10 +17,11 @@ from harken import events
 from harken.acceptor import MAX_ACCEPT
 from harken.connection import door_of, is_plain_door, shown, shut
 from harken.datagrams import is_lean
-from harken.engines import Way
+from harken.engines import Terms, Way
 
 if TYPE_CHECKING:
     from harken.engines import Lane
+    from harken.records import Record
     from harken.serving import Serving
 
 __all__ = ["is_straight", "serve", "serve_known", "stock", "take"]
@@ -42,6 +43,7 @@ _new: Callable[[Any], Any] = object.__new__
 _own_names = frozenset(_NAMES)
 _stock: set[Any] = set()
 _seen: dict[type, tuple[tuple[Any, ...], bool]] = {}
+_MANY = 1 << 30  # places where there is no bound
 _MOST_SEEN = 256  # classes; programs that make one a server must not fill the memory
 
 
@@ -75,9 +77,10 @@ def take(serving: Serving) -> bool | None:
     None is no, too: and nobody has to be told of it, since no hook of a turn does anything.
     """
     server, acceptor, admission = serving.server, serving.acceptor, serving.admission
-    lane = serving.engine.lane(server, partial(_way, serving)) if _is_quiet(serving) else None
+    places = _places(serving) if _is_quiet(serving) else 0
+    lane = serving.engine.lane(server, partial(_way, serving)) if places else None
     if lane is not None:
-        return _take_by(lane, serving)
+        return _take_by(lane, serving, places)
     most = MAX_ACCEPT if admission is None else admission.places(MAX_ACCEPT)
     try:
         taken = serving.engine.connection.take(door_of(server.socket), most)
@@ -100,16 +103,22 @@ def take(serving: Serving) -> bool | None:
 
 
 def _is_quiet(serving: Serving) -> bool:
-    """Whether nobody has to be asked or told of connections that come."""
+    """Whether nobody has to be told of connections that come."""
     books, listened = serving.books, events.subscribers
     return (
-        serving.admission is None
-        and books.on_open is None
+        (books.on_open is None or (serving.deadlines is not None and serving.entry is None))
         and books.meter is None
         and not listened["accepted"]
         and not listened["opened"]
         and not getattr(serving.server.RequestHandlerClass, "lazy", False)
     )
+
+
+def _places(serving: Serving) -> int:
+    """How many may be taken before anybody looks again whether there is room."""
+    if serving.admission is None:
+        return _MANY
+    return serving.admission.spare(_MANY) if serving.entry is None else 0
 
 
 def _way(serving: Serving) -> Way:
@@ -127,7 +136,7 @@ def _way(serving: Serving) -> Way:
         counts=books.counts,
         reasons=books.reasons,
         subscribers=events.subscribers,
-        remember=known.remember,
+        remember=partial(_remember, serving),
         close=books.close,
         failed=failed,
         shown=shown,
@@ -135,13 +144,32 @@ def _way(serving: Serving) -> Way:
     )
 
 
-def _take_by(lane: Lane, serving: Serving) -> bool | None:
+def _remember(serving: Serving, request: Any, client_address: Any, started: float, ticket: Any) -> Record:
+    """Make the record of a connection that was let in without one."""
+    books = serving.books
+    record = books.connections.remember(request, client_address, started)
+    record.ticket = ticket
+    if books.on_open is not None:
+        books.on_open(record)
+    return record
+
+
+def _take_by(lane: Lane, serving: Serving, places: int) -> bool | None:
     """As :func:`take`, by the engine's own means, which may go on so for a moment without asking."""
     server, acceptor = serving.server, serving.acceptor
     handler_class = server.RequestHandlerClass
     serving.connections.use(lane)
+    most, deadlines = min(places, MAX_ACCEPT), serving.deadlines
+    if deadlines is not None:
+        deadlines.expect()
+    terms = Terms(
+        handler_class,
+        lean=is_lean(handler_class),
+        stamps=deadlines is not None and deadlines.needs_stamps(server.socket),
+        gate=None if serving.admission is None else serving.intake.admit_unrecorded,
+    )
     try:
-        taken = lane.take(door_of(server.socket), MAX_ACCEPT, handler_class, is_lean(handler_class))
+        taken = lane.take(door_of(server.socket), most, terms)
     except OSError as error:
         acceptor.failed(error)
         taken = 0
@@ -150,8 +178,8 @@ def _take_by(lane: Lane, serving: Serving) -> bool | None:
     if acceptor.troubled:
         acceptor.settle(taken=bool(taken))
     elif taken:
-        lane.trust(server)
-    if taken == MAX_ACCEPT:
+        lane.trust(server, places - taken)
+    if taken == most:
         return True
     return False if acceptor.paused else None
 

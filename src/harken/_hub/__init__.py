@@ -121,14 +121,15 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
 
 ``Lane(hub, busy, way)``, or None
     Connections of one listening socket from the door to their end, as :class:`harken.engines.Way` says; in the hub's
-    thread. ``take(listener, most, handler, lean) -> int`` lets in what is there without waiting; each connection is
-    served in a context of its own, from the next turn on, by a green thread that may have served others before it.
-    ``failed`` is called within ``except``. A connection's ``record`` is made (``remember``) when it is first read; one
-    that ends without is closed, and its reason counted, with no call of Python's unless somebody has to be told: then
-    by ``close``. Where the way has ``enter``, that serves a connection to its end in the handler's place. ``len()`` and
-    ``connections()`` have those that are open without a record; ``collect()`` tells the books what was counted since
-    (*any thread*, both). The set ``busy`` holds the green threads that serve.
-    ``trust(door)`` allows to take what is there without asking for a moment (10 ms), while nobody subscribes to
+    thread. ``take(listener, most, terms) -> int`` lets in what is there without waiting, on the terms of
+    :class:`harken.engines.Terms`; each connection is served in a context of its own, from the next turn on, by a green
+    thread that may have served others before it. ``failed`` is called within ``except``. A connection's ``record`` is
+    made (``remember``) when it is first read; one that ends without is closed, and its reason counted, with no call of
+    Python's but its ticket's ``give_back``, unless somebody has to be told: then by ``close``. Where the way has
+    ``enter``, that serves a connection to its end in the handler's place. ``len()`` and ``connections()`` have those
+    that are open without a record; ``collect()`` tells the books what was counted since (*any thread*, both). The set
+    ``busy`` holds the green threads that serve.
+    ``trust(door, places)`` allows to take so many without asking for a moment (10 ms), while nobody subscribes to
     ``accepted`` or ``opened``, and server and handler class stay as they are; ``distrust()`` and ``close()`` (*any
     thread*) end that.
 

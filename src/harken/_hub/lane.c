@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
  * Lane: the way of connections whose server overrides no hook, from its door to their end. What harken.straight does
- * in Python, for a server on which nobody has to be asked or told: no limit, no deadline, no subscriber. Preambles are
- * Python's affair, and what comes after them.
+ * in Python, for a server of whose connections nobody has to be told. Preambles are Python's affair, and what comes
+ * after them; so are limits, which are asked at the door and told of the end.
  *
  * Of a short connection the kernel has five sixths; what is left to us is some fifteen microseconds, and a call of
  * Python's is one or two tenths of one. So what nobody asks for is not made: a connection has no Record until somebody
@@ -26,6 +26,7 @@ typedef struct Worker {
     Lane *lane;
     PyGreenlet *green; /* borrowed: it holds this */
     PyObject *request, *address, *kind; /* of the connection that it serves; NULL: it rests */
+    PyObject *ticket;                   /* what that was let in by, until its record has it; or NULL */
     PyObject *context;                  /* to serve it in; NULL: there is none */
     bool lean, leaves;
 } Worker;
@@ -37,7 +38,7 @@ typedef struct {
 
 /* What Python's books will be told, when somebody reads them. */
 typedef struct {
-    long long taken, ended[3]; /* by what `reasons` says */
+    long long taken, opened, ended[3]; /* by what `reasons` says */
 } Tallies;
 
 struct Lane {
@@ -46,9 +47,10 @@ struct Lane {
     PyObject *busy; /* a set that holds the green threads that serve */
     /* A Way of harken.engines, read out. */
     PyObject *server, *registry, *filed, *counts, *reasons, *subscribers, *remember, *close, *failed, *shown, *enter;
-    PyObject *sock, *kind; /* the listening socket, and the handler class, of the last take() */
-    bool lean, closed;
+    PyObject *sock, *kind, *gate; /* the listening socket, the handler class, and who is asked, at the last take() */
+    bool lean, stamps, closed;
     int64_t trusted; /* until when the door need not be looked at by Python; 0: now */
+    long places;     /* and how many may come in until then */
     /* What Python has looked at: the server's attributes, and the versions of the two classes. */
     PyObject *names;
     Py_ssize_t name_count;
@@ -63,10 +65,11 @@ struct Lane {
 HIDDEN PyTypeObject *Lane_Type;
 static PyTypeObject *Worker_Type;
 enum { RETURNED, CLOSED, RESET, UNKNOWN };
-static PyObject *word_accepted, *word_opened, *word_class, *word_closed, *word_key, *word_socket, *reasons[3];
+static PyObject *word_accepted, *word_opened, *word_class, *word_closed, *word_give_back, *word_key, *word_socket,
+    *reasons[3];
 
 /* Where a Registry of harken.records has what it says about ends. */
-static Py_ssize_t careful_at, counts_bytes_at, buffers_at, waiting_at;
+static Py_ssize_t careful_at, counts_bytes_at, waiting_at;
 
 /* -- what is known of a connection -------------------------------------------------------------------------------- */
 
@@ -106,6 +109,7 @@ static int file(Worker *worker, PyObject *request, PyObject *record) {
     if (result == 0 && state_of(request)->worker == worker && *record_slot(request) == NULL &&
         (result = PyDict_SetItem(worker->lane->filed, number, record)) == 0) {
         *record_slot(request) = Py_NewRef(record);
+        Py_CLEAR(worker->ticket);
         lane_forget(request);
     }
     Py_XDECREF(number);
@@ -116,9 +120,10 @@ static int file(Worker *worker, PyObject *request, PyObject *record) {
 PyObject *lane_record(PyObject *request) {
     Worker *worker = (Worker *)Py_NewRef(state_of(request)->worker);
     PyObject *started = PyFloat_FromDouble((double)worker->started / 1e9), *result = NULL;
+    PyObject *ticket = worker->ticket == NULL ? Py_None : worker->ticket;
     PyObject *made = started == NULL ? NULL
                                      : PyObject_CallFunctionObjArgs(worker->lane->remember, request, worker->address,
-                                                                    started, NULL);
+                                                                    started, ticket, NULL);
     if (made != NULL && file(worker, request, made) == 0)
         result = Py_XNewRef(*record_slot(request));
     Py_XDECREF(made);
@@ -127,11 +132,32 @@ PyObject *lane_record(PyObject *request) {
     return result;
 }
 
+/* Tell the limits that a connection has ended which is on no record. An exception that is under way stays. */
+static void give_back(Lane *lane, PyObject *ticket) {
+    if (ticket == NULL)
+        return;
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyObject *done = PyObject_CallMethodNoArgs(ticket, word_give_back);
+    if (done == NULL)
+        show_exception(lane->gate);
+    Py_XDECREF(done);
+    Py_DECREF(ticket);
+    PyErr_Restore(type, error, trace);
+}
+
+static PyObject *take_ticket(Worker *worker) {
+    PyObject *ticket = worker->ticket;
+    worker->ticket = NULL;
+    return ticket;
+}
+
 /* The green thread is done with its connection. One that is open still, since its end failed or nobody served it, gets
  * a record, which is told when it goes. */
 static void drop_request(Worker *worker) {
     if (worker->request != NULL)
         make_record(worker->request);
+    give_back(worker->lane, take_ticket(worker));
     Py_CLEAR(worker->request);
     Py_CLEAR(worker->address);
     Py_CLEAR(worker->kind);
@@ -152,8 +178,8 @@ static bool unheard(Lane *lane, PyObject *event) {
 /* Whether nobody has to be told of an end, nor does anything come before it. */
 static bool ends_unnoticed(Lane *lane) {
     PyObject *waiting = *(PyObject **)((char *)lane->registry + waiting_at);
-    return is(lane, careful_at, Py_False) && is(lane, counts_bytes_at, Py_False) && is(lane, buffers_at, Py_None) &&
-           waiting != NULL && PyLong_CheckExact(waiting) && PyLong_AsLong(waiting) == 0 && unheard(lane, word_closed);
+    return is(lane, careful_at, Py_False) && is(lane, counts_bytes_at, Py_False) && waiting != NULL &&
+           PyLong_CheckExact(waiting) && PyLong_AsLong(waiting) == 0 && unheard(lane, word_closed);
 }
 
 /* Why it ends, by what reads have told, or by the kernel; as peer_fault() of harken.connection. */
@@ -183,9 +209,11 @@ static int end_unnoticed(Lane *lane, PyObject *request) {
     int reason = reason_of(state, socket_fd(request));
     if (reason == UNKNOWN)
         return 0;
+    PyObject *ticket = take_ticket(state->worker);
     PyObject *closed = connection_end(request, NULL);
     lane->tallies.ended[reason]++;
     lane_forget(request);
+    give_back(lane, ticket);
     Py_XDECREF(closed);
     return closed == NULL ? -1 : 1;
 }
@@ -352,15 +380,18 @@ static Worker *find_worker(Lane *lane, PyGreenlet **green) {
 }
 
 /* Let a green thread serve a connection: now, while all that is known of it is at hand, or at the next turn. */
-static int start(Lane *lane, PyObject *request, PyObject *address, bool now) {
+static int start(Lane *lane, PyObject *request, PyObject *address, PyObject *ticket, bool now) {
     PyGreenlet *green;
     PyObject *context = has_context() ? PyContext_CopyCurrent() : NULL;
-    Worker *worker = context == NULL && PyErr_Occurred() ? NULL : find_worker(lane, &green);
+    bool prepared = (context != NULL || !PyErr_Occurred()) && (!lane->stamps || marks_made(state_of(request)) != NULL);
+    Worker *worker = prepared ? find_worker(lane, &green) : NULL;
     if (worker == NULL) {
         Py_XDECREF(context);
+        give_back(lane, Py_XNewRef(ticket));
         return -1;
     }
     worker->request = Py_NewRef(request);
+    worker->ticket = Py_XNewRef(ticket);
     worker->address = Py_NewRef(address);
     worker->kind = Py_NewRef(lane->kind);
     worker->lean = lane->lean;
@@ -379,13 +410,41 @@ static int start(Lane *lane, PyObject *request, PyObject *address, bool now) {
 
 /* -- the door ----------------------------------------------------------------------------------------------------- */
 
+/* Ask whether it may come in. 0: it was refused, and seen to; -1: an exception. */
+static int admit(Lane *lane, PyObject *request, PyObject *address, PyObject **ticket) {
+    *ticket = NULL;
+    if (lane->gate == Py_None)
+        return 1;
+    PyObject *args[] = {request, address};
+    PyObject *gate = Py_NewRef(lane->gate);
+    *ticket = PyObject_Vectorcall(gate, args, 2, NULL);
+    Py_DECREF(gate);
+    if (*ticket == NULL)
+        return -1;
+    if (*ticket != Py_None)
+        return 1;
+    Py_CLEAR(*ticket);
+    return 0;
+}
+
+static int let_in_as(Lane *lane, PyObject *request, PyObject *address, bool now) {
+    PyObject *ticket;
+    int admitted = admit(lane, request, address, &ticket);
+    if (admitted > 0) {
+        lane->tallies.opened++;
+        admitted = start(lane, request, address, ticket, now);
+    }
+    Py_XDECREF(ticket);
+    return admitted;
+}
+
 /* Let a connection that was accepted in. What goes wrong with it is its own affair. */
 static void let_in(Lane *lane, PyObject *request, PyObject *address, bool now) {
     PyObject *told = PyTuple_CheckExact(address) && PyTuple_GET_SIZE(address) > 2
                          ? PyObject_CallFunctionObjArgs(lane->shown, lane->sock, address, NULL)
                          : Py_NewRef(address);
     lane->tallies.taken++;
-    if (told == NULL || start(lane, request, told, now) < 0) {
+    if (told == NULL || let_in_as(lane, request, told, now) < 0) {
         if (tell_failure(lane->failed, request, told == NULL ? Py_None : told) < 0)
             PyErr_Clear();
         end(lane, request);
@@ -412,22 +471,27 @@ static int take(Lane *lane, int most, bool now) {
         let_in(lane, request, address, now);
         Py_DECREF(request);
         Py_DECREF(address);
-        if (now && lane->trusted == 0)
-            break; /* a handler that was served has changed something */
+        if (now && (lane->trusted == 0 || now_ns() >= lane->trusted))
+            break; /* a handler that was served has changed something, or took long */
     }
     return taken;
 }
 
 static PyObject *lane_take(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Lane *lane = (Lane *)self;
-    int most = count == 4 ? (int)PyNumber_AsSsize_t(args[1], PyExc_OverflowError) : -1;
-    if (count != 4 || !PyObject_TypeCheck(args[0], Wire_Type) || most < 0) {
-        PyErr_SetString(PyExc_TypeError, "take() takes a listening socket, a number, a handler class and a bool");
+    PyObject *kind, *lean, *stamps, *gate;
+    int most = count == 3 ? (int)PyNumber_AsSsize_t(args[1], PyExc_OverflowError) : -1;
+    if (count != 3 || !PyObject_TypeCheck(args[0], Wire_Type) || most < 0 || !PyTuple_Check(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "take() takes a listening socket, a number and Terms");
         return NULL;
     }
+    if (!PyArg_ParseTuple(args[2], "OO!O!O:Terms", &kind, &PyBool_Type, &lean, &PyBool_Type, &stamps, &gate))
+        return NULL;
     Py_XSETREF(lane->sock, Py_NewRef(args[0]));
-    Py_XSETREF(lane->kind, Py_NewRef(args[2]));
-    lane->lean = args[3] == Py_True;
+    Py_XSETREF(lane->kind, Py_NewRef(kind));
+    Py_XSETREF(lane->gate, Py_NewRef(gate));
+    lane->lean = lean == Py_True;
+    lane->stamps = stamps == Py_True;
     int taken = take(lane, most, false); /* Python is at the door: handlers would keep it there */
     return taken < 0 ? NULL : PyLong_FromLong(taken);
 }
@@ -450,8 +514,8 @@ int lane_shortcut(PyObject *self) {
     if (lane->trusted == 0 || now_ns() >= lane->trusted || !is_as_it_was(lane))
         return 0;
     beat_piece(lane->hub->beat);
-    int taken = take(lane, DOOR_BURST, true);
-    if (taken > 0)
+    int taken = take(lane, lane->places < DOOR_BURST ? (int)lane->places : DOOR_BURST, true);
+    if (taken > 0 && (lane->places -= taken) > 0)
         return 1;
     lane->trusted = 0;
     if (taken < 0 && !PyErr_ExceptionMatches(PyExc_Exception))
@@ -460,16 +524,23 @@ int lane_shortcut(PyObject *self) {
     return 0;
 }
 
-static PyObject *lane_trust(PyObject *self, PyObject *door) {
+static PyObject *lane_trust(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Lane *lane = (Lane *)self;
+    long places = count == 2 ? PyLong_AsLong(args[1]) : -1;
+    if (places < 0) {
+        if (!PyErr_Occurred())
+            PyErr_SetString(PyExc_TypeError, "trust() takes a door and a number");
+        return NULL;
+    }
     Py_XSETREF(lane->names, PyObject_GenericGetDict(lane->server, NULL));
     if (lane->names == NULL)
         return NULL;
     lane->name_count = PyDict_GET_SIZE(lane->names);
     lane->versions[0] = version_of((PyObject *)Py_TYPE(lane->server));
     lane->versions[1] = version_of(lane->kind);
-    hub_set_shortcut(lane->hub, door, self);
-    lane->trusted = now_ns() + TRUSTED_NS;
+    hub_set_shortcut(lane->hub, args[0], self);
+    lane->places = places;
+    lane->trusted = places > 0 ? now_ns() + TRUSTED_NS : 0;
     Py_RETURN_NONE;
 }
 
@@ -509,7 +580,7 @@ static PyObject *lane_collect(PyObject *self, PyObject *none) {
     Lane *lane = (Lane *)self;
     Tallies tallies = lane->tallies;
     lane->tallies = (Tallies){0};
-    if (add(lane->counts, word_accepted, tallies.taken) < 0 || add(lane->counts, word_opened, tallies.taken) < 0)
+    if (add(lane->counts, word_accepted, tallies.taken) < 0 || add(lane->counts, word_opened, tallies.opened) < 0)
         return NULL;
     for (int i = 0; i < UNKNOWN; i++)
         if (add(lane->reasons, reasons[i], tallies.ended[i]) < 0)
@@ -535,9 +606,8 @@ static int know_registry(PyTypeObject *type) {
         Py_ssize_t *at;
     } slots[] = {{"careful", &careful_at},
                  {"counts_bytes", &counts_bytes_at},
-                 {"buffers", &buffers_at},
                  {"waiting", &waiting_at}};
-    for (int i = 0; i < 4; i++)
+    for (int i = 0; i < 3; i++)
         if ((*slots[i].at = slot_offset(type, slots[i].name)) <= 0) {
             PyErr_Format(PyExc_TypeError, "%R has no slot %s", type, slots[i].name);
             return -1;
@@ -575,7 +645,7 @@ static int lane_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(lane->hub);
     Py_VISIT(lane->busy);
     Py_VISIT(lane->names);
-    for (PyObject **each = &lane->server; each <= &lane->kind; each++)
+    for (PyObject **each = &lane->server; each <= &lane->gate; each++)
         Py_VISIT(*each);
     for (int i = 0; i < lane->idle_count; i++) {
         Py_VISIT(lane->idle[i].green);
@@ -591,7 +661,7 @@ static int lane_clear(PyObject *self) {
     Py_CLEAR(lane->names);
     while (lane->idle_count > 0)
         drop_resting(lane, lane->idle_count - 1);
-    for (PyObject **each = &lane->server; each <= &lane->kind; each++)
+    for (PyObject **each = &lane->server; each <= &lane->gate; each++)
         Py_CLEAR(*each);
     return 0;
 }
@@ -608,8 +678,8 @@ static void lane_dealloc(PyObject *self) {
 }
 
 static PyMethodDef lane_methods[] = {
-    {"take", FAST(lane_take), METH_FASTCALL, "take(listener, most, handler, lean): let in what is there; how many."},
-    {"trust", lane_trust, METH_O, "trust(door): what is there may be let in without asking, for a moment."},
+    {"take", FAST(lane_take), METH_FASTCALL, "take(listener, most, terms): let in what is there; how many."},
+    {"trust", FAST(lane_trust), METH_FASTCALL, "trust(door, places): so many may be let in without asking, for a moment."},
     {"distrust", lane_distrust, METH_NOARGS, "distrust(): no more. Any thread."},
     {"collect", lane_collect, METH_NOARGS, "collect(): tell the books what was counted since. Any thread."},
     {"connections", lane_connections, METH_NOARGS, "connections(): the open ones that have no record. Any thread."},
@@ -648,6 +718,7 @@ static int worker_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(worker->request);
     Py_VISIT(worker->address);
     Py_VISIT(worker->kind);
+    Py_VISIT(worker->ticket);
     Py_VISIT(worker->context);
     return 0;
 }
@@ -693,6 +764,7 @@ int lane_ready(PyObject *module) {
                  {&word_opened, "opened"},
                  {&word_closed, "closed"},
                  {&word_class, "RequestHandlerClass"},
+                 {&word_give_back, "give_back"},
                  {&word_key, "key"},
                  {&word_socket, "socket"},
                  {&reasons[RETURNED], "handler_returned"},

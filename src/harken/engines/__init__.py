@@ -27,6 +27,7 @@ __all__ = [
     "Engine",
     "Lane",
     "Options",
+    "Terms",
     "Way",
     "is_async",
     "suited",
@@ -132,7 +133,7 @@ class Way(NamedTuple):
         counts: what happened how often.
         reasons: why connections ended, how often each.
         subscribers: of events, by name.
-        remember: makes the record of a connection when it is asked for: ``(connection, address, started)``.
+        remember: makes the record of a connection when it is asked for: ``(connection, address, started, ticket)``.
         close: called with the connection whose handler is done, where somebody has to be told.
         failed: called with connection, address and error, within ``except``, when a handler raised an Exception.
         shown: called with listener and address for addresses that hooks get in another form.
@@ -146,31 +147,47 @@ class Way(NamedTuple):
     counts: dict[str, int]
     reasons: dict[str, int]
     subscribers: Mapping[str, tuple[Callable[..., object], ...]]
-    remember: Callable[[Any, Any, float], object]
+    remember: Callable[[Any, Any, float, Any], object]
     close: Callable[[Any], object]
     failed: Callable[[Any, Any, BaseException], object]
     shown: Callable[[Any, Any], Any]
     enter: Callable[[Any, Any], object] | None
 
 
-class Lane(Unrecorded, Protocol):
-    """Lets connections in, serves them and sees to their end, for a server of which nobody has to be asked or told."""
+class Terms(NamedTuple):
+    """On which a :class:`Lane` lets connections in.
 
-    def take(self, listener: Any, most: int, handler: Any, lean: bool, /) -> int:
-        """Let in what waits at the door, at most so many, without waiting; return how many.
+    Attributes:
+        handler: the handler class.
+        lean: whether its making is BaseRequestHandler's, with nothing to set up or finish.
+        stamps: whether they stamp what they do from the beginning; see :mod:`harken.stamps`.
+        gate: asked with each connection and its address before it comes in: returns its ticket, whose ``give_back()``
+            is called at its end unless a record has it, or None when it was refused, and closed. None: all may.
+    """
+
+    handler: Any
+    lean: bool
+    stamps: bool
+    gate: Callable[[Any, Any], object | None] | None
+
+
+class Lane(Unrecorded, Protocol):
+    """Lets connections in, serves them and sees to their end, for a server where nobody has to be told of each."""
+
+    def take(self, listener: Any, most: int, terms: Terms, /) -> int:
+        """Take what waits at the door, at most so many, without waiting, and let it in; return how many were there.
 
         Args:
             listener: the listening socket.
             most: connections.
-            handler: the handler class.
-            lean: whether its making is BaseRequestHandler's, with nothing to set up or finish.
+            terms: on which these come in, and those that come while :meth:`trust` holds.
 
         Raises:
             OSError: as accept(2), for the first.
         """
 
-    def trust(self, door: Door, /) -> object:
-        """What comes to ``door`` within a moment may be let in as the last was, without ``on_readable``."""
+    def trust(self, door: Door, places: int, /) -> object:
+        """So many as come to ``door`` within a moment may be let in as the last was, without ``on_readable``."""
 
 
 class Engine(ABC):

@@ -58,9 +58,14 @@ class Across:
         """How many are inside, over all processes."""
         return sum(self._numbers[1 : 1 + self._numbers[0]])
 
+    @property
+    def processes(self) -> int:
+        """How many there may be."""
+        return self._numbers[0]
+
     def near(self, maximum: int) -> bool:
         """Tell whether so few places are left that the lock is needed."""
-        return self.inside + MARGIN * self._numbers[0] >= maximum
+        return self.inside + MARGIN * self.processes >= maximum
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -102,6 +107,11 @@ class Place:
     def inside(self) -> int:
         """How many are inside, over all processes."""
         return self.across.inside
+
+    @property
+    def processes(self) -> int:
+        """How many let in, this one among them."""
+        return self.across.processes
 
     def near(self, maximum: int) -> bool:
         """Tell whether other processes may take the places that are left."""

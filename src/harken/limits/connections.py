@@ -6,6 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from harken import settings
+from harken.limits.across import MARGIN
 
 if TYPE_CHECKING:
     from harken.limits.across import Place
@@ -85,6 +86,22 @@ class MaxConnections:
     def low(self) -> bool:
         """Whether so many have left that a full server may accept again at once."""
         return self.maximum is None or self.inside <= self.maximum - max(1, int(self.maximum * HYSTERESIS))
+
+    def spare(self, most: int, parties: int) -> int:
+        """How many may be let in, at most ``most``, before anybody must look again whether there is room.
+
+        Args:
+            most: no more than so many.
+            parties: in this process, that let in without looking meanwhile.
+        """
+        if self.maximum is None:
+            return most
+        room = max(0, self.maximum - self.inside)
+        if self._place is not None:
+            parties *= self._place.processes
+        if parties == 1:
+            return min(most, room)
+        return min(most, MARGIN) if room >= MARGIN * parties else 0
 
     def count(self) -> None:
         """Count one that is in already, whatever the maximum."""

@@ -207,6 +207,9 @@ def for_socket(sock: socket.socket) -> Transport:
 
     A family of which harken knows nothing is treated as TCP (streams) or UDP (all else) is, without its options.
     """
-    family, kind = getattr(sock, "family", None), getattr(sock, "type", None)  # a test's double may have neither
-    name = _BY_FAMILY.get(family) or _BY_TYPE.get(kind, "harken.transports.udp")
-    return cast("Transport", sys.modules.get(name) or importlib.import_module(name))
+    name = _BY_FAMILY.get(getattr(sock, "family", None))  # a test's double may have neither
+    if name is None:
+        name = _BY_TYPE.get(getattr(sock, "type", None), "harken.transports.udp")
+    found: Any = sys.modules.get(name) or importlib.import_module(name)
+    transport: Transport = found
+    return transport
