@@ -120,6 +120,7 @@ class Deadlines:
         for record in self._records():
             if record.opened:
                 self.watch(record)
+        self.expect()  # those that came while other settings held
 
     # -- a connection comes and goes -----------------------------------------------------------------------------------
 
