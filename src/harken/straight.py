@@ -148,7 +148,8 @@ def _remember(serving: Serving, request: Any, client_address: Any, started: floa
     """Make the record of a connection that was let in without one."""
     books = serving.books
     record = books.connections.remember(request, client_address, started)
-    record.ticket = ticket
+    if ticket is not None:
+        record.ticket = ticket
     if books.on_open is not None:
         books.on_open(record)
     return record
