@@ -29,7 +29,7 @@ def extensions() -> list[Extension]:
         Extension(
             "harken._hub.compiled",
             sorted(str(path) for path in HUB.glob("*.c")),
-            depends=[str(HUB / "hub.h"), str(HUB / "datagrams.h")],
+            depends=sorted(str(path) for path in HUB.glob("*.h")),
             include_dirs=[str(Path(greenlet.__file__).parent)],
             extra_compile_args=[
                 "-std=c11",

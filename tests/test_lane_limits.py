@@ -288,6 +288,20 @@ def test_nobody_looks_for_connections_that_cannot_come(monkeypatch: pytest.Monke
                 wait_until(lambda: watched._sampling is None)  # noqa: B023 - at once
 
 
+def test_those_that_have_ended_are_weeded_out() -> None:
+    """However many came whose deadline is far away."""
+    with serving(lifetime=60.0) as server:
+        watched = serving_of(server).deadlines
+        stays = connect(server)
+        for _ in range(3 * deadlines.FEW):
+            with connect(server):
+                assert len(server.connections()) >= 2  # which makes their records
+        assert len(watched._heap) <= deadlines.FEW
+        (info,) = (info for info in server.connections() if info.peer.port == stays.getsockname()[1])
+        assert any(record.id == info.id for _, _, record in watched._heap)
+        stays.close()
+
+
 def test_two_servers_share_the_places_that_are_left(make_pair: Callable[..., tuple[Any, Any]]) -> None:
     """Near the limit nobody lets in without looking."""
     one, other = make_pair(max_connections=100)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -74,8 +75,8 @@ NAMES = ("idle_timeout", "read_timeout", "write_timeout", "lifetime", "handler_t
 SAMPLES, FINEST_SECONDS, COARSEST_SECONDS = 0.02, 0.02, 1.0
 # Looks that are due within this time are made together.
 SLACK_SECONDS = 0.002
-# Entries of connections that have ended which are not worth a sweep.
-FEW = 512
+# Entries that are not worth looking which of their connections have ended.
+FEW = 64
 # Those that come unannounced are found within this share of the shortest deadline, and few of the short ones are.
 SWEEP = 0.25
 # Seconds for which connections may come unannounced once they were expected; compiled lanes take 10 ms of it.
@@ -98,6 +99,8 @@ class Deadlines:
         self._soonest: float | None = None
         self._stamps_all = False
         self._heap: list[tuple[float, int, Record]] = []
+        self._weed_at = FEW
+        self._guard = threading.RLock()  # over what adds to the heap: a collection may, in the middle of that
         self._new: list[Record] = []
         self._numbers = itertools.count()
         self._look_at = math.inf
@@ -115,8 +118,7 @@ class Deadlines:
         self.limits = limits = {name: values[name] for name in NAMES}
         self._soonest = min((limit for limit in limits.values() if limit is not None), default=None)
         self._stamps_all = limits["read_timeout"] is not None or limits["handler_timeout"] is not None
-        self._heap = []
-        self._stuck = {}
+        self._forget()
         for record in self._records():
             if record.opened:
                 self.watch(record)
@@ -159,26 +161,32 @@ class Deadlines:
                 reaper.cancel(number)
         self._look = self._sampling = self._datagram_look = None
         self._look_at = math.inf
+        self._forget()
+
+    def _forget(self) -> None:
         self._heap = []
+        self._weed_at = FEW
         self._stuck = {}
 
     def after_fork(self, record: Record | None) -> None:
         """In a child, which serves one connection: the others are the parent's."""
+        self._guard = threading.RLock()  # another thread may have held it
         self._look = self._sampling = self._datagram_look = None
         self._look_at = math.inf
-        self._heap = []
-        self._stuck = {}
+        self._forget()
         self._datagrams = {}
         if record is not None:
             self._records = lambda: [record]
             self.watch(record)
 
     def _push(self, when: float, record: Record) -> None:
-        heap = self._heap
-        heapq.heappush(heap, (when, next(self._numbers), record))
-        if len(heap) > FEW and len(heap) & (len(heap) - 1) == 0:  # at each doubling
-            heap[:] = [entry for entry in list(heap) if entry[2].is_open]
-            heapq.heapify(heap)
+        with self._guard:
+            heap = self._heap
+            heapq.heappush(heap, (when, next(self._numbers), record))
+            if len(heap) >= self._weed_at:
+                heap[:] = [entry for entry in list(heap) if entry[2].is_open]
+                heapq.heapify(heap)
+                self._weed_at = max(FEW, 2 * len(heap))
         if when < self._look_at:
             self._arm(when)
 
@@ -200,7 +208,8 @@ class Deadlines:
             record = heapq.heappop(heap)[2]
             when = self._judge(record, now)
             if when is not None:
-                heapq.heappush(heap, (when, next(self._numbers), record))
+                with self._guard:
+                    heapq.heappush(heap, (when, next(self._numbers), record))
         self._look_at = math.inf
         while heap and not heap[0][2].is_open:
             heapq.heappop(heap)

@@ -10,7 +10,8 @@
  *   connection.c  Connection: a socket.socket whose calls wait in the hub
  *   rare.c        what a Connection does less often
  *   accept.c      accept(2) straight into a Connection
- *   lane.c        connections of a plain server, from the door to their end
+ *   lane.c        connections of a plain server, at its door
+ *   workers.c     the green threads that serve those, to their end
  *   handlers.c    calling handlers
  *   files.c       rfile and wfile
  *   awaited.c     what coroutines await of their connection
@@ -333,7 +334,7 @@ HIDDEN PyObject **record_slot(PyObject *self);
 HIDDEN void make_record(PyObject *self);
 HIDDEN PyObject *connection_handle(PyObject *self, PyObject *none);
 
-/* lane.c */
+/* lane.c, workers.c */
 HIDDEN int lane_ready(PyObject *module);
 HIDDEN int lane_shortcut(PyObject *self);
 HIDDEN PyObject *lane_record(PyObject *request);
