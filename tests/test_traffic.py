@@ -4,7 +4,8 @@ import socket
 
 import pytest
 
-from harken.traffic import queued, traffic, unread
+from harken.traffic import moved, queued, traffic, unread
+from harken.unpatched import Socket
 
 PATIENCE = 10.0
 
@@ -30,6 +31,26 @@ def test_bytes_are_counted_both_ways(pair):
     assert near.recv(1) == b""
     told = traffic(near)
     assert (told.received, told.sent, told.out) == (1000, 300, 300)
+
+
+def test_a_fin_that_comes_while_the_kernel_is_asked_is_no_byte(pair):
+    """The kernel reads the state first, and counts then."""
+    near, far = pair
+
+    class Late(Socket):
+        def getsockopt(self, level, name, size):
+            info = super().getsockopt(level, name, size)
+            if far.fileno() < 0:
+                return info
+            far.close()
+            assert self.recv(1) == b""
+            return info[:1] + super().getsockopt(level, name, size)[1:]
+
+    far.sendall(b"x" * 5)
+    assert near.recv(10) == b"x" * 5
+    with Late(fileno=near.detach()) as late:
+        assert moved(late) == (5, 0)
+        assert traffic(late).received == 5
 
 
 def test_what_a_peer_does_not_take_is_seen(pair):

@@ -43,6 +43,8 @@ _QUEUE = struct.Struct("=24xII")
 _FIRST_SENT = struct.Struct("=44xI")
 # States in which the peer's FIN has come, which counts as a byte received: CLOSE_WAIT, LAST_ACK, CLOSING, TIME_WAIT.
 _FINISHED = {8, 9, 11, 6}
+# Those in which it may still come: ESTABLISHED, FIN_WAIT1, FIN_WAIT2.
+_UNFINISHED = (b"\1", b"\4", b"\5")
 _NOTHING = b"\0\0\0\0"
 _INTERNET = (int(socket.AF_INET), int(socket.AF_INET6))
 _tells = False
@@ -85,13 +87,26 @@ def tells(request: Any) -> bool:
 
 def traffic(request: Any) -> Traffic | None:
     """Ask the kernel; None where it does not tell: no TCP, no Linux, closed already."""
+    info = _info(request)
+    return None if info is None else decode(info)
+
+
+def _info(request: Any) -> bytes | None:
+    """Return TCP_INFO with counts that belong to its state.
+
+    The kernel reads the state before it locks the connection: tcp_get_info() in net/ipv4/tcp.c. A FIN that comes in
+    between is among the bytes, and the state still says that none has come; so a state that lets one come is asked
+    again.
+    """
     if _TCP_INFO is None or not isinstance(request, Socket):
         return None
     try:
-        info = request.getsockopt(_TCP, _TCP_INFO, _BYTES)
+        while True:
+            info = request.getsockopt(_TCP, _TCP_INFO, _BYTES)
+            if info[:1] not in _UNFINISHED or request.getsockopt(_TCP, _TCP_INFO, 1) == info[:1]:
+                return info
     except OSError:
         return None
-    return decode(info)
 
 
 def decode(info: bytes) -> Traffic | None:
@@ -115,12 +130,10 @@ def decode(info: bytes) -> Traffic | None:
 
 def moved(request: Any) -> tuple[int, int] | None:
     """Return the bytes that came and that were sent, as ``traffic`` does, for less."""
-    if _TCP_INFO is None or not isinstance(request, Socket):
+    info = _info(request)
+    if info is None or len(info) < _BYTES:  # no TCP, or closed; an old kernel
         return None
-    try:
-        state, _, received, unsent, sent, again = _MOVED.unpack(request.getsockopt(_TCP, _TCP_INFO, _BYTES))
-    except (OSError, struct.error):  # no TCP, or closed; an old kernel
-        return None
+    state, _, received, unsent, sent, again = _MOVED.unpack(info)
     return received - (state in _FINISHED), sent - again + unsent
 
 

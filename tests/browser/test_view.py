@@ -200,7 +200,7 @@ def test_pictures(visit, service, tmp_path, name, options):
             while received < 1000:
                 received += len(client.recv(1000))
     service.connect(b"stall\n")
-    page.locator("#stalls").get_by_text(re.compile(r"app\.py")).wait_for()
+    page.locator("#stalls").get_by_text(re.compile(r"app\.py")).first.wait_for()  # on a busy machine more than one
     row_of(page, peer).wait_for()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert contrast(page, "body") >= 4.5  # WCAG 2.2, 1.4.3
