@@ -85,6 +85,7 @@ def test_descriptors() -> None:
 
     class Handler(harken.StreamRequestHandler):
         def handle(self) -> None:
+            select.select([self.rfile], [], [], PATIENCE)  # what the client sends may come a moment later
             assert select.select([self.rfile], [self.wfile], [], PATIENCE)[:2] == ([self.rfile], [self.wfile])
             assert fcntl.fcntl(self.rfile.fileno(), fcntl.F_GETFL) & os.O_NONBLOCK
             self.wfile.write(self.rfile.readline())  # another line is unread: it waits to be joined
