@@ -183,13 +183,17 @@ class Admission:
         Returns:
             None, or why it is refused; then nothing of it is counted.
         """
+        ticket, at_door = Ticket(self), self._at_door
         reserved = bool(self._reserved) and self._take_reserved()
-        at_door = self._at_door[1:] if reserved or record is None else self._at_door
-        ticket, reason = self._judge(at_door, peer if client_known else None, (self.crowd,) if reserved else ())
-        if reason is None and record is not None:
-            record.ticket = ticket
-        elif reason is None:
+        if reserved:
+            ticket.limits.append(self.crowd)
+        if reserved or record is None:
+            at_door = at_door[1:]
+        reason = self._judge(ticket, at_door, peer if client_known else None)
+        if reason is not None or record is None:
             ticket.give_back()
+        else:
+            record.ticket = ticket
         return reason
 
     def admit_unrecorded(self, peer: Callable[[], Peer]) -> tuple[Ticket, str | None]:
@@ -198,21 +202,19 @@ class Admission:
         Returns:
             Its ticket, and None; or one that was given back, and why.
         """
-        return self._judge(self._at_door, peer, ())
-
-    def _judge(
-        self, at_door: tuple[Limit, ...], peer: Callable[[], Peer] | None, passed: tuple[Limit, ...]
-    ) -> tuple[Ticket, str | None]:
         ticket = Ticket(self)
-        ticket.limits += passed
+        reason = self._judge(ticket, self._at_door, peer)
+        if reason is not None:
+            ticket.give_back()
+        return ticket, reason
+
+    def _judge(self, ticket: Ticket, at_door: tuple[Limit, ...], peer: Callable[[], Peer] | None) -> str | None:
         reason = None
         if peer is not None and self._by_client:  # first: who is not wanted must not use up the tokens of others
             reason = self._ask(self._by_client, ticket, peer())
         if reason is None:
             reason = self._ask(at_door, ticket, ticket.peer)
-        if reason is not None:
-            ticket.give_back()
-        return ticket, reason
+        return reason
 
     def admit_client(self, record: Record, peer: Peer) -> str | None:
         """Ask the limits that judge the real client, once a preamble has told who that is; as :meth:`admit`.

@@ -96,7 +96,7 @@ def _info(request: Any) -> bytes | None:
 
     The kernel reads the state before it locks the connection: tcp_get_info() in net/ipv4/tcp.c. A FIN that comes in
     between is among the bytes, and the state still says that none has come; so a state that lets one come is asked
-    again.
+    again. States only go on, so that there are a few rounds at the most.
     """
     if _TCP_INFO is None or not isinstance(request, Socket):
         return None

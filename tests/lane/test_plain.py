@@ -15,36 +15,10 @@ from greenlet import getcurrent, greenlet
 from waiting import wait_until
 
 import harken
-from harken import _hub, events, straight
-from harken.books import Books
+from harken import events, straight
 from harken.serving import serving_of
 
-PATIENCE = 10.0  # seconds
-
-pytestmark = pytest.mark.skipif(_hub.Lane is None, reason="the compiled hub is not in use: build it")
-
-
-class Echo(harken.BaseRequestHandler):
-    """Sends back what comes."""
-
-    def handle(self) -> None:
-        """Echo."""
-        while data := self.request.recv(1000):
-            self.request.sendall(data)
-
-
-def connect(server: Any) -> socket.socket:
-    """Return a connection that has had an answer."""
-    client = socket.create_connection(server.server_address, PATIENCE)
-    client.sendall(b"x")
-    assert client.recv(1) == b"x"
-    return client
-
-
-def visit(server: Any) -> None:
-    """Come, and leave when the server has nothing left of it."""
-    connect(server).close()
-    wait_until(lambda: not len(serving_of(server).connections))
+from .kit import PATIENCE, Echo, connect, visit
 
 
 @pytest.fixture
@@ -95,27 +69,19 @@ def test_those_that_end_unasked_are_counted(server: Any) -> None:
     assert figures["closed_total"] == {"peer_closed": 6, "peer_reset": 1}
 
 
-def test_an_end_that_nobody_waits_for_is_no_call_of_pythons(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_that_nobody_waits_for_is_no_call_of_pythons(closed_by_python: list[Any]) -> None:
     """On every version of Python; while somebody waits for ends, each is one."""
-    closed: list[Any] = []
-    close = Books.close
-
-    def note(self: Books, request: Any) -> None:
-        closed.append(request)
-        close(self, request)
-
-    monkeypatch.setattr(Books, "close", note)
     with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Echo)) as server:
         visit(server)
-        closed.clear()  # the first has a record
+        closed_by_python.clear()  # the first has a record
         for _ in range(3):
             visit(server)
-        assert not closed
+        assert not closed_by_python
         known = serving_of(server).connections
-        known.waiting += 1
+        known.await_ends(1)
         visit(server)
-        known.waiting -= 1
-        assert len(closed) == 1
+        known.await_ends(-1)
+        assert len(closed_by_python) == 1
 
 
 def test_who_comes_soon_is_let_in_without_asking(monkeypatch: pytest.MonkeyPatch) -> None:

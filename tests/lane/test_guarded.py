@@ -12,25 +12,13 @@ import pytest
 from waiting import wait_until
 
 import harken
-from harken import _hub, deadlines, events
-from harken.books import Books
+from harken import deadlines, events
 from harken.peer import Peer
 from harken.serving import serving_of
 
-PATIENCE = 10.0  # seconds
+from .kit import PATIENCE, Echo, connect, visit
+
 SHORT = 0.2  # seconds of a deadline
-
-pytestmark = pytest.mark.skipif(_hub.Lane is None, reason="the compiled hub is not in use: build it")
-
-
-class Echo(harken.BaseRequestHandler):
-    """Sends back what comes, but not every question."""
-
-    def handle(self) -> None:
-        """Echo."""
-        while data := self.request.recv(1000):
-            if data != b"?":
-                self.request.sendall(data)
 
 
 class Turnstile:
@@ -69,38 +57,10 @@ def heard(callback: Callable[[Any], object], *names: str) -> Iterator[None]:
         unsubscribe()
 
 
-def connect(server: Any) -> socket.socket:
-    """Return a connection that has had an answer."""
-    client = socket.create_connection(server.server_address, PATIENCE)
-    client.sendall(b"x")
-    assert client.recv(1) == b"x"
-    return client
-
-
-def visit(server: Any) -> None:
-    """Come, and leave when the server has nothing left of it."""
-    connect(server).close()
-    wait_until(lambda: not len(serving_of(server).connections))
-
-
 def meet_a_reset(server: Any) -> None:
     """Come, and be turned away, perhaps while connect() looks how it went."""
     with pytest.raises(ConnectionResetError), socket.create_connection(server.server_address, PATIENCE) as client:
         client.recv(1)
-
-
-@pytest.fixture
-def closed_by_python(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The connections of whose end Python was told."""
-    closed: list[Any] = []
-    close = Books.close
-
-    def note(self: Books, request: Any) -> None:
-        closed.append(request)
-        close(self, request)
-
-    monkeypatch.setattr(Books, "close", note)
-    return closed
 
 
 @pytest.mark.parametrize(
