@@ -358,6 +358,25 @@ def test_refused_with_a_reply(listener):
         assert client.recv(100) == b""
 
 
+def test_refusing_who_sends_without_end_comes_to_an_end():
+    """It is done in the loop, where everybody waits meanwhile."""
+
+    class Endless(socket.socket):
+        reads = 0
+
+        def recv(self, size, flags=0):
+            self.reads += 1
+            assert self.reads <= 1000
+            return b"x" * size
+
+    ours, theirs = socket.socketpair()
+    with theirs:
+        taken = Endless(fileno=ours.detach())
+        refuse(taken, b"busy\n")
+        assert taken.fileno() == -1
+        assert taken.reads > 1
+
+
 def test_a_client_that_has_gone_is_refused_in_silence(listener):
     """It wanted to go anyway."""
     client = client_of(listener)

@@ -12,6 +12,7 @@ from waiting import wait_until
 
 import harken
 from harken import events, straight
+from harken.acceptor import MAX_ACCEPT
 from harken.serving import serving_of
 
 PATIENCE = 10.0  # seconds
@@ -175,6 +176,27 @@ def test_a_burst_is_served_whole(server_class: Any) -> None:
             assert client.recv(10) == b"x"
             client.close()
         wait_until(lambda: not server.connections())
+
+
+def test_a_burst_of_just_what_is_taken_at_once_does_not_block_the_loop(server_class: Any) -> None:
+    """The door is empty then, and a listener of socketserver's kind would wait in accept() for the next client."""
+    server = server_class(("127.0.0.1", 0), Echo, backlog=400)
+    with harken.background(server):
+        server.suspend()
+        clients = [socket.create_connection(server.server_address, PATIENCE) for _ in range(MAX_ACCEPT)]
+        server.resume()
+        for client in clients:
+            client.sendall(b"x")
+        assert [client.recv(10) for client in clients] == [b"x"] * MAX_ACCEPT
+        stopper = threading.Thread(target=server.shutdown, daemon=True)
+        stopper.start()
+        stopper.join(PATIENCE)
+        blocked = stopper.is_alive()
+        if blocked:
+            clients.append(socket.create_connection(server.server_address, PATIENCE))  # lets it go
+        for client in clients:
+            client.close()
+    assert not blocked
 
 
 def test_the_default_timeout_holds_for_accepted_connections(server_class: Any) -> None:

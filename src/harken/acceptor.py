@@ -24,6 +24,7 @@ from enum import Enum
 from typing import Any
 
 from harken import events
+from harken.connection import READ_OFF_TURNS
 from harken.settings import choice, setting, text
 from harken.unpatched import Socket, original
 
@@ -110,8 +111,9 @@ def turn_away(request: object, reply: bytes = b"") -> None:
             request.setblocking(False)
             request.send(reply)
             request.shutdown(socket.SHUT_WR)
-            while request.recv(65536):  # unread input would turn the close into a reset, and the reply be lost
-                pass
+            for _ in range(READ_OFF_TURNS):  # unread input would turn the close into a reset, and the reply be lost
+                if not request.recv(65536):
+                    break
         else:
             request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     except OSError:

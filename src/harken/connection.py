@@ -45,7 +45,7 @@ _TCP_CLOSE, _TCP_CLOSE_WAIT, _TCP_LAST_ACK = 7, 8, 9
 # Connections to take from a queue of unknown length before it is closed: who keeps coming must not hold it open.
 MAX_BACKLOG_GUESS = 64
 _LAST_DATA_SENT, _LAST_DATA_RECV, _TCP_INFO_BYTES = 44, 52, 56
-# What is read off before a connection that harken ended is closed: more than a receive buffer holds at rest
+# What is read off before a connection that harken ended or refused is closed: more than a receive buffer holds at rest
 # (net.ipv4.tcp_rmem: 128 KiB, at most 6 MiB); who sends on and on is reset all the same.
 READ_OFF_TURNS, _READ_OFF_BYTES = 16, 1 << 18
 

@@ -98,7 +98,7 @@ def take(serving: Serving) -> bool | None:
     if taken:
         _start(serving, serving.books.let_in(taken, None if admission is None else serving.intake.admit))
     if len(taken) == MAX_ACCEPT:
-        return True
+        return serving.intake.readable()  # a door of socketserver's kind blocks, and might have been emptied
     return False if acceptor.paused else None
 
 
