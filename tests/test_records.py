@@ -13,6 +13,7 @@ import time
 import pytest
 from waiting import wait_until
 
+from harken import records
 from harken.connection import accept, peer_fault
 from harken.records import REASONS, Registry
 
@@ -367,3 +368,23 @@ def test_hand_over_of_an_object_that_goes(books):
     del request
     gc.collect()
     assert list(books) == [record]
+
+
+def test_no_callback_runs_when_the_parents_copy_goes(books, monkeypatch):
+    """Ctrl-C raises in whatever Python code runs next, and what a callback raises is lost."""
+    ran = []
+    monkeypatch.setattr(records, "_collected", ran.append)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname(), PATIENCE),
+    ):
+        taken, address = accept(listener)
+        own = type("Request", (), {})()
+        known = [books.add(taken, address), books.add(own, None)]
+        for pid, record in enumerate(known, 4711):
+            books.hand_over(record, pid)
+        taken.close()
+        del taken, own
+        gc.collect()
+        assert [record.request for record in known] == [None, None]
+    assert ran == []

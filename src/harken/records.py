@@ -138,7 +138,8 @@ def _refer(record: Record, request: object) -> Callable[[], Any]:
 
 
 def _collected(reference: Any) -> None:
-    reference.record.collected()
+    """The request object was dropped, unclosed."""
+    reference.record.ended()
 
 
 _new: Callable[[type[Record]], Record] = object.__new__
@@ -328,11 +329,6 @@ class Record:
     def ended(self) -> None:
         """The connection is closed: strike it off. Only the first call counts."""
         self._registry.strike(self)
-
-    def collected(self) -> None:
-        """The request object was dropped, unclosed."""
-        if not self.process:
-            self.ended()
 
     def cut(self, reason: str) -> None:
         """End the connection from outside its handler; any thread may call it."""
@@ -543,6 +539,8 @@ class Registry:
             request.record = None
         record.process = pid
         record.key = record._number  # the request object goes, and another may get its id()
+        # No callback is to run when it goes: Ctrl-C raises in whatever Python code runs next, and a callback's is lost.
+        record._request = _gone
         self.filed[record.key] = record
 
     def child_ended(self, record: Record | None, status: int) -> None:

@@ -358,9 +358,9 @@ def test_what_a_signal_handler_raises_leaves_run(stage):
 
     before = signal.signal(signal.SIGUSR1, handler)
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1))
-    timer.start()
     try:
         with pytest.raises(KeyboardInterrupt):
+            timer.start()
             stage.hub.run(lambda: False, lambda: 10.0, lambda: None)
     finally:
         timer.join()

@@ -183,14 +183,14 @@ def test_a_lodger_has_the_connection_for_itself(stage):
 
 
 def test_dropped_connections_tell_their_record(kind, stage, recwarn):
-    """One that nobody closed tells its end when it is collected."""
+    """One that nobody closed tells its end when it is ended."""
     near, _ = stage.pair()
 
     class Record:
         told = 0
         reason = None
 
-        def collected(self):
+        def ended(self):
             self.told += 1
 
     record = Record()

@@ -90,7 +90,7 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     the descriptor is closed (files may keep it). ``far_end`` is what reads and writes have told of the peer
     (``peer_closed``, ``peer_reset``), or None.
     A compiled one has ``handle()``, a callable that returns it as long as it is there: a weak reference at a third of
-    the size. It tells its record (``collected()``) when it is dropped unclosed, as a weak reference's callback would.
+    the size. It tells its record (``ended()``) when it is dropped unclosed, as a weak reference's callback would.
     ``open_reader(size=-1)`` and ``open_writer(reader=None)`` give ``rfile`` and ``wfile``, which are
     ``io.BufferedIOBase``. The reader receives at most ``size`` bytes ahead, and holds memory only while bytes are
     unread. What is written while ``reader`` holds unread bytes is joined, and sent before the green thread gives up its

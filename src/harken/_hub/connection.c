@@ -632,7 +632,7 @@ static void connection_finalize(PyObject *self) {
     PyObject *type, *error, *trace, *record = *record_slot(self);
     if (record != NULL && record != Py_None) {
         PyErr_Fetch(&type, &error, &trace);
-        PyObject *told = PyObject_CallMethod(record, "collected", NULL);
+        PyObject *told = PyObject_CallMethod(record, "ended", NULL);
         if (told == NULL)
             PyErr_WriteUnraisable(record);
         Py_XDECREF(told);
