@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import inspect
 import shutil
 import socket
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 
 import harken
 from harken import green
+from harken._hub import hosts
+from harken.errors import DeadlineExceeded
 
 PATIENCE = 10.0  # seconds
 variable = contextvars.ContextVar("variable", default="nobody's")
@@ -143,8 +146,9 @@ def test_an_interrupted_wait_cancels_the_task(loop):
             seen.append("cleaned up")
 
     def handle(_word):
+        green.wait(asyncio.sleep(0))  # from here on the hub is in the loop, so that the coroutine begins at once
         try:
-            with green.timeout(0.05):
+            with green.timeout(0.5):
                 green.wait(endless())
         finally:
             seen.append("went on")
@@ -152,6 +156,19 @@ def test_an_interrupted_wait_cancels_the_task(loop):
     with serve(handle, loop=loop) as server, client(server) as ask:
         assert ask().startswith("DeadlineExceeded")
     assert seen == ["cleaned up", "went on"]
+
+
+def test_a_coroutine_that_nobody_will_run_is_closed(monkeypatch):
+    """The deadline came while the hub moved into a loop: Python would warn of one that was never awaited."""
+
+    def event_loop():
+        raise DeadlineExceeded("1 s")
+
+    monkeypatch.setattr(hosts, "event_loop", event_loop)
+    coroutine = asyncio.sleep(0)
+    with pytest.raises(DeadlineExceeded):
+        green.wait(coroutine)
+    assert inspect.getcoroutinestate(coroutine) == inspect.CORO_CLOSED
 
 
 def test_the_end_of_a_server_ends_what_is_waited_for():
@@ -180,6 +197,8 @@ def test_the_end_of_a_server_ends_what_is_waited_for():
 PLAIN = """
 import asyncio, contextvars, threading
 from harken import green
+from harken._hub import hosts
+from harken.errors import DeadlineExceeded
 variable = contextvars.ContextVar("variable")
 loops = set()
 
@@ -260,6 +279,8 @@ REDIS = """
 import sys, socket, threading
 import harken, redis.asyncio
 from harken import green
+from harken._hub import hosts
+from harken.errors import DeadlineExceeded
 
 shared = redis.asyncio.Redis(unix_socket_path=sys.argv[1])
 

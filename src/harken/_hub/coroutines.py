@@ -19,14 +19,15 @@ __all__ = ["wait"]
 
 def wait(awaitable: Awaitable[Any]) -> Any:
     """See :func:`harken.green.wait`."""
-    loop = hosts.event_loop()
-    if loop is not None:
-        return _wait_beside(asyncio.ensure_future(awaitable, loop=loop))
-    if _hub.current() is None and asyncio._get_running_loop() is not None:
+    try:
+        loop = hosts.event_loop()
+        if loop is None and _hub.current() is None and asyncio._get_running_loop() is not None:
+            raise RuntimeError("green.wait() would keep this thread's event loop from running what it waits for; await it")
+    except BaseException:  # a deadline, too, while the hub moves into a loop
         if asyncio.iscoroutine(awaitable):
             awaitable.close()
-        raise RuntimeError("green.wait() would keep this thread's event loop from running what it waits for; await it")
-    return _wait_elsewhere(awaitable)
+        raise
+    return _wait_elsewhere(awaitable) if loop is None else _wait_beside(asyncio.ensure_future(awaitable, loop=loop))
 
 
 def _wait_beside(task: asyncio.Future[Any]) -> Any:
