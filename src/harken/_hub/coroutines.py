@@ -16,13 +16,15 @@ from harken.lifecycle import at_exit
 
 __all__ = ["wait"]
 
+_IN_ITS_LOOP = "green.wait() would keep this thread's event loop from running what it waits for; await it"
+
 
 def wait(awaitable: Awaitable[Any]) -> Any:
     """See :func:`harken.green.wait`."""
     try:
         loop = hosts.event_loop()
         if loop is None and _hub.current() is None and asyncio._get_running_loop() is not None:
-            raise RuntimeError("green.wait() would keep this thread's event loop from running what it waits for; await it")
+            raise RuntimeError(_IN_ITS_LOOP)
     except BaseException:  # a deadline, too, while the hub moves into a loop
         if asyncio.iscoroutine(awaitable):
             awaitable.close()
