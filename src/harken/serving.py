@@ -29,6 +29,7 @@ from harken.entry import Entry, entry_of
 from harken.errors import ConfigError, LifecycleError
 from harken.expiry import Expiry
 from harken.intake import Intake
+from harken.interrupts import Interrupts
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
 from harken.listener import Holding
 from harken.records import REASONS, Record
@@ -347,8 +348,8 @@ class Serving:
 
     def run(self, stopped: Callable[[], bool], interval: float) -> None:
         """Serve until ``stopped``, turning at least every ``interval`` seconds."""
-        with self.attached():
-            self.engine.run(stopped, self.tick, lambda: self.acceptor.patience(interval))
+        with self.attached(), Interrupts(self.wake) as interrupts:
+            self.engine.run(interrupts.before(stopped), self.tick, lambda: self.acceptor.patience(interval))
 
     @property
     def in_loop(self) -> bool:
