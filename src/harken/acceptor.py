@@ -112,7 +112,7 @@ def turn_away(request: object, reply: bytes = b"") -> None:
             request.send(reply)
             request.shutdown(socket.SHUT_WR)
             for _ in range(READ_OFF_TURNS):  # unread input would turn the close into a reset, and the reply be lost
-                if not request.recv(65536):
+                if not request.recv(65536):  # bytes; 1 MiB in all, more than a client sends unasked
                     break
         else:
             request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
