@@ -51,6 +51,29 @@ def test_an_interrupt_that_python_drops_ends_the_loop(
     assert "ignored" not in errors
 
 
+# The loop's thread is the hub's; the main one waits for it, and is where signals are met.
+WAITING = """
+import signal, sys
+from types import SimpleNamespace
+import harken
+
+server = harken.TCPServer(("127.0.0.1", 0), harken.BaseRequestHandler, engine=sys.argv[1])
+signal.signal(signal.SIGALRM, lambda *_: sys.unraisablehook(SimpleNamespace(exc_type=KeyboardInterrupt)))
+signal.setitimer(signal.ITIMER_REAL, 0.2)
+server.serve_forever(30)
+"""
+
+
+@pytest.mark.parametrize("engine", ["green", "thread"])
+def test_it_is_raised_at_once_in_the_main_thread(
+    run_program: Callable[..., subprocess.Popen[str]], engine: str
+) -> None:
+    """Whatever thread the loop runs in, and however long it sleeps."""
+    process = run_program("-c", WAITING, engine)
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == -signal.SIGINT, errors
+
+
 def drop(kind: type[BaseException]) -> None:
     """Tell the hook as Python does."""
     sys.unraisablehook(SimpleNamespace(exc_type=kind))  # type: ignore[arg-type]

@@ -46,12 +46,12 @@ class Interrupts:
             self._before(unraisable)
 
     def heed(self) -> None:
-        """Raise the interrupt that was kept, if one was.
+        """Raise the interrupt that was kept, if one was; in the main thread alone, since other threads ask, too.
 
         Raises:
             KeyboardInterrupt: Ctrl-C came.
         """
-        if self._kept:
+        if self._kept and threading.current_thread() is threading.main_thread():
             self._kept = False
             raise KeyboardInterrupt
 
