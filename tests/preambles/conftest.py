@@ -61,13 +61,23 @@ def use_fallback(monkeypatch):
 
 
 @pytest.fixture
-def serving(pki, use_fallback):
+def use_asking():
+    """Return a function after which compiled green servers call OpenSSL by the ssl module, as where it is built in."""
+    reach = getattr(_hub.kinds().get("compiled"), "reach_openssl", bool)
+    yield lambda: reach(False)
+    reach(True)
+
+
+@pytest.fixture
+def serving(pki, use_fallback, use_asking):
     """Return a function that serves a handler over TLS in the background."""
 
     @contextlib.contextmanager
     def serve(engine="thread", handler=Echo, *, tls=None, kind=harken.TCPServer, address=LOCAL, **settings):
         if engine == "green-fallback":
             use_fallback()
+        if engine == "green-asking":
+            use_asking()
         tls = harken.TLS(pki.cert) if tls is None else tls
         with harken.background(kind(address, handler, engine=engine.partition("-")[0], tls=tls, **settings)) as server:
             yield server

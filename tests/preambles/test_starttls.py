@@ -75,7 +75,7 @@ def test_plain_text_behind_the_request_for_tls_is_refused(engine, starttls, serv
     assert "Traceback" not in printed
 
 
-@pytest.mark.parametrize("engine", ["thread", "green", "green-fallback"])
+@pytest.mark.parametrize("engine", ["thread", "green", "green-asking", "green-fallback"])
 def test_plain_text_in_a_segment_of_its_own_fails_the_handshake(engine, starttls, serving, closed):
     """Injected a moment later, it meets OpenSSL."""
     with serving(engine, Lines, tls=starttls) as server, plain(server) as sock:

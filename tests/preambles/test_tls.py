@@ -154,7 +154,7 @@ def test_a_cut_connection_never_yields_ciphertext(engine, serving, dial, closed)
     assert b"".join(seen) == b""
 
 
-@pytest.mark.parametrize("engine", ["thread", "green", "green-fallback"])
+@pytest.mark.parametrize("engine", ["thread", "green", "green-asking", "green-fallback"])
 def test_verbs_of_the_socket(engine, serving, dial):
     """recv_into, send, makefile, pending, time-outs, and not waiting, as on any TLS socket."""
     wrong = []
@@ -205,7 +205,23 @@ def test_verbs_of_the_socket(engine, serving, dial):
     assert wrong == []
 
 
-@pytest.mark.parametrize("engine", ["thread", "green", "green-fallback"])
+@pytest.mark.parametrize("engine", ["thread", "green", "green-asking", "green-fallback"])
+def test_the_end_is_read_again_and_again(engine, serving, dial):
+    """A client that has said close_notify waits for ours with its side open: nobody else would end a second read."""
+    told = []
+
+    class Read(harken.StreamRequestHandler):
+        def handle(self):
+            told.extend(self.rfile.readline() for _ in range(3))
+            told.extend((self.request.recv(1), self.request.recv_into(bytearray(1)), self.request.read(1)))
+
+    with serving(engine, Read) as server, dial(server) as client:
+        client.sendall(b"no line")
+        client.unwrap()
+    assert told == [b"no line", b"", b"", b"", 0, b""]
+
+
+@pytest.mark.parametrize("engine", ["thread", "green", "green-asking", "green-fallback"])
 def test_unwrap_goes_on_in_plain_text(engine, serving, dial):
     """After ``unwrap`` on both sides the same connection speaks without TLS."""
 

@@ -1,4 +1,4 @@
-"""TLS on a hub: its own way between OpenSSL and the wire, compiled and in Python."""
+"""TLS on a hub: its own ways between OpenSSL and the wire, past the ssl module, by it, and in Python."""
 
 import os
 import socket
@@ -11,7 +11,7 @@ import harken
 
 from .tls_kit import PATIENCE
 
-HUBS = ("green", "green-fallback")
+HUBS = ("green", "green-asking", "green-fallback")
 
 
 @pytest.mark.parametrize("engine", HUBS)

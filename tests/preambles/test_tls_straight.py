@@ -15,7 +15,7 @@ from harken.serving import serving_of
 
 from .tls_kit import PATIENCE, Echo, plain
 
-ENGINES = ("thread", "pool", "green", "green-fallback")
+ENGINES = ("thread", "pool", "green", "green-asking", "green-fallback")
 TOLD = ("accepted", "opened", "rejected", "preamble_failed", "handler_failed", "closed")
 WAYS = ("returns", "raises", "closes", "keeps a file", "is killed", "speaks no TLS", "goes away")
 

@@ -13,7 +13,7 @@ from harken import events
 
 PATIENCE = 10.0  # seconds that anything may take
 LOCAL = ("127.0.0.1", 0)
-ENGINES = ("inline", "thread", "pool", "fork", "green", "green-fallback", "asyncio")
+ENGINES = ("inline", "thread", "pool", "fork", "green", "green-asking", "green-fallback", "asyncio")
 BESIDE = ENGINES[1:]  # those that serve several at once
 
 

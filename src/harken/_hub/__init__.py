@@ -173,6 +173,7 @@ __all__ = [
     "Batch",
     "Beat",
     "Connection",
+    "Guard",
     "Hub",
     "Lane",
     "adopt",
@@ -207,6 +208,8 @@ Lane: Any
 """The compiled way of plain connections; None where there is none."""
 Connection: Any
 """The connection of the kind in use."""
+Guard: Any
+"""``Guard()``: what stands for a connection's OpenSSL, by ``with``."""
 current: Any
 """``current() -> Hub | None``: the hub whose green thread calls; None in its own greenlet and in plain threads."""
 kind: str
@@ -214,7 +217,7 @@ kind: str
 
 VARIABLE = "HARKEN_HUB"
 _NAMES = ("compiled", "fallback")  # the preferred one first
-_PARTS = ("Answers", "Batch", "Beat", "Connection", "Hub", "Lane", "current", "on_growth", "quicken")
+_PARTS = ("Answers", "Batch", "Beat", "Connection", "Guard", "Hub", "Lane", "current", "on_growth", "quicken")
 
 
 def kinds() -> dict[str, ModuleType]:

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * The module harken._hub.compiled. */
-#include "hub.h"
+#include "openssl.h"
 
 HIDDEN void **greenlet_api;
 
@@ -19,6 +19,7 @@ static PyMethodDef functions[] = {
     {"current", hub_current, METH_NOARGS, "The hub whose green thread calls; None elsewhere."},
     {"on_growth", on_growth, METH_O, "on_growth(function): tell function(connection, bytes) what large readers hold."},
     {"quicken", quicken, METH_O, "quicken(class): give the connection under TLS what secured.c has."},
+    {"reach_openssl", reach_openssl, METH_O, "reach_openssl(yes): use OpenSSL without the ssl module between, if it can be done; is it?"},
     {"accept", accept_one, METH_O, "accept(listener): take a connection, (Connection, address), without waiting."},
     {"rebuild", rebuild, METH_VARARGS, "Make a Connection that has travelled from another process."},
     {"_after_fork", after_fork, METH_NOARGS, "What os.register_at_fork calls in the child."},
@@ -50,7 +51,7 @@ static int watch_forks(PyObject *module) {
 static int fill(PyObject *module) {
     if (beat_ready(module) < 0 || timers_ready(module) < 0 || queue_ready(module) < 0 || hub_ready(module) < 0 || connection_ready(module) < 0 ||
         files_ready(module) < 0 || awaited_ready(module) < 0 || handlers_ready() < 0 ||
-        datagrams_ready(module) < 0 || lane_ready(module) < 0)
+        datagrams_ready(module) < 0 || lane_ready(module) < 0 || guard_ready(module) < 0)
         return -1;
     if (PyModule_AddStringConstant(module, "KIND", "compiled") < 0 || watch_forks(module) < 0)
         return -1;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import contextvars
 import os
 import sys
@@ -30,7 +31,7 @@ from harken.waker import Waker
 if TYPE_CHECKING:
     from harken.engines import Door
 
-__all__ = ["KIND", "Answers", "Batch", "Beat", "Connection", "Hub", "Lane", "current", "on_growth", "quicken"]
+__all__ = ["KIND", "Answers", "Batch", "Beat", "Connection", "Guard", "Hub", "Lane", "current", "on_growth", "quicken"]
 
 KIND: Final = "fallback"
 _EXPIRED = object()
@@ -39,6 +40,7 @@ LONGEST = 86400.0
 
 
 Lane = None  # harken.straight does as well
+Guard = _thread.allocate_lock
 
 
 def quicken(kind: type) -> None:

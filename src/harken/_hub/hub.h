@@ -16,6 +16,9 @@
  *   files.c       rfile and wfile
  *   awaited.c     what coroutines await of their connection
  *   beat.c        what the loop says of itself, and the watchdog that listens
+ *   secured.c     reading and writing under TLS
+ *   openssl.c     OpenSSL, without the ssl module between
+ *   guard.c       who may call it
  *   datagrams.c   datagrams in batches
  *   answers.c     what is sent to their senders
  *   chunks.c      the memory of Python stacks

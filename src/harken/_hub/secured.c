@@ -1,20 +1,21 @@
 /* SPDX-License-Identifier: MIT
  *
- * recv(), sendall() and the handshake of a connection under TLS, for harken.preambles._hubbed: between the wire and
- * OpenSSL's memory there is one call. What is not of every day (no Connection below, sockets that do not wait, flags,
- * something that stands before the next write, large pieces) is left to the methods that these replace. */
-#include "hub.h"
+ * Reading, writing and the handshake of a connection under TLS, for harken.preambles._hubbed: OpenSSL is called where
+ * openssl.c finds it, and between it and the wire there is one call. What is not of every day (no Connection below,
+ * sockets that do not wait, flags, something that stands before the next write) is left to the methods that these
+ * replace. */
+#include "openssl.h"
 #include <sys/socket.h>
 
-#define PIECE 16384                /* as in _hubbed.py: plain text in a record, at the most */
-#define SLICE (PIECE + 2048 + 5)   /* and one on the wire */
+#define SLICE (PIECE + 2048 + 5) /* as in _hubbed.py: a record on the wire, at the most */
+#define BATCH (4 * PIECE)        /* and what is sent at once */
 
 /* Slots of the class. The first are what calls use while others may close the connection. */
 enum { INNER, SSLOBJ, INCOMING, OUTGOING, GUARD, HELD, AHEAD = HELD, REST, BROKEN, TRACED, ENDED, RECORD, SLOTS };
 static const char *slot_names[SLOTS] = {"_inner", "_sslobj", "_incoming", "_outgoing", "_guard", "_ahead",
                                         "_rest",  "_broken", "_traced",   "_ended",    "record"};
 static Py_ssize_t offsets[SLOTS];
-static PyObject *slow_recv, *slow_sendall, *slow_shake, *slow_end, *slow_stand_for; /* what was replaced */
+static PyObject *slow_recv, *slow_recv_into, *slow_sendall, *slow_encrypt, *slow_shake, *slow_end, *slow_stand_for;
 static PyObject *want_read;                                                         /* ssl.SSLWantReadError */
 static PyObject *word_break_off, *word_fail, *word_judge, *word_record, *word_recv, *word_sendall, *word_tell;
 
@@ -27,14 +28,11 @@ typedef struct {
 } Member;
 
 enum {
-    ACQUIRE, RELEASE,                                      /* the guard */
     SHAKE, PLAIN, PLAIN_READ, PLAIN_WRITE, BYE, VERSION,   /* OpenSSL */
     READ_OUT, WRITE_IN, WRITE_EOF, HELD_BACK, EOF_SEEN,    /* its memory */
     MEMBERS
 };
 static Member members[MEMBERS] = {
-    [ACQUIRE] = {"_thread", "LockType", "acquire"},
-    [RELEASE] = {"_thread", "LockType", "release"},
     [SHAKE] = {"_ssl", "_SSLSocket", "do_handshake"},
     [PLAIN] = {"_ssl", "_SSLSocket", "pending"},
     [PLAIN_READ] = {"_ssl", "_SSLSocket", "read"},
@@ -78,18 +76,6 @@ static inline Py_ssize_t size_in(PyObject *number) {
     return size;
 }
 
-/* The guard, which stands for OpenSSL's state: a lock of Python's, waited for without the GIL. */
-static inline int lock(PyObject *guard) { return call_off(guard, ACQUIRE, NULL); }
-
-static int unlock(PyObject *guard) {
-    PyObject *kind, *error, *trace;
-    PyErr_Fetch(&kind, &error, &trace);
-    int result = call_off(guard, RELEASE, NULL);
-    if (kind != NULL)
-        PyErr_Restore(kind, error, trace);
-    return result;
-}
-
 /* Whether the quick way can be taken: all is there, the hub waits, and nobody has read ahead. */
 static bool is_plain_case(PyObject *self) {
     for (int which = 0; which < SLOTS; which++)
@@ -97,15 +83,34 @@ static bool is_plain_case(PyObject *self) {
             return false;
     PyObject *inner = *slot(self, INNER);
     return *slot(self, SSLOBJ) != Py_None && PyObject_TypeCheck(inner, Connection_Type) &&
-           !state_of(inner)->nonblocking;
+           Py_IS_TYPE(*slot(self, GUARD), Guard_Type) && !state_of(inner)->nonblocking;
 }
 
 /* -- receiving ----------------------------------------------------------------------------------------------------- */
 
+/* Where plain text goes: a buffer that is there, or bytes that are made no larger than needed. */
+typedef struct {
+    char *buffer; /* or NULL */
+    PyObject *bytes;
+    Py_ssize_t size; /* at the most */
+} Target;
+
+enum { FAILED = -1, MORE = -2 }; /* beside sizes: an exception; more is needed from the wire */
+
+static char *room_in(Target *target, Py_ssize_t *size) {
+    if (*size > target->size)
+        *size = target->size;
+    if (target->buffer != NULL)
+        return target->buffer;
+    Py_XSETREF(target->bytes, PyBytes_FromStringAndSize(NULL, *size));
+    return target->bytes == NULL ? NULL : PyBytes_AS_STRING(target->bytes);
+}
+
 /* How much OpenSSL could give at the most without more from the wire: 0 nothing, -1 with an exception. */
 static Py_ssize_t at_hand(PyObject *sslobj, PyObject *incoming) {
-    Py_ssize_t held = size_in(ask_for(incoming, HELD_BACK));
-    if (held != 0 || (held = size_in(call(sslobj, PLAIN, NULL))) != 0)
+    SSL *ssl = ssl_of(sslobj);
+    Py_ssize_t held = ssl != NULL ? (Py_ssize_t)ssl_at_hand(ssl) : size_in(ask_for(incoming, HELD_BACK));
+    if (held != 0 || (ssl == NULL && (held = size_in(call(sslobj, PLAIN, NULL))) != 0))
         return held;
     PyObject *eof = ask_for(incoming, EOF_SEEN);
     Py_XDECREF(eof);
@@ -114,20 +119,18 @@ static Py_ssize_t at_hand(PyObject *sslobj, PyObject *incoming) {
 
 static int say(PyObject *self, PyObject *const held[]);
 
-/* Wait for more from the peer; what OpenSSL has to say to it goes first. Returns how much is held then. */
-static Py_ssize_t feed(PyObject *self, PyObject *const held[]) {
-    PyObject *inner = held[INNER], *incoming = held[INCOMING];
-    if (say(self, held) < 0)
-        return -1;
-    ssize_t got = receive(inner, state_of(inner), scratch, SLICE, 0);
-    if (got < 0)
-        return -1;
-    if (got == 0)
-        return call_off(incoming, WRITE_EOF, NULL) < 0 ? -1 : 1;
+/* Wait for more from the peer, into `scratch`; what OpenSSL has to say to it goes first. */
+static ssize_t receive_more(PyObject *self, PyObject *const held[]) {
+    PyObject *inner = held[INNER];
+    return say(self, held) < 0 ? -1 : receive(inner, state_of(inner), scratch, SLICE, 0);
+}
+
+/* Keep what was received in OpenSSL's memory. */
+static int keep(PyObject *incoming, ssize_t got) {
     PyObject *data = PyBytes_FromStringAndSize(scratch, got);
     int done = data == NULL ? -1 : call_off(incoming, WRITE_IN, data);
     Py_XDECREF(data);
-    return done < 0 ? -1 : got;
+    return done;
 }
 
 /* Let the class look at an error of OpenSSL's: `_judge` for what it means to a read, `_fail` to raise it again, from
@@ -145,39 +148,69 @@ static PyObject *ask(PyObject *self, PyObject *word) {
     return result;
 }
 
-/* None: more is needed from the wire. */
-static PyObject *read_plain(PyObject *self, PyObject *inner, PyObject *sslobj, PyObject *guard, Py_ssize_t size) {
-    PyObject *number = PyLong_FromSsize_t(size);
-    if (number == NULL || lock(guard) < 0) {
-        Py_XDECREF(number);
-        return NULL;
-    }
-    PyObject *data = call(sslobj, PLAIN_READ, number);
-    Py_DECREF(number);
-    if (unlock(guard) < 0)
-        Py_CLEAR(data);
-    if (data == NULL)
-        data = ask(self, word_judge);
-    if (data != NULL && PyBytes_Check(data) && PyBytes_GET_SIZE(data) == 0)
-        state_of(inner)->ended = true; /* by close_notify: it says nothing more, as if it had closed its side */
-    return data;
+/* The peer has said close_notify: nothing comes from it any more, as if it had closed its side. It may wait for ours with
+ * its side open, so that no read may wait again. */
+static int see_end(PyObject *const held[]) {
+    state_of(held[INNER])->ended = true;
+    return call_off(held[INCOMING], WRITE_EOF, NULL);
 }
 
-static PyObject *pump(PyObject *self, PyObject *const held[], Py_ssize_t size) {
-    PyObject *inner = held[INNER], *sslobj = held[SSLOBJ], *guard = held[GUARD];
-    Py_ssize_t most = at_hand(sslobj, held[INCOMING]), more;
-    if (most == 0)
-        most = feed(self, held);
-    while (most >= 0) {
-        /* No larger buffer than needed. */
-        PyObject *data = read_plain(self, inner, sslobj, guard, most < size ? most : size);
-        if (data != Py_None)
-            return data;
-        Py_DECREF(data);
-        more = feed(self, held);
-        most = more < 0 ? -1 : most + more; /* OpenSSL keeps the pieces of a record */
+/* Read by Python's call. */
+static Py_ssize_t read_asking(PyObject *self, PyObject *const held[], char *room, Py_ssize_t size) {
+    PyObject *number = PyLong_FromSsize_t(size);
+    if (number == NULL)
+        return FAILED;
+    guard_take(held[GUARD]);
+    PyObject *data = call(held[SSLOBJ], PLAIN_READ, number);
+    guard_give_back(held[GUARD]);
+    Py_DECREF(number);
+    if (data == NULL)
+        data = ask(self, word_judge);
+    Py_ssize_t read = data == NULL ? FAILED : data == Py_None ? MORE : PyBytes_GET_SIZE(data);
+    if (read > 0)
+        memcpy(room, PyBytes_AS_STRING(data), (size_t)read);
+    Py_XDECREF(data);
+    return read == 0 && see_end(held) < 0 ? FAILED : read;
+}
+
+/* Read out of what is at hand, or of the `got` bytes in `scratch`. */
+static Py_ssize_t read_once(PyObject *self, PyObject *const held[], ssize_t got, Py_ssize_t most, Target *target) {
+    SSL *ssl = ssl_of(held[SSLOBJ]);
+    char *room = room_in(target, &most);
+    if (room == NULL)
+        return FAILED;
+    if (ssl != NULL && guard_try(held[GUARD])) { /* to wait for it would be to lose what is in `scratch` */
+        ssize_t read = ssl_decrypt(ssl, scratch, (size_t)got, room, (size_t)most);
+        guard_give_back(held[GUARD]);
+        if (read != ASK_SSL)
+            return read == FEED_SSL ? MORE : read;
+    } else if (got > 0 && keep(held[INCOMING], got) < 0) {
+        return FAILED;
     }
-    return NULL;
+    return read_asking(self, held, room, most);
+}
+
+/* Wait for more, and read out of it. */
+static Py_ssize_t feed(PyObject *self, PyObject *const held[], Py_ssize_t *most, Target *target) {
+    ssize_t got = receive_more(self, held);
+    if (got < 0)
+        return FAILED;
+    if (got > 0)
+        return read_once(self, held, got, *most += got, target); /* OpenSSL keeps the pieces of a record */
+    if (call_off(held[INCOMING], WRITE_EOF, NULL) < 0)
+        return FAILED;
+    *most += 1;
+    char *room = room_in(target, most);
+    return room == NULL ? FAILED : read_asking(self, held, room, *most);
+}
+
+/* Read at least one byte; 0: the end. */
+static Py_ssize_t pump(PyObject *self, PyObject *const held[], Target *target) {
+    Py_ssize_t most = at_hand(held[SSLOBJ], held[INCOMING]);
+    Py_ssize_t read = most > 0 ? read_once(self, held, 0, most, target) : most < 0 ? FAILED : MORE;
+    while (read == MORE)
+        read = feed(self, held, &most, target);
+    return read;
 }
 
 /* Held: somebody else may close the connection while this call waits. */
@@ -208,41 +241,90 @@ static int tell(PyObject *self, PyObject *method, PyObject *argument, PyObject *
     return told == NULL ? -1 : 0;
 }
 
+static bool has_read_ahead(PyObject *self) { return PyBytes_GET_SIZE(*slot(self, AHEAD)) > 0; }
+
 static PyObject *secured_recv(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
-    Py_ssize_t size = count == 1 && names == NULL && PyLong_CheckExact(args[0]) ? PyLong_AsSsize_t(args[0]) : 0;
-    if (size == -1)
+    Target target = {.size = count == 1 && names == NULL && PyLong_CheckExact(args[0]) ? PyLong_AsSsize_t(args[0]) : 0};
+    if (target.size == -1)
         PyErr_Clear(); /* whatever it is, the other one tells */
-    if (size <= 0 || !is_plain_case(self) || PyBytes_GET_SIZE(*slot(self, AHEAD)) > 0)
+    if (target.size <= 0 || !is_plain_case(self) || has_read_ahead(self))
         return leave_to(slow_recv, self, args, count, names);
     PyObject *held[HELD];
     hold(self, held);
-    PyObject *data = pump(self, held, size);
+    Py_ssize_t read = pump(self, held, &target);
     drop(held);
-    if (data != NULL && tell(self, word_recv, args[0], data) < 0)
-        Py_CLEAR(data);
-    return data;
+    if (read < 0)
+        Py_CLEAR(target.bytes);
+    else if (read < PyBytes_GET_SIZE(target.bytes))
+        _PyBytes_Resize(&target.bytes, read);
+    if (target.bytes != NULL && tell(self, word_recv, args[0], target.bytes) < 0)
+        Py_CLEAR(target.bytes);
+    return target.bytes;
+}
+
+static PyObject *secured_recv_into(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
+    if (count != 1 || names != NULL || !is_plain_case(self) || has_read_ahead(self) || *slot(self, TRACED) == Py_True)
+        return leave_to(slow_recv_into, self, args, count, names);
+    Py_buffer buffer;
+    if (PyObject_GetBuffer(args[0], &buffer, PyBUF_WRITABLE) < 0) {
+        PyErr_Clear(); /* whatever it is, the other one tells */
+        return leave_to(slow_recv_into, self, args, count, names);
+    }
+    if (buffer.len == 0) {
+        PyBuffer_Release(&buffer);
+        return leave_to(slow_recv_into, self, args, count, names);
+    }
+    Target target = {.buffer = buffer.buf, .size = buffer.len};
+    PyObject *held[HELD];
+    hold(self, held);
+    Py_ssize_t read = pump(self, held, &target);
+    drop(held);
+    PyBuffer_Release(&buffer);
+    return read < 0 ? NULL : PyLong_FromSsize_t(read);
 }
 
 /* -- sending ------------------------------------------------------------------------------------------------------- */
 
-static PyObject *encrypt(PyObject *self, PyObject *const held[], PyObject *plain) {
-    if (lock(held[GUARD]) < 0)
-        return NULL;
-    PyObject *data = NULL;
-    if (call_off(held[SSLOBJ], PLAIN_WRITE, plain) == 0)
-        data = call(held[OUTGOING], READ_OUT, NULL);
-    if (unlock(held[GUARD]) < 0)
-        Py_CLEAR(data);
-    return data != NULL ? data : ask(self, word_fail);
+/* Write by Python's calls what OpenSSL's functions have not taken. */
+static int write_asking(PyObject *const held[], const char *plain, Py_ssize_t size) {
+    for (Py_ssize_t piece; size > 0; plain += piece, size -= piece) {
+        piece = size < PIECE ? size : PIECE;
+        PyObject *data = PyBytes_FromStringAndSize(plain, piece);
+        int done = data == NULL ? -1 : call_off(held[SSLOBJ], PLAIN_WRITE, data);
+        Py_XDECREF(data);
+        if (done < 0)
+            return -1;
+    }
+    return 0;
 }
 
-static int send_all(PyObject *self, PyObject *const held[], PyObject *data) {
+/* The records of at most BATCH bytes, behind what OpenSSL has to say of its own accord: so many bytes of the object as
+ * `*made` becomes. With the guard. */
+static PyObject *records_of(PyObject *const held[], const char *plain, Py_ssize_t size, size_t *made) {
+    SSL *ssl = ssl_of(held[SSLOBJ]);
+    size_t taken = 0;
+    if (ssl != NULL) {
+        size_t room = ssl_room(ssl, (size_t)size);
+        PyObject *wire = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)room);
+        if (wire == NULL)
+            return NULL;
+        *made = ssl_encrypt(ssl, plain, (size_t)size, &taken, PyBytes_AS_STRING(wire), room);
+        if (*made > 0)
+            return wire;
+        Py_DECREF(wire);
+    }
+    if (write_asking(held, plain + taken, size - (Py_ssize_t)taken) < 0)
+        return NULL;
+    PyObject *wire = call(held[OUTGOING], READ_OUT, NULL);
+    *made = wire == NULL ? 0 : (size_t)PyBytes_GET_SIZE(wire);
+    return wire;
+}
+
+static int send_all(PyObject *self, PyObject *const held[], const char *data, size_t size) {
     PyObject *inner = held[INNER];
     begin_writing(state_of(inner));
     Py_SETREF(*slot(self, REST), PyBytes_FromStringAndSize(NULL, 0)); /* the empty one: it is there always */
-    ssize_t sent = flush_of(inner) < 0 ? -1
-                                       : transmit(inner, state_of(inner), PyBytes_AS_STRING(data),
-                                                  (size_t)PyBytes_GET_SIZE(data), 0, true);
+    ssize_t sent = flush_of(inner) < 0 ? -1 : transmit(inner, state_of(inner), data, size, 0, true);
     if (sent < 0)
         Py_XSETREF(*slot(self, BROKEN), Py_NewRef(Py_True));
     else
@@ -252,28 +334,66 @@ static int send_all(PyObject *self, PyObject *const held[], PyObject *data) {
 
 /* Send what OpenSSL has to say of its own accord, unless a write is under way. */
 static int say(PyObject *self, PyObject *const held[]) {
-    Py_ssize_t unsaid = size_in(ask_for(held[OUTGOING], HELD_BACK));
+    SSL *ssl = ssl_of(held[SSLOBJ]);
+    Py_ssize_t unsaid = ssl != NULL ? (Py_ssize_t)ssl_unsaid(ssl) : size_in(ask_for(held[OUTGOING], HELD_BACK));
     if (unsaid <= 0 || *slot(self, REST) != Py_None)
         return unsaid < 0 ? -1 : 0;
     PyObject *data = call(held[OUTGOING], READ_OUT, NULL);
-    int result = data == NULL ? -1 : send_all(self, held, data);
+    int result = data == NULL ? -1 : send_all(self, held, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data));
     Py_XDECREF(data);
     return result;
 }
 
+/* Encrypt and send at most BATCH bytes. */
+static int encrypt(PyObject *self, PyObject *const held[], const char *plain, Py_ssize_t size) {
+    size_t made;
+    guard_take(held[GUARD]);
+    PyObject *wire = records_of(held, plain, size, &made);
+    guard_give_back(held[GUARD]);
+    if (wire == NULL) {
+        Py_XDECREF(ask(self, word_fail));
+        return -1;
+    }
+    int result = send_all(self, held, PyBytes_AS_STRING(wire), made);
+    Py_DECREF(wire);
+    return result;
+}
+
+/* How much is encrypted at once. By Python's calls no more than a record: its memory never shrinks. */
+static Py_ssize_t most_at_once(PyObject *self) {
+    PyObject *sslobj = *slot(self, SSLOBJ);
+    return sslobj != NULL && ssl_of(sslobj) != NULL ? BATCH : PIECE;
+}
+
 static PyObject *secured_sendall(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
     Py_ssize_t size = count == 1 && names == NULL && PyBytes_CheckExact(args[0]) ? PyBytes_GET_SIZE(args[0]) : 0;
-    if (size == 0 || size > PIECE || !is_plain_case(self) || *slot(self, REST) != Py_None)
+    if (size == 0 || size > most_at_once(self) || !is_plain_case(self) || *slot(self, REST) != Py_None)
         return leave_to(slow_sendall, self, args, count, names);
     PyObject *held[HELD];
     hold(self, held);
-    PyObject *data = encrypt(self, held, args[0]);
-    int result = data == NULL ? -1 : send_all(self, held, data);
-    Py_XDECREF(data);
+    int result = encrypt(self, held, PyBytes_AS_STRING(args[0]), size);
     drop(held);
     if (result < 0 || tell(self, word_sendall, args[0], Py_None) < 0)
         return NULL;
     Py_RETURN_NONE;
+}
+
+static PyObject *secured_encrypt(PyObject *self, PyObject *plain) {
+    if (!is_plain_case(self) || *slot(self, REST) != Py_None || *slot(self, TRACED) == Py_True)
+        return PyObject_CallFunctionObjArgs(slow_encrypt, self, plain, NULL);
+    Py_buffer data;
+    if (PyObject_GetBuffer(plain, &data, PyBUF_SIMPLE) < 0)
+        return NULL;
+    if (data.len == 0 || data.len > most_at_once(self)) {
+        PyBuffer_Release(&data);
+        return PyObject_CallFunctionObjArgs(slow_encrypt, self, plain, NULL);
+    }
+    PyObject *held[HELD];
+    hold(self, held);
+    int result = encrypt(self, held, data.buf, data.len);
+    drop(held);
+    PyBuffer_Release(&data);
+    return result < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 /* -- the handshake ------------------------------------------------------------------------------------------------- */
@@ -288,21 +408,39 @@ static int settle(PyObject *self, PyObject *const held[]) {
     return has_tickets ? 0 : say(self, held);
 }
 
-/* 1: it is done; 0: OpenSSL wants to read; -1. */
-static int shake_on(PyObject *self, PyObject *const held[]) {
-    if (lock(held[GUARD]) < 0)
-        return -1;
+/* Go on by Python's call. 1: it is done; 0: OpenSSL wants to read; -1. */
+static int shake_asking(PyObject *self, PyObject *const held[]) {
+    guard_take(held[GUARD]);
     int done = call_off(held[SSLOBJ], SHAKE, NULL);
-    if (unlock(held[GUARD]) < 0)
-        return -1;
+    guard_give_back(held[GUARD]);
     if (done == 0)
-        return settle(self, held) < 0 ? -1 : 1;
+        return 1;
     if (PyErr_ExceptionMatches(want_read)) {
         PyErr_Clear();
         return 0;
     }
     Py_XDECREF(ask(self, word_break_off));
     return -1;
+}
+
+static int shake_on(PyObject *self, PyObject *const held[]) {
+    SSL *ssl = ssl_of(held[SSLOBJ]);
+    int done = ASK_SSL;
+    if (ssl != NULL && guard_try(held[GUARD])) {
+        done = ssl_shake(ssl);
+        guard_give_back(held[GUARD]);
+    }
+    if (done == ASK_SSL)
+        done = shake_asking(self, held);
+    return done == 1 && settle(self, held) < 0 ? -1 : done;
+}
+
+/* Wait for more of the handshake from the peer. */
+static int await_answer(PyObject *self, PyObject *const held[]) {
+    ssize_t got = receive_more(self, held);
+    if (got == 0)
+        return call_off(held[INCOMING], WRITE_EOF, NULL);
+    return got < 0 ? -1 : keep(held[INCOMING], got);
 }
 
 /* The timeout of the next wait. Not 0, which would be none. */
@@ -322,7 +460,7 @@ static PyObject *secured_shake(PyObject *self, PyObject *deadline) {
     int done;
     while ((done = shake_on(self, held)) == 0) {
         state->timeout = left(until);
-        if (feed(self, held) < 0)
+        if (await_answer(self, held) < 0)
             done = -1;
         state->timeout = timeout;
         if (done < 0)
@@ -340,18 +478,27 @@ static PyObject *secured_stand_for(PyObject *self, PyObject *inner) {
     return PyObject_CallFunctionObjArgs(slow_stand_for, self, inner, NULL);
 }
 
+/* Let OpenSSL say close_notify. -1: something else was raised meanwhile. */
+static int bye(PyObject *const held[]) {
+    SSL *ssl = ssl_of(held[SSLOBJ]);
+    int done = 0;
+    guard_take(held[GUARD]);
+    if (ssl != NULL)
+        ssl_bye(ssl);
+    else
+        done = call_off(held[SSLOBJ], BYE, NULL);
+    guard_give_back(held[GUARD]);
+    if (done < 0 && PyErr_ExceptionMatches(PyExc_OSError)) { /* the usual: the peer's close_notify has not come */
+        PyErr_Clear();
+        done = 0;
+    }
+    return done;
+}
+
 /* Send close_notify, if that can be done at once; whatever comes of it. -1: something else was raised meanwhile. */
 static int say_goodbye(PyObject *const held[]) {
-    if (lock(held[GUARD]) < 0)
+    if (bye(held) < 0)
         return -1;
-    int done = call_off(held[SSLOBJ], BYE, NULL);
-    if (unlock(held[GUARD]) < 0)
-        return -1;
-    if (done < 0) { /* the usual: the peer's close_notify has not come */
-        if (!PyErr_ExceptionMatches(PyExc_OSError))
-            return -1;
-        PyErr_Clear();
-    }
     PyObject *data = call(held[OUTGOING], READ_OUT, NULL);
     if (data == NULL)
         return -1;
@@ -389,6 +536,10 @@ static struct {
     {{"recv", FAST(secured_recv), METH_FASTCALL | METH_KEYWORDS,
       "Read at most that many bytes, waiting in the hub for the first."},
      &slow_recv},
+    {{"recv_into", FAST(secured_recv_into), METH_FASTCALL | METH_KEYWORDS,
+      "Read into a buffer, waiting in the hub for the first byte."},
+     &slow_recv_into},
+    {{"_encrypt", secured_encrypt, METH_O, "Send at most BATCH bytes."}, &slow_encrypt},
     {{"sendall", FAST(secured_sendall), METH_FASTCALL | METH_KEYWORDS,
       "Send all of the bytes, waiting in the hub for room; the timeout bounds each part of 64 KiB."},
      &slow_sendall},
@@ -445,6 +596,7 @@ PyObject *quicken(PyObject *module, PyObject *type) {
     for (size_t each = 0; each < sizeof words / sizeof *words; each++)
         if ((*words[each].word = PyUnicode_InternFromString(words[each].text)) == NULL)
             return NULL;
+    openssl_find();
     for (int which = 0; which < MEMBERS; which++)
         if (look_up(&members[which]) < 0)
             return NULL;

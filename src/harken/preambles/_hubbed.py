@@ -8,7 +8,6 @@ receives only when nothing is there, and receives whole records: OpenSSL is not 
 from __future__ import annotations
 
 import _socket
-import _thread
 import socket
 import ssl
 import time
@@ -61,7 +60,7 @@ class Hubbed(Secured):
     _sslobj: Any
     _incoming: ssl.MemoryBIO
     _outgoing: ssl.MemoryBIO
-    _guard: _thread.LockType
+    _guard: Any
     _context: ssl.SSLContext
     _ahead: bytes
     # What stands before the next write: None nothing; else bytes that were not sent yet, or b"" while others send.
@@ -86,7 +85,7 @@ class Hubbed(Secured):
         self._broken = self._traced = self._ended = False
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._incoming.write(first)
-        self._guard = _thread.allocate_lock()  # OpenSSL lets go of the GIL, and programs have other threads too
+        self._guard = _hub.Guard()  # OpenSSL lets go of the GIL, and programs have other threads too
         self._context = context
         self._sslobj = context._wrap_bio(  # type: ignore[attr-defined]
             self._incoming, self._outgoing, server_side=True, owner=self
@@ -114,9 +113,10 @@ class Hubbed(Secured):
 
     def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
         """Read into ``buffer``, waiting in the hub for the first byte."""
-        if not nbytes:
-            with memoryview(buffer) as view:
-                nbytes = view.nbytes or 1024
+        with memoryview(buffer) as view:
+            if view.readonly:
+                raise TypeError(f"recv_into() needs a buffer that can be written to, not {type(buffer).__name__}")
+            nbytes = nbytes or view.nbytes or 1024
         if self._sslobj is None:
             return give(self._plain(nbytes, flags), buffer)  # type: ignore[return-value]
         if flags:
@@ -137,6 +137,8 @@ class Hubbed(Secured):
                 try:
                     with self._guard:
                         read = sslobj.read(len) if buffer is None else sslobj.read(len, buffer)
+                    if not read and len:
+                        incoming.write_eof()  # it has said close_notify, and may wait for ours: no read waits again
                     if self._traced:
                         tell_call(self, "read", (len, buffer), read)
                     return read

@@ -1,0 +1,300 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * OpenSSL, without the ssl module between.
+ *
+ * Python's object for a TLS connection gives up the GIL in every call: whenever another thread computes, each message
+ * waits for it twice, 5 ms each time. It parses arguments, too, and here it stands over memory, which OpenSSL's data
+ * are copied into and out of.
+ *
+ * So the functions are called that the interpreter's _ssl is linked with, under the GIL, and for the time of a call its
+ * memory is put aside: what was received is read where it lies. Before and after, everything is as _ssl made it, and
+ * calls of Python's on the same object find what they expect. An error is left to them as well: it stays in OpenSSL's
+ * queue, and a connection that has failed says the same again.
+ *
+ * Nothing is assumed of the interpreter. The loader is asked for the functions, by _ssl's own file; and where in _ssl's
+ * object the SSL stands is seen by watching OpenSSL make one. Where that cannot be seen (_ssl is built in, or stands
+ * over something else), ssl_of() says so, and Python's calls are used. */
+#include "openssl.h"
+#include <dlfcn.h>
+#include <string.h>
+
+typedef struct bio_st BIO;
+typedef struct bio_method_st BIO_METHOD;
+typedef void made(void *parent, void *data, void *all, int index, long number, void *argument);
+
+/* <openssl/bio.h>, <openssl/crypto.h>, <openssl/ssl.h>: the same from OpenSSL 1.1.1 on. */
+enum {
+    BIO_CTRL_FLUSH = 11,
+    BIO_FLAGS_READ = 1,
+    BIO_FLAGS_WRITE = 2,
+    BIO_FLAGS_RWS = 7,
+    BIO_FLAGS_SHOULD_RETRY = 8,
+    BIO_TYPE_SOURCE_SINK = 0x400,
+    CRYPTO_EX_INDEX_SSL = 0,
+    SSL_ERROR_WANT_READ = 2
+};
+/* What 16 KiB grow by: 320 bytes a record at the most (<openssl/ssl3.h>), of which 256 are padding that OpenSSL does not
+ * make; two records under TLS 1.0. Where the room is too small after all, OpenSSL comes back for more. */
+#define EXPANSION 384
+
+static int (*SSL_read_ex)(SSL *, void *, size_t, size_t *);
+static int (*SSL_write_ex)(SSL *, const void *, size_t, size_t *);
+static int (*SSL_pending)(const SSL *);
+static int (*SSL_get_error)(const SSL *, int);
+static int (*SSL_do_handshake)(SSL *);
+static int (*SSL_shutdown)(SSL *);
+static BIO *(*SSL_get_rbio)(const SSL *);
+static BIO *(*SSL_get_wbio)(const SSL *);
+static void (*SSL_set0_rbio)(SSL *, BIO *);
+static void (*SSL_set0_wbio)(SSL *, BIO *);
+static BIO *(*BIO_new)(const BIO_METHOD *);
+static int (*BIO_up_ref)(BIO *);
+static int (*BIO_read)(BIO *, void *, int);
+static int (*BIO_write)(BIO *, const void *, int);
+static size_t (*BIO_ctrl_pending)(BIO *);
+static void (*BIO_set_init)(BIO *, int);
+static void (*BIO_set_flags)(BIO *, int);
+static void (*BIO_clear_flags)(BIO *, int);
+static BIO_METHOD *(*BIO_meth_new)(int, const char *);
+static int (*BIO_meth_set_read)(BIO_METHOD *, int (*)(BIO *, char *, int));
+static int (*BIO_meth_set_write)(BIO_METHOD *, int (*)(BIO *, const char *, int));
+static int (*BIO_meth_set_ctrl)(BIO_METHOD *, long (*)(BIO *, int, long, void *));
+static int (*CRYPTO_get_ex_new_index)(int, long, void *, made *, void *, void *);
+static int (*CRYPTO_free_ex_index)(int, int);
+static void (*ERR_clear_error)(void);
+
+#define FUNCTION(name) {(void **)&name, #name}
+static const struct {
+    void **found;
+    const char *name;
+} functions[] = {
+    FUNCTION(SSL_read_ex), FUNCTION(SSL_write_ex), FUNCTION(SSL_pending),
+    FUNCTION(SSL_get_error), FUNCTION(SSL_do_handshake), FUNCTION(SSL_shutdown),
+    FUNCTION(SSL_get_rbio), FUNCTION(SSL_get_wbio), FUNCTION(SSL_set0_rbio),
+    FUNCTION(SSL_set0_wbio), FUNCTION(BIO_new), FUNCTION(BIO_up_ref),
+    FUNCTION(BIO_read), FUNCTION(BIO_write), FUNCTION(BIO_ctrl_pending),
+    FUNCTION(BIO_set_init), FUNCTION(BIO_set_flags), FUNCTION(BIO_clear_flags),
+    FUNCTION(BIO_meth_new), FUNCTION(BIO_meth_set_read), FUNCTION(BIO_meth_set_write),
+    FUNCTION(BIO_meth_set_ctrl), FUNCTION(CRYPTO_get_ex_new_index), FUNCTION(CRYPTO_free_ex_index),
+    FUNCTION(ERR_clear_error),
+};
+
+/* -- the wire, as OpenSSL sees it ---------------------------------------------------------------------------------- */
+
+/* What the call under way reads from and writes to: one at a time, under the GIL. (A callback in Python that talks TLS
+ * itself would be a call within a call; so what was there is put back after each.) */
+typedef struct {
+    const char *from;
+    char *to;
+    size_t left;
+} Wire;
+static Wire coming, going;
+static BIO *wire_bio;
+
+/* How much of `size` bytes can be moved; -1: OpenSSL is to come back. */
+static int movable(BIO *bio, const Wire *wire, int size, int direction) {
+    BIO_clear_flags(bio, BIO_FLAGS_RWS | BIO_FLAGS_SHOULD_RETRY);
+    if (wire->left > 0)
+        return (size_t)size < wire->left ? size : (int)wire->left;
+    BIO_set_flags(bio, direction | BIO_FLAGS_SHOULD_RETRY);
+    return -1;
+}
+
+static int wire_read(BIO *bio, char *into, int size) {
+    int count = movable(bio, &coming, size, BIO_FLAGS_READ);
+    if (count > 0) {
+        memcpy(into, coming.from, (size_t)count);
+        coming.from += count;
+        coming.left -= (size_t)count;
+    }
+    return count;
+}
+
+static int wire_write(BIO *bio, const char *data, int size) {
+    int count = movable(bio, &going, size, BIO_FLAGS_WRITE);
+    if (count > 0) {
+        memcpy(going.to, data, (size_t)count);
+        going.to += count;
+        going.left -= (size_t)count;
+    }
+    return count;
+}
+
+static long wire_ctrl(BIO *bio, int command, long number, void *pointer) { return command == BIO_CTRL_FLUSH; }
+
+static bool make_wire(void) {
+    BIO_METHOD *method = BIO_meth_new(BIO_TYPE_SOURCE_SINK, "harken");
+    if (method == NULL || !BIO_meth_set_read(method, wire_read) || !BIO_meth_set_write(method, wire_write) ||
+        !BIO_meth_set_ctrl(method, wire_ctrl) || (wire_bio = BIO_new(method)) == NULL)
+        return false;
+    BIO_set_init(wire_bio, 1);
+    return true;
+}
+
+/* Exchange what OpenSSL reads from, or writes to. It takes over the one, and lets go of the other. */
+static void set_source(SSL *ssl, BIO *bio) {
+    BIO_up_ref(bio);
+    SSL_set0_rbio(ssl, bio);
+}
+
+static void set_sink(SSL *ssl, BIO *bio) {
+    BIO_up_ref(bio);
+    SSL_set0_wbio(ssl, bio);
+}
+
+/* -- what secured.c calls, with the guard -------------------------------------------------------------------------- */
+
+/* How much can be read without more from the wire, at the most. */
+size_t ssl_at_hand(SSL *ssl) { return BIO_ctrl_pending(SSL_get_rbio(ssl)) + (size_t)SSL_pending(ssl); }
+
+/* How much OpenSSL has to say of its own accord. */
+size_t ssl_unsaid(SSL *ssl) { return BIO_ctrl_pending(SSL_get_wbio(ssl)); }
+
+static int outcome(SSL *ssl, int done) {
+    return done == 1 ? 1 : SSL_get_error(ssl, done) == SSL_ERROR_WANT_READ ? FEED_SSL : ASK_SSL;
+}
+
+/* Go on with the handshake. 1: it is done. */
+int ssl_shake(SSL *ssl) { return outcome(ssl, SSL_do_handshake(ssl)); }
+
+/* Read at most `size` bytes, at least one, out of what OpenSSL's memory holds, or, where that is nothing, out of what
+ * was received; what is not used of that is kept there. */
+ssize_t ssl_decrypt(SSL *ssl, const char *wire, size_t got, char *plain, size_t size) {
+    size_t read = 0;
+    if (got == 0) {
+        int result = outcome(ssl, SSL_read_ex(ssl, plain, size, &read));
+        return result == 1 ? (ssize_t)read : result;
+    }
+    BIO *memory = SSL_get_rbio(ssl);
+    Wire outer = coming;
+    coming = (Wire){.from = wire, .left = got};
+    BIO_up_ref(memory); /* or it would go with its place */
+    set_source(ssl, wire_bio);
+    int result = outcome(ssl, SSL_read_ex(ssl, plain, size, &read));
+    SSL_set0_rbio(ssl, memory);
+    if (coming.left > 0)
+        BIO_write(memory, coming.from, (int)coming.left);
+    coming = outer;
+    return result == 1 ? (ssize_t)read : result;
+}
+
+/* The room that the records of `size` bytes take at the most, and what OpenSSL has to say before them. */
+size_t ssl_room(SSL *ssl, size_t size) { return ssl_unsaid(ssl) + size + (size / PIECE + 1) * EXPANSION; }
+
+/* Make records, behind what OpenSSL has to say. Returns how much is to be sent; or, with less of `plain` taken, 0, and
+ * what there is to send is in OpenSSL's memory. */
+size_t ssl_encrypt(SSL *ssl, const char *plain, size_t size, size_t *taken, char *wire, size_t room) {
+    BIO *memory = SSL_get_wbio(ssl);
+    Wire outer = going;
+    int said = BIO_read(memory, wire, (int)room);
+    size_t before = said > 0 ? (size_t)said : 0, written;
+    going = (Wire){.to = wire + before, .left = room - before};
+    BIO_up_ref(memory);
+    set_sink(ssl, wire_bio);
+    for (*taken = 0; *taken < size; *taken += written)
+        if (SSL_write_ex(ssl, plain + *taken, size - *taken < PIECE ? size - *taken : PIECE, &written) != 1)
+            break;
+    SSL_set0_wbio(ssl, memory);
+    size_t made = room - going.left;
+    going = outer;
+    if (*taken == size)
+        return made;
+    BIO_write(memory, wire, (int)made);
+    return 0;
+}
+
+/* Say close_notify, into OpenSSL's memory; whatever comes of it. */
+void ssl_bye(SSL *ssl) {
+    if (SSL_shutdown(ssl) < 0)
+        ERR_clear_error(); /* or it would be the next connection's */
+}
+
+/* -- finding it ---------------------------------------------------------------------------------------------------- */
+
+static PyTypeObject *object_type; /* _ssl._SSLSocket, once all was found */
+static Py_ssize_t place;          /* of the SSL in it */
+static bool wanted = true;
+
+/* NULL: OpenSSL cannot be reached but by Python's calls. */
+SSL *ssl_of(PyObject *sslobj) {
+    return wanted && Py_IS_TYPE(sslobj, object_type) ? *(SSL **)((char *)sslobj + place) : NULL;
+}
+
+static bool find_functions(PyObject *module) {
+    PyObject *path = PyModule_GetFilenameObject(module); /* an error where it is built in */
+    const char *name = path == NULL ? NULL : PyUnicode_AsUTF8(path);
+    void *library = name == NULL ? NULL : dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+    Py_XDECREF(path);
+    if (library == NULL)
+        return false;
+    for (size_t each = 0; each < sizeof functions / sizeof *functions; each++)
+        if ((*functions[each].found = dlsym(library, functions[each].name)) == NULL)
+            return false;
+    return true; /* the library stays open */
+}
+
+static __thread void *newest; /* the last SSL that was made in this thread */
+
+static void note(void *parent, void *data, void *all, int index, long number, void *argument) { newest = parent; }
+
+/* An object of _ssl's, with the SSL that was made for it in `newest`. */
+static PyObject *make_watched(PyObject *module) {
+    PyObject *context = PyObject_CallMethod(module, "_SSLContext", "O", PyObject_GetAttrString(module, "PROTOCOL_TLS_SERVER"));
+    PyObject *in = PyObject_CallMethod(module, "MemoryBIO", NULL), *out = PyObject_CallMethod(module, "MemoryBIO", NULL);
+    newest = NULL;
+    PyObject *made = context == NULL || in == NULL || out == NULL
+                         ? NULL
+                         : PyObject_CallMethod(context, "_wrap_bio", "OOO", in, out, Py_True);
+    Py_XDECREF(context);
+    Py_XDECREF(in);
+    Py_XDECREF(out);
+    return made;
+}
+
+/* Where in it the SSL stands, if that is in one place; else 0. */
+static Py_ssize_t place_in(PyObject *object) {
+    Py_ssize_t found = 0;
+    for (Py_ssize_t at = sizeof(PyObject); at + (Py_ssize_t)sizeof newest <= Py_TYPE(object)->tp_basicsize; at += sizeof newest)
+        if (newest != NULL && *(void **)((char *)object + at) == newest) {
+            if (found != 0)
+                return 0;
+            found = at;
+        }
+    return found;
+}
+
+static bool find_place(PyObject *module) {
+    int index = CRYPTO_get_ex_new_index(CRYPTO_EX_INDEX_SSL, 0, NULL, note, NULL, NULL);
+    PyObject *object = index < 0 ? NULL : make_watched(module);
+    if (index >= 0)
+        CRYPTO_free_ex_index(CRYPTO_EX_INDEX_SSL, index);
+    if (object == NULL || (place = place_in(object)) == 0) {
+        Py_XDECREF(object);
+        return false;
+    }
+    object_type = (PyTypeObject *)Py_NewRef(Py_TYPE(object));
+    Py_DECREF(object);
+    return true;
+}
+
+/* Look for it, once. */
+void openssl_find(void) {
+    static bool sought = false;
+    if (sought)
+        return;
+    sought = true;
+    PyObject *module = PyImport_ImportModule("_ssl");
+    if (module != NULL && find_functions(module) && make_wire())
+        find_place(module);
+    Py_XDECREF(module);
+    PyErr_Clear();
+}
+
+PyObject *reach_openssl(PyObject *module, PyObject *yes) {
+    int now = PyObject_IsTrue(yes);
+    if (now < 0)
+        return NULL;
+    openssl_find();
+    wanted = now;
+    return PyBool_FromLong(wanted && object_type != NULL);
+}
