@@ -12,8 +12,8 @@
  * queue, and a connection that has failed says the same again.
  *
  * Nothing is assumed of the interpreter. The loader is asked for the functions, by _ssl's own file; and where in _ssl's
- * object the SSL stands is seen by watching OpenSSL make one. Where that cannot be seen (_ssl is built in, or stands
- * over something else), ssl_of() says so, and Python's calls are used. */
+ * object the SSL stands is seen by watching OpenSSL make one. Where that cannot be seen (it is built in, and hidden, or
+ * something else than OpenSSL), ssl_of() says so, and Python's calls are used. */
 #include "openssl.h"
 #include <dlfcn.h>
 #include <string.h>
@@ -33,51 +33,46 @@ enum {
     CRYPTO_EX_INDEX_SSL = 0,
     SSL_ERROR_WANT_READ = 2
 };
-/* What 16 KiB grow by: 320 bytes a record at the most (<openssl/ssl3.h>), of which 256 are padding that OpenSSL does not
- * make; two records under TLS 1.0. Where the room is too small after all, OpenSSL comes back for more. */
+/* What 16 KiB grow by: 320 bytes a record at the most (<openssl/ssl3.h>), of which 256 are padding that OpenSSL does
+ * not make; two records under TLS 1.0. Where the room is too small after all, OpenSSL comes back for more. */
 #define EXPANSION 384
 
-static int (*SSL_read_ex)(SSL *, void *, size_t, size_t *);
-static int (*SSL_write_ex)(SSL *, const void *, size_t, size_t *);
-static int (*SSL_pending)(const SSL *);
-static int (*SSL_get_error)(const SSL *, int);
-static int (*SSL_do_handshake)(SSL *);
-static int (*SSL_shutdown)(SSL *);
-static BIO *(*SSL_get_rbio)(const SSL *);
-static BIO *(*SSL_get_wbio)(const SSL *);
-static void (*SSL_set0_rbio)(SSL *, BIO *);
-static void (*SSL_set0_wbio)(SSL *, BIO *);
-static BIO *(*BIO_new)(const BIO_METHOD *);
-static int (*BIO_up_ref)(BIO *);
-static int (*BIO_read)(BIO *, void *, int);
-static int (*BIO_write)(BIO *, const void *, int);
-static size_t (*BIO_ctrl_pending)(BIO *);
-static void (*BIO_set_init)(BIO *, int);
-static void (*BIO_set_flags)(BIO *, int);
-static void (*BIO_clear_flags)(BIO *, int);
-static BIO_METHOD *(*BIO_meth_new)(int, const char *);
-static int (*BIO_meth_set_read)(BIO_METHOD *, int (*)(BIO *, char *, int));
-static int (*BIO_meth_set_write)(BIO_METHOD *, int (*)(BIO *, const char *, int));
-static int (*BIO_meth_set_ctrl)(BIO_METHOD *, long (*)(BIO *, int, long, void *));
-static int (*CRYPTO_get_ex_new_index)(int, long, void *, made *, void *, void *);
-static int (*CRYPTO_free_ex_index)(int, int);
-static void (*ERR_clear_error)(void);
+#define FUNCTIONS(F)                                                               \
+    F(int, SSL_read_ex, (SSL *, void *, size_t, size_t *))                         \
+    F(int, SSL_write_ex, (SSL *, const void *, size_t, size_t *))                  \
+    F(int, SSL_pending, (const SSL *))                                             \
+    F(int, SSL_get_error, (const SSL *, int))                                      \
+    F(int, SSL_do_handshake, (SSL *))                                              \
+    F(int, SSL_shutdown, (SSL *))                                                  \
+    F(BIO *, SSL_get_rbio, (const SSL *))                                          \
+    F(BIO *, SSL_get_wbio, (const SSL *))                                          \
+    F(void, SSL_set0_rbio, (SSL *, BIO *))                                         \
+    F(void, SSL_set0_wbio, (SSL *, BIO *))                                         \
+    F(BIO *, BIO_new, (const BIO_METHOD *))                                        \
+    F(int, BIO_up_ref, (BIO *))                                                    \
+    F(int, BIO_read, (BIO *, void *, int))                                         \
+    F(int, BIO_write, (BIO *, const void *, int))                                  \
+    F(size_t, BIO_ctrl_pending, (BIO *))                                           \
+    F(void, BIO_set_init, (BIO *, int))                                            \
+    F(void, BIO_set_flags, (BIO *, int))                                           \
+    F(void, BIO_clear_flags, (BIO *, int))                                         \
+    F(BIO_METHOD *, BIO_meth_new, (int, const char *))                             \
+    F(int, BIO_meth_set_read, (BIO_METHOD *, int (*)(BIO *, char *, int)))         \
+    F(int, BIO_meth_set_write, (BIO_METHOD *, int (*)(BIO *, const char *, int)))  \
+    F(int, BIO_meth_set_ctrl, (BIO_METHOD *, long (*)(BIO *, int, long, void *)))  \
+    F(int, CRYPTO_get_ex_new_index, (int, long, void *, made *, void *, void *))   \
+    F(int, CRYPTO_free_ex_index, (int, int))                                       \
+    F(void, ERR_clear_error, (void))                                               \
+    F(const char *, OpenSSL_version, (int))
 
-#define FUNCTION(name) {(void **)&name, #name}
+#define DECLARED(type, name, arguments) static type(*name) arguments;
+FUNCTIONS(DECLARED)
+
+#define FOUND(type, name, arguments) {(void **)&name, #name},
 static const struct {
     void **found;
     const char *name;
-} functions[] = {
-    FUNCTION(SSL_read_ex), FUNCTION(SSL_write_ex), FUNCTION(SSL_pending),
-    FUNCTION(SSL_get_error), FUNCTION(SSL_do_handshake), FUNCTION(SSL_shutdown),
-    FUNCTION(SSL_get_rbio), FUNCTION(SSL_get_wbio), FUNCTION(SSL_set0_rbio),
-    FUNCTION(SSL_set0_wbio), FUNCTION(BIO_new), FUNCTION(BIO_up_ref),
-    FUNCTION(BIO_read), FUNCTION(BIO_write), FUNCTION(BIO_ctrl_pending),
-    FUNCTION(BIO_set_init), FUNCTION(BIO_set_flags), FUNCTION(BIO_clear_flags),
-    FUNCTION(BIO_meth_new), FUNCTION(BIO_meth_set_read), FUNCTION(BIO_meth_set_write),
-    FUNCTION(BIO_meth_set_ctrl), FUNCTION(CRYPTO_get_ex_new_index), FUNCTION(CRYPTO_free_ex_index),
-    FUNCTION(ERR_clear_error),
-};
+} functions[] = {FUNCTIONS(FOUND)};
 
 /* -- the wire, as OpenSSL sees it ---------------------------------------------------------------------------------- */
 
@@ -220,17 +215,20 @@ SSL *ssl_of(PyObject *sslobj) {
     return wanted && Py_IS_TYPE(sslobj, object_type) ? *(SSL **)((char *)sslobj + place) : NULL;
 }
 
+/* The functions, where they are OpenSSL's: others ("OpenSSL 1.1.1 (compatible; BoringSSL)") have the names alone. */
 static bool find_functions(PyObject *module) {
     PyObject *path = PyModule_GetFilenameObject(module); /* an error where it is built in */
+    PyErr_Clear();
     const char *name = path == NULL ? NULL : PyUnicode_AsUTF8(path);
-    void *library = name == NULL ? NULL : dlopen(name, RTLD_NOW | RTLD_NOLOAD);
+    void *library = dlopen(name, RTLD_NOW | RTLD_NOLOAD);
     Py_XDECREF(path);
     if (library == NULL)
         return false;
     for (size_t each = 0; each < sizeof functions / sizeof *functions; each++)
         if ((*functions[each].found = dlsym(library, functions[each].name)) == NULL)
             return false;
-    return true; /* the library stays open */
+    const char *version = OpenSSL_version(0); /* the library stays open */
+    return strncmp(version, "OpenSSL ", 8) == 0 && strstr(version, "compatible") == NULL;
 }
 
 static __thread void *newest; /* the last SSL that was made in this thread */
@@ -239,8 +237,10 @@ static void note(void *parent, void *data, void *all, int index, long number, vo
 
 /* An object of _ssl's, with the SSL that was made for it in `newest`. */
 static PyObject *make_watched(PyObject *module) {
-    PyObject *context = PyObject_CallMethod(module, "_SSLContext", "O", PyObject_GetAttrString(module, "PROTOCOL_TLS_SERVER"));
-    PyObject *in = PyObject_CallMethod(module, "MemoryBIO", NULL), *out = PyObject_CallMethod(module, "MemoryBIO", NULL);
+    PyObject *server = PyObject_GetAttrString(module, "PROTOCOL_TLS_SERVER");
+    PyObject *context = server == NULL ? NULL : PyObject_CallMethod(module, "_SSLContext", "N", server);
+    PyObject *in = PyObject_CallMethod(module, "MemoryBIO", NULL);
+    PyObject *out = PyObject_CallMethod(module, "MemoryBIO", NULL);
     newest = NULL;
     PyObject *made = context == NULL || in == NULL || out == NULL
                          ? NULL
@@ -253,13 +253,14 @@ static PyObject *make_watched(PyObject *module) {
 
 /* Where in it the SSL stands, if that is in one place; else 0. */
 static Py_ssize_t place_in(PyObject *object) {
-    Py_ssize_t found = 0;
-    for (Py_ssize_t at = sizeof(PyObject); at + (Py_ssize_t)sizeof newest <= Py_TYPE(object)->tp_basicsize; at += sizeof newest)
-        if (newest != NULL && *(void **)((char *)object + at) == newest) {
-            if (found != 0)
-                return 0;
-            found = at;
-        }
+    Py_ssize_t found = 0, last = Py_TYPE(object)->tp_basicsize - (Py_ssize_t)sizeof newest;
+    for (Py_ssize_t at = sizeof(PyObject); newest != NULL && at <= last; at += sizeof newest) {
+        if (*(void **)((char *)object + at) != newest)
+            continue;
+        if (found != 0)
+            return 0;
+        found = at;
+    }
     return found;
 }
 

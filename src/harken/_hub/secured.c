@@ -97,7 +97,10 @@ typedef struct {
 
 enum { FAILED = -1, MORE = -2 }; /* beside sizes: an exception; more is needed from the wire */
 
+/* Room for `*size` bytes, or fewer: no more than was asked for, and than a read ever gives, which is one record's. */
 static char *room_in(Target *target, Py_ssize_t *size) {
+    if (*size > PIECE)
+        *size = PIECE;
     if (*size > target->size)
         *size = target->size;
     if (target->buffer != NULL)
@@ -148,8 +151,8 @@ static PyObject *ask(PyObject *self, PyObject *word) {
     return result;
 }
 
-/* The peer has said close_notify: nothing comes from it any more, as if it had closed its side. It may wait for ours with
- * its side open, so that no read may wait again. */
+/* The peer has said close_notify: nothing comes from it any more, as if it had closed its side. It may wait for ours
+ * with its side open, so that no read may wait again. */
 static int see_end(PyObject *const held[]) {
     state_of(held[INNER])->ended = true;
     return call_off(held[INCOMING], WRITE_EOF, NULL);
