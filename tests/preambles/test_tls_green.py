@@ -1,8 +1,10 @@
 """TLS on a hub: its own ways between OpenSSL and the wire, past the ssl module, by it, and in Python."""
 
+import contextlib
 import os
 import socket
 import ssl
+import struct
 import threading
 
 import pytest
@@ -26,7 +28,7 @@ def test_receive_takes_what_a_socket_takes(engine, serving, dial):
             told.append(request.recv(buflen=2))
             told.append(request.recv(0))
             told.append(request.recv(100))
-            for wrong in ((100, 1), (-1,), (1, 2, 3), ("1",)):
+            for wrong in ((100, 1), (-1,), (1, 2, 3), ("1",), (1.5,)):
                 with pytest.raises((ValueError, TypeError)):
                     request.recv(*wrong)
             for wrong in ((), (b"x", 1), ("text",)):
@@ -121,3 +123,29 @@ def test_a_connection_that_was_given_away_is_ended_for_all(engine, serving, dial
         assert client.read() == b""
         assert client.sock.recv(1) == b""
         os.close(kept.pop())
+
+
+@pytest.mark.parametrize("engine", ["thread", *HUBS])
+def test_what_a_client_sent_before_it_vanished_is_read(engine, serving, dial):
+    """It cannot be told of its tickets any more; its data are there."""
+    told, gone, read = [], threading.Event(), threading.Event()
+
+    class Late(harken.BaseRequestHandler):
+        def handle(self):
+            harken.green.offload(gone.wait, PATIENCE)
+            try:
+                told.append(self.request.recv(100))
+                with contextlib.suppress(ConnectionResetError):
+                    told.append(self.request.recv(100))
+            finally:
+                read.set()
+
+    with serving(engine, Late) as server:
+        with dial(server) as client:
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # sent they are, before the tickets come
+            client.sendall(b"last words")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            socket.socket.close(client)
+        gone.set()
+        assert read.wait(PATIENCE)
+    assert [word for word in told if word] == [b"last words"]

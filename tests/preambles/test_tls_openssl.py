@@ -161,7 +161,7 @@ def test_every_size_and_kind_of_data_is_sent(engine, serving, dial):
         assert file.read() == b"s" * 100_000
 
 
-@pytest.mark.parametrize("engine", HUBS)
+@pytest.mark.parametrize("engine", ["thread", *HUBS])
 def test_receive_into_takes_what_a_socket_takes(engine, serving, dial):
     """Any writable buffer, less than a record, no room at all."""
     told = []
@@ -169,21 +169,24 @@ def test_receive_into_takes_what_a_socket_takes(engine, serving, dial):
     class Read(harken.BaseRequestHandler):
         def handle(self):
             request, room = self.request, bytearray(4)
+            assert request.recv_into(bytearray()) == 0  # nothing has come
             told.append((request.recv_into(room), bytes(room)))
+            assert request.recv_into(bytearray()) == request.read(5, bytearray()) == 0  # more is at hand
             told.append((request.recv_into(memoryview(room)[1:]), bytes(room)))
             told.append((request.recv_into(room, 1), bytes(room)))
             told.append((request.recv_into(buffer=room), bytes(room)))
-            for wrong in (b"read only", "text", None):
+            told.append((request.read(0, room), bytes(room)))
+            for wrong in (b"read only", "text"):
                 with pytest.raises(TypeError):
                     request.recv_into(wrong)
             request.sendall(b"read")
             told.append(request.recv_into(room))
 
     with serving(engine, Read) as server, dial(server) as client:
-        client.sendall(b"abcdefghij")
+        client.sendall(b"abcdefghijklmno")
         assert client.recv(10) == b"read"
         client.unwrap()
-    assert told == [(4, b"abcd"), (3, b"aefg"), (1, b"hefg"), (2, b"ijfg"), 0]
+    assert told == [(4, b"abcd"), (3, b"aefg"), (1, b"hefg"), (4, b"ijkl"), (3, b"mnol"), 0]
 
 
 @pytest.mark.parametrize("engine", HUBS)

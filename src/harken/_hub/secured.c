@@ -122,10 +122,27 @@ static Py_ssize_t at_hand(PyObject *sslobj, PyObject *incoming) {
 
 static int say(PyObject *self, PyObject *const held[]);
 
+/* The peer has gone, as an exception says: what it had sent can still be read, whatever was to be said to it. */
+static ssize_t left_behind(PyObject *inner) {
+    PyObject *kind, *error, *trace;
+    if (!PyErr_ExceptionMatches(PyExc_ConnectionError))
+        return -1;
+    PyErr_Fetch(&kind, &error, &trace);
+    ssize_t got = receive(inner, state_of(inner), scratch, SLICE, MSG_DONTWAIT);
+    if (got > 0) {
+        Py_XDECREF(kind);
+        Py_XDECREF(error);
+        Py_XDECREF(trace);
+        return got;
+    }
+    PyErr_Restore(kind, error, trace);
+    return -1;
+}
+
 /* Wait for more from the peer, into `scratch`; what OpenSSL has to say to it goes first. */
 static ssize_t receive_more(PyObject *self, PyObject *const held[]) {
     PyObject *inner = held[INNER];
-    return say(self, held) < 0 ? -1 : receive(inner, state_of(inner), scratch, SLICE, 0);
+    return say(self, held) < 0 ? left_behind(inner) : receive(inner, state_of(inner), scratch, SLICE, 0);
 }
 
 /* Keep what was received in OpenSSL's memory. */

@@ -11,6 +11,7 @@ import _socket
 import socket
 import ssl
 import time
+from operator import index
 from typing import Any
 
 from harken import _hub
@@ -27,6 +28,12 @@ PIECE = 16384
 SLICE = PIECE + 2048 + 5
 # What is encrypted and sent at once: more records in one system call, for a moment's memory.
 BATCH = 4 * PIECE
+
+
+def _size_of(buffer: Any, asked: int) -> int:
+    """Return how much a read puts in ``buffer``: what was asked for, if that is something and there is room for it."""
+    with memoryview(buffer) as view:
+        return asked if 0 < asked < view.nbytes else view.nbytes
 
 
 class Hubbed(Secured):
@@ -116,7 +123,7 @@ class Hubbed(Secured):
         with memoryview(buffer) as view:
             if view.readonly:
                 raise TypeError(f"recv_into() needs a buffer that can be written to, not {type(buffer).__name__}")
-            nbytes = nbytes or view.nbytes or 1024
+            nbytes = nbytes or view.nbytes
         if self._sslobj is None:
             return give(self._plain(nbytes, flags), buffer)  # type: ignore[return-value]
         if flags:
@@ -128,16 +135,17 @@ class Hubbed(Secured):
         sslobj, incoming = self._sslobj, self._incoming
         if sslobj is None:
             raise ValueError("Read on closed or unwrapped SSL socket.")
-        if len < 0:
+        size = index(len) if buffer is None else _size_of(buffer, len)
+        if size < 0:
             raise ValueError("size should not be negative")
         if self._ahead:
-            return give(self._take(len), buffer)
+            return give(self._take(size), buffer)
         while True:
             if incoming.pending or incoming.eof or sslobj.pending():
                 try:
                     with self._guard:
-                        read = sslobj.read(len) if buffer is None else sslobj.read(len, buffer)
-                    if not read and len:
+                        read = sslobj.read(size) if buffer is None else sslobj.read(size, buffer)
+                    if not read and size:
                         incoming.write_eof()  # it has said close_notify, and may wait for ours: no read waits again
                     if self._traced:
                         tell_call(self, "read", (len, buffer), read)
@@ -145,7 +153,7 @@ class Hubbed(Secured):
                 except ssl.SSLError as error:
                     if self._judge(error) is not None:
                         return give(b"", buffer)
-            elif not len:
+            elif not size:
                 return give(b"", buffer)
             self._feed()
 
@@ -174,15 +182,31 @@ class Hubbed(Secured):
 
     def _feed(self) -> None:
         """Wait for more from the peer; what OpenSSL has to say to it goes first."""
-        self._flush()
         try:
-            data = self._inner.recv(SLICE)
-        except BlockingIOError:
-            raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)") from None
+            self._flush()
+        except ConnectionError:
+            data = self._left_behind()
+            if not data:
+                raise
+        else:
+            data = self._receive()
         if data:
             self._incoming.write(data)
         else:
             self._incoming.write_eof()
+
+    def _receive(self) -> bytes:
+        try:
+            return self._inner.recv(SLICE)  # type: ignore[no-any-return]
+        except BlockingIOError:
+            raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "The operation did not complete (read)") from None
+
+    def _left_behind(self) -> bytes:
+        """Return what a peer had sent that is gone now: it can still be read, whatever was to be said to it."""
+        try:
+            return self._inner.recv(SLICE, socket.MSG_DONTWAIT)  # type: ignore[no-any-return]
+        except OSError:
+            return b""
 
     def _take(self, size: int) -> bytes:
         piece, self._ahead = self._ahead[:size], self._ahead[size:]
