@@ -172,6 +172,58 @@ def test_writes_wait_in_the_hub(stage, how):
     assert seen == ["other", "written"]
 
 
+@pytest.mark.parametrize("how", ["send", "sendmsg", "sendto", "makefile"])
+def test_without_a_timeout_all_is_sent(stage, how):
+    """As on a socket that blocks: programs of many years do not look at the number."""
+    connection, far = stage.pair(family=socket.AF_UNIX)
+    data = bytes(range(256)) * 20_000
+    thread, got = drain(far, len(data))
+    actions = {
+        "send": lambda: connection.send(data),
+        "sendmsg": lambda: connection.sendmsg(part for part in (data[:1000], memoryview(data)[1000:])),
+        "sendto": lambda: connection.sendto(data, 0, b""),
+        "makefile": lambda: connection.makefile("wb", buffering=0).write(data),
+    }
+    if how == "sendto":
+        connection.close()
+        connection, far = stage.pair()
+        thread.join()
+        thread, got = drain(far, len(data))
+        actions[how] = lambda: connection.sendto(data, ("127.0.0.1", 1))
+    assert stage.run(actions[how]) == [len(data)]
+    thread.join()
+    assert bytes(got) == data
+
+
+@pytest.mark.parametrize("how", ["send", "sendmsg"])
+def test_what_was_sent_before_an_error_is_told(stage, how):
+    """The next call meets the error; nothing is sent twice by a program that looks at the number."""
+    connection, far = stage.pair()
+
+    def act():
+        timer = later(functools.partial(far.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)))
+        timer.join()
+        closing = later(far.close)
+        sent = connection.send(bytes(BIG)) if how == "send" else connection.sendmsg([bytes(BIG)])
+        closing.join()
+        with pytest.raises(ConnectionError):
+            connection.send(b"more")
+            connection.send(b"more")
+        return 0 < sent < BIG
+
+    assert stage.run(act) == [True]
+
+
+@pytest.mark.parametrize("how", ["send", "sendmsg"])
+def test_with_a_timeout_some_is_sent(stage, how):
+    """As on Python's sockets, which do not block then."""
+    connection, _far = stage.pair()
+    connection.settimeout(PATIENCE)
+    act = functools.partial(connection.send, bytes(BIG)) if how == "send" else lambda: connection.sendmsg([bytes(BIG)])
+    (sent,) = stage.run(act)
+    assert 0 < sent < BIG
+
+
 @pytest.mark.parametrize("offset, count", [(0, None), (1000, None), (1000, 5000), (0, 2 * BIG)])
 def test_sendfile(stage, offset, count):
     """A regular file by the kernel; position and result as stdlib has them."""
@@ -389,6 +441,72 @@ def test_peek_takes_nothing(stage):
     connection, far = stage.pair()
     far.sendall(b"hello")
     assert stage.run(lambda: [connection.recv(100, socket.MSG_PEEK), connection.recv(100)]) == [[b"hello"] * 2]
+
+
+@pytest.mark.parametrize("timeout", [None, PATIENCE])
+@pytest.mark.parametrize("how", ["recv", "recv_into"])
+def test_all_or_what_comes_before_the_end(stage, how, timeout):
+    """MSG_WAITALL waits until there is as much as was asked for; at the end it is what there was. A look waits not."""
+    connection, far = stage.pair()
+    connection.settimeout(timeout)
+    timers = []
+
+    def read(size, flags=0):
+        if how == "recv":
+            return connection.recv(size, socket.MSG_WAITALL | flags)
+        buffer = bytearray(size)
+        return bytes(buffer[: connection.recv_into(buffer, 0, socket.MSG_WAITALL | flags)])
+
+    def end():
+        far.sendall(b"end")
+        far.shutdown(socket.SHUT_WR)
+
+    def act():
+        looked = read(6, socket.MSG_PEEK)
+        timers.append(later(far.sendall, b"def"))
+        whole = read(6)
+        timers.append(later(end))
+        return looked, whole, read(6)
+
+    far.sendall(b"abc")
+    assert stage.run(act) == [(b"abc", b"abcdef", b"end")]
+    for timer in timers:
+        timer.join()
+
+
+@pytest.mark.parametrize("how", ["recv", "recv_into"])
+def test_a_timeout_loses_nothing_of_what_was_waited_for(stage, how):
+    """MSG_WAITALL gives what came in time, and raises when that is nothing."""
+    connection, far = stage.pair()
+    connection.settimeout(0.05)
+
+    def act():
+        far.sendall(b"abc")
+        buffer = bytearray(6)
+        if how == "recv":
+            buffer[:3] = connection.recv(6, socket.MSG_WAITALL)
+        else:
+            assert connection.recv_into(buffer, 0, socket.MSG_WAITALL) == 3
+        with pytest.raises(TimeoutError):
+            connection.recv(6, socket.MSG_WAITALL)
+        return bytes(buffer[:3])
+
+    assert stage.run(act) == [b"abc"]
+
+
+def test_a_size_below_nothing_is_refused_at_once(stage):
+    """Whatever was read before."""
+    connection, far = stage.pair()
+    far.sendall(b"dry")
+
+    def act():
+        connection.recv(100)
+        with pytest.raises(ValueError, match="negative"):
+            connection.recv(-1)
+        with pytest.raises(ValueError, match="negative"):
+            connection.recv_into(bytearray(1), -1)
+
+    assert stage.run(act) == [None]
 
 
 def test_a_flood_does_not_starve_the_others(stage):

@@ -241,6 +241,29 @@ def test_unwrap_goes_on_in_plain_text(engine, serving, dial):
         assert wire.recv(3) == b"end"
 
 
+@pytest.mark.parametrize("engine", ["thread", "green", "green-asking", "green-fallback"])
+def test_unwrap_before_all_was_read_is_an_error_that_the_client_is_told_of(engine, serving, dial_wire):
+    """Data come behind our close_notify, against the rules: it has gone out all the same, and nothing is read."""
+    told, over = [], threading.Event()
+
+    class Unwrap(harken.BaseRequestHandler):
+        def handle(self):
+            assert self.request.recv(1) == b"."
+            with pytest.raises(ssl.SSLError, match="APPLICATION_DATA_AFTER_CLOSE_NOTIFY"):
+                self.request.unwrap()
+            told.append(self.request.recv(10))
+            harken.green.offload(over.wait, PATIENCE)
+
+    with serving(engine, Unwrap) as server, dial_wire(server) as client:
+        client.send(b".unread")
+        client.send(b"unread")
+        try:
+            assert client.read() == b""
+        finally:
+            over.set()
+    assert told == [b""]
+
+
 def test_a_write_that_is_cut_short_ends_the_writing(serving, dial):
     """On a hub a record may be half sent when the time-out strikes: nothing may be written behind it."""
     errors = []

@@ -248,6 +248,14 @@ static PyObject *connection_trace(PyObject *self, PyObject *yes) {
 
 /* -- receiving, again --------------------------------------------------------------------------------------------- */
 
+static ssize_t received(PyObject *self, State *state, const char *data, size_t size, int flags) {
+    if (current_hub != NULL)
+        current_hub->budget -= PIECES(size);
+    if (size > 0 && !(flags & MSG_PEEK))
+        moved(self, state, READ, data, size);
+    return (ssize_t)size;
+}
+
 /* recv(2) that waits. A connection that was read empty is not asked again before an event says that there is more. With
  * `fresh` the bytes go into an object that is made for them: never while this waits, so that what others have just given
  * back, and the processor's cache still has, is used first. */
@@ -272,15 +280,11 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
             if (got >= 0) {
                 state->ended = got == 0;
                 have += (size_t)got;
-                if (flags & MSG_WAITALL && got > 0 && have < size)
+                if (flags & MSG_WAITALL && !(flags & MSG_PEEK) && got > 0 && have < size)
                     continue;
                 if (flags == 0 && got > 0 && have < size)
                     mark_dry(state, fd);
-                if (current_hub != NULL)
-                    current_hub->budget -= PIECES(got);
-                if (got > 0 && !(flags & MSG_PEEK))
-                    moved(self, state, READ, into, have);
-                return (ssize_t)have;
+                return received(self, state, into, have, flags);
             }
             if (errno == EINTR) {
                 if (PyErr_CheckSignals() < 0)
@@ -289,15 +293,19 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
             }
             if (errno != EAGAIN && errno != EWOULDBLOCK) {
                 state->broken |= errno == ECONNRESET;
-                return have > 0 ? (ssize_t)have : fail(errno);
+                return have > 0 ? received(self, state, into, have, flags) : fail(errno);
             }
             if (flags & MSG_DONTWAIT)
                 return fail(EAGAIN);
         }
         if (fresh != NULL && have == 0)
             Py_CLEAR(*fresh);
-        if (wait_ready(self, state, READ, &deadline) < 0)
-            return -1;
+        if (wait_ready(self, state, READ, &deadline) < 0) {
+            if (have == 0 || !PyErr_ExceptionMatches(PyExc_TimeoutError))
+                return -1;
+            PyErr_Clear();
+            return received(self, state, into, have, flags); /* or it would be lost */
+        }
     }
 }
 
@@ -360,8 +368,15 @@ static PyObject *connection_recv_into(PyObject *self, PyObject *args, PyObject *
 
 /* -- sending ------------------------------------------------------------------------------------------------------ */
 
-/* send(2) that waits: once something was sent (`all` false), or until all of it was. */
-ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, int flags, bool all) {
+/* What send() is to send. On a socket that blocks send(2) returns once all was taken, or with what was taken before an
+ * error, which the next call meets. Programs have relied on it for as long as there are sockets, and do not look at the
+ * number. With a timeout Python's sockets do not block, and send some. */
+Share share_of(State *state, int flags) {
+    return state->nonblocking || state->timeout > 0 || flags & MSG_DONTWAIT ? SOME : MUCH;
+}
+
+/* send(2) that waits, for as much as is asked. */
+ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, int flags, Share share) {
     int64_t deadline = 0;
     size_t done = 0;
     if (spend(1) < 0)
@@ -375,7 +390,7 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
         if (sent >= 0) {
             done += (size_t)sent;
             moved(self, state, WRITE, data + done - sent, (size_t)sent);
-            if (!all || done == size) {
+            if (share == SOME || done == size) {
                 if (current_hub != NULL)
                     current_hub->budget -= PIECES(done);
                 return (ssize_t)done;
@@ -389,7 +404,7 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
         }
         if (errno != EAGAIN && errno != EWOULDBLOCK) {
             state->broken |= errno == ECONNRESET;
-            return fail(errno);
+            return share == MUCH && done > 0 ? (ssize_t)done : fail(errno);
         }
         if (flags & MSG_DONTWAIT)
             return fail(EAGAIN);
@@ -409,12 +424,14 @@ static ssize_t give(PyObject *self, PyObject *const *args, Py_ssize_t count, boo
     int flags = count > 1 ? as_int(args[1]) : 0;
     if (flags == -1 && PyErr_Occurred())
         return -1;
+    State *state = state_of(self);
+    Share share = all ? ALL : share_of(state, flags);
     if (PyBytes_CheckExact(args[0]))
-        return transmit(self, state_of(self), PyBytes_AS_STRING(args[0]), (size_t)PyBytes_GET_SIZE(args[0]), flags, all);
+        return transmit(self, state, PyBytes_AS_STRING(args[0]), (size_t)PyBytes_GET_SIZE(args[0]), flags, share);
     Py_buffer data;
     if (PyObject_GetBuffer(args[0], &data, PyBUF_SIMPLE) < 0)
         return -1;
-    ssize_t sent = transmit(self, state_of(self), data.buf, (size_t)data.len, flags, all);
+    ssize_t sent = transmit(self, state, data.buf, (size_t)data.len, flags, share);
     PyBuffer_Release(&data);
     return sent;
 }

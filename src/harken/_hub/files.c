@@ -68,7 +68,7 @@ int flush_pending(Hub *hub) {
     if (result == 0 && sent < (ssize_t)size) { /* others will use the buffer while we wait */
         size_t done = sent > 0 ? (size_t)sent : 0;
         PyObject *rest = PyBytes_FromStringAndSize(hub->pending + done, (Py_ssize_t)(size - done));
-        result = rest == NULL || transmit(owner, state_of(owner), PyBytes_AS_STRING(rest), size - done, 0, true) < 0
+        result = rest == NULL || transmit(owner, state_of(owner), PyBytes_AS_STRING(rest), size - done, 0, ALL) < 0
                      ? -1
                      : 0;
         Py_XDECREF(rest);
@@ -458,7 +458,7 @@ static int put(Writer *writer, const char *data, size_t size) {
     if (joins)
         result = join(hub, sock, data, size) < 0 || (!more && flush_pending(hub) < 0) ? -1 : 0;
     else
-        result = flush_of(sock) < 0 || transmit(sock, state, data, size, 0, true) < 0 ? -1 : 0;
+        result = flush_of(sock) < 0 || transmit(sock, state, data, size, 0, ALL) < 0 ? -1 : 0;
     Py_DECREF(sock);
     return result;
 }

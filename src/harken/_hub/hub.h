@@ -312,7 +312,10 @@ HIDDEN void leave_unasked(State *state);
 HIDDEN void make_stream_known(State *state, int family, int kind, int proto);
 
 HIDDEN ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags);
-HIDDEN ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, int flags, bool all);
+/* How much transmit() sends: whatever can be at once, as much as send(2) of a socket that blocks, or all. */
+typedef enum { SOME, MUCH, ALL } Share;
+HIDDEN Share share_of(State *state, int flags);
+HIDDEN ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, int flags, Share share);
 #define SCRATCH 65536 /* what handlers ask for at once; a small message is copied from here */
 extern HIDDEN char scratch[SCRATCH]; /* good from recv() until anybody waits */
 

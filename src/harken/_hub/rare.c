@@ -16,11 +16,11 @@ static PyObject *base_method[7], *base_connect_ex, *base_shutdown, *base_fileno;
 enum { RECVFROM, RECVFROM_INTO, RECVMSG, RECVMSG_INTO, SENDTO, SENDMSG, KINDS };
 static const char *const names[KINDS] = {"recvfrom", "recvfrom_into", "recvmsg", "recvmsg_into", "sendto", "sendmsg"};
 
-static bool has_dontwait(PyObject *args, PyObject *words, Py_ssize_t place) {
+static int flags_in(PyObject *args, PyObject *words, Py_ssize_t place) {
     PyObject *flags = PyTuple_GET_SIZE(args) > place ? PyTuple_GET_ITEM(args, place) : NULL;
     if (flags == NULL && words != NULL)
         flags = PyDict_GetItemString(words, "flags"); /* borrowed */
-    return flags != NULL && PyLong_Check(flags) && PyLong_AsLong(flags) & MSG_DONTWAIT;
+    return flags != NULL && PyLong_Check(flags) ? (int)PyLong_AsUnsignedLongMask(flags) : 0;
 }
 
 static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int which, Py_ssize_t flags_at) {
@@ -39,7 +39,7 @@ static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int whic
     while (method != NULL && begin(self, state) >= 0) {
         done = PyObject_Call(method, args, words);
         if (done != NULL || !PyErr_ExceptionMatches(PyExc_BlockingIOError) || state->nonblocking ||
-            has_dontwait(args, words, flags_at))
+            flags_in(args, words, flags_at) & MSG_DONTWAIT)
             break;
         PyErr_Clear();
         if (wait_ready(self, state, direction, &deadline) < 0)
@@ -63,11 +63,78 @@ static PyObject *rare_recvmsg(PyObject *self, PyObject *args, PyObject *words) {
 static PyObject *rare_recvmsg_into(PyObject *self, PyObject *args, PyObject *words) {
     return again(self, args, words, RECVMSG_INTO, 2);
 }
-static PyObject *rare_sendto(PyObject *self, PyObject *args, PyObject *words) {
-    return again(self, args, words, SENDTO, PyTuple_GET_SIZE(args) > 2 ? 1 : PY_SSIZE_T_MAX);
+
+/* Send what is left of `data` after some was sent, where a socket that blocks would; see share_of(). */
+static PyObject *send_rest(PyObject *self, PyObject *data, int flags, PyObject *sent) {
+    Py_ssize_t done = PyLong_AsSsize_t(sent);
+    Py_DECREF(sent);
+    Py_buffer whole;
+    if (PyObject_GetBuffer(data, &whole, PyBUF_SIMPLE) < 0)
+        return NULL;
+    ssize_t more = done >= whole.len ? 0
+                                     : transmit(self, state_of(self), (char *)whole.buf + done,
+                                                (size_t)(whole.len - done), flags, MUCH);
+    PyBuffer_Release(&whole);
+    if (more < 0 && PyErr_ExceptionMatches(PyExc_OSError)) {
+        PyErr_Clear(); /* the next call meets it */
+        more = 0;
+    }
+    return more < 0 ? NULL : PyLong_FromSsize_t(done + more);
 }
+
+static PyObject *rare_sendto(PyObject *self, PyObject *args, PyObject *words) {
+    Py_ssize_t flags_at = PyTuple_GET_SIZE(args) > 2 ? 1 : PY_SSIZE_T_MAX;
+    int flags = flags_in(args, NULL, flags_at);
+    PyObject *sent = again(self, args, words, SENDTO, flags_at);
+    if (sent == NULL || share_of(state_of(self), flags) == SOME)
+        return sent;
+    return send_rest(self, PyTuple_GET_ITEM(args, 0), flags, sent);
+}
+
+/* How long the buffers are together; -1 with an exception. */
+static Py_ssize_t length_of(PyObject *parts) {
+    Py_ssize_t length = 0;
+    for (Py_ssize_t each = 0; each < PyTuple_GET_SIZE(parts); each++) {
+        Py_buffer part;
+        if (PyObject_GetBuffer(PyTuple_GET_ITEM(parts, each), &part, PyBUF_SIMPLE) < 0)
+            return -1;
+        length += part.len;
+        PyBuffer_Release(&part);
+    }
+    return length;
+}
+
+static PyObject *send_rest_of(PyObject *self, PyObject *parts, int flags, PyObject *sent) {
+    Py_ssize_t length = length_of(parts);
+    if (length >= 0 && length == PyLong_AsSsize_t(sent))
+        return sent;
+    PyObject *nothing = PyBytes_FromStringAndSize(NULL, 0);
+    PyObject *whole = length < 0 || nothing == NULL ? NULL : PyObject_CallMethod(nothing, "join", "(O)", parts);
+    Py_XDECREF(nothing);
+    if (whole == NULL)
+        Py_CLEAR(sent);
+    else
+        sent = send_rest(self, whole, flags, sent);
+    Py_XDECREF(whole);
+    return sent;
+}
+
 static PyObject *rare_sendmsg(PyObject *self, PyObject *args, PyObject *words) {
-    return again(self, args, words, SENDMSG, 2);
+    int flags = flags_in(args, words, 2);
+    if (PyTuple_GET_SIZE(args) == 0 || share_of(state_of(self), flags) == SOME)
+        return again(self, args, words, SENDMSG, 2);
+    PyObject *parts = PySequence_Tuple(PyTuple_GET_ITEM(args, 0)); /* it may be good for one round only */
+    PyObject *first = parts == NULL ? NULL : PyTuple_Pack(1, parts);
+    PyObject *others = PyTuple_GetSlice(args, 1, PyTuple_GET_SIZE(args));
+    PyObject *all = first == NULL || others == NULL ? NULL : PySequence_Concat(first, others);
+    PyObject *sent = all == NULL ? NULL : again(self, all, words, SENDMSG, 2);
+    if (sent != NULL)
+        sent = send_rest_of(self, parts, flags, sent);
+    Py_XDECREF(all);
+    Py_XDECREF(others);
+    Py_XDECREF(first);
+    Py_XDECREF(parts);
+    return sent;
 }
 
 static PyObject *rare_accept(PyObject *self, PyObject *none) {

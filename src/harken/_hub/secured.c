@@ -344,7 +344,7 @@ static int send_all(PyObject *self, PyObject *const held[], const char *data, si
     PyObject *inner = held[INNER];
     begin_writing(state_of(inner));
     Py_SETREF(*slot(self, REST), PyBytes_FromStringAndSize(NULL, 0)); /* the empty one: it is there always */
-    ssize_t sent = flush_of(inner) < 0 ? -1 : transmit(inner, state_of(inner), data, size, 0, true);
+    ssize_t sent = flush_of(inner) < 0 ? -1 : transmit(inner, state_of(inner), data, size, 0, ALL);
     if (sent < 0)
         Py_XSETREF(*slot(self, BROKEN), Py_NewRef(Py_True));
     else

@@ -26,6 +26,7 @@ _recv = _socket.socket.recv
 _recv_into = _socket.socket.recv_into
 _send = _socket.socket.send
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+_WAITALL = getattr(socket, "MSG_WAITALL", 0)
 _INET = (socket.AF_INET, socket.AF_INET6)
 # TURN_BYTES in TURN_OPERATIONS: an operation costs one, and one more for each of these.
 _PIECE_SHIFT = 14
@@ -91,8 +92,10 @@ class Connection(connection.Connection):
         wire = self._wire
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
+        if flags & _WAITALL and not flags & socket.MSG_PEEK and wire.timeout != 0.0:
+            return self._recv_whole(bufsize, flags)
         data = None
-        if not wire.dry or flags or wire.timeout == 0.0:
+        if not wire.dry or flags or wire.timeout == 0.0 or bufsize < 0:
             try:
                 data = _recv(self, bufsize, flags)
             except BlockingIOError:
@@ -108,13 +111,41 @@ class Connection(connection.Connection):
             tell_call(self, "recv", (bufsize, flags), data)
         return data
 
+    def _recv_whole(self, bufsize: int, flags: int) -> bytes:
+        """Read as much as was asked for, or what came before the end, an error or the timeout."""
+        wire, data = self._wire, b""
+        deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
+        try:
+            while len(data) < bufsize:
+                try:
+                    piece = _recv(self, bufsize - len(data), flags)
+                except BlockingIOError:
+                    if flags & _DONTWAIT:
+                        raise
+                    wait(wire, False, None if deadline is None else max(0.0, deadline - time.monotonic()))
+                    continue
+                if not piece:
+                    break
+                data += piece
+        except OSError:
+            if not data:
+                raise
+        if wire.traced:
+            tell_call(self, "recv", (bufsize, flags), data)
+        return data
+
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
         """Read into ``buffer``, waiting in the hub for the first byte."""
         wire = self._wire
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
+        if flags & _WAITALL and not flags & socket.MSG_PEEK and wire.timeout != 0.0:
+            with memoryview(buffer) as view, view.cast("B") as target:
+                data = self._recv_whole(nbytes or len(target), flags)
+                target[: len(data)] = data
+            return len(data)
         size = None
-        if not wire.dry or flags or wire.timeout == 0.0:
+        if not wire.dry or flags or wire.timeout == 0.0 or nbytes < 0:
             try:
                 size = _recv_into(self, buffer, nbytes, flags)
             except BlockingIOError:
@@ -137,7 +168,11 @@ class Connection(connection.Connection):
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def send(self, data: Any, flags: int = 0, /) -> int:
-        """Send some of ``data``, waiting in the hub for room; return how many bytes."""
+        """Send ``data``, waiting in the hub for room; return how many bytes.
+
+        Without a timeout that is all of it, or what went before an error, as on a socket that blocks: programs do not
+        look at the number. With one it is some, as on Python's sockets.
+        """
         wire = self._wire
         flush_of(here.hub, self)
         if wire.spent > TURN_OPERATIONS:
@@ -150,9 +185,28 @@ class Connection(connection.Connection):
                 raise
         if sent is None:
             sent = _wait_and_retry(wire, True, lambda: _send(self, data, flags))
+        if self._blocks(flags):
+            sent = self._send_on(data, sent, flags)
         wire.spent += 1 + (sent >> _PIECE_SHIFT)
         if wire.traced:
             tell_call(self, "send", (data,), sent)
+        return sent
+
+    def _blocks(self, flags: int) -> bool:
+        """Whether a socket of the standard library would block in send(2)."""
+        return self._wire.timeout is None and not flags & _DONTWAIT
+
+    def _send_on(self, data: Any, sent: int, flags: int) -> int:
+        """Go on where some was sent, until all is, or until an error, which the next call meets; return how much."""
+        with memoryview(data) as view, view.cast("B") as rest:
+            while sent < len(rest):
+                try:
+                    wait(self._wire, True, None)
+                    sent += _send(self, rest[sent:], flags)
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    break
         return sent
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
@@ -187,8 +241,26 @@ class Connection(connection.Connection):
                 if wire.timeout == 0.0:
                     raise
 
-    sendto = _waiting("sendto", write=True, flags_at=2)
-    sendmsg = _waiting("sendmsg", write=True, flags_at=2)
+    _sendto = _waiting("sendto", write=True, flags_at=2)
+    _sendmsg = _waiting("sendmsg", write=True, flags_at=2)
+
+    def sendto(self, data: Any, *args: Any) -> int:
+        """As ``socket.sendto``, waiting in the hub; how much, see :meth:`send`."""
+        sent = self._sendto(data, *args)
+        flags = args[0] if len(args) > 1 else 0
+        return self._send_on(data, sent, flags) if self._blocks(flags) else sent
+
+    def sendmsg(self, buffers: Any, ancdata: Any = (), flags: int = 0, *address: Any) -> int:
+        """As ``socket.sendmsg``, waiting in the hub; how much, see :meth:`send`."""
+        parts = tuple(buffers)
+        sent = self._sendmsg(parts, ancdata, flags, *address)
+        if (
+            self._wire.timeout is not None
+            or flags & _DONTWAIT
+            or sent == sum(memoryview(part).nbytes for part in parts)
+        ):
+            return sent
+        return self._send_on(b"".join(parts), sent, flags)
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """Send a file or a part of it, by the kernel where that can be; return how many bytes."""

@@ -231,7 +231,7 @@ class Hubbed(Secured):
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def send(self, data: Any, flags: int = 0) -> int:
-        """Send a piece of ``data``, waiting in the hub for room; return how many bytes."""
+        """Send ``data``, waiting in the hub for room; return how many bytes: all, if this socket waits."""
         if self._sslobj is None:
             return self._inner.send(data, flags)  # type: ignore[no-any-return]
         if flags:
@@ -242,9 +242,12 @@ class Hubbed(Secured):
         """As ``ssl.SSLSocket.write``, waiting in the hub."""
         if self._sslobj is None:
             raise ValueError("Write on closed or unwrapped SSL socket.")
-        with memoryview(data) as view, view.cast("B") as plain, plain[:BATCH] as piece:
-            self._encrypt(piece)
-            return len(piece)
+        with memoryview(data) as view, view.cast("B") as plain:
+            most = BATCH if self.gettimeout() == 0.0 else len(plain)
+            for start in range(0, min(len(plain), most), BATCH):
+                with plain[start : start + BATCH] as piece:
+                    self._encrypt(piece)
+            return min(len(plain), most)
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send all of ``data``, waiting in the hub for room; the timeout bounds each part of 64 KiB."""
@@ -374,6 +377,10 @@ class Hubbed(Secured):
                 break
             except ssl.SSLWantReadError:
                 self._feed()
+            except ssl.SSLError:
+                self._send_last()
+                self._incoming.write_eof()  # no read may wait for more: OpenSSL has given up
+                raise
         if self._outgoing.pending:
             self._send(self._outgoing.read())
         self._ahead = self._incoming.read()
