@@ -246,14 +246,14 @@ class Connection(connection.Connection):
 
     def sendto(self, data: Any, *args: Any) -> int:
         """As ``socket.sendto``, waiting in the hub; how much, see :meth:`send`."""
-        sent = self._sendto(data, *args)
+        sent: int = self._sendto(data, *args)
         flags = args[0] if len(args) > 1 else 0
         return self._send_on(data, sent, flags) if self._blocks(flags) else sent
 
     def sendmsg(self, buffers: Any, ancdata: Any = (), flags: int = 0, *address: Any) -> int:
         """As ``socket.sendmsg``, waiting in the hub; how much, see :meth:`send`."""
         parts = tuple(buffers)
-        sent = self._sendmsg(parts, ancdata, flags, *address)
+        sent: int = self._sendmsg(parts, ancdata, flags, *address)
         if (
             self._wire.timeout is not None
             or flags & _DONTWAIT
