@@ -76,7 +76,10 @@ def test_reads_as_io_does(hub: Any, pair: tuple[Any, socket.socket]) -> None:
         calls = 0
         while model.tell() < len(data):
             calls += 1
-            match chance.randrange(7):
+            match chance.randrange(8):
+                case 7:  # a hint is exceeded before it ends the reading; BytesIO ends sooner
+                    hint = chance.randrange(1, 600)
+                    assert reader.readlines(hint) == io.BufferedIOBase.readlines(model, hint)
                 case 0:
                     assert reader.readline() == model.readline()
                 case 1:
@@ -123,6 +126,22 @@ def test_lines_longer_than_any_buffer(hub: Any, pair: tuple[Any, socket.socket])
     assert run(hub, lambda: (reader.readline() == line, len(reader.read())), feed)[0] == (True, 400_000)
     assert reader.readlines() == []
     reader.close()
+
+
+def test_a_buffer_that_cannot_be_written_to_takes_nothing(hub: Any, pair: tuple[Any, socket.socket]) -> None:
+    """What has come is there for the next read."""
+    near, far = pair
+    far.sendall(b"data")
+
+    def read() -> bytes:
+        with near.open_reader() as reader:
+            assert reader.mode == "rb"
+            for call in (reader.readinto, reader.readinto1):
+                with pytest.raises(TypeError):
+                    call(b"read only")
+            return reader.read(4)  # type: ignore[no-any-return]
+
+    assert run(hub, read) == [b"data"]
 
 
 def test_answers_to_a_pipeline_are_joined(hub: Any, pair: tuple[Any, socket.socket]) -> None:

@@ -346,7 +346,7 @@ static PyObject *reader_next(PyObject *self) {
 static PyObject *reader_readlines(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Py_ssize_t hint, total = 0;
     PyObject *lines = size_of(args, count, &hint) < 0 ? NULL : PyList_New(0), *line;
-    while (lines != NULL && (hint <= 0 || total < hint) && (line = reader_next(self)) != NULL) {
+    while (lines != NULL && (hint <= 0 || total <= hint) && (line = reader_next(self)) != NULL) {
         total += PyBytes_GET_SIZE(line);
         int result = PyList_Append(lines, line);
         Py_DECREF(line);
@@ -390,8 +390,11 @@ static PyObject *reader_peek(PyObject *self, PyObject *const *args, Py_ssize_t c
 static PyObject *read_into(PyObject *self, PyObject *target, bool once) {
     Reader *reader = (Reader *)self;
     Py_buffer buffer;
-    if (asked(reader) < 0 || PyObject_GetBuffer(target, &buffer, PyBUF_WRITABLE) < 0)
+    if (asked(reader) < 0)
         return NULL;
+    if (PyObject_GetBuffer(target, &buffer, PyBUF_WRITABLE) < 0)
+        return PyErr_Format(PyExc_TypeError, "a buffer that can be written to is needed, not %.100s",
+                            Py_TYPE(target)->tp_name);
     Py_ssize_t done = 0;
     ssize_t got = 1;
     while (done < buffer.len && (done == 0 || !once)) {
@@ -716,7 +719,15 @@ static PyMethodDef writer_methods[] = {
     {NULL},
 };
 
-static PyGetSetDef file_attributes[] = {
+static PyObject *reader_mode(PyObject *self, void *closure) { return PyUnicode_InternFromString("rb"); }
+
+static PyGetSetDef reader_attributes[] = {
+    {"closed", file_closed, NULL, "Whether it was closed.", NULL},
+    {"mode", reader_mode, NULL, "As of any file that is open for reading bytes.", NULL},
+    {NULL},
+};
+
+static PyGetSetDef writer_attributes[] = {
     {"closed", file_closed, NULL, "Whether it was closed.", NULL},
     {NULL},
 };
@@ -742,7 +753,7 @@ static PyType_Slot reader_slots[] = {
     {Py_tp_traverse, file_traverse},
     {Py_tp_clear, file_clear},
     {Py_tp_methods, reader_methods},
-    {Py_tp_getset, file_attributes},
+    {Py_tp_getset, reader_attributes},
     {Py_tp_members, file_members},
     {0, NULL},
 };
@@ -755,7 +766,7 @@ static PyType_Slot writer_slots[] = {
     {Py_tp_traverse, file_traverse},
     {Py_tp_clear, file_clear},
     {Py_tp_methods, writer_methods},
-    {Py_tp_getset, file_attributes},
+    {Py_tp_getset, writer_attributes},
     {Py_tp_members, file_members},
     {0, NULL},
 };

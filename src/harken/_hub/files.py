@@ -74,8 +74,18 @@ class _File(io.BufferedIOBase):
             self._sock._decref_socketios()  # type: ignore[attr-defined]
 
 
+def _writable(buffer: Any) -> memoryview:
+    """Return a view, before anything is read that could not be put there."""
+    view = memoryview(buffer)
+    if view.readonly:
+        raise TypeError(f"a buffer that can be written to is needed, not {type(buffer).__name__}")
+    return view
+
+
 class Reader(_File):
     """Reads a connection, at most ``size`` bytes ahead."""
+
+    mode = "rb"
 
     def __init__(self, sock: Connection, size: int = -1) -> None:
         super().__init__(sock)
@@ -167,14 +177,14 @@ class Reader(_File):
 
     def readinto(self, buffer: Any, /) -> int:
         """Fill ``buffer``."""
-        with memoryview(buffer) as view, view.cast("B") as target:
+        with _writable(buffer) as view, view.cast("B") as target:
             piece = self.read(len(target))
             target[: len(piece)] = piece
             return len(piece)
 
     def readinto1(self, buffer: Any, /) -> int:
         """Read what is there, or comes first, into ``buffer``."""
-        with memoryview(buffer) as view, view.cast("B") as target:
+        with _writable(buffer) as view, view.cast("B") as target:
             piece = self.read1(len(target))
             target[: len(piece)] = piece
             return len(piece)
