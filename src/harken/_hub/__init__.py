@@ -79,6 +79,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     it parks in the hub of the calling green thread, and elsewhere blocks by ``poll()``: ``recv``, ``recv_into``,
     ``recvfrom``, ``recvfrom_into``, ``recvmsg``, ``recvmsg_into``, ``send``, ``sendall``, ``sendto``, ``sendmsg``,
     ``sendfile``, ``connect``, ``connect_ex``, ``accept`` (which gives Connections). MSG_DONTWAIT does not wait.
+    Without a timeout ``send``, ``sendto`` and ``sendmsg`` send all, or return what went before an error, which the next
+    call meets; with a timeout they send some. ``recv`` and ``recv_into`` with MSG_WAITALL return less only at the end,
+    an error or the timeout.
     ``settimeout``, ``gettimeout``, ``setblocking``, ``getblocking``, ``timeout`` are kept beside the descriptor; a wait
     ends by ``TimeoutError("timed out")``, and with 0 EAGAIN is BlockingIOError. ``makefile``, ``shutdown``, ``dup``,
     ``with`` behave as on a blocking socket; ``detach()`` gives back a descriptor that blocks if the socket did.
@@ -104,6 +107,10 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     ``waits_for()`` returns ``"reading"``, ``"writing"`` or None: what a green thread, or one that is
     to be started, waits for there. *Any thread.*
     Fair: after :data:`TURN_OPERATIONS` operations that did not wait, or :data:`TURN_BYTES`, the others get their turn.
+
+``Guard()``
+    A lock for ``with``, whose holder may be in OpenSSL without the GIL. ``quicken(class)`` of the module gives the
+    connection under TLS (:mod:`harken.preambles`) the methods that are compiled.
 
 ``Batch(hub, sock, busy, crowded, more, most_waiting)``, ``Answers``
     Datagrams of one socket, taken together (where the kernel can), served one by one in green threads that are used
