@@ -494,6 +494,24 @@ def test_a_timeout_loses_nothing_of_what_was_waited_for(stage, how):
     assert stage.run(act) == [b"abc"]
 
 
+@pytest.mark.parametrize("how", ["flag", "timeout"])
+def test_who_does_not_wait_for_all_gets_what_is_there(stage, how):
+    """MSG_WAITALL with MSG_DONTWAIT, or on a socket that does not wait."""
+    connection, far = stage.pair()
+    far.sendall(b"abc")
+    flags = socket.MSG_WAITALL | (socket.MSG_DONTWAIT if how == "flag" else 0)
+
+    def act():
+        if how == "timeout":
+            connection.setblocking(False)
+        got = connection.recv(6, flags)
+        with pytest.raises(BlockingIOError):
+            connection.recv(6, flags)
+        return got
+
+    assert stage.run(act) == [b"abc"]
+
+
 def test_a_size_below_nothing_is_refused_at_once(stage):
     """Whatever was read before."""
     connection, far = stage.pair()
@@ -505,6 +523,8 @@ def test_a_size_below_nothing_is_refused_at_once(stage):
             connection.recv(-1)
         with pytest.raises(ValueError, match="negative"):
             connection.recv_into(bytearray(1), -1)
+        with pytest.raises(ValueError, match="negative"):
+            connection.recv(-1, socket.MSG_WAITALL)
 
     assert stage.run(act) == [None]
 

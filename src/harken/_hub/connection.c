@@ -296,12 +296,12 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
                 return have > 0 ? received(self, state, into, have, flags) : fail(errno);
             }
             if (flags & MSG_DONTWAIT)
-                return fail(EAGAIN);
+                return have > 0 ? received(self, state, into, have, flags) : fail(EAGAIN);
         }
         if (fresh != NULL && have == 0)
             Py_CLEAR(*fresh);
         if (wait_ready(self, state, READ, &deadline) < 0) {
-            if (have == 0 || !PyErr_ExceptionMatches(PyExc_TimeoutError))
+            if (have == 0 || !PyErr_ExceptionMatches(PyExc_OSError))
                 return -1;
             PyErr_Clear();
             return received(self, state, into, have, flags); /* or it would be lost */
@@ -408,8 +408,12 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
         }
         if (flags & MSG_DONTWAIT)
             return fail(EAGAIN);
-        if (wait_ready(self, state, WRITE, &deadline) < 0)
-            return -1;
+        if (wait_ready(self, state, WRITE, &deadline) < 0) {
+            if (share != MUCH || done == 0 || !PyErr_ExceptionMatches(PyExc_OSError))
+                return -1;
+            PyErr_Clear();
+            return (ssize_t)done;
+        }
     }
 }
 

@@ -116,7 +116,7 @@ class Connection(connection.Connection):
         wire, data = self._wire, b""
         deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
         try:
-            while len(data) < bufsize:
+            while not data or len(data) < bufsize:
                 try:
                     piece = _recv(self, bufsize - len(data), flags)
                 except BlockingIOError:
@@ -130,6 +130,7 @@ class Connection(connection.Connection):
         except OSError:
             if not data:
                 raise
+        wire.spent += 1 + (len(data) >> _PIECE_SHIFT)
         if wire.traced:
             tell_call(self, "recv", (bufsize, flags), data)
         return data
@@ -254,11 +255,7 @@ class Connection(connection.Connection):
         """As ``socket.sendmsg``, waiting in the hub; how much, see :meth:`send`."""
         parts = tuple(buffers)
         sent: int = self._sendmsg(parts, ancdata, flags, *address)
-        if (
-            self._wire.timeout is not None
-            or flags & _DONTWAIT
-            or sent == sum(memoryview(part).nbytes for part in parts)
-        ):
+        if not self._blocks(flags) or sent == sum(memoryview(part).nbytes for part in parts):
             return sent
         return self._send_on(b"".join(parts), sent, flags)
 
