@@ -8,6 +8,7 @@ import socket
 import threading
 
 import pytest
+import trustme
 
 SECONDS = 20
 PROGRAM = """
@@ -65,6 +66,25 @@ def ask(family, kind, address, word, own=None):
         client.connect(address)
         client.sendall(word)
         return client.recv(100)
+
+
+@pytest.mark.parametrize(
+    ("words", "hints"),
+    [
+        (["--tls-cert", "site.pem"], ["openssl s_client -connect 127.0.0.1:{}", "openssl s_client -unix {}"]),
+        (["--tls-cert", "site.pem", "--tls-mode", "starttls"], ["nc 127.0.0.1 {}", "nc -U {}"]),
+    ],
+)
+def test_what_is_under_tls_is_tried_by_openssl(serve, tmp_path, words, hints):
+    """The line to try an address with speaks what the address speaks."""
+    issued = trustme.CA().issue_cert("localhost")
+    issued.private_key_and_cert_chain_pem.write_to_path(tmp_path / "site.pem")
+    process = serve("srv_app:Echo", "--bind", "tcp://127.0.0.1:0", "--bind", f"unix:{tmp_path}/s", *words)
+    tcp, unix = announced(process, 2)
+    port = re.match(r"listening on tcp://127.0.0.1:(\d+) ", tcp)
+    assert port
+    assert tcp.endswith(f"; try: {hints[0].format(port[1])}")
+    assert unix.endswith(f"; try: {hints[1].format(f'{tmp_path}/s')}")
 
 
 def test_three_kinds_of_address_at_once(serve, tmp_path):

@@ -58,14 +58,23 @@ def _announce(event: events.Event) -> None:
 def _attempt(url: str) -> str:
     """Return a command that talks to an address, for the shell; empty when there is no such address."""
     scheme, _, rest = url.partition(":")
+    secret = scheme == "tls" or (scheme in {"tcp", "unix"} and _has_tls())
     if scheme in {"unix", "unixgram"}:
         path = shlex.quote(rest.partition("?")[0])
-        return f"nc -U {path}" if scheme == "unix" else f"nc -uU {path}"
-    if scheme not in {"tcp", "udp"}:
+        return f"openssl s_client -unix {path}" if secret else f"nc -{'' if scheme == 'unix' else 'u'}U {path}"
+    if scheme not in {"tcp", "tls", "udp"}:
         return ""
-    host, _, port = rest.removeprefix("//").rpartition(":")
+    host, _, port = rest.removeprefix("//").partition("?")[0].rpartition(":")
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
+    if secret:
+        return f"openssl s_client -connect {f'[{host}]' if ':' in host else host}:{port}"
     return f"nc {'-u ' if scheme == 'udp' else ''}{host} {port}"
+
+
+def _has_tls() -> bool:
+    """Whether the settings put the listeners for streams under TLS from the first byte."""
+    settings = Settings(None, profile="serve")
+    return bool(settings["tls"] or settings["tls_cert"]) and settings["tls_mode"] != "starttls"
 
 
 command = click.Command(
