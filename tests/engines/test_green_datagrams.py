@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -533,3 +534,118 @@ def test_a_hook_that_is_overridden_meanwhile_is_heeded() -> None:
         client.settimeout(PATIENCE)
         server.resume()
         assert client.recv(10) == b"suspended"
+
+
+class _NoPort:
+    """Sends datagrams from port 0, to which nothing can be answered."""
+
+    def __init__(self, server: Any) -> None:
+        self._port = server.server_address[1]
+        try:
+            self._sock = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
+        except PermissionError:
+            pytest.skip("needs CAP_NET_RAW")
+
+    def send(self, data: bytes) -> None:
+        """Send one."""
+        self._sock.sendto(struct.pack("!HHHH", 0, self._port, 8 + len(data), 0) + data, ("127.0.0.1", 0))
+
+    def close(self) -> None:
+        """Send no more."""
+        self._sock.close()
+
+
+@pytest.mark.parametrize("word", [b"late", b"now"])
+def test_what_is_told_of_an_unsent_answer_may_wait(word: bytes) -> None:
+    """``handle_error`` runs in a green thread, also for an answer that the kernel refused after its handler."""
+    errors: list[object] = []
+
+    class Server(harken.GreenUDPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            import sys
+
+            green.sleep(0.001)
+            errors.append((request[0], client_address[1], type(sys.exc_info()[1])))
+
+    class Late(Echo):
+        def handle(self) -> None:
+            super().handle()
+            if self.request[0] == b"late":
+                time.sleep(0.02)  # more than a tick of the clock: answers are sent between two handlers
+
+    with (
+        harken.background(Server(LOCAL, Late)) as server,
+        clients(server.server_address) as (client,),
+        contextlib.closing(_NoPort(server)) as nobody,
+    ):
+        for turn in range(5):
+            nobody.send(word)
+            for number in range(5):
+                client.send(b"%d.%d" % (turn, number))
+            nobody.send(word)
+            assert [client.recv(10) for _ in range(5)] == [b"%d.%d" % (turn, number) for number in range(5)]
+        soon(lambda: len(errors) == 10)
+    assert set(errors) == {(word, 0, OSError)}
+
+
+@pytest.mark.parametrize("how", ["server_close", "close", "detach"])
+def test_an_answer_leaves_before_its_socket_is_closed(how: str) -> None:
+    """By its own handler, which may end the server; and the loop ends."""
+    errors: list[object] = []
+
+    class Server(harken.GreenUDPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            errors.append(request)
+
+    class Last(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            sock = self.request[1]
+            sock.sendto(b"bye", self.client_address)
+            if how == "server_close":
+                self.server.server_close()
+            elif how == "close":
+                sock.close()
+            else:
+                os.close(sock.detach())
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                sock.sendto(b"more", self.client_address)
+            self.server.shutdown()
+
+    server = Server(LOCAL, Last)
+    thread = threading.Thread(target=server.serve_forever)
+    with clients(server.server_address) as (client,):
+        thread.start()
+        assert ask(client, b"quit") == b"bye"
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    server.server_close()
+    assert not errors
+
+
+@pytest.mark.parametrize("word", [b"now", b"wait"])
+@pytest.mark.parametrize("how", ["flags", "message", "bare message"])
+def test_other_ways_to_answer_keep_place_and_address(how: str, word: bytes) -> None:
+    """With flags, and by ``sendmsg``: after what was answered before, from the address that was asked."""
+
+    class Tell(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            data, sock = self.request
+            if data == b"wait":
+                green.sleep(0.01)
+            sock.sendto(b"1", self.client_address)
+            if how == "flags":
+                assert sock.sendto(b"two", 0, self.client_address) == 3
+            elif how == "message":
+                assert sock.sendmsg(iter([b"t", b"wo"]), [], socket.MSG_DONTWAIT, self.client_address) == 3
+            else:
+                assert sock.sendmsg([b"two"], (), 0, self.client_address) == 3
+            with pytest.raises(OSError, match="ddress"):
+                sock.sendmsg([b"to nobody"])
+            with pytest.raises(TypeError):
+                sock.sendmsg()
+            sock.sendto(b"3", self.client_address)
+
+    server = harken.GreenUDPServer(("0.0.0.0", 0), Tell)
+    with harken.background(server), clients(("127.0.0.7", server.server_address[1])) as (client,):
+        client.send(word)
+        assert [client.recv(10) for _ in range(3)] == [b"1", b"two", b"3"]

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from harken.errors import LifecycleError
+from harken.handlers import BaseRequestHandler
 from harken.server import TCPServer
 
 from .kit import LOCAL, PATIENCE, Nothing, Upper, ask, connect, in_thread, serving, stop
@@ -59,3 +60,27 @@ def test_start_and_stop_again_and_again_on_one_port(cycles):
     for _ in range(cycles):
         with serving(TCPServer(("127.0.0.1", port or 0), Nothing)) as server:
             port = server.server_address[1]
+
+
+@pytest.mark.parametrize("engine", ["inline", "thread", "pool", "green"])
+def test_a_handler_may_close_its_server(engine):
+    """The loop ends without an error, in whichever thread the handler runs."""
+    ended = threading.Event()
+
+    class Last(BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"bye")
+            self.server.server_close()
+
+    server = TCPServer(LOCAL, Last, engine=engine)
+
+    def serve():
+        server.serve_forever()
+        ended.set()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    with connect(server) as client:
+        assert client.recv(10) == b"bye"
+        assert ended.wait(PATIENCE)
+    thread.join(PATIENCE)

@@ -120,11 +120,12 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     handler waits another green thread goes on. The set ``busy`` holds the green threads that have work; with
     ``most_waiting`` that wait, ``crowded(1)`` is called, and ``crowded(-1)`` when there is room again. After a full
     batch ``more(again)`` is called, which calls ``again()`` if more is to be taken at once. ``trust(door)`` allows to
-    take what is there without asking for a moment (10 ms), ``distrust()`` (*any thread*) ends that. ``run`` and
-    ``work`` are its own. ``close()`` lets the socket go.
+    take what is there without asking for a moment (10 ms), ``distrust()`` (*any thread*) ends that. ``run``, ``tell``
+    and ``work`` are its own. ``close()`` lets the socket go.
     A socket whose class has ``Answers`` before the socket's own class has a ``sendto`` that may wait for the end of the
-    batch when it is given the very address that the handler was given, that waits in the hub, and that answers from the
-    address that was asked when the socket is bound to all.
+    batch when it is given the very address that the handler was given. It and ``sendmsg`` wait in the hub, keep their
+    order, and answer from the address that was asked when the socket is bound to all. What waits is sent before
+    ``close`` and ``detach``; what the kernel refuses then goes to ``failed`` in a green thread of its own.
 
 ``Lane(hub, busy, way)``, or None
     Connections of one listening socket from the door to their end, as :class:`harken.engines.Way` says; in the hub's

@@ -3,8 +3,9 @@
  * Answers to datagrams.
  *
  * They join while the handler that they are of runs: sendto() on the batch's socket with the very address that the
- * handler was given costs no system call. They are sent when the batch is done, when a handler waits, and by the
- * watchdog when one computes on. Anything else that is sent goes at once, after what was joined.
+ * handler was given costs no system call. They are sent when the batch is done, when a handler waits, before the socket
+ * is closed, and by the watchdog when a handler computes on. Anything else that is sent goes at once, after what was
+ * joined.
  *
  * On a socket that is bound to every address they leave from the address that was asked: a client takes none from
  * another. */
@@ -17,7 +18,7 @@
 
 HIDDEN Batch *batches;
 static PyTypeObject *Answers_Type;
-static PyObject *base_sendto;
+static PyObject *base_sendto, *no_words;
 
 /* Let a message leave from the address that it was asked at. `control` has room for CMSG_SPACE of a Way's `own`. */
 static void set_own(struct msghdr *message, Way *way, char *control) {
@@ -45,17 +46,33 @@ void drop_answers(Batch *batch) {
     count_answers(batch, 0);
 }
 
-/* The answer that the kernel refused is its handler's fault, or its client's: told as if the handler had raised. */
+/* The answer that the kernel refused is its handler's fault, or its client's: told as if the handler had raised, in a
+ * green thread of its own, since what is told may wait. */
 static void tell_unsent(Batch *batch, int piece, int error) {
     PyObject *failed = batch->service.failed;
     PyObject *request = batch->pieces[piece].request, *address = batch->pieces[piece].address;
     if (failed == NULL || request == NULL)
         return;
-    Py_INCREF(failed);
-    fail(error);
-    if (tell_failure(failed, request, address) < 0)
+    PyObject *tell = PyObject_GetAttrString((PyObject *)batch, "tell"), *number = PyLong_FromLong(error), *told = NULL;
+    if (tell != NULL && number != NULL) {
+        PyObject *args[] = {failed, request, address, number};
+        told = spawn(batch->hub, batch->busy, tell, args, 4);
+    }
+    if (told == NULL)
         PyErr_WriteUnraisable(failed);
-    Py_DECREF(failed);
+    Py_XDECREF(told);
+    Py_XDECREF(number);
+    Py_XDECREF(tell);
+}
+
+/* tell(failed, request, address, errno): what that green thread does. */
+PyObject *batch_tell(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    if (count != 4) {
+        PyErr_SetString(PyExc_TypeError, "tell() takes what is called, a request, an address and an error's number");
+        return NULL;
+    }
+    fail((int)PyLong_AsLong(args[3]));
+    return tell_failure(args[0], args[1], args[2]) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 /* Send the joined answers: all of them, waiting for the kernel where it must, or (`nowait`) as many as it takes. */
@@ -114,10 +131,13 @@ size_t answers_nowait(Hub *hub) {
     return sent;
 }
 
+/* The batch of a socket, for a call of a green thread; NULL: the call is the plain socket's. */
 static Batch *batch_of(PyObject *sock) {
+    if (current_hub == NULL)
+        return NULL;
     for (Batch *batch = batches; batch != NULL; batch = batch->next)
         if (batch->sock == sock)
-            return batch->hub == current_hub ? batch : NULL;
+            return batch->hub == current_hub && !in_hub(batch->hub) && socket_fd(sock) == batch->fd ? batch : NULL;
     return NULL;
 }
 
@@ -174,49 +194,51 @@ static bool old_way(Batch *batch, PyObject *address, Way *way) {
     return false;
 }
 
-static ssize_t send_one(Batch *batch, PyObject *data, Way *way) {
+static PyObject *send_one(Batch *batch, PyObject *data, int flags, Way *way) {
     _Alignas(struct cmsghdr) char control[CONTROL];
     Py_buffer buffer;
     if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
-        return -1;
+        return NULL;
     struct iovec part = {buffer.buf, (size_t)buffer.len};
     struct msghdr message = {
         .msg_name = &way->address, .msg_namelen = way->length, .msg_iov = &part, .msg_iovlen = 1};
     set_own(&message, way, control);
-    ssize_t sent = sendmsg(batch->fd, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+    ssize_t sent = sendmsg(batch->fd, &message, flags | MSG_NOSIGNAL | MSG_DONTWAIT);
     PyBuffer_Release(&buffer);
-    if (sent < 0)
-        PyErr_SetFromErrno(PyExc_OSError);
-    return sent;
+    return sent < 0 ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromSsize_t(sent);
 }
 
-/* socket.sendto with what a green thread must not do, to block, left to the caller. */
-static PyObject *send_plainly(PyObject *self, PyObject *const *args, Py_ssize_t count, bool wait) {
-    long flags = 0;
-    if (count == 3 && (flags = PyLong_AsLong(args[1])) == -1 && PyErr_Occurred())
-        return NULL;
-    PyObject *number = PyLong_FromLong(wait ? flags : flags | MSG_DONTWAIT);
-    if (number == NULL)
-        return NULL;
-    PyObject *all[] = {self, args[0], number, args[count - 1]};
-    PyObject *sent = PyObject_Vectorcall(base_sendto, all, 4, NULL);
-    Py_DECREF(number);
-    return sent;
+/* After what a green thread must not do, to block: wait a moment, if a socket would. -1: not, and that is raised. */
+static int wait_for_room(PyObject *self, Batch *batch, long flags) {
+    if (!PyErr_ExceptionMatches(PyExc_BlockingIOError))
+        return -1;
+    PyObject *kind, *value, *trace;
+    PyErr_Fetch(&kind, &value, &trace);
+    PyObject *limit = PyObject_CallMethod(self, "gettimeout", NULL);
+    bool patient = limit == Py_None && !(flags & MSG_DONTWAIT);
+    Py_XDECREF(limit);
+    if (!patient) {
+        PyErr_Restore(kind, value, trace);
+        return -1;
+    }
+    Py_XDECREF(kind);
+    Py_XDECREF(value);
+    Py_XDECREF(trace);
+    return sleep_until(batch->hub, now_ns() + (int64_t)WAIT_MS * 1000000);
 }
 
 /* sendto(data[, flags], address) on the socket of a datagram server. */
 static PyObject *answers_sendto(PyObject *self, PyObject *const *args, Py_ssize_t count) {
-    Batch *batch = current_hub == NULL || count < 2 || count > 3 ? NULL : batch_of(self);
-    if (batch == NULL || in_hub(batch->hub)) {
-        PyObject *all[4] = {self};
-        if (count > 3) {
-            PyErr_Format(PyExc_TypeError, "sendto() takes 2 or 3 arguments (%zd given)", count);
-            return NULL;
-        }
-        for (Py_ssize_t i = 0; i < count; i++)
-            all[i + 1] = args[i];
-        return PyObject_Vectorcall(base_sendto, all, (size_t)count + 1, NULL);
+    if (count > 3) {
+        PyErr_Format(PyExc_TypeError, "sendto() takes 2 or 3 arguments (%zd given)", count);
+        return NULL;
     }
+    Batch *batch = count < 2 ? NULL : batch_of(self);
+    PyObject *all[4] = {self};
+    for (Py_ssize_t i = 0; i < count; i++)
+        all[i + 1] = args[i];
+    if (batch == NULL)
+        return PyObject_Vectorcall(base_sendto, all, (size_t)count + 1, NULL);
     if (count == 2) {
         int joined = join(batch, args[0], args[1]);
         if (joined != 0)
@@ -224,34 +246,95 @@ static PyObject *answers_sendto(PyObject *self, PyObject *const *args, Py_ssize_
                                            batch->answers[batch->answer_count - 1].data));
     }
     send_answers(batch, false);
+    long flags = count == 2 ? 0 : PyLong_AsLong(args[1]);
+    if (flags == -1 && PyErr_Occurred())
+        return NULL;
     Way way;
-    bool known = count == 2 && old_way(batch, args[1], &way);
-    for (;;) {
-        ssize_t size = known ? send_one(batch, args[0], &way) : 0;
-        PyObject *sent = known ? (size < 0 ? NULL : PyLong_FromSsize_t(size)) : send_plainly(self, args, count, false);
-        if (sent != NULL || !PyErr_ExceptionMatches(PyExc_BlockingIOError))
-            return sent;
-        PyObject *kind, *value, *trace;
-        PyErr_Fetch(&kind, &value, &trace);
-        PyObject *limit = PyObject_CallMethod(self, "gettimeout", NULL);
-        bool patient = limit == Py_None && (count == 2 || !(PyLong_AsLong(args[1]) & MSG_DONTWAIT));
-        Py_XDECREF(limit);
-        if (!patient) {
-            PyErr_Restore(kind, value, trace);
-            return NULL;
-        }
-        Py_XDECREF(kind);
-        Py_XDECREF(value);
-        Py_XDECREF(trace);
-        if (sleep_until(batch->hub, now_ns() + (int64_t)WAIT_MS * 1000000) < 0)
-            return NULL;
-    }
+    bool known = old_way(batch, args[count - 1], &way);
+    PyObject *sent, *quick = PyLong_FromLong(flags | MSG_DONTWAIT);
+    if (quick == NULL)
+        return NULL;
+    all[2] = quick;
+    all[3] = args[count - 1];
+    do
+        sent = known ? send_one(batch, args[0], (int)flags, &way) : PyObject_Vectorcall(base_sendto, all, 4, NULL);
+    while (sent == NULL && wait_for_room(self, batch, flags) == 0);
+    Py_DECREF(quick);
+    return sent;
 }
+
+/* The socket's own method of that name. */
+static PyObject *plainly(PyObject *self, const char *name, PyObject *args) {
+    PyObject *plain = PyObject_CallFunctionObjArgs((PyObject *)&PySuper_Type, Answers_Type, self, NULL);
+    PyObject *method = plain == NULL ? NULL : PyObject_GetAttrString(plain, name);
+    PyObject *done = method == NULL ? NULL : PyObject_Call(method, args, NULL);
+    Py_XDECREF(method);
+    Py_XDECREF(plain);
+    return done;
+}
+
+/* What sendmsg() is to be given besides: our address of a way. */
+static PyObject *own_as_ancillary(Way *way) {
+    bool v4 = way->level == IPPROTO_IP;
+    return Py_BuildValue("[(iiy#)]", way->level, v4 ? IP_PKTINFO : IPV6_PKTINFO, (char *)&way->own,
+                         (Py_ssize_t)(v4 ? sizeof way->own.v4 : sizeof way->own.v6));
+}
+
+/* The arguments of sendmsg() as they are passed on: it does not block, and may be called again. */
+static PyObject *message_args(Batch *batch, PyObject *const *args, Py_ssize_t count, long flags) {
+    PyObject *buffers = PySequence_List(args[0]), *ancillary = NULL, *all = NULL;
+    Way way;
+    bool none = count < 2 || (PyList_CheckExact(args[1]) && PyList_GET_SIZE(args[1]) == 0) || args[1] == no_words;
+    if (buffers != NULL && none && count == 4 && old_way(batch, args[3], &way) && way.level != ANY)
+        ancillary = own_as_ancillary(&way);
+    else if (buffers != NULL)
+        ancillary = count < 2 ? PyList_New(0) : PySequence_List(args[1]);
+    if (ancillary != NULL)
+        all = count == 4 ? Py_BuildValue("(OOlO)", buffers, ancillary, flags | MSG_DONTWAIT, args[3])
+                         : Py_BuildValue("(OOl)", buffers, ancillary, flags | MSG_DONTWAIT);
+    Py_XDECREF(buffers);
+    Py_XDECREF(ancillary);
+    return all;
+}
+
+/* sendmsg(buffers[, ancdata[, flags[, address]]]) likewise. */
+static PyObject *answers_sendmsg(PyObject *self, PyObject *args) {
+    Py_ssize_t count = PyTuple_GET_SIZE(args);
+    Batch *batch = count < 1 || count > 4 ? NULL : batch_of(self);
+    if (batch == NULL)
+        return plainly(self, "sendmsg", args);
+    send_answers(batch, false);
+    long flags = count < 3 ? 0 : PyLong_AsLong(PyTuple_GET_ITEM(args, 2));
+    if (flags == -1 && PyErr_Occurred())
+        return NULL;
+    PyObject *sent, *all = message_args(batch, &PyTuple_GET_ITEM(args, 0), count, flags);
+    if (all == NULL)
+        return NULL;
+    do
+        sent = plainly(self, "sendmsg", all);
+    while (sent == NULL && wait_for_room(self, batch, flags) == 0);
+    Py_DECREF(all);
+    return sent;
+}
+
+static PyObject *after_answers(PyObject *self, const char *name) {
+    Batch *batch = batch_of(self);
+    if (batch != NULL)
+        send_answers(batch, false);
+    return plainly(self, name, no_words);
+}
+
+static PyObject *answers_close(PyObject *self, PyObject *none) { return after_answers(self, "close"); }
+
+static PyObject *answers_detach(PyObject *self, PyObject *none) { return after_answers(self, "detach"); }
 
 /* -- the type ------------------------------------------------------------------------------------------------------ */
 
 static PyMethodDef answers_methods[] = {
     {"sendto", FAST(answers_sendto), METH_FASTCALL, "As socket.sendto; answers to a datagram may go out together."},
+    {"sendmsg", answers_sendmsg, METH_VARARGS, "As socket.sendmsg, after the answers."},
+    {"close", answers_close, METH_NOARGS, "As socket.close, after the answers."},
+    {"detach", answers_detach, METH_NOARGS, "As socket.detach, after the answers."},
     {NULL},
 };
 
@@ -270,7 +353,8 @@ static PyType_Spec answers_spec = {
 int answers_ready(PyObject *module) {
     Answers_Type = (PyTypeObject *)PyType_FromSpec(&answers_spec);
     base_sendto = PyObject_GetAttrString((PyObject *)Wire_Type, "sendto");
-    if (Answers_Type == NULL || base_sendto == NULL)
+    no_words = PyTuple_New(0);
+    if (Answers_Type == NULL || base_sendto == NULL || no_words == NULL)
         return -1;
     return PyModule_AddObjectRef(module, "Answers", (PyObject *)Answers_Type);
 }

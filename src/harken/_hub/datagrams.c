@@ -554,6 +554,7 @@ static PyMethodDef batch_methods[] = {
     {"take", batch_take, METH_O, "take(service): take what is there, to be served this turn."},
     {"again", batch_again, METH_NOARGS, "again(): take more, for the same service."},
     {"run", batch_run, METH_NOARGS, "run(): serve what was taken."},
+    {"tell", FAST(batch_tell), METH_FASTCALL, "tell(failed, request, address, errno): an answer was not sent."},
     {"work", batch_work, METH_NOARGS, "work(): what the green threads run that serve."},
     {"trust", batch_trust, METH_O, "trust(door): what is there may be taken without asking, for a moment."},
     {"distrust", batch_distrust, METH_NOARGS, "distrust(): no more. Any thread."},

@@ -93,6 +93,7 @@ HIDDEN extern Batch *batches;
 HIDDEN int answers_ready(PyObject *module);
 HIDDEN size_t send_answers(Batch *batch, bool nowait);
 HIDDEN void drop_answers(Batch *batch);
+HIDDEN PyObject *batch_tell(PyObject *self, PyObject *const *args, Py_ssize_t count);
 
 /* datagrams.c */
 #endif

@@ -25,7 +25,8 @@ MOST_IDLE = 16  # green threads that are kept for the next batch
 ENOUGH = 4  # a batch after which it is worth asking at once whether more has come
 WAIT_SECONDS = 0.001  # between two tries to send when the kernel has no room
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
-_sendto = socket.socket.sendto
+_sendto: Any = socket.socket.sendto
+_sendmsg: Any = getattr(socket.socket, "sendmsg", None)
 # linux/in.h and linux/in6.h; the socket module has the second pair.
 _IP_PKTINFO = getattr(socket, "IP_PKTINFO", 8 if sys.platform == "linux" else None)
 _RECVPKTINFO = getattr(socket, "IPV6_RECVPKTINFO", None)
@@ -213,21 +214,48 @@ class Answers:
     def sendto(self, *args: Any) -> int:
         """As ``socket.sendto``, waiting in the hub."""
         sock: Any = self
-        batch = _batches.get(id(self))
-        hub = here.hub
-        if batch is None or hub is None or getcurrent() is hub.own or not 2 <= len(args) <= 3:
-            return _sendto(sock, *args)
+        batch = _batch_of(sock)
+        if batch is None or not 2 <= len(args) <= 3:
+            sent: int = _sendto(sock, *args)
+            return sent
         flags = args[1] if len(args) == 3 else 0
-        way = batch.way(args[-1]) if len(args) == 2 else []
-        while True:
-            try:
-                if way:
-                    return sock.sendmsg([args[0]], way, _DONTWAIT, args[1])  # type: ignore[no-any-return]
-                return _sendto(sock, args[0], flags | _DONTWAIT, args[-1])
-            except BlockingIOError:
-                if flags & _DONTWAIT or sock.gettimeout() is not None:
-                    raise
-            hub.sleep(WAIT_SECONDS)
+        way = batch.way(args[-1])
+        if way:
+            return _patiently(sock, flags, lambda quick: _sendmsg(sock, [args[0]], way, quick, args[-1]))
+        return _patiently(sock, flags, lambda quick: _sendto(sock, args[0], quick, args[-1]))
+
+    def sendmsg(self, *args: Any) -> int:
+        """As ``socket.sendmsg`` likewise."""
+        sock: Any = self
+        send: Any = super().sendmsg  # type: ignore[misc]
+        batch = _batch_of(sock)
+        if batch is None or not 1 <= len(args) <= 4:
+            sent: int = send(*args)
+            return sent
+        buffers, address = list(args[0]), args[3:]
+        ancillary = args[1] if len(args) > 1 else []
+        flags = args[2] if len(args) > 2 else 0
+        if address and ancillary in ([], ()):
+            ancillary = batch.way(*address)
+        return _patiently(sock, flags, lambda quick: send(buffers, ancillary, quick, *address))
+
+
+def _batch_of(sock: Any) -> Batch | None:
+    """Return the batch of a socket, for a call of a green thread; None: the call is the plain socket's."""
+    hub = here.hub
+    return None if hub is None or getcurrent() is hub.own else _batches.get(id(sock))
+
+
+def _patiently(sock: Any, flags: int, send: Callable[[int], int]) -> int:
+    """Send with ``MSG_DONTWAIT``; while there is no room, wait in the hub, if a socket would."""
+    while True:
+        try:
+            return send(flags | _DONTWAIT)
+        except BlockingIOError:
+            hub = here.hub
+            if hub is None or flags & _DONTWAIT or sock.gettimeout() is not None:
+                raise
+        hub.sleep(WAIT_SECONDS)
 
 
 def _ask_for_own(sock: socket.socket) -> bool:
