@@ -408,11 +408,13 @@ def test_what_is_sent_elsewhere_keeps_its_place() -> None:
                 sock.sendto(b"3", (*self.client_address,))
                 sock.sendto(self.request[0], other.getsockname())
                 sock.sendto(b"4", self.client_address)
+                with sock.dup() as double:
+                    double.sendto(b"5", self.client_address)
 
         server = harken.GreenUDPServer(LOCAL, Tell)
         with harken.background(server), clients(server.server_address) as (client,):
             client.send(b"hello")
-            assert [client.recv(10) for _ in range(4)] == [b"1", b"2", b"3", b"4"]
+            assert [client.recv(10) for _ in range(5)] == [b"1", b"2", b"3", b"4", b"5"]
             assert other.recv(10) == b"hello"
 
 

@@ -328,6 +328,8 @@ static PyObject *answers_close(PyObject *self, PyObject *none) { return after_an
 
 static PyObject *answers_detach(PyObject *self, PyObject *none) { return after_answers(self, "detach"); }
 
+static PyObject *answers_dup(PyObject *self, PyObject *none) { return after_answers(self, "dup"); }
+
 /* -- the type ------------------------------------------------------------------------------------------------------ */
 
 static PyMethodDef answers_methods[] = {
@@ -335,6 +337,7 @@ static PyMethodDef answers_methods[] = {
     {"sendmsg", answers_sendmsg, METH_VARARGS, "As socket.sendmsg, after the answers."},
     {"close", answers_close, METH_NOARGS, "As socket.close, after the answers."},
     {"detach", answers_detach, METH_NOARGS, "As socket.detach, after the answers."},
+    {"dup", answers_dup, METH_NOARGS, "As socket.dup, after the answers."},
     {NULL},
 };
 
