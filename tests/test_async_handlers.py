@@ -135,6 +135,32 @@ def test_nothing_is_lost_by_an_interrupted_read():
     assert seen == ["timeout", "timeout"]
 
 
+@pytest.mark.parametrize("source", ["request", "rfile"])
+def test_nothing_is_lost_whenever_another_tasks_read_is_cancelled(source):
+    """Before it began, while it waits, or when it has what it asked for: all comes, in order."""
+
+    async def handle(self):
+        read = self.request.recv if source == "request" else self.rfile.read
+        got = b""
+        for turns in [*range(10)] * 3:
+            task = asyncio.create_task(read(3))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                got += await task
+            with contextlib.suppress(TimeoutError):
+                got += await asyncio.wait_for(read(2), 0)
+            if turns % 2:
+                got += await read(1)
+        while part := await read(4):
+            got += part
+        return got
+
+    data = bytes(range(256))
+    assert talk(handle, data)[0] == data
+
+
 def test_the_timeout_of_the_class():
     """``timeout`` bounds one operation."""
 

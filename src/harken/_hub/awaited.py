@@ -51,10 +51,8 @@ class AsyncConnection:
         Raises:
             OSError: as on a socket; TimeoutError after its timeout.
         """
-        if self._left_over:
-            data, self._left_over = self._left_over[:bufsize], self._left_over[bufsize:]
-            return self._driver.done(data)  # type: ignore[no-any-return]
-        return self._driver.wait(self, self._recv, bufsize)  # type: ignore[no-any-return]
+        receive = self._recv_left_over if self._left_over else self._recv
+        return self._driver.wait(self, receive, bufsize)  # type: ignore[no-any-return]
 
     def sendall(self, data: Any) -> Awaitable[None]:
         """Send all of ``data``.
@@ -72,7 +70,18 @@ class AsyncConnection:
         return await aside(function, *args, give_back=self._give_back)
 
     def _give_back(self, result: Any) -> None:
-        self._left_over += result or b""
+        """Keep what was received for a task that was cancelled; nothing was sent for one that asked for that."""
+        if result:
+            self._left_over = result + self._left_over
+
+    def _recv_left_over(self, bufsize: int) -> bytes:
+        if not self._left_over:
+            received: bytes = self._recv(bufsize)
+            return received
+        if bufsize < 0:
+            raise ValueError("negative buffersize in recv")  # the socket's words
+        data, self._left_over = self._left_over[:bufsize], self._left_over[bufsize:]
+        return data
 
     def close(self) -> None:
         """Close the connection; whoever waits for it gets OSError."""

@@ -28,6 +28,9 @@ __all__ = ["Task", "aside", "drive", "own", "sweep", "tasks"]
 tasks: set[int] = set()
 """By identity, the tasks that green threads run now. Without any there is nothing to sweep after a turn."""
 
+# Turns of the loop in which a green thread ends that is told to: two or three, unless its hub serves no more.
+MOST_TURNS = 100
+
 _numbers = itertools.count(1)
 _mine: contextvars.ContextVar[Task | None] = contextvars.ContextVar("harken_task", default=None)
 
@@ -250,13 +253,18 @@ async def aside(
 ) -> Any:
     """Return ``function(*args)``, which waits as green threads do, from a coroutine that is no green thread's own.
 
-    When it is cancelled, ``function`` is ended by GreenletExit; what it had returned already is given back.
+    When it is cancelled, ``function`` is ended by GreenletExit, and has ended before the cancellation goes on: whoever
+    calls it next is alone. What it had returned already is given back.
     """
     hub = hosts.any_host().stage.hub
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    over = False
 
     def work() -> None:
+        nonlocal over
         try:
+            if future.done():  # cancelled before this green thread's first turn
+                return
             result = function(*args)
         except Exception as error:  # noqa: BLE001 - raised again where it is awaited
             if not future.done():
@@ -266,13 +274,21 @@ async def aside(
                 give_back(result)
             else:
                 future.set_result(result)
+        finally:
+            over = True
 
     green = hub.spawn(work)
     try:
         return await future
     except asyncio.CancelledError:
-        if future.done() and not future.cancelled() and future.exception() is None:
+        if over and not future.cancelled() and future.exception() is None:
             give_back(future.result())
-        else:
-            hub.throw(green, GreenletExit())
+        for _ in range(MOST_TURNS):
+            if over:
+                break
+            hub.throw(green, GreenletExit())  # in vain when it is about to run; then it may wait again
+            try:
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                pass  # it is being raised
         raise
