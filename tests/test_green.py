@@ -69,6 +69,34 @@ def test_spawn_join_current(run):
     assert run(act) == [True]
 
 
+def test_a_green_thread_cannot_wait_for_itself(run):
+    """It would for ever."""
+    box = []
+    said = []
+
+    def itself():
+        with pytest.raises(RuntimeError, match="current"):
+            box[0].join()
+        said.append(True)
+
+    def act():
+        box.append(green.spawn(itself))
+        return box[0].join(PATIENCE)
+
+    assert run(act) == [True]
+    assert said == [True]
+
+
+def test_who_never_began_is_waited_for_by_nobody():
+    """The last handler ended in the turn in which it was spawned; a plain thread joins it all the same."""
+    engine = Engine(lambda _: False)
+    made = []
+    engine.spawn(lambda: made.append(green.spawn(time.sleep, 0)))
+    assert engine.join(time.monotonic() + PATIENCE) == 0
+    assert made[0].join(PATIENCE)
+    assert not made[0].is_alive()
+
+
 def test_a_spawned_thread_that_raises_is_joined_too(run, monkeypatch):
     """The error is shown as a thread's."""
     shown = []
@@ -188,6 +216,18 @@ def test_an_interrupted_waiter_loses_nothing(run):
     assert got is True
 
 
+def test_lock_takes_the_standard_librarys_default(run):
+    """``acquire(timeout=-1)`` waits without end."""
+    lock = green.Lock()
+
+    def act():
+        lock.acquire()
+        green.spawn(lambda: (green.sleep(0.01), lock.release()))
+        return lock.acquire(True, -1), lock.acquire(timeout=0)
+
+    assert run(act) == [(True, False)]
+
+
 def test_semaphore_between_plain_threads_and_green_ones(run):
     """Never more than its value at once."""
     semaphore, inside, most = green.Semaphore(2), [], []
@@ -280,6 +320,39 @@ def test_timeouts_nest(run):
             green.sleep(1)
 
     assert str(run(act)[0]) == "not done within 0.05 s"
+
+
+def test_timeouts_that_pass_at_once_are_both_raised(run):
+    """Neither takes the other's place, when a third one kept the hub until both had passed."""
+
+    def act():
+        with green.timeout(0.02):
+            with pytest.raises(DeadlineExceeded, match="0.01"), green.timeout(0.01):
+                green.spawn(time.sleep, 0.04)
+                green.sleep(1)
+            green.sleep(1)
+
+    assert str(run(act)[0]) == "not done within 0.02 s"
+
+
+def test_a_timeout_ends_a_connect_whatever_addresses_are_left(run, monkeypatch):
+    """It is not one address that failed."""
+    tried = []
+
+    class Silent(socket.socket):
+        def connect(self, place):
+            tried.append(place)
+            green.sleep(PATIENCE)
+
+    monkeypatch.setattr("harken.green._places", lambda address: [(socket.AF_INET, number) for number in range(3)])
+    monkeypatch.setattr("harken._hub.Connection", Silent)
+
+    def act():
+        with green.timeout(0.02):
+            green.connect(("several", 1))
+
+    assert isinstance(run(act)[0], DeadlineExceeded)
+    assert tried == [0]
 
 
 # -- the outside -----------------------------------------------------------------------------------------------------

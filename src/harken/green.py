@@ -61,21 +61,38 @@ class GreenThread:
 
     def __init__(self, hub: Any, function: Callable[..., object], args: tuple[Any, ...]) -> None:
         self._over = Event()
-        self.greenlet: greenlet = hub.spawn(self._run, function, args)
-
-    def _run(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
-        try:
-            function(*args)
-        finally:
-            self._over.set()
+        self.greenlet: greenlet = hub.spawn(_Body(self._over, function), *args)
 
     def is_alive(self) -> bool:
         """Tell whether it has not ended."""
         return not self._over.is_set()
 
     def join(self, timeout: float | None = None) -> bool:
-        """Wait until it has ended, at most ``timeout`` seconds; tell whether it has."""
+        """Wait until it has ended, at most ``timeout`` seconds; tell whether it has.
+
+        Raises:
+            RuntimeError: it is the calling green thread itself, which would wait for ever.
+        """
+        if self.greenlet is getcurrent():
+            raise RuntimeError("cannot join the current green thread")
         return self._over.wait(timeout)
+
+
+class _Body:
+    """What a green thread of ``spawn`` runs. It is over, too, when its hub closes before it begins."""
+
+    def __init__(self, over: Event, function: Callable[..., object]) -> None:
+        self._over = over
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        try:
+            self._function(*args)
+        finally:
+            self._over.set()
+
+    def __del__(self) -> None:
+        self._over.set()
 
 
 def spawn(function: Callable[..., object], *args: Any) -> GreenThread:
@@ -107,6 +124,9 @@ def sleep(seconds: float = 0.0) -> None:
 @contextmanager
 def timeout(seconds: float) -> Iterator[None]:
     """Bound the time of the block, whatever it waits for. Code that computes is not interrupted.
+
+    It is raised once: an ``except TimeoutError`` within the block, around another ``timeout`` for one, catches it as
+    well, and the block then goes on without bound.
 
     Raises:
         DeadlineExceeded: in the block, after ``seconds``; it is a TimeoutError.
@@ -237,6 +257,9 @@ def connect(address: str | tuple[str, int], timeout: float | None = None) -> soc
         try:
             made.settimeout(None if deadline is None else max(1e-6, deadline - time.monotonic()))  # 0 would not wait
             made.connect(place)
+        except DeadlineExceeded:  # of the caller's: no reason to try the next address
+            made.close()
+            raise
         except OSError as error:
             made.close()
             failure = error

@@ -388,3 +388,36 @@ def test_a_forked_child_has_hooks_threads_of_its_own():
         assert os.waitpid(pid, 0)[1] == 0
     finally:
         go_on.set()
+
+
+def test_a_forked_child_has_threads_of_its_own(make):
+    """The idle ones of the parent stayed there: jobs in the child wait for none of them."""
+    crew = make(limit=1, daemon=True)
+    done = threading.Event()
+    crew.submit(done.set)
+    assert done.wait(PATIENCE)
+    wait_until(lambda: crew.running == 0)
+    pid = os.fork()
+    if pid == 0:
+        ran = threading.Event()
+        try:
+            crew.submit(ran.set)
+        finally:
+            os._exit(0 if ran.wait(PATIENCE) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_a_thread_that_forked_goes_when_its_job_is_done(make):
+    """In the child it is the only one, and takes up nothing of the parent's."""
+    crew = make(limit=1, daemon=True)
+    statuses = []
+
+    def fork():
+        pid = os.fork()
+        if pid:
+            statuses.append(os.waitpid(pid, 0)[1])
+
+    crew.submit(fork)
+    crew.submit(lambda: statuses.append("the parent's"))
+    assert crew.join(time.monotonic() + PATIENCE) == 0
+    assert statuses == [0, "the parent's"]

@@ -20,8 +20,10 @@ import time
 import weakref
 
 import pytest
+from greenlet import getcurrent
 
 from harken import _hub, connection as plain, records
+from harken.errors import DeadlineExceeded
 
 PATIENCE = 5.0  # seconds
 FAMILIES = pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
@@ -237,6 +239,21 @@ def test_sendfile(stage, offset, count):
         assert file.tell() == offset + len(expected)
     thread.join(PATIENCE)
     assert got == expected
+
+
+def test_sendfile_that_fails_leaves_the_file_where_it_stopped(stage):
+    """So that the rest can be sent later, as from stdlib's."""
+    connection, far = stage.pair()
+    connection.settimeout(0.05)
+    with tempfile.TemporaryFile() as file:
+        file.truncate(BIG)
+        assert isinstance(stage.run(lambda: connection.sendfile(file))[0], TimeoutError)
+        sent = file.tell()
+        assert 0 < sent < BIG
+        connection.close()
+        thread, got = drain(far, BIG)
+        thread.join(PATIENCE)
+        assert len(got) == sent
 
 
 def test_sendfile_of_what_is_no_file(stage):
@@ -492,6 +509,51 @@ def test_a_timeout_loses_nothing_of_what_was_waited_for(stage, how):
         return bytes(buffer[:3])
 
     assert stage.run(act) == [b"abc"]
+
+
+@pytest.mark.parametrize("how", ["recv", "send", "sendto", "sendmsg", "connect_ex"])
+def test_a_deadline_of_the_green_thread_is_no_outcome(stage, how):
+    """It is raised, although it is an OSError and something was moved before: who set it waits for it."""
+    connection, far = stage.pair()
+    waiting = []
+    big = bytes(BIG)
+    operations = {
+        "recv": lambda: connection.recv(6, socket.MSG_WAITALL),
+        "send": lambda: connection.send(big),
+        "sendto": lambda: connection.sendto(big, far.getsockname()),
+        "sendmsg": lambda: connection.sendmsg([big]),
+        "connect_ex": lambda: _connect_to_a_full_backlog(stage),
+    }
+    far.sendall(b"abc")
+
+    def act():
+        waiting.append(getcurrent())
+        return operations[how]()
+
+    def interrupter():
+        stage.hub.sleep(0.05)
+        return stage.hub.throw(waiting[0], DeadlineExceeded("late"))
+
+    outcomes = stage.run(act, interrupter)
+    assert isinstance(outcomes[0], DeadlineExceeded)
+    assert outcomes[1] is True
+
+
+def _connect_to_a_full_backlog(stage, timeout=None):
+    with contextlib.ExitStack() as held:
+        listener = held.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(2):
+            other = held.enter_context(socket.socket())
+            other.setblocking(False)
+            other.connect_ex(listener.getsockname())
+        connection = held.enter_context(stage.kind.Connection(socket.AF_INET, socket.SOCK_STREAM, 0))
+        connection.settimeout(timeout)
+        return connection.connect_ex(listener.getsockname())
+
+
+def test_connect_ex_tells_of_its_timeout_by_number(stage):
+    """EAGAIN, as the socket module."""
+    assert stage.run(lambda: _connect_to_a_full_backlog(stage, 0.05)) == [errno.EAGAIN]
 
 
 @pytest.mark.parametrize("how", ["flag", "timeout"])

@@ -136,6 +136,22 @@ done = [check(Engine, check.transports[0]) for check in ENGINE_CHECKS if str(che
 print(len(done) == len(wanted))
 """
 
+LATE = """
+def late(handler, word):
+    for step in range(-3, 4):
+        try:
+            with green.timeout(0.003 + step * 0.0002):
+                gevent.sleep(0.003)
+        except TimeoutError:
+            pass
+        gevent.sleep(0.002)
+    return word
+
+with serving(late) as server:
+    answers, _ = ask_at_once(server, 20)
+    print(answers == [str(number) for number in range(20)])
+"""
+
 OTHERS = """
 with serving(lambda handler, word: time.sleep(0.1) or word, harken.ThreadingTCPServer) as server:
     answers, seconds = ask_at_once(server)
@@ -163,6 +179,12 @@ def test_requests_and_urllib_give_way(run_program, order):
 def test_whatever_waits_gives_way(run_program, order, kind):
     """gevent's waits and harken's, interrupted by either's timeouts, in one handler after the other."""
     assert run(run_program, order, WAITS, kind) == "done True"
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_a_timeout_that_is_left_is_over(run_program, kind):
+    """Also when gevent ends the wait in the very turn in which the time has passed."""
+    assert run(run_program, "before", LATE, kind) == "True"
 
 
 def test_coroutines_run_elsewhere(run_program):

@@ -139,6 +139,22 @@ def test_throw_takes_the_place_of_an_unpark_under_way(stage):
     assert stage.hub.throw(parked[0], LookupError()) is False
 
 
+def test_throw_leaves_an_error_under_way(stage):
+    """Each has its own reason: the second is told so, and may try again."""
+    parked = []
+
+    def sleeper():
+        parked.append(getcurrent())
+        stage.hub.park()
+
+    def thrower():
+        return [stage.hub.throw(parked[0], error) for error in (LookupError(), KeyError())]
+
+    outcomes = stage.run(sleeper, thrower)
+    assert type(outcomes[0]) is LookupError
+    assert outcomes[1] == [True, False]
+
+
 def test_only_a_green_thread_can_park(stage):
     """Elsewhere nothing could ever switch back."""
     with pytest.raises(RuntimeError):
@@ -184,6 +200,23 @@ def test_close_ends_the_green_threads_that_are_left(kind):
     assert seen == ["ended"]
     assert green.dead
     hub.wake()
+
+
+def test_close_lets_go_of_what_has_not_begun(kind):
+    """Also when somebody holds the green thread: what it would have run never will."""
+
+    class Thing:
+        def __call__(self):
+            """Never called."""
+
+    thing = Thing()
+    gone = weakref.ref(thing)
+    hub = kind.Hub()
+    green = hub.spawn(thing)
+    del thing
+    hub.close()
+    assert gone() is None
+    assert not green
 
 
 def test_ended_green_threads_are_forgotten(stage):
@@ -236,6 +269,28 @@ def test_timers_fire_in_order_and_not_before_their_time(stage):
     cancelled.cancel()
     stage.run(lambda: stage.hub.sleep(0.05))
     assert seen == [(0.01, True), (0.02, True), (0.03, True)]
+
+
+def test_a_timeout_that_is_due_ends_no_later_wait(stage):
+    """Its own wait was ended by something else in the same turn."""
+    connection, far = stage.pair()
+    waiting = []
+
+    def reader():
+        waiting.append(getcurrent())
+        connection.settimeout(0.02)
+        with pytest.raises(LookupError):
+            connection.recv(1)
+        connection.settimeout(None)
+        return connection.recv(1)
+
+    def interrupter():
+        time.sleep(0.03)  # keeps the hub until the timeout is due
+        stage.hub.throw(waiting[0], LookupError())
+        stage.hub.sleep(0.02)
+        far.sendall(b"x")
+
+    assert stage.run(reader, interrupter) == [b"x", None]
 
 
 def test_many_cancelled_timers_do_not_pile_up(stage):

@@ -56,7 +56,7 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
         RuntimeError when it is not parked.
     ``throw(green, error) -> bool``
         Raise ``error`` out of a ``park()`` or a wait; takes the place of an ``unpark`` that is under way. False when
-        the green thread is running or dead.
+        the green thread is running or dead, or another error is under way to it: both are to be raised, one by one.
     ``sleep(seconds)``
         Park for so long; 0 lets the others have their turn. Outside a green thread: ``time.sleep``.
     ``wait(fd, write=False, timeout=None)``

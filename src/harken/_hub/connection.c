@@ -19,6 +19,7 @@ static PyTypeObject *Base_Type; /* harken.connection.Connection */
 HIDDEN Py_ssize_t state_offset;
 static Py_ssize_t record_offset; /* of harken.connection.Connection's slot */
 static PyObject *far_ends[2];
+static PyObject *deadline_exceeded; /* what green.timeout() raises: an OSError, too */
 static PyObject *base_init, *base_real_close, *base_detach, *base_setblocking;
 HIDDEN char scratch[SCRATCH];
 
@@ -29,6 +30,9 @@ int fail(int error) {
     PyErr_SetFromErrno(PyExc_OSError);
     return -1;
 }
+
+/* Whether the exception is what became of the operation, not what interrupted the green thread in it. */
+bool is_outcome(void) { return PyErr_ExceptionMatches(PyExc_OSError) && !PyErr_ExceptionMatches(deadline_exceeded); }
 
 static int as_int(PyObject *number) {
     long value = PyLong_AsLong(number);
@@ -301,7 +305,7 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
         if (fresh != NULL && have == 0)
             Py_CLEAR(*fresh);
         if (wait_ready(self, state, READ, &deadline) < 0) {
-            if (have == 0 || !PyErr_ExceptionMatches(PyExc_OSError))
+            if (have == 0 || !is_outcome())
                 return -1;
             PyErr_Clear();
             return received(self, state, into, have, flags); /* or it would be lost */
@@ -409,7 +413,7 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
         if (flags & MSG_DONTWAIT)
             return fail(EAGAIN);
         if (wait_ready(self, state, WRITE, &deadline) < 0) {
-            if (share != MUCH || done == 0 || !PyErr_ExceptionMatches(PyExc_OSError))
+            if (share != MUCH || done == 0 || !is_outcome())
                 return -1;
             PyErr_Clear();
             return (ssize_t)done;
@@ -747,9 +751,12 @@ int connection_ready(PyObject *module) {
     PyObject *parent = PyImport_ImportModule("harken.connection");
     Base_Type = parent == NULL ? NULL : (PyTypeObject *)PyObject_GetAttrString(parent, "Connection");
     Py_XDECREF(parent);
+    PyObject *errors = PyImport_ImportModule("harken.errors");
+    deadline_exceeded = errors == NULL ? NULL : PyObject_GetAttrString(errors, "DeadlineExceeded");
+    Py_XDECREF(errors);
     far_ends[0] = PyUnicode_InternFromString("peer_closed");
     far_ends[1] = PyUnicode_InternFromString("peer_reset");
-    if (Base_Type == NULL || accept_ready() < 0 || rare_ready() < 0 || far_ends[0] == NULL || far_ends[1] == NULL)
+    if (Base_Type == NULL || deadline_exceeded == NULL || accept_ready() < 0 || rare_ready() < 0 || far_ends[0] == NULL || far_ends[1] == NULL)
         return -1;
     base_init = PyObject_GetAttrString((PyObject *)Base_Type, "__init__");
     base_real_close = PyObject_GetAttrString((PyObject *)Base_Type, "_real_close");

@@ -188,7 +188,7 @@ class Hub:
         enter()
         self._dispatch(events)
         if self._timers.next() is not None:
-            ready.extend(self._timers.pop_due(time.monotonic()))
+            ready.extend((timer.fire, ()) for timer in self._timers.pop_due(time.monotonic()))
         for _ in range(len(ready)):
             function, args = ready.popleft()
             enter()
@@ -297,12 +297,22 @@ class Hub:
         """Raise ``error`` in a parked green thread; see the contract."""
         failure = _Failure(error)
         if green in self._waking:
+            if type(self._waking[green]) is _Failure:
+                return False
             self._waking[green] = failure
             return True
         if self._occupies and green and green not in self._parked and green is not getcurrent():
-            self._make_due(_throw, (green, error))  # it waits in the host
-            return True
+            return self._throw_into_host(green, error)
         return self.unpark(green, failure)
+
+    def _throw_into_host(self, green: greenlet, error: BaseException) -> bool:
+        """Raise ``error`` in a green thread that waits in the host, which may resume it at any moment: so now."""
+        if getcurrent() is not self.own:
+            self._make_due(_throw, (green, error))
+        else:
+            self.beat.enter()
+            _throw(green, error)
+        return True
 
     def _resume(self, green: greenlet) -> None:
         if green in self._waking:

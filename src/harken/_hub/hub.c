@@ -564,9 +564,8 @@ static PyObject *hub_throw(PyObject *self, PyObject *const *args, Py_ssize_t cou
     int parked = is_parked((PyGreenlet *)args[0]);
     if (parked <= 0)
         return parked < 0 ? NULL : Py_NewRef(Py_False);
-    if (throw_into(hub, (PyGreenlet *)args[0], args[1]) < 0)
-        return NULL;
-    Py_RETURN_TRUE;
+    int done = throw_into(hub, (PyGreenlet *)args[0], args[1]);
+    return done < 0 ? NULL : PyBool_FromLong(done);
 }
 
 static PyObject *hub_sleep(PyObject *self, PyObject *seconds) {
@@ -760,6 +759,8 @@ static PyObject *hub_close(PyObject *self, PyObject *none) {
     Hub *before = enter(hub);
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(left); i++) {
         PyGreenlet *green = (PyGreenlet *)PyList_GET_ITEM(left, i);
+        if (!PyGreenlet_STARTED(green) && PyObject_SetAttrString((PyObject *)green, "run", NULL) < 0)
+            PyErr_Clear(); /* what it would have run goes now, whoever holds the greenlet */
         if (!PyGreenlet_ACTIVE(green))
             continue;
         PyObject *done = PyGreenlet_Throw(green, PyExc_GreenletExit, NULL, NULL);

@@ -307,6 +307,7 @@ HIDDEN PyObject *rebuild(PyObject *module, PyObject *args);
 HIDDEN int begin(PyObject *self, State *state);
 HIDDEN int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline);
 HIDDEN int fail(int error);
+HIDDEN bool is_outcome(void);
 HIDDEN void let_go(PyObject *self, State *state);
 HIDDEN void leave_unasked(State *state);
 HIDDEN void make_stream_known(State *state, int family, int kind, int proto);

@@ -111,6 +111,10 @@ class Lock(Semaphore):
     def __init__(self) -> None:
         super().__init__(1)
 
+    def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
+        """Take it, waiting at most ``timeout`` seconds, or without end with None or -1; tell whether that was so."""
+        return super().acquire(blocking, None if timeout == -1 else timeout)
+
     def locked(self) -> bool:
         """Tell whether somebody holds it."""
         return self._value == 0

@@ -119,24 +119,27 @@ int make_due(Hub *hub, PyGreenlet *green, PyObject *value) {
     return -1;
 }
 
-/* Raise `error` in a parked green thread at the next turn, in place of what it would have been resumed with. */
+/* Raise `error` in a parked green thread at the next turn, in place of what it would have been resumed with. 1: it will
+ * be; 0: another one is under way, which stays; -1. */
 int throw_into(Hub *hub, PyGreenlet *green, PyObject *error) {
     if (!is_due(hub, green)) {
         if (PyDict_SetItem(hub->due, (PyObject *)green, Py_None) < 0)
             return -1;
-        return enqueue(hub, THROW, (PyObject *)green, error);
+        return enqueue(hub, THROW, (PyObject *)green, error) < 0 ? -1 : 1;
     }
     for (size_t i = 0; i < hub->count; i++) {
         Entry *entry = entry_at(hub, i);
         if (entry->target != (PyObject *)green || entry->kind == CALL)
             continue;
+        if (entry->kind == THROW)
+            return 0;
         PyObject *before = entry->value;
         entry->kind = THROW;
         entry->value = Py_NewRef(error);
         Py_XDECREF(before);
         break;
     }
-    return 0;
+    return 1;
 }
 
 /* Let the others have their turn, if a green thread is running here. */

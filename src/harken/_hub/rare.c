@@ -75,7 +75,7 @@ static PyObject *send_rest(PyObject *self, PyObject *data, int flags, PyObject *
                                      : transmit(self, state_of(self), (char *)whole.buf + done,
                                                 (size_t)(whole.len - done), flags, MUCH);
     PyBuffer_Release(&whole);
-    if (more < 0 && PyErr_ExceptionMatches(PyExc_OSError)) {
+    if (more < 0 && is_outcome()) {
         PyErr_Clear(); /* the next call meets it */
         more = 0;
     }
@@ -216,7 +216,7 @@ static PyObject *rare_connect_ex(PyObject *self, PyObject *address) {
     int error = connecting(self, address);
     if (error >= 0)
         return PyLong_FromLong(error);
-    if (!PyErr_ExceptionMatches(PyExc_TimeoutError))
+    if (!PyErr_ExceptionMatches(PyExc_TimeoutError) || !is_outcome())
         return NULL;
     PyErr_Clear();
     return PyLong_FromLong(EAGAIN); /* as the socket module says of a timeout here */
@@ -224,12 +224,12 @@ static PyObject *rare_connect_ex(PyObject *self, PyObject *address) {
 
 /* -- files -------------------------------------------------------------------------------------------------------- */
 
-/* Bytes sent; -1 with an exception; -2: this file must be read and sent. */
-static int64_t send_pieces(PyObject *self, int file, int64_t offset, int64_t most) {
+/* Counts the bytes in `*total`. 0: done; -1: an exception; -2: this file must be read and sent. */
+static int send_pieces(PyObject *self, int file, int64_t offset, int64_t most, int64_t *total) {
     State *state = state_of(self);
-    int64_t deadline = 0, sent = 0;
+    int64_t deadline = 0, sent;
     begin_writing(state);
-    while (sent < most) {
+    while ((sent = *total) < most) {
         int fd = begin(self, state), error;
         if (fd < 0)
             return -1;
@@ -242,7 +242,7 @@ static int64_t send_pieces(PyObject *self, int file, int64_t offset, int64_t mos
         if (done == 0)
             break;
         if (done > 0) {
-            sent += done;
+            *total += done;
             moved(self, state, WRITE, NULL, (size_t)done);
             if (current_hub != NULL && (current_hub->budget -= PIECES(done) + 1) < 0 && give_way(current_hub) < 0)
                 return -1;
@@ -257,7 +257,19 @@ static int64_t send_pieces(PyObject *self, int file, int64_t offset, int64_t mos
         else
             return fail(error);
     }
-    return sent;
+    return 0;
+}
+
+/* Leave the file where what was sent ends, also when an exception is under way; what has no position has none. */
+static int seek_to(PyObject *file, int64_t position) {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    PyObject *done = PyObject_CallMethod(file, "seek", "L", (long long)position);
+    int result = done == NULL && !PyErr_ExceptionMatches(PyExc_AttributeError) ? -1 : 0;
+    Py_XDECREF(done);
+    if (result == 0 || type != NULL)
+        PyErr_Restore(type, error, trace);
+    return result;
 }
 
 static PyObject *rare_sendfile(PyObject *self, PyObject *args, PyObject *words) {
@@ -279,23 +291,19 @@ static PyObject *rare_sendfile(PyObject *self, PyObject *args, PyObject *words) 
     struct stat about;
     int fd = PyObject_AsFileDescriptor(file);
     PyErr_Clear(); /* whatever cannot tell is read */
-    int64_t sent = -2;
+    int64_t sent = 0;
+    int done = -2;
     if (fd >= 0 && fstat(fd, &about) == 0 && S_ISREG(about.st_mode)) {
         int64_t most = about.st_size;
         if (count != Py_None && (most = PyLong_AsLongLong(count)) == -1 && PyErr_Occurred())
             return NULL;
-        sent = send_pieces(self, fd, offset, most);
+        done = send_pieces(self, fd, offset, most, &sent);
     }
-    if (sent == -2)
+    if (done == -2)
         return PyObject_CallMethod(self, "_sendfile_use_send", "OLO", file, offset, count);
-    if (sent < 0)
+    if (sent > 0 && seek_to(file, offset + sent) < 0)
         return NULL;
-    PyObject *moved = sent > 0 ? PyObject_CallMethod(file, "seek", "L", (long long)(offset + sent)) : NULL;
-    if (sent > 0 && moved == NULL && !PyErr_ExceptionMatches(PyExc_AttributeError))
-        return NULL;
-    PyErr_Clear();
-    Py_XDECREF(moved);
-    return PyLong_FromLongLong(sent);
+    return done < 0 ? NULL : PyLong_FromLongLong(sent);
 }
 
 /* -- before others use the descriptor, what was written goes ------------------------------------------------------ */

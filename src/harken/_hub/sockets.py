@@ -17,6 +17,7 @@ from harken._hub import TURN_BYTES, TURN_OPERATIONS
 from harken._hub.files import Reader, Writer
 from harken._hub.pending import flush_of
 from harken._hub.wire import Wire, give_way, here, wait
+from harken.errors import DeadlineExceeded
 from harken.tracing import tell, tell_call
 from harken.unpatched import family_of, kind_of
 
@@ -127,6 +128,8 @@ class Connection(connection.Connection):
                 if not piece:
                     break
                 data += piece
+        except DeadlineExceeded:  # is for the green thread, not an end of this operation
+            raise
         except OSError:
             if not data:
                 raise
@@ -206,6 +209,8 @@ class Connection(connection.Connection):
                     sent += _send(self, rest[sent:], flags)
                 except BlockingIOError:
                     pass
+                except DeadlineExceeded:  # is for the green thread, not an end of this operation
+                    raise
                 except OSError:
                     break
         return sent
@@ -326,12 +331,20 @@ class Connection(connection.Connection):
 
     def connect(self, address: Any, /) -> None:
         """Connect, waiting in the hub. A host name is looked up by blocking the thread; ``harken.green`` does not."""
-        error = self.connect_ex(address)
+        error = self._try_connect(address)
         if error:
             raise OSError(error, os.strerror(error))
 
     def connect_ex(self, address: Any, /) -> int:
-        """As ``connect``, but return the error's number."""
+        """As ``connect``, but return the error's number: EAGAIN after the timeout, as the socket module does."""
+        try:
+            return self._try_connect(address)
+        except DeadlineExceeded:
+            raise
+        except TimeoutError:
+            return errno.EAGAIN
+
+    def _try_connect(self, address: Any) -> int:
         wire = self._wire
         deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
         pause = _FIRST_PAUSE

@@ -22,21 +22,21 @@ class Timer:
         self.deadline = deadline
         self._function: Callable[..., object] | None = function
         self._args = args
-        self._timers = timers
+        self._timers: Timers | None = timers  # None once it is due
 
     def cancel(self) -> None:
         """Do not call; harmless when it was called already."""
         if self._function is not None:
             self._function, self._args = None, ()
-            self._timers.cancelled()
+            if self._timers is not None:
+                self._timers.cancelled()
 
-    def take(self) -> tuple[Callable[..., object], tuple[Any, ...]] | None:
-        """Return what to call, once; None when it was cancelled."""
-        if self._function is None:
-            return None
-        due = self._function, self._args
+    def fire(self) -> None:
+        """Call it, unless it was cancelled while others had their turn before it."""
+        function, args = self._function, self._args
         self._function, self._args = None, ()
-        return due
+        if function is not None:
+            function(*args)
 
 
 class Timers:
@@ -70,13 +70,14 @@ class Timers:
             self._dead -= 1
         return None
 
-    def pop_due(self, now: float) -> list[tuple[Callable[..., object], tuple[Any, ...]]]:
+    def pop_due(self, now: float) -> list[Timer]:
         """Take out what is due."""
         due = []
         while self._heap and self._heap[0][0] <= now:
-            call = heapq.heappop(self._heap)[2].take()
-            if call is not None:
-                due.append(call)
+            timer = heapq.heappop(self._heap)[2]
+            if timer._function is not None:
+                timer._timers = None
+                due.append(timer)
             else:
                 self._dead -= 1
         return due

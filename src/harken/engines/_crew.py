@@ -45,16 +45,23 @@ class Crew:
         self.max_backlog = max_backlog
         self.on_room: Callable[[], None] = lambda: None
         self._daemon = daemon
+        self._open_books(set())
+        _crews.add(self)
+
+    def _open_books(self, threads: set[threading.Thread]) -> None:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting = 0
-        self._closing = False
-        self._threads: set[threading.Thread] = set()
-        self._count = 0
+        self._closing = bool(threads)
+        self._threads = threads
+        self._count = len(threads)
         self._idle = 0
         self._backlog = 0
-        _crews.add(self)
+
+    def after_fork(self) -> None:
+        """In a child: the threads stayed in the parent, but for the one that forked, which goes when it is done."""
+        self._open_books(self._threads & {threading.current_thread()})
 
     @property
     def full(self) -> bool:
@@ -231,6 +238,8 @@ _beside = Crew(lambda: True, limit=MOST_BESIDE)
 
 def _after_fork() -> None:
     global _beside
+    for crew in list(_crews):
+        crew.after_fork()
     _beside = Crew(lambda: True, limit=MOST_BESIDE)  # the threads stayed in the parent
 
 
