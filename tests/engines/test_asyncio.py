@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import functools
 import os
 import socket
+import subprocess
 import threading
 import time
 
@@ -117,6 +119,25 @@ def test_plain_handlers_beyond_the_queue_wait_in_the_backlog():
         for client in clients:
             assert client.recv(100)
             client.close()
+
+
+def test_plain_handlers_have_plain_sockets():
+    """They wait in threads, so their descriptor blocks: for a program that is given it, for ``os.read``, for a dup."""
+    seen = []
+
+    class Handler(harken.BaseRequestHandler):
+        def handle(self):
+            seen.append(fcntl.fcntl(self.request, fcntl.F_GETFL) & os.O_NONBLOCK)
+            subprocess.run(["cat"], stdin=self.request, stdout=self.request, check=True, timeout=PATIENCE)
+
+    with harken.background(harken.AsyncTCPServer(LOCAL, Handler)) as server:
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            wait_until(lambda: bool(seen), PATIENCE)
+            client.sendall(b"hello")
+            assert client.recv(100) == b"hello"
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(100) == b""
+    assert seen == [0]
 
 
 @pytest.mark.parametrize("engine", ["inline", "thread", "pool", "fork", "green"])

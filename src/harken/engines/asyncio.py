@@ -10,6 +10,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from harken.connection import Connection
 from harken.engines import Engine as AnyEngine, Options, is_async
 from harken.engines._crew import Crew
 from harken.engines.green import Engine as Green
@@ -44,6 +45,7 @@ class Engine(Green):
         self.fit(handler)
         self._threads = not is_async(handler)
         self.host = None if self._threads else type(self).host  # threads need no event loop
+        self.connection = Connection if self._threads else type(self).connection  # and no hub that waits for them
         if self._threads:
             self.refresh()
 
@@ -72,6 +74,10 @@ class Engine(Green):
             return super().spawn(function, *args)
         self._pool.submit(function, *args)
         return 0
+
+    def adopt(self, request: Any) -> Any:
+        """Make a plain socket a connection of the hub's; for a handler in a thread it stays as it is."""
+        return request if self._threads else super().adopt(request)
 
     def spawn_on_data(self, function: Callable[..., object], request: Any, *args: Any) -> None:
         """Start the green thread of ``request`` when its first bytes have come; a thread at once."""
