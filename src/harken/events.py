@@ -6,6 +6,7 @@ Nobody listening costs one truth test: callers write ``if events.subscribers["op
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import traceback
@@ -42,6 +43,8 @@ NAMES: dict[str, str] = {
     "reload_failed": "something was to be read anew and could not; what was there stays in force: `what`, `reason`",
     "upgrade_failed": "a new binary did not become ready and the old one serves on: `reason`",
     "worker_started": "a worker process accepts: `pid`, `generation`",
+    "worker_failed": "a worker process could not be started, for want of what the machine has: `reason`, `restart_in` "
+    "seconds",
     "worker_exited": "a worker process ended: `pid`, `status`; where there are any its `reason`, the `stacks` of one "
     "that hung, and `restart_in` seconds",
 }
@@ -130,5 +133,6 @@ def emit(name: str, **fields: Any) -> None:
         try:
             tell(event)
         except Exception:  # noqa: BLE001 - a broken observer must not break the server
-            print(f"harken: an observer of {name!r} raised", file=sys.stderr)
-            traceback.print_exc()
+            with contextlib.suppress(Exception):  # nor must a stderr that nobody reads any more
+                print(f"harken: an observer of {name!r} raised", file=sys.stderr)
+                traceback.print_exc()

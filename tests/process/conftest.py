@@ -54,7 +54,7 @@ class Service:
         with self._news:
             found = self._news.wait_for(lambda: len(self._found(pattern)) >= count, PATIENCE)
             assert found, f"no {pattern!r} (times {count}) in the log:\n" + "".join(self._lines)
-            return self._found(pattern)[count - 1]
+            return self._found(pattern)[count - 1] if count else None
 
     def said(self, pattern, count=1):
         """Whether the log has ``count`` lines that match by now."""

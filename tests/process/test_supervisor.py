@@ -198,6 +198,27 @@ def test_an_upgrade_that_is_never_ready_is_killed(service, target):
     assert running.ask()[0] == "one"
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("code", ["raise RuntimeError", "while True: pass"])
+def test_unix_paths_survive_an_upgrade_that_fails(service, target, tmp_path, code, workers):
+    """A successor that ends, or is ended, removes none of the sockets that it was handed."""
+    paths = [tmp_path / name for name in ("sock", "control", "metrics")]
+    words = ("--workers", workers, "--control", str(paths[1]), "--metrics", f"unix:{paths[2]}")
+    running = service(*words, "--upgrade-timeout", "2", bind=f"unix:{paths[0]}")
+    running.workers(int(workers))
+    target.write_text(code)
+    for count in (1, 2):
+        os.kill(running.pid, signal.SIGUSR2)
+        running.wait_log("upgrade failed", count)
+    for path in paths:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(PATIENCE)
+            client.connect(str(path))
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.end()[0] == 0
+    assert not any(map(os.path.exists, paths))
+
+
 def test_a_unix_path_survives_an_upgrade(service, tmp_path):
     """The successor answers for the path: it stays while that runs, and goes with it."""
     path, pidfile = tmp_path / "socket", tmp_path / "pid"

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TextIO
 
 from harken import events
@@ -48,13 +49,17 @@ LOG_FILE = setting(
     origin="service managers collect stderr",
 )
 
-_LEVELS = dict.fromkeys(("handler_failed", "reload_failed", "upgrade_failed"), logging.ERROR) | dict.fromkeys(
+_LEVELS = dict.fromkeys(("handler_failed", "reload_failed", "upgrade_failed", "worker_failed"), logging.ERROR)
+_LEVELS |= dict.fromkeys(
     ("listening", "page_opened", "draining", "drained", "reloaded", "worker_started", "worker_exited", "resumed"),
     logging.INFO,
 )
 _LEVELS |= dict.fromkeys(("paused", "stalled", "truncated", "alarm", "timed_out", "rejected"), logging.WARNING)
 _LEVELS |= {"memory_exceeded": logging.WARNING, "memory_recovered": logging.INFO, "preamble_failed": logging.INFO}
 _LEVELS |= dict.fromkeys(("accepted", "opened", "closed", "configured"), logging.DEBUG)
+
+# Seconds between two words about a log that cannot be written.
+COMPLAINT_SECONDS = 60.0
 
 # The settings that a running log follows.
 _FOLLOWED = ("log_level", "log_format")
@@ -119,7 +124,44 @@ def open_log(path: str | None, stream: TextIO) -> logging.Handler:
     Raises:
         OSError: the file cannot be opened.
     """
-    return logging.FileHandler(path) if path else logging.StreamHandler(stream)
+    return _File(path) if path else _Stream(stream)
+
+
+class _Losing(logging.Handler):
+    """Serving is worth more than its log: what cannot be written is lost, and stderr says so now and then."""
+
+    _complained = float("-inf")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # a file that was to be opened anew
+            self.handleError(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        now = time.monotonic()
+        if now - self._complained < COMPLAINT_SECONDS:
+            return
+        self._complained = now
+        name = getattr(self, "baseFilename", "a stream")
+        with suppress(Exception):  # stderr may be what cannot be written to
+            print(f"harken: cannot write the log to {name}: {error.strerror}; lines are lost", file=sys.stderr)
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is still to be written
+            super().close()
+
+
+class _File(_Losing, logging.FileHandler):
+    pass
+
+
+class _Stream(_Losing, logging.StreamHandler[TextIO]):
+    pass
 
 
 def _formatter(settings: Settings) -> logging.Formatter:
@@ -191,6 +233,11 @@ class LogObserver:
     def _leave(self) -> None:
         while self._unsubscribe:
             self._unsubscribe.pop()()
+
+    def reread(self) -> None:
+        """Do as the settings say now that they were read anew."""
+        if self._unsubscribe:
+            self._obey()
 
     def _follow(self, event: events.Event) -> None:
         changes: Mapping[str, Any] = event.changes

@@ -12,6 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from harken import events
@@ -23,6 +24,7 @@ from harken.process.channel import Message
 from harken.process.control import Client, Control, open_listener
 from harken.process.notify import Watchdog, notify, reloading
 from harken.process.pidfile import PidFile
+from harken.process.signals import Early
 from harken.process.traces import Followers
 from harken.process.worker import Worker
 from harken.settings import Settings, operator
@@ -33,6 +35,8 @@ __all__ = ["Alone"]
 
 # The key under which a successor finds the control socket.
 _CONTROL = "control"
+# Seconds between looks whether a successor is still wanted.
+_LOOK_SECONDS = 0.1
 # Seconds between attempts to send on what a slow reader of an answer has not taken.
 _FLUSH_SECONDS = 0.05
 
@@ -48,6 +52,8 @@ class Alone:
         *,
         name: str,
         reopen: Callable[[], None],
+        early: Early,
+        in_memory: bool,
     ) -> None:
         """Bind every address and become who the settings say.
 
@@ -57,12 +63,15 @@ class Alone:
             keywords: settings by name.
             name: the handler's, for the control socket.
             reopen: opens the log anew.
+            early: the signals that come before we heed them.
+            in_memory: whether the program goes on when this is over.
 
         Raises:
             ConfigError: an address, a setting or the handler is wrong; nothing stays open.
             BindError: an address cannot be had; nothing stays open.
         """
         self.settings = Settings(None, keywords, "serve")
+        self._early = early
         self._directory = os.getcwd()
         self._pidfile = PidFile(self.settings["pidfile"])
         privileges.set_umask(self.settings)
@@ -84,8 +93,14 @@ class Alone:
                 listener.close()
             raise
         self._replaced = False
+        self._ended = False  # by an operator, who wants no new program
+        self._leaving = threading.Event()
+        self._upgrade_thread: threading.Thread | None = None
         self._watchdog = Watchdog()
+        if not in_memory:
+            self._worker.ends_with_process()
         self._worker.on_leaving = self._tell_why
+        self._worker.on_told = self._told_to_end
         self._worker.obeys = {
             signal.SIGHUP: self._reload,
             signal.SIGUSR1: reopen,
@@ -117,16 +132,30 @@ class Alone:
         try:
             status = self._worker.run(on_ready=self._ready, on_turn=self._watchdog.feed)
         finally:
+            self._leaving.set()
+            if self._upgrade_thread is not None:
+                self._upgrade_thread.join()
             self._worker.close()
             if self._page is not None:
                 self._page.close()
             if self._desk is not None:
                 self._desk.close()
+            if self._ended:
+                _close(self._kept)
+                self._kept = {}
             if not self._kept:
                 self._pidfile.remove()
         if self._kept:
-            handoff.exec_anew(self._kept, self._directory)
+            self._begin_anew()
         return status
+
+    def _begin_anew(self) -> None:
+        try:
+            handoff.exec_anew(self._kept, self._directory)
+        except OSError as error:
+            _close(self._kept)
+            self._pidfile.remove()
+            raise HandoffError(f"the program cannot be started anew: {error}") from None
 
     def _ready(self) -> None:
         predecessor = handoff.upgraded_from()
@@ -140,16 +169,22 @@ class Alone:
         handoff.tell_predecessor()
         where = ", ".join(server.serving.address() for server in self._worker.servers)
         notify(READY=1, STATUS=f"one process on {where}", MAINPID=os.getpid())
+        self._early.repeat()
 
     def _reload(self) -> None:
         """Keep a second descriptor of each listener, drain, and become the new program.
 
         Not when what it would read anew is wrong: it could not begin, and there would be nobody left to serve.
         """
-        if self._kept or not self._can_begin_anew():
+        if self._leaving.is_set() or self._is_upgrading() or not self._can_begin_anew():
             return
-        self._kept = {address: [_twin(listener) for listener in each] for address, each in self._opened.items()}
-        self._leave()
+        try:
+            handoff.may_begin_anew(self._directory)
+            self._kept = _twins(self._opened)
+        except OSError as error:  # HandoffError is one
+            events.emit("reload_failed", what="code", reason=str(error))
+            return
+        self._worker.leave()
 
     def _can_begin_anew(self) -> bool:
         """Read settings and certificates; what is wrong with them is an event."""
@@ -162,14 +197,23 @@ class Alone:
         return all(done)
 
     def _upgrade(self) -> None:
-        """Start the new program and wait for it here, in the thread that acts on signals."""
-        if self._kept:
+        """Start the new program and wait for it, in a thread: meanwhile signals are acted on."""
+        if self._leaving.is_set() or self._is_upgrading():
             return
+        self._upgrade_thread = threading.Thread(target=self._follow_upgrade, name="harken-upgrade", daemon=True)
+        self._upgrade_thread.start()
+
+    def _is_upgrading(self) -> bool:
+        return self._upgrade_thread is not None and self._upgrade_thread.is_alive()
+
+    def _follow_upgrade(self) -> None:
         try:
             handoff.may_leave()
             successor = handoff.Successor(self._opened, self._directory, self.settings["upgrade_timeout"])
-            while not successor.check(wait=1.0):
-                pass
+            while not successor.check(wait=_LOOK_SECONDS):
+                if self._leaving.is_set():
+                    successor.abandon()
+                    return
         except HandoffError as error:
             events.emit("upgrade_failed", reason=f"{error}; this one serves on")
             return
@@ -179,7 +223,7 @@ class Alone:
             listener.disown()
         if self._page is not None:
             self._page.close()  # the successor has one
-        self._leave()
+        self._worker.leave()
 
     def _tell_why(self) -> None:
         """Tell the service manager why the worker leaves; a successor speaks for itself."""
@@ -187,9 +231,12 @@ class Alone:
             reloading()
         elif not self._replaced:
             notify(STOPPING=1, STATUS="draining")
+        self._leaving.set()
 
-    def _leave(self) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+    def _told_to_end(self) -> None:
+        if self._kept and not self._ended:
+            notify(STOPPING=1, STATUS="draining")
+        self._ended = True
 
 
 class _Desk:
@@ -265,12 +312,33 @@ class _Desk:
         self._waker.close()
 
 
-def _twin(listener: Listener) -> Listener:
-    """Return a second descriptor of the same socket, which goes on when the first is closed."""
+def _close(opened: dict[str, list[Listener]]) -> None:
+    for listener in (listener for several in opened.values() for listener in several):
+        listener.close()
+
+
+def _twins(opened: dict[str, list[Listener]]) -> dict[str, list[Listener]]:
+    """Return second descriptors of the same sockets, which go on when the first are closed.
+
+    Raises:
+        OSError: there are no descriptors left; nothing has changed.
+    """
+    listeners = [listener for several in opened.values() for listener in several]
+    with ExitStack() as undo:
+        fds = []
+        for listener in listeners:
+            fds.append(os.dup(listener.fileno()))
+            undo.callback(os.close, fds[-1])
+        undo.pop_all()
+    twins = iter([_twin(listener, fd) for listener, fd in zip(listeners, fds, strict=True)])
+    return {address: [next(twins) for _ in several] for address, several in opened.items()}
+
+
+def _twin(listener: Listener, fd: int) -> Listener:
     path = listener.owned_path
     listener.disown()
     listener.shared = True  # its drain must leave the socket fit for the new program
-    twin = Listener.adopt(os.dup(listener.fileno()))
+    twin = Listener.adopt(fd)
     twin.url = listener.url
     if path is not None:
         twin.own(path)

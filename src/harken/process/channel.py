@@ -7,7 +7,10 @@ without polling, which is how a worker notices that it has lost its supervisor.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import select
 import socket
 import threading
 from typing import Any
@@ -106,10 +109,29 @@ class Channel:
         *lines, self._unread = (self._unread + data).split(b"\n")
         if len(self._unread) > self._max_line_bytes:
             raise ValueError(f"a message is longer than {self._max_line_bytes} bytes")
-        messages = [json.loads(line) for line in lines]
+        try:
+            messages = [json.loads(line) for line in lines]
+        except RecursionError:
+            raise ValueError("a message is nested too deeply") from None
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError("a message is no JSON object")
         return messages
+
+    def raise_at_end(self, number: int) -> None:
+        """Have the kernel send this process a signal when the other end is gone or says something; 0 ends that.
+
+        It needs no thread, so that whatever is imported meanwhile finds none. Where there is no F_SETSIG (fcntl(2)),
+        nothing happens.
+        """
+        if not hasattr(fcntl, "F_SETSIG"):
+            return
+        fd = self._sock.fileno()
+        fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(fd, fcntl.F_SETSIG, number)
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_ASYNC if number else flags & ~os.O_ASYNC)
+        if number and select.select([fd], [], [], 0)[0]:  # it has gone before
+            os.kill(os.getpid(), number)
 
     def close(self) -> None:
         """Close this end; whoever waits in ``receive`` is woken."""

@@ -14,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from harken.errors import HarkenError
@@ -120,6 +121,7 @@ class Inside:
         slate: Slate,
         dump: int,
         answer: Callable[[Worker, str, dict[str, Any]], Any],
+        standing: Mapping[str, dict[str, Any]],
     ) -> None:
         """Prepare.
 
@@ -130,6 +132,7 @@ class Inside:
             slate: where our figures stand.
             dump: a descriptor for stacks.
             answer: answers what the supervisor asks.
+            standing: what it has asked of all workers, by verb: heeded before the first connection is taken.
         """
         self._make = make
         self._channel = channel
@@ -137,6 +140,7 @@ class Inside:
         self._slate = slate
         self._dump = dump
         self._answer = answer
+        self._standing = standing
         self._lifespan: Lifespan | None = None
         self._retiring = False
         self._worker: Worker | None = None
@@ -158,7 +162,10 @@ class Inside:
         _end(status)
 
     def _serve(self) -> int:
+        self._channel.raise_at_end(signal.SIGTERM)  # its default ends us, whatever the import waits for
         worker = self._worker = self._make()
+        self._channel.raise_at_end(0)
+        worker.ends_with_process()
         worker.traces.push = lambda token, entries: self._channel.send(type="traced", token=token, entries=entries)
         self._lifespan = Lifespan(worker.settings)
         collector = Collector(worker.servings, self._slate) if worker.settings["metrics"] is not None else None
@@ -175,6 +182,9 @@ class Inside:
 
     def _tell_ready(self) -> None:
         assert self._worker is not None
+        for verb, arguments in self._standing.items():
+            with suppress(HarkenError):  # there is nothing to resume
+                self._answer(self._worker, verb, arguments)
         self._channel.send(type="ready", engine=self._worker.settings["engine"] or "inline")
 
     def _turn(self) -> None:

@@ -13,7 +13,7 @@ from harken.process.answers import STANDING, VERBS, in_force
 from harken.process.channel import Message
 from harken.process.control import Client
 from harken.process.recycling import resident_bytes
-from harken.settings import known
+from harken.process.workers import WORKERS
 
 if TYPE_CHECKING:
     from harken.process.supervisor import Supervisor
@@ -55,10 +55,8 @@ class Commands:
             client.answer(number, error=str(error))
 
     def _workers(self, count: Any) -> int:
-        if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-            raise ConfigError(f"workers = {count!r} is not a whole number")
-        self._supervisor.workers.wanted = count
-        return count
+        self._supervisor.workers.wanted = number = WORKERS.read(count, "ctl")
+        return int(number)
 
     def _trace(self, client: Client, number: Any, connection: str, **arguments: Any) -> None:
         workers = self._supervisor.workers
@@ -75,8 +73,7 @@ class Commands:
         if verb == "configure":
             if "workers" in arguments:
                 arguments = dict(arguments)
-                count = known("workers", "configure()").read(arguments.pop("workers"), "configure()")
-                self._workers(count)
+                self._workers(arguments.pop("workers"))
             self._supervisor.settings.configure(arguments)  # refuses what is wrong before any worker is told
             events.emit("configured", server=self._supervisor, changes=arguments)
         if verb == "status":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -33,6 +34,8 @@ class Conductor:
             obey: called with each signal's number, in a thread; must not wait.
         """
         self._obey = obey
+        self.last = False
+        """Whether the process ends afterwards, so that signals that still come do nothing."""
         self._heeding = False
         self._abandon = False
         self._numbers: Sequence[int] = ()
@@ -55,7 +58,7 @@ class Conductor:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, _ignore if self.last else handler)
             self._heeding = False
             signal.set_wakeup_fd(wakeup)
             writer.close()
@@ -84,4 +87,11 @@ class Conductor:
     def _conduct(self, reader: socket.socket) -> None:
         while numbers := reader.recv(64):
             for number in numbers:
-                self._obey(number)
+                try:
+                    self._obey(number)
+                except Exception:  # noqa: BLE001 - the next signal must be obeyed all the same
+                    traceback.print_exc()
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """The work is done."""

@@ -24,6 +24,7 @@ from typing import NamedTuple
 from harken import transports
 from harken.errors import ConfigError, HandoffError
 from harken.listener import Listener
+from harken.process import signals
 from harken.transports import BindOptions
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "exec_anew",
     "inherited",
     "listen",
+    "may_begin_anew",
     "may_leave",
     "probe",
     "tell_predecessor",
@@ -55,6 +57,8 @@ class Inherited(NamedTuple):
 
 
 _inherited: Inherited | None = None
+# Unix paths that are the predecessor's until we are ready: a successor that fails must leave them where they are.
+_promised: list[tuple[Listener, str]] = []
 
 
 def _take() -> Inherited:
@@ -116,7 +120,9 @@ def _all(opened: dict[str, list[Listener]]) -> list[Listener]:
 def _adopt(fd: int, path: str | None) -> Listener:
     listener = Listener.adopt(fd)
     listener.url = transports.for_socket(listener).url(listener)
-    if path is not None:
+    if path is not None and upgraded_from():
+        _promised.append((listener, path))
+    elif path is not None:
         listener.own(path)
     return listener
 
@@ -142,6 +148,18 @@ def may_leave() -> None:
         )
 
 
+def may_begin_anew(directory: str) -> None:
+    """Check that this program can be started once more.
+
+    Raises:
+        HandoffError: its interpreter or its directory is not there any more.
+    """
+    if not os.access(sys.executable, os.X_OK):
+        raise HandoffError(f"{sys.executable} is not there any more, or may not be run")
+    if not os.access(directory, os.X_OK):
+        raise HandoffError(f"the directory {directory!r}, in which this program was started, may not be entered now")
+
+
 def _command() -> list[str]:
     """Return how this program was started, whatever it has done to ``sys.argv``."""
     return [sys.executable, *sys.orig_argv[1:]]
@@ -161,6 +179,7 @@ def exec_anew(opened: dict[str, list[Listener]], directory: str) -> None:
     sys.stderr.flush()
     environment = dict(os.environ) | {VARIABLE: _bequest(opened, -1)}
     os.chdir(directory)
+    signals.hold_back()
     os.execve(sys.executable, _command(), environment)  # noqa: S606 - there is no shell to want
 
 
@@ -183,7 +202,10 @@ class Successor:
         Raises:
             HandoffError: it cannot be started; nothing has changed.
         """
-        self._pipe, writer = os.pipe()
+        try:
+            self._pipe, writer = os.pipe()
+        except OSError as error:
+            raise HandoffError(f"the new program cannot be started: {error}") from None
         self.deadline = time.monotonic() + timeout
         self._timeout = timeout
         try:
@@ -262,6 +284,9 @@ def tell_predecessor() -> None:
     inherited = _take()
     if inherited.pipe < 0:
         return
+    while _promised:
+        listener, path = _promised.pop()
+        listener.own(path)
     try:
         os.write(inherited.pipe, READY)
     except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -23,7 +24,7 @@ class PidFile:
     """One pid file; with no path it is none, and every verb does nothing."""
 
     def __init__(self, path: str | None) -> None:
-        self._path = Path(path) if path else None
+        self._path = Path(path).absolute() if path else None  # `chdir` comes later
 
     def write(self, *, over: int | None = None) -> None:
         """Write this process's pid, by rename(2): nobody reads half a number.
@@ -44,6 +45,8 @@ class PidFile:
             beside.write_text(f"{os.getpid()}\n")
             beside.rename(self._path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                beside.unlink()
             raise ConfigError(f"pidfile = {str(self._path)!r}: {error.strerror}") from None
 
     def remove(self) -> None:

@@ -6,6 +6,7 @@ one held can still be read.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import struct
 import time
@@ -60,8 +61,10 @@ class Scoreboard:
         """Return a free row, cleared.
 
         Raises:
-            IndexError: there are more workers than rows.
+            OSError: every row is taken.
         """
+        if not self._free:
+            raise OSError(errno.EAGAIN, f"there are {MAX_ROWS} workers, old and new, already")
         row = Row(self._memory, self._free.pop())
         row.clear()
         return row

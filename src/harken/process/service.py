@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from harken.engines import suited
+from harken.process import signals
 from harken.process.worker import Worker, fit_handler
 from harken.settings import Settings
 
@@ -58,21 +59,45 @@ def run(
         in_memory: whether ``load`` returns what this process has loaded, so that only a new process has new code.
     """
     settings = Settings(None, keywords, "serve")
-    with _logs(settings) as reopen:
+    with _logs(settings) as (reopen, reread):
         if threading.current_thread() is not threading.main_thread():
             return _serve_here(load(), addresses, keywords)
-        if settings["workers"] == 0:
-            from harken.process.alone import Alone
+        with _early_signals() as early:
+            if settings["workers"] == 0:
+                from harken.process.alone import Alone
 
-            return Alone(load(), addresses, keywords, name=name, reopen=reopen).run()
-        from harken.process.supervisor import Supervisor
+                alone = Alone(load(), addresses, keywords, name=name, reopen=reopen, early=early, in_memory=in_memory)
+                status = alone.run()
+            else:
+                from harken.process.supervisor import Supervisor
 
-        return Supervisor(load, addresses, keywords, name=name, reopen=reopen, in_memory=in_memory).run()
+                status = Supervisor(
+                    load,
+                    addresses,
+                    keywords,
+                    name=name,
+                    reopen=reopen,
+                    reread=reread,
+                    early=early,
+                    in_memory=in_memory,
+                ).run()
+            if not in_memory:
+                early.over(status)
+        return status
 
 
 @contextmanager
-def _logs(settings: Settings) -> Iterator[Callable[[], None]]:
-    """Write the logs while the block runs; yields what opens them anew."""
+def _early_signals() -> Iterator[signals.Early]:
+    early = signals.Early()
+    try:
+        yield early
+    finally:
+        early.close()
+
+
+@contextmanager
+def _logs(settings: Settings) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Write the logs while the block runs; yields what opens them anew, and what reads their settings anew."""
     from harken.observe.access import AccessLog
     from harken.observe.log import LogObserver
 
@@ -86,7 +111,7 @@ def _logs(settings: Settings) -> Iterator[Callable[[], None]]:
             for log in logs:
                 log.reopen()
 
-        yield reopen
+        yield reopen, logs[0].reread
 
 
 def _serve_here(handler: Callable[..., Any], addresses: tuple[str, ...], keywords: dict[str, Any]) -> int:

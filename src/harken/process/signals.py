@@ -7,13 +7,18 @@ runs at a bad moment.
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-__all__ = ["MEANINGS", "Inbox", "Meaning", "blocked"]
+__all__ = ["COMMANDS", "ENDINGS", "MEANINGS", "Early", "Inbox", "Meaning", "blocked", "hold_back"]
+
+ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
+COMMANDS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
 
 
 class Meaning(NamedTuple):
@@ -59,6 +64,57 @@ MEANINGS: dict[signal.Signals, Meaning] = {
 """What `serve` heeds, in the words of `docs/reference/signals.md`. The names and meanings are gunicorn's."""
 
 
+class Early:
+    """Commands that come before a service heeds any, or when it does no more: by default most would end it.
+
+    Main thread only.
+    """
+
+    def __init__(self) -> None:
+        """Begin to note them, and let those in that a predecessor held back; see :func:`hold_back`."""
+        self._came: list[int] = []
+        self._before = {number: signal.signal(number, self._note) for number in COMMANDS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, COMMANDS)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self._came.append(number)
+
+    def repeat(self) -> None:
+        """Send again what has come, now that it is heeded."""
+        came, self._came = self._came, []
+        for number in came:
+            os.kill(os.getpid(), number)
+
+    def over(self, status: int) -> None:
+        """The service is over and its process ends: signals that still come leave its exit status as it is.
+
+        A second one that ends cuts short what the program does yet, and its threads.
+        """
+
+        def end(_number: int, _frame: object) -> None:
+            os._exit(status)
+
+        for number in MEANINGS:
+            signal.signal(number, end if number in ENDINGS else _ignore)
+        atexit.register(_ignore_all)  # when the interpreter goes, it gives up its handlers
+        self._before = {}
+
+    def close(self) -> None:
+        """Put everything back as it was, unless all is over."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def hold_back() -> None:
+    """Just before exec: let commands wait for the new program, which has no handlers yet. Main thread only."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, COMMANDS)
+
+
+def _ignore_all() -> None:
+    for number in MEANINGS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Inbox:
     """The signals that came since it was last read. Main thread only."""
 
@@ -86,10 +142,14 @@ class Inbox:
         except BlockingIOError:
             return []
 
-    def close(self) -> None:
-        """Put everything back as it was."""
+    def close(self, *, last: bool = False) -> None:
+        """Put everything back as it was.
+
+        Args:
+            last: the process ends, and signals that still come do nothing.
+        """
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, _ignore if last else handler)
         signal.set_wakeup_fd(self._wakeup)
         self._reader.close()
         self._writer.close()

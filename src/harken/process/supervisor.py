@@ -25,9 +25,9 @@ from harken.process.commands import Commands
 from harken.process.control import Client, Control, open_listener
 from harken.process.notify import Watchdog, notify, reloading
 from harken.process.pidfile import PidFile
-from harken.process.signals import MEANINGS, Inbox
+from harken.process.signals import MEANINGS, Early, Inbox
 from harken.process.worker import CUT, DRAINED, Worker
-from harken.process.workers import Workers
+from harken.process.workers import MOST_WORKERS, Workers
 from harken.settings import Settings, operator, seconds, setting
 from harken.transports import bind_options, for_socket
 
@@ -63,6 +63,8 @@ class Supervisor:
         *,
         name: str,
         reopen: Callable[[], None],
+        reread: Callable[[], None],
+        early: Early,
         in_memory: bool,
     ) -> None:
         """Bind every address and become who the settings say.
@@ -73,6 +75,8 @@ class Supervisor:
             keywords: settings by name.
             name: the handler's, for the control socket.
             reopen: opens the log anew.
+            reread: lets the log follow settings that were read anew.
+            early: the signals that come before we heed them.
             in_memory: whether ``load`` returns what this process has loaded, so that only a new process has new code.
 
         Raises:
@@ -81,6 +85,8 @@ class Supervisor:
         """
         self._load = load
         self._reopen = reopen
+        self._reread = reread
+        self._early = early
         self._in_memory = in_memory
         self._keywords = keywords
         self.settings = Settings(None, keywords, "serve")
@@ -94,6 +100,7 @@ class Supervisor:
         with ExitStack() as undo:
             undo.callback(self._close_listeners)
             undo.callback(self._close_page)
+            undo.callback(self._close_control)
             self._opened = handoff.listen(addresses, bind_options(self.settings))
             self._open_page()
             self._open_control(name)
@@ -160,6 +167,7 @@ class Supervisor:
         """
         self._inbox = Inbox(_SIGNALS)
         self._selector.register(self._inbox, selectors.EVENT_READ, self._heed_signals)
+        self._early.repeat()
         try:
             if _CONTROL in self._opened:
                 self._control = Control(self._opened[_CONTROL][0], self._selector, self._asked)
@@ -203,10 +211,14 @@ class Supervisor:
         self._pidfile.remove()
         self._selector.close()
         if self._inbox is not None:
-            self._inbox.close()
+            self._inbox.close(last=not self._in_memory)
 
     def _close_listeners(self) -> None:
         for listener in self.listeners:
+            listener.close()
+
+    def _close_control(self) -> None:
+        for listener in self._opened.get(_CONTROL, ()):
             listener.close()
 
     def _close_page(self) -> None:
@@ -329,7 +341,7 @@ class Supervisor:
                 case signal.SIGUSR2:
                     self.upgrade()
                 case signal.SIGTTIN:
-                    self.workers.wanted += 1
+                    self.workers.wanted = min(MOST_WORKERS, self.workers.wanted + 1)
                 case signal.SIGTTOU:
                     self.workers.wanted = max(1, self.workers.wanted - 1)
                 case signal.SIGWINCH:
@@ -371,11 +383,16 @@ class Supervisor:
         if self._in_memory:
             self.upgrade()
             return
+        before = self.settings["workers"]
         try:
             operator.reload()
         except ConfigError as error:
             events.emit("upgrade_failed", reason=f"{error}; the old workers serve on")
             return
+        self._reread()
+        number = self.settings["workers"]
+        if number != before or not self.workers.wanted:  # what an operator said by a signal or `ctl` holds on
+            self.workers.wanted = max(1, number)
         reloading()
         self.workers.reload()
 

@@ -98,6 +98,7 @@ class Worker:
         self.servers: list[_Stream | _Datagram] = []
         self._stopping = False
         self._left_loop = False
+        self._leaving = threading.Lock()
         self._drainer: threading.Thread | None = None
         self._status = DRAINED
         self._on_turn: Callable[[], None] = _nothing
@@ -107,6 +108,8 @@ class Worker:
         """What more signals do, besides ending the worker: called in the thread that acts on signals."""
         self.on_leaving: Callable[[], object] = _nothing
         """Called when a signal begins to end the worker, in the thread that acts on signals."""
+        self.on_told: Callable[[], object] = _nothing
+        """Called whenever a signal says that the worker shall end, also when it is about to."""
         self.traces = Traces()
         self._conductor = Conductor(self._obey)
         make = plugins.find("engines", self.settings["engine"] or "inline", "Engine")
@@ -177,6 +180,18 @@ class Worker:
             self._drainer.join()
             return self._status
 
+    def ends_with_process(self) -> None:
+        """Say that the process ends when ``run`` has returned: signals that come then do nothing."""
+        self._conductor.last = True
+
+    def leave(self) -> None:
+        """Drain, and make ``run`` return, as SIGTERM does. Any thread."""
+        with self._leaving:
+            if self._stopping or self._drainer is not None:
+                return
+            self.on_leaving()
+            self._begin_drain()
+
     def stop(self) -> None:
         """Make ``run`` return. Any thread, any signal handler."""
         self._stopping = True
@@ -199,15 +214,16 @@ class Worker:
 
     def _obey(self, number: int) -> None:
         """Act on a signal: the first TERM drains, INT and QUIT end at once, a drain too."""
+        if number in SIGNALS:
+            self.on_told()
         if number == signal.SIGTERM:
-            if not self._stopping and self._drainer is None:
-                self.on_leaving()
-                self._begin_drain()
+            self.leave()
         elif number in SIGNALS:
-            if self._drainer is None:
-                self.on_leaving()
-            self._hurry("shutdown")
-            self.stop()
+            with self._leaving:
+                if self._drainer is None:
+                    self.on_leaving()
+                self._hurry("shutdown")
+                self.stop()
         else:
             self.obeys.get(number, _nothing)()  # or a signal of the program's own
 

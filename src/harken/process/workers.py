@@ -12,6 +12,8 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,11 +32,20 @@ from harken.process.traces import Followers
 from harken.process.worker import Worker
 from harken.settings import Settings, count, seconds, setting
 
-__all__ = ["GRACE_SECONDS", "Workers"]
+__all__ = ["GRACE_SECONDS", "MOST_WORKERS", "Workers"]
+
+# A reload needs room for as many again.
+MOST_WORKERS = MAX_ROWS // 2
+
+
+def _check_number(value: int) -> None:
+    if value > MOST_WORKERS:
+        raise ValueError(f"is above the largest value allowed, {MOST_WORKERS}")
+
 
 WORKERS = setting(
     "workers",
-    count(),
+    replace(count(), test=_check_number),
     0,
     serve=1,
     unit="processes",
@@ -110,7 +121,7 @@ class Workers:
         self._across = Across(MAX_ROWS)
         self._ledger = Ledger()
         self._children: dict[int, Child] = {}
-        self._generation = 1
+        self._generation = self._newest = 1  # what there should be, and the last number given
         self._proven = 0  # the last generation of which a worker has become ready
         self._reloading = False
         self._ending = False
@@ -180,22 +191,36 @@ class Workers:
 
     def _fill(self) -> None:
         while self._lacking() and time.monotonic() >= self._not_before:
-            self._start()
+            try:
+                self._start()
+            except OSError as error:  # no descriptors, memory or processes left: those that are there serve on
+                if self._proven == 0:
+                    raise ConfigError(f"no worker can be started: {error.strerror}") from None
+                self._slow_down()
+                events.emit("worker_failed", reason=error.strerror, restart_in=self._delay)
 
     def _start(self) -> None:
-        ours, theirs = pair()
-        row = self._board.take()
-        place = self._across.place(row.number)
-        slate = Slate()
-        dump = os.memfd_create("harken-stacks", os.MFD_CLOEXEC)
-        with blocked():
-            pid = os.fork()
-            if pid == 0:
-                self._let_go()
-                ours.release()
-                self.release()
+        with ExitStack() as undo:
+            ours, theirs = pair()
+            undo.callback(ours.close)
+            undo.callback(theirs.close)
+            row = self._board.take()
+            undo.callback(self._board.give_back, row)
+            place = self._across.place(row.number)
+            slate = Slate()
+            undo.callback(slate.close)
+            dump = os.memfd_create("harken-stacks", os.MFD_CLOEXEC)
+            undo.callback(os.close, dump)
+            with blocked():
+                pid = os.fork()
+                if pid == 0:
+                    undo.pop_all()
+                    self._let_go()
+                    ours.release()
+                    self.release()
+            undo.pop_all()
         if pid == 0:
-            Inside(partial(self._make, place), theirs, row, slate, dump, answer).live()
+            Inside(partial(self._make, place), theirs, row, slate, dump, answer, self._standing).live()
         theirs.release()
         child = self._children[pid] = Child(pid, self._generation, ours, row, slate, dump)
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
@@ -223,7 +248,8 @@ class Workers:
 
     def _became_ready(self, child: Child, engine: str) -> None:
         child.ready = True
-        self._proven = max(self._proven, child.generation)
+        if not child.leaving:  # of a reload that was taken back, or overtaken by another
+            self._proven = max(self._proven, child.generation)
         self._on_ready(engine)
         events.emit("worker_started", pid=child.pid, generation=child.generation)
         for verb, arguments in self._standing.items():
@@ -291,7 +317,7 @@ class Workers:
         details = {"reason": reason, "stacks": stacks, "restart_in": 0.0 if child.leaving else self._delay}
         told = {name: value for name, value in details.items() if value}
         events.emit("worker_exited", pid=child.pid, status=status, **told)
-        if failed_to_start:
+        if failed_to_start and child.generation == self._generation:
             self._take_reload_back(reason or "")
 
     def _count(self, child: Child, status: int) -> None:
@@ -344,8 +370,9 @@ class Workers:
 
     def reload(self) -> None:
         """Start workers anew; the old ones leave when enough new ones are ready."""
-        self.wanted = max(self.wanted, 1)
-        self._generation += 1
+        self._give_up_starting()
+        self._newest += 1
+        self._generation = self._newest
         self._reloading = True
         self._deaths = 0
         self._not_before = 0.0
@@ -353,11 +380,18 @@ class Workers:
     def _take_reload_back(self, reason: str) -> None:
         """The new generation cannot start: the old one is the newest again."""
         self._generation = self._proven
+        self._give_up_starting()
         self._deaths = 0
         self._not_before = 0.0
         self._reloading = False
         events.emit("upgrade_failed", reason=f"the new code does not start: {reason}; the old workers serve on")
         self._on_reloaded()
+
+    def _give_up_starting(self) -> None:
+        """Whoever starts for a reload that is over comes too late."""
+        for child in self._children.values():
+            if child.generation > self._proven:
+                child.leave(self._patience)
 
     def _replace(self) -> None:
         """Let old workers go as soon as there are enough new ones to take their place."""

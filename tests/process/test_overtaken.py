@@ -1,0 +1,202 @@
+"""Signals that overtake one another: a second one while the first is still being obeyed, or when all is over."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+PATIENCE = 20.0
+
+SLOW = """
+import os, pathlib, time
+pathlib.Path("loads").write_text(str(os.getpid()))
+pathlib.Path("loads").rename("loading")
+while not pathlib.Path("go").exists():
+    time.sleep(0.01)
+"""
+
+
+def wait_for(path):
+    """Wait until a file is there."""
+    end = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} does not come"
+        time.sleep(0.01)
+
+
+def wait_gone(pid):
+    """Wait until a process is not there any more, or a zombie."""
+    end = time.monotonic() + PATIENCE
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        while pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < end, f"{pid} is still there"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def napping(target):
+    """A handler that does not heed the end of its input for a while."""
+    target.write_text(
+        target.read_text().replace(
+            'if data == b"die', 'if data == b"nap\\n": time.sleep(1)\n            if data == b"die'
+        )
+    )
+    return target
+
+
+def test_a_reload_overtakes_one_that_fails(service, target, tmp_path):
+    """The first HUP's code would fail while the second's starts: the newest code serves, alone."""
+    running = service("--workers", "2")
+    old = running.workers(2)
+    good = target.read_text()
+    target.write_text(SLOW + "raise RuntimeError('broken')\n")
+    os.kill(running.pid, signal.SIGHUP)
+    wait_for(tmp_path / "loading")
+    target.write_text(good.replace('"one"', '"two"'))
+    os.kill(running.pid, signal.SIGHUP)
+    (tmp_path / "go").touch()
+    running.wait_log("reloaded")
+    for _ in old:
+        running.wait_log("worker exited.*status 0")
+    assert {running.ask()[0] for _ in range(20)} == {"two"}
+    assert not running.said("upgrade failed")
+
+
+def test_a_failed_reload_leaves_nobody_of_it(service, target, tmp_path):
+    """What began for an earlier reload does not come late, when a later one has failed."""
+    running = service("--workers", "1")
+    (first,) = running.workers(1)
+    good = target.read_text()
+    target.write_text(SLOW + good.replace('"one"', '"two"'))
+    os.kill(running.pid, signal.SIGHUP)
+    wait_for(tmp_path / "loading")
+    target.write_text("def broken(:\n")
+    os.kill(running.pid, signal.SIGHUP)
+    running.wait_log("upgrade failed")
+    (tmp_path / "go").touch()
+    running.wait_log("worker exited", 2)
+    assert {running.ask() for _ in range(10)} == {("one", first)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_ends_a_reload_without_workers_ends_the_service(service, napping, tmp_path, number):
+    """TERM or INT while HUP drains: no new program begins, and nothing is left."""
+    words = ("--workers", "0", "--drain-timeout", "2", "--pidfile", str(tmp_path / "pid"))
+    running = service(*words, bind=f"unix:{tmp_path / 'sock'}")
+    with _unix(tmp_path / "sock") as client:
+        client.makefile().readline()
+        client.sendall(b"nap\n")
+        os.kill(running.pid, signal.SIGHUP)
+        running.wait_log("draining")
+        os.kill(running.pid, number)
+        assert running.end()[0] in (0, 3)
+    assert not running.said("listening", 3)  # the command's own line, and the log's
+    assert not (tmp_path / "sock").exists()
+    assert not (tmp_path / "pid").exists()
+
+
+def _unix(path):
+    client = socket.socket(socket.AF_UNIX)
+    client.settimeout(PATIENCE)
+    client.connect(str(path))
+    return client
+
+
+def test_a_reload_while_the_new_program_starts_is_heeded_by_it(service, target, tmp_path):
+    """HUP, and HUP again when the same process is a program that has no handlers yet: it does not end by it."""
+    running = service("--workers", "0")
+    good = target.read_text()
+    target.write_text(SLOW + good.replace('"one"', '"two"'))
+    os.kill(running.pid, signal.SIGHUP)
+    wait_for(tmp_path / "loading")
+    target.write_text(good.replace('"one"', '"three"'))
+    os.kill(running.pid, signal.SIGHUP)
+    (tmp_path / "go").touch()
+    assert running.wait_answer("three") == running.pid
+
+
+def test_commands_may_come_at_any_moment_of_a_reload(service):
+    """A storm of HUPs on a process alone ends in a process that serves."""
+    running = service("--workers", "0")
+    for count in range(1, 4):
+        while not running.said("drained", count):
+            os.kill(running.pid, signal.SIGHUP)
+            time.sleep(0.01)
+    assert running.ask()[1] == running.pid
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_upgrade_that_hangs_keeps_no_signal_waiting(service, target, tmp_path, workers, number):
+    """TERM and INT end the old program, and the new one that does not get ready with it."""
+    running = service("--workers", workers, "--upgrade-timeout", "600")
+    target.write_text(SLOW)
+    os.kill(running.pid, signal.SIGUSR2)
+    wait_for(tmp_path / "loading")
+    os.kill(running.pid, number)
+    assert running.end()[0] == 0
+    wait_gone(int((tmp_path / "loading").read_text()))
+
+
+def test_a_worker_that_still_loads_leaves_with_its_supervisor(service, target, tmp_path):
+    """kill -9 of the supervisor while a module waits for something in its import: nobody is left behind."""
+    running = service("--workers", "1")
+    target.write_text(SLOW)
+    os.kill(running.pid, signal.SIGHUP)
+    wait_for(tmp_path / "loading")
+    os.kill(running.pid, signal.SIGKILL)
+    wait_gone(int((tmp_path / "loading").read_text()))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
+def test_signals_that_come_when_all_is_over_change_no_status(service, workers, number):
+    """A second TERM, a second Ctrl-C, a late HUP: the status says how the service ended."""
+    running = service("--workers", workers)
+    running.workers(int(workers))
+    os.kill(running.pid, signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+    while running.process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(running.pid, number)
+    status, log = running.end()
+    assert status == 0
+    assert "Traceback" not in log
+
+
+def test_workers_that_the_terminal_told_too_end_as_asked(service):
+    """Ctrl-C reaches every process of a terminal, and the supervisor tells its workers once more."""
+    running = service("--workers", "4")
+    running.workers(4)
+    os.killpg(running.pid, signal.SIGINT)
+    status, log = running.end()
+    assert status == 0
+    assert log.count("worker exited") == log.count(", status 0") == 4
+
+
+def test_a_new_worker_of_a_suspended_service_takes_nobody(service, run_program, tmp_path):
+    """Who waits in the backlog waits on, when a worker is replaced meanwhile, until there is a resume."""
+    control = str(tmp_path / "control")
+    running = service("--workers", "1", "--control", control)
+    (first,) = running.workers(1)
+
+    def order(verb):
+        asking = run_program("-m", "harken", "ctl", "--socket", control, verb, stderr=subprocess.STDOUT)
+        assert asking.wait(PATIENCE) == 0, asking.stdout.read()
+
+    order("suspend")
+    with running.connect() as client:
+        client.setblocking(False)
+        os.kill(first, signal.SIGKILL)
+        running.workers(2)
+        os.kill(running.pid, signal.SIGHUP)
+        running.wait_log("reloaded")
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+        client.settimeout(PATIENCE)
+        order("resume")
+        assert client.recv(100).startswith(b"one ")

@@ -1,0 +1,218 @@
+"""What a machine has not got any more: descriptors, processes, room on a disk, somebody who reads stderr."""
+
+import os
+import resource
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+from harken import events
+from harken.process.workers import MOST_WORKERS
+
+PATIENCE = 20.0
+
+
+def leave_descriptors(pid, number):
+    """Let a process open only so many more; return what puts that right."""
+    held = len(os.listdir(f"/proc/{pid}/fd"))
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (held + number, before[1]))
+    return lambda: resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("left", range(4))
+def test_a_supervisor_without_descriptors_keeps_its_workers(service, left):
+    """No worker can be started: those that are there serve on, and the next try comes later, and succeeds."""
+    running = service("--workers", "1")
+    running.workers(1)
+    mend = leave_descriptors(running.pid, left)
+    os.kill(running.pid, signal.SIGTTIN)
+    assert "Too many open files" in running.wait_log("worker failed.*restart_in 0.5")[0]
+    held = os.listdir(f"/proc/{running.pid}/fd")
+    assert running.ask()
+    running.wait_log("worker failed.*restart_in 1")
+    assert os.listdir(f"/proc/{running.pid}/fd") == held
+    mend()
+    running.workers(2)
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.end()[0] == 0
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_upgrade_for_which_there_are_no_descriptors_is_refused(service, workers):
+    """The old one serves on, and still heeds what it is told."""
+    running = service("--workers", workers)
+    running.workers(int(workers))
+    running.ask()  # it has all that it needs
+    leave_descriptors(running.pid, 0)
+    os.kill(running.pid, signal.SIGUSR2)
+    assert "Too many open files" in running.wait_log("upgrade failed.*")[0]
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.end()[0] == 0
+
+
+def test_a_reload_for_which_there_are_no_descriptors_is_refused(service):
+    """A process alone keeps a second descriptor of its listener; without one it serves on."""
+    running = service("--workers", "0")
+    running.ask()  # it has all that it needs
+    leave_descriptors(running.pid, 0)
+    os.kill(running.pid, signal.SIGHUP)
+    assert "Too many open files" in running.wait_log("reload failed.*")[0]
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.end()[0] == 0
+
+
+def test_no_more_workers_than_there_are_places_for(service, run_program, tmp_path):
+    """The number is refused, as a flag and on a running service."""
+    wrong = run_program("-m", "harken", "serve", "nobody:Nothing", "--workers", str(MOST_WORKERS + 1))
+    assert wrong.wait(PATIENCE) == 2
+    assert f"largest value allowed, {MOST_WORKERS}" in wrong.stderr.read()
+    control = str(tmp_path / "control")
+    running = service("--control", control)
+    for words in (("workers", "100000"), ("set", "workers", "100000")):
+        asking = run_program("-m", "harken", "ctl", "--socket", control, *words)
+        assert asking.wait(PATIENCE) == 1
+        assert f"largest value allowed, {MOST_WORKERS}" in asking.stderr.read()
+    assert running.ask()
+
+
+def test_a_question_nested_without_end_is_no_question(service, tmp_path):
+    """The asker is hung up on, and the service goes on."""
+    control = str(tmp_path / "control")
+    running = service("--control", control)
+    with socket.socket(socket.AF_UNIX) as asker:
+        asker.settimeout(PATIENCE)
+        asker.connect(control)
+        asker.sendall(b'{"version": 1, "verb": "status", "arguments": ' + b"[" * 30_000 + b"]" * 30_000 + b"}\n")
+        assert asker.recv(100) == b""
+    assert running.ask()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_full_disk_costs_the_log_and_nothing_else(run_program, target, workers):
+    """One line on stderr from each process says what is lost; the service ends with its own status."""
+    words = ("-m", "harken", "serve", f"{target}:Tell", "--bind", "tcp://127.0.0.1:0", "--workers", workers)
+    process = run_program(*words, "--log-file", "/dev/full", "--access-log", "/dev/full", cwd=target.parent)
+    line = process.stderr.readline()
+    port = int(line.split(" (")[0].rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+        assert client.makefile().readline().startswith("one ")
+    process.terminate()
+    assert process.wait(PATIENCE) == 0
+    log = process.stderr.read()
+    assert "cannot write the log to /dev/full: No space left on device" in log
+    assert "Traceback" not in log
+    assert len(log.splitlines()) <= 4
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_nobody_reads_stderr(run_program, target, tmp_path, workers):
+    """A broken pipe, from the start: it serves all the same."""
+    path = tmp_path / "sock"
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = ("-m", "harken", "serve", f"{target}:Tell", "--bind", f"unix:{path}", "--workers", workers)
+    process = run_program(*words, cwd=target.parent, stdout=writer, stderr=writer)
+    os.close(writer)
+    end = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(path))
+        assert client.recv(100).startswith(b"one ")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+
+
+def test_emit_raises_nothing_when_stderr_is_gone(monkeypatch):
+    """Neither what an observer raises nor the word about it reaches who emits."""
+
+    class Broken:
+        def write(self, text):
+            raise BrokenPipeError
+
+        flush = write
+
+    def observer(event):
+        raise RuntimeError
+
+    monkeypatch.setattr("sys.stderr", Broken())
+    forget = events.subscribe(observer, "resumed")
+    try:
+        events.emit("resumed")
+    finally:
+        forget()
+
+
+def test_a_log_whose_folder_is_gone_is_no_reason_to_stop(run_program, target, tmp_path):
+    """USR1 when the file cannot be opened anew: a line says so; once it can, the log goes on."""
+    folder = tmp_path / "log"
+    folder.mkdir()
+    words = ("-m", "harken", "serve", f"{target}:Tell", "--bind", "tcp://127.0.0.1:0", "--log-file", str(folder / "a"))
+    process = run_program(*words, cwd=target.parent)
+    process.stderr.readline()
+    (folder / "a").unlink()
+    folder.rmdir()
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGTTIN)
+    assert "cannot write the log" in process.stderr.readline()
+    folder.mkdir()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+    assert "Traceback" not in process.stderr.read()
+    assert "worker exited" in (folder / "a").read_text()
+
+
+def test_what_a_start_that_fails_has_made_is_removed(run_program, target, tmp_path):
+    """No control socket stays, and no half a PID file."""
+    (tmp_path / "pid").mkdir()
+    words = (
+        "-m",
+        "harken",
+        "serve",
+        f"{target}:Tell",
+        "--bind",
+        "tcp://127.0.0.1:0",
+        "--pidfile",
+        str(tmp_path / "pid"),
+    )
+    process = run_program(*words, "--control", str(tmp_path / "control"), stderr=subprocess.STDOUT)
+    assert process.wait(PATIENCE) == 1
+    assert "Is a directory" in process.stdout.read()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pid", target.name]
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_pid_file_stays_where_it_was_asked_for(service, tmp_path, workers):
+    """A name without a folder is meant from where the service was started, also when it goes elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "telling.py").write_text((tmp_path / "telling.py").read_text())
+    running = service("--pidfile", "own.pid", "--chdir", str(tmp_path / "elsewhere"), "--workers", workers)
+    assert (tmp_path / "own.pid").read_text() == f"{running.pid}\n"
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.end()[0] == 0
+    assert not (tmp_path / "own.pid").exists()
+
+
+def test_a_reload_heeds_what_the_file_says_anew(service, tmp_path):
+    """The number of workers and the log's level; what an operator said meanwhile holds when the file says the same."""
+    file = tmp_path / "harken.toml"
+    file.write_text("workers = 1\n")
+    running = service("--config", str(file))
+    running.workers(1)
+    os.kill(running.pid, signal.SIGTTIN)
+    running.workers(2)
+    os.kill(running.pid, signal.SIGHUP)
+    assert "2 new workers" in running.wait_log("reloaded.*")[0]
+    file.write_text("workers = 3\nlog_level = 'debug'\n")
+    os.kill(running.pid, signal.SIGHUP)
+    assert "3 new workers" in running.wait_log("reloaded.*", 2)[0]
+    running.wait_log("worker exited", 4)  # the old ones are gone
+    running.ask()
+    running.wait_log("debug +closed")
