@@ -1,5 +1,7 @@
 """OpenSSL without the ssl module between: what it is for, and that nothing else changes."""
 
+import contextlib
+import gc
 import hashlib
 import os
 import random
@@ -120,6 +122,33 @@ def test_no_thread_comes_between_that_wants_the_gil(serving, dial):
             over.set()
             sys.setswitchinterval(interval)
             thread.join()
+
+
+@pytest.mark.skipif(not reached, reason="OpenSSL is called by the ssl module")
+def test_few_connections_keep_their_buffers_and_give_them_back(serving, dial):
+    """More than 256 do not: 34 KB each would be too much. A handshake that is asked for again counts once."""
+
+    class Parked(harken.BaseRequestHandler):
+        def handle(self):
+            self.request.do_handshake()
+            while data := self.request.recv(100):
+                self.request.sendall(data)
+
+    def kept(clients):
+        for client in clients:  # the server has done its part of the handshake when it answers
+            client.sendall(b"?")
+            assert client.recv(1) == b"?"
+        return compiled.openssl_keepers() - before
+
+    gc.collect()
+    before = compiled.openssl_keepers()
+    with serving("green", Parked) as server, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(dial(server)) for _ in range(3)]
+        assert kept(clients) == 3
+        clients += [stack.enter_context(dial(server)) for _ in range(260)]
+        assert kept(clients) + before == 256
+    gc.collect()
+    assert compiled.openssl_keepers() == before
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])

@@ -20,6 +20,7 @@ static PyMethodDef functions[] = {
     {"on_growth", on_growth, METH_O, "on_growth(function): tell function(connection, bytes) what large readers hold."},
     {"quicken", quicken, METH_O, "quicken(class): give the connection under TLS what secured.c has."},
     {"reach_openssl", reach_openssl, METH_O, "reach_openssl(yes): use OpenSSL without the ssl module between, if it can be done; is it?"},
+    {"openssl_keepers", openssl_keepers, METH_NOARGS, "How many connections keep OpenSSL's buffers over their messages."},
     {"accept", accept_one, METH_O, "accept(listener): take a connection, (Connection, address), without waiting."},
     {"rebuild", rebuild, METH_VARARGS, "Make a Connection that has travelled from another process."},
     {"_after_fork", after_fork, METH_NOARGS, "What os.register_at_fork calls in the child."},

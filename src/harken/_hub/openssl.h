@@ -10,6 +10,7 @@ typedef struct ssl_st SSL; /* as <openssl/types.h> has it; OpenSSL's headers are
 /* openssl.c */
 HIDDEN void openssl_find(void);
 HIDDEN PyObject *reach_openssl(PyObject *module, PyObject *yes);
+HIDDEN PyObject *openssl_keepers(PyObject *module, PyObject *none);
 HIDDEN SSL *ssl_of(PyObject *sslobj);
 HIDDEN size_t ssl_at_hand(SSL *ssl);
 HIDDEN size_t ssl_unsaid(SSL *ssl);
