@@ -95,6 +95,7 @@ class Alone:
         self._replaced = False
         self._ended = False  # by an operator, who wants no new program
         self._leaving = threading.Event()
+        self._upgrading = False
         self._upgrade_thread: threading.Thread | None = None
         self._watchdog = Watchdog()
         if not in_memory:
@@ -176,7 +177,7 @@ class Alone:
 
         Not when what it would read anew is wrong: it could not begin, and there would be nobody left to serve.
         """
-        if self._leaving.is_set() or self._is_upgrading() or not self._can_begin_anew():
+        if self._leaving.is_set() or self._upgrading or not self._can_begin_anew():
             return
         try:
             handoff.may_begin_anew(self._directory)
@@ -198,13 +199,11 @@ class Alone:
 
     def _upgrade(self) -> None:
         """Start the new program and wait for it, in a thread: meanwhile signals are acted on."""
-        if self._leaving.is_set() or self._is_upgrading():
+        if self._leaving.is_set() or self._upgrading:
             return
+        self._upgrading = True
         self._upgrade_thread = threading.Thread(target=self._follow_upgrade, name="harken-upgrade", daemon=True)
         self._upgrade_thread.start()
-
-    def _is_upgrading(self) -> bool:
-        return self._upgrade_thread is not None and self._upgrade_thread.is_alive()
 
     def _follow_upgrade(self) -> None:
         try:
@@ -215,6 +214,7 @@ class Alone:
                     successor.abandon()
                     return
         except HandoffError as error:
+            self._upgrading = False  # before anybody is told, who may ask for the next at once
             events.emit("upgrade_failed", reason=f"{error}; this one serves on")
             return
         self._replaced = True
