@@ -596,6 +596,19 @@ def test_readuntil_gives_back():
     assert talk(handle, say)[0] == ([b"a--", b"b--"], b"rest")
 
 
+def test_sizes_and_separators_that_make_no_sense():
+    """A length that a client sent may be negative: nothing is read then."""
+
+    async def handle(self):
+        with pytest.raises(ValueError, match="less than zero"):
+            await self.rfile.readexactly(-1)
+        with pytest.raises(ValueError, match="at least one-byte"):
+            await self.rfile.readuntil(b"")
+        return await self.rfile.read(100)
+
+    assert talk(handle, b"all")[0] == b"all"
+
+
 def test_another_handlers_connection():
     """Handlers write to and read from each other's, each in its own task."""
     here = []

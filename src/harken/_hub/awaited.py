@@ -134,7 +134,10 @@ class AsyncReader:
 
         Raises:
             asyncio.IncompleteReadError: the end came before; ``partial`` has what there was.
+            ValueError: ``n`` is negative.
         """
+        if n < 0:
+            raise ValueError("readexactly size can not be less than zero")  # asyncio's words, here and below
         data: bytes = await self._driver.wait(self, self._file.read, n)
         if len(data) < n:
             raise asyncio.IncompleteReadError(data, n)
@@ -145,7 +148,10 @@ class AsyncReader:
 
         Raises:
             asyncio.IncompleteReadError: the end came before it.
+            ValueError: ``separator`` is empty.
         """
+        if not separator:
+            raise ValueError("Separator should be at least one-byte string")
         data = bytearray()
         try:
             while (found := data.find(separator, max(0, len(data) - CHUNK - len(separator)))) < 0:
