@@ -240,6 +240,72 @@ def test_answers_to_a_pipeline_are_joined_and_never_held_back():
     assert talk(handle, say) == ("to the end", (b"a\nb\nnap\n", b"c\n", b""))
 
 
+def slowly(say, go_on):
+    """Return what a client gets that takes little before ``go_on`` is set."""
+
+    def client_of(client):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(say)
+        assert go_on.wait(PATIENCE)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+        got = b""
+        while part := client.recv(65536):
+            got += part
+        return got
+
+    return client_of
+
+
+@pytest.mark.parametrize("size", [2, 10000])
+def test_what_another_task_writes_comes_behind(size):
+    """Also when answers are joined, of which the client takes none for now."""
+    go_on = threading.Event()
+
+    async def handle(self):
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        await self.rfile.readline()
+        self.wfile.write(bytes(60000))
+        self.wfile.write(b"1" * size)
+
+        async def beside():
+            self.wfile.write(b"2" * size)
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            go_on.set()
+            await self.wfile.drain()
+
+        await asyncio.create_task(beside())
+        self.wfile.write(b"3")
+
+    outcome, got = talk(handle, slowly(b"a\nb\n", go_on))
+    assert outcome is None
+    assert got == bytes(60000) + b"1" * size + b"2" * size + b"3"
+
+
+@pytest.mark.parametrize("size", [2, 10000])
+@pytest.mark.parametrize("beside", [False, True])
+def test_sendall_comes_behind_what_was_written(size, beside):
+    """To ``wfile``, and is not sent yet."""
+    go_on = threading.Event()
+
+    def widen(self):
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        go_on.set()
+
+    async def handle(self):
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        await self.rfile.readline()
+        self.wfile.write(bytes(60000))
+        self.wfile.write(b"1" * size)
+        asyncio.get_running_loop().call_later(0.02, widen, self)
+        sending = self.request.sendall(b"2" * size)
+        await (asyncio.ensure_future(sending) if beside else sending)
+        self.wfile.write(b"3")
+
+    outcome, got = talk(handle, slowly(b"a\nb\n", go_on))
+    assert outcome is None
+    assert got == bytes(60000) + b"1" * size + b"2" * size + b"3"
+
+
 def test_a_peer_that_has_gone_is_told_where_it_is_awaited():
     """``write`` itself never raises for the peer; ``drain`` does, and the end of the handler does not."""
     reset = threading.Event()
@@ -530,6 +596,19 @@ def test_readuntil_gives_back():
     assert talk(handle, say)[0] == ([b"a--", b"b--"], b"rest")
 
 
+def test_sizes_and_separators_that_make_no_sense():
+    """A length that a client sent may be negative: nothing is read then."""
+
+    async def handle(self):
+        with pytest.raises(ValueError, match="less than zero"):
+            await self.rfile.readexactly(-1)
+        with pytest.raises(ValueError, match="at least one-byte"):
+            await self.rfile.readuntil(b"")
+        return await self.rfile.read(100)
+
+    assert talk(handle, b"all")[0] == b"all"
+
+
 def test_another_handlers_connection():
     """Handlers write to and read from each other's, each in its own task."""
     here = []
@@ -601,6 +680,38 @@ with harken.background(harken.AsyncTCPServer(("127.0.0.1", 0), Handler)) as serv
 from harken import _hub
 print(_hub.kind, got, seen)
 """
+
+
+LONG_TURN = """
+import asyncio, socket
+import harken
+seen = []
+
+class Handler(harken.AsyncStreamRequestHandler):
+    async def handle(self):
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+        turned = asyncio.get_running_loop().create_task(asyncio.sleep(0))
+        for _ in range(100):
+            self.wfile.write(bytes(30000))
+        seen.append(asyncio.current_task() is not None)
+        seen.append(turned.done())
+        await self.wfile.drain()
+
+with harken.background(harken.AsyncTCPServer(("127.0.0.1", 0), Handler)) as server:
+    with socket.create_connection(server.server_address, 10) as client:
+        got = 0
+        while part := client.recv(65536):
+            got += len(part)
+from harken import _hub
+print(_hub.kind, got, seen)
+"""
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_write_gives_no_turn_away(run_program, kind):
+    """However much is written: the task goes on, as one that has not awaited anything does."""
+    out, errors = run_program("-c", LONG_TURN, env={"HARKEN_HUB": kind}).communicate(timeout=40)
+    assert out == f"{kind} 3000000 [True, False]\n", errors
 
 
 @pytest.mark.parametrize("kind", ["compiled", "fallback"])

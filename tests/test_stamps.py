@@ -40,6 +40,18 @@ def test_its_class_changes_in_nothing_else(pair):
     assert connection.record.stamps is stamps
 
 
+def test_a_duplicate_is_no_connection_of_the_servers(pair):
+    """It works as any socket, and stamps nothing."""
+    connection, stamps, far = pair
+    far.sendall(b"one\ntwo\n")
+    with connection.dup() as double, double.makefile("rb") as file:
+        assert file.readline() == b"one\n"
+        assert double.send(b"three") == 5
+        double.sendall(b"four")
+    assert far.recv(10) == b"threefour"
+    assert (stamps.received, stamps.sent) == (0, 0)
+
+
 @pytest.mark.parametrize(
     "read",
     [

@@ -74,6 +74,12 @@ class Stamps:
         self.answered = True
 
 
+def _stamps_of(sock: Any) -> Stamps | None:
+    """What is known of a connection; nothing of one that a program made of this class, as ``socket.dup`` does."""
+    record = getattr(sock, "record", None)
+    return None if record is None else record.stamps
+
+
 def _size(result: Any) -> int:
     """How much a call that reads has read."""
     if isinstance(result, tuple):  # recvfrom, recvmsg
@@ -87,8 +93,7 @@ def _reads(kind: type, name: str) -> Callable[..., Any]:
     counts = name == "read" or not hasattr(kind, "read")
 
     def method(self: Any, *args: Any, **words: Any) -> Any:
-        record = self.record
-        stamps: Stamps | None = None if record is None else record.stamps
+        stamps = _stamps_of(self)
         if stamps is None:
             return plain(self, *args, **words)
         whole = not stamps.reading
@@ -110,8 +115,7 @@ def _writes(kind: type, name: str) -> Callable[..., Any]:
     plain: Any = getattr(kind, name)
 
     def method(self: Any, *args: Any, **words: Any) -> Any:
-        record = self.record
-        stamps: Stamps | None = None if record is None else record.stamps
+        stamps = _stamps_of(self)
         if stamps is None or stamps.writing:  # within another: sendall() of TLS is made of send()
             return plain(self, *args, **words)
         stamps.writing = monotonic()
@@ -171,8 +175,7 @@ def _makefile(kind: type) -> Callable[..., Any]:
     plain: Any = kind.makefile  # type: ignore[attr-defined]
 
     def makefile(self: Any, mode: str = "r", buffering: int | None = None, **words: Any) -> Any:
-        record = self.record
-        stamps: Stamps | None = None if record is None else record.stamps
+        stamps = _stamps_of(self)
         if stamps is None or mode not in ("rb", "br") or buffering == 0:
             return plain(self, mode, buffering, **words)
         raw = socket.SocketIO(self, "r")
@@ -186,10 +189,10 @@ def _open_reader(kind: type) -> Callable[..., Any]:
     plain: Any = kind.open_reader  # type: ignore[attr-defined]
 
     def open_reader(self: Any, *args: Any) -> Any:
-        record = self.record
+        stamps = _stamps_of(self)
         reader = plain(self, *args)
-        if record is not None and record.stamps is not None:
-            reader._stamps = record.stamps
+        if stamps is not None:
+            reader._stamps = stamps
             reader.__class__ = _whole_kind(type(reader))
         return reader
 

@@ -36,7 +36,7 @@ class AsyncConnection:
         socket: the connection below.
     """
 
-    __slots__ = ("_driver", "_left_over", "_recv", "_sendall", "socket")
+    __slots__ = ("_driver", "_left_over", "_recv", "_sendall", "_writer", "socket")
 
     def __init__(self, sock: Any, driver: Any) -> None:
         self.socket = sock
@@ -44,6 +44,7 @@ class AsyncConnection:
         self._recv = sock.recv
         self._sendall = sock.sendall
         self._left_over = b""  # received for a task that was cancelled before it got it
+        self._writer: AsyncWriter | None = None
 
     def recv(self, bufsize: int) -> Awaitable[bytes]:
         """Receive at most ``bufsize`` bytes, waiting for the first; nothing is the end.
@@ -55,12 +56,18 @@ class AsyncConnection:
         return self._driver.wait(self, receive, bufsize)  # type: ignore[no-any-return]
 
     def sendall(self, data: Any) -> Awaitable[None]:
-        """Send all of ``data``.
+        """Send all of ``data``, behind what was written to ``wfile``.
 
         Raises:
             OSError: as on a socket.
         """
+        if self._writer is not None and self._writer.holds_back():
+            return self._sendall_behind(self._writer, data)
         return self._driver.wait(self, self._sendall, data)  # type: ignore[no-any-return]
+
+    async def _sendall_behind(self, writer: AsyncWriter, data: Any) -> None:
+        await writer.sent()
+        await self._driver.wait(self, self._sendall, data)
 
     async def elsewhere(self, function: Callable[..., Any], *args: Any) -> Any:
         """Do what a task asks for in which this connection's handler does not run."""
@@ -127,7 +134,10 @@ class AsyncReader:
 
         Raises:
             asyncio.IncompleteReadError: the end came before; ``partial`` has what there was.
+            ValueError: ``n`` is negative.
         """
+        if n < 0:
+            raise ValueError("readexactly size can not be less than zero")  # asyncio's words, here and below
         data: bytes = await self._driver.wait(self, self._file.read, n)
         if len(data) < n:
             raise asyncio.IncompleteReadError(data, n)
@@ -138,7 +148,10 @@ class AsyncReader:
 
         Raises:
             asyncio.IncompleteReadError: the end came before it.
+            ValueError: ``separator`` is empty.
         """
+        if not separator:
+            raise ValueError("Separator should be at least one-byte string")
         data = bytearray()
         try:
             while (found := data.find(separator, max(0, len(data) - CHUNK - len(separator)))) < 0:
@@ -196,14 +209,17 @@ class AsyncWriter:
         """Write by ``file``, the compiled hub's, which joins; without one, here."""
         self._connection = connection
         self._reader = reader
+        self._driver = connection._driver
         self._file = file
         self._offer = None if file is None else file.offer
+        if file is not None:
+            file.keep_by(self._keep_joined)
         self._done = connection._driver.done(None)
         self._joined: list[bytes] = []
         self._joined_size = 0
         self._unsent = bytearray()
         self._sending = False
-        self._error: OSError | None = None
+        self._error: Exception | None = None
         self._waiting: list[asyncio.Future[None] | Event] = []
         self.closed = False
 
@@ -212,7 +228,7 @@ class AsyncWriter:
 
         When the peer has gone, that is raised where it is awaited.
         """
-        if self._offer is not None and not self._unsent and self._error is None:
+        if self._offer is not None and not self._unsent and not self._sending and self._error is None:
             try:
                 taken = self._offer(data)
             except OSError as error:
@@ -220,6 +236,7 @@ class AsyncWriter:
                 return self
             if taken is None:
                 return self._done  # type: ignore[no-any-return]
+            self._flush()
             self._keep_from(data, taken)
             return self
         return self._write(data)
@@ -253,8 +270,18 @@ class AsyncWriter:
         elif driver.before_wait != self._flush:  # of another connection, to which this handler writes too
             self._flush()
 
+    def holds_back(self) -> bool:
+        """Tell whether something that was written cannot be sent at once; what can be, is."""
+        self._flush()
+        return bool(self._unsent) or self._sending
+
     def _flush(self) -> None:
-        if self._joined:
+        """Send what was joined, and leave to a green thread what the peer does not take at once."""
+        if self._offer is not None:
+            rest = self._file.take_back()
+            if rest:
+                self._keep(rest, self._driver.call)
+        elif self._joined:
             data = b"".join(self._joined)
             self._joined.clear()
             self._joined_size = 0
@@ -265,9 +292,9 @@ class AsyncWriter:
         if self._error is not None:
             return
         sent = 0
-        if not self._unsent:
+        if not self._unsent and not self._sending:
             try:
-                sent = self._connection.socket.send(data, socket.MSG_DONTWAIT)
+                sent = self._send_at_once(data)
             except BlockingIOError:
                 pass
             except (ValueError, NotImplementedError):  # TLS knows no flags
@@ -277,14 +304,24 @@ class AsyncWriter:
                 return
         self._keep_from(data, sent)
 
+    def _send_at_once(self, data: Any) -> int:
+        sock = self._connection.socket
+        try_send = getattr(sock, "try_send", None)  # the fallback's: its send() may give way, as write() must not
+        sent: int = sock.send(data, socket.MSG_DONTWAIT) if try_send is None else try_send(data)
+        return sent
+
     def _keep_from(self, data: Any, start: int) -> None:
         """Leave what comes behind so many bytes to a green thread."""
         with memoryview(data) as view, view.cast("B") as plain, plain[start:] as rest:
             if rest:
-                self._keep(rest)
+                self._keep(rest, self._driver.call)
 
-    def _keep(self, rest: Any) -> None:
-        """Leave ``rest`` to a green thread, if so much may be held."""
+    def _keep_joined(self, rest: bytes) -> None:
+        """Leave to a green thread what the compiled file had joined and could not send before a wait."""
+        self._keep(rest, lambda send, rest: send(rest))
+
+    def _keep(self, rest: Any, wait: Callable[..., object]) -> None:
+        """Leave ``rest`` to a green thread; send it now, by ``wait``, if so much may not be held."""
         bounds = buffers_of(self._connection.socket)
         size = len(self._unsent) + len(rest)
         if bounds is None or not bounds[0].must_wait(size):
@@ -292,9 +329,8 @@ class AsyncWriter:
             self._send_on()
             return
         buffers, record = bounds
-        driver = self._connection._driver
-        if driver.green is getcurrent():
-            driver.call(self._send_now, rest)
+        if self._driver.green is getcurrent():
+            wait(self._send_now, rest)
         elif buffers.must_wait(len(self._unsent)) and not buffers.over:
             record.abandon("shed", "max_write_buffer")
         else:
@@ -337,7 +373,7 @@ class AsyncWriter:
                 self._count()
                 if len(self._unsent) <= HIGH_WATER:
                     self._tell()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - told where somebody waits for the peer
             self._error = error
             self._unsent.clear()
         finally:
@@ -391,6 +427,7 @@ class AsyncWriter:
         """Write no more. What was written before is sent; the connection stays open."""
         self._flush()
         self.closed = True
+        self._connection._writer = None
         self._offer = None
         if self._file is not None:
             self._file.close()
@@ -405,6 +442,8 @@ def files(connection: AsyncConnection) -> tuple[AsyncReader, AsyncWriter]:
         compiled = import_module("harken._hub.compiled")
         inner = compiled.Reader(sock)
         reader = AsyncReader(connection, inner)
-        return reader, AsyncWriter(connection, reader, compiled.Writer(sock, inner))
+        connection._writer = writer = AsyncWriter(connection, reader, compiled.Writer(sock, inner))
+        return reader, writer
     reader = AsyncReader(connection, Reader(sock))
-    return reader, AsyncWriter(connection, reader)
+    connection._writer = writer = AsyncWriter(connection, reader)
+    return reader, writer

@@ -26,6 +26,7 @@ typedef struct {
     PyObject *weak;
     PyObject *sock; /* NULL once closed */
     Reader *reader; /* of the same connection, or NULL */
+    PyObject *keeper; /* of what was offered, joined, and cannot be sent at once; NULL: none */
 } Writer;
 
 static PyTypeObject *Reader_Type, *Writer_Type;
@@ -51,13 +52,28 @@ static int tell_growth(Reader *reader, Py_ssize_t before, Py_ssize_t size) {
 
 /* -- pending output ----------------------------------------------------------------------------------------------- */
 
-/* Send what the running green thread has joined. It may wait. */
+static int call_keeper(PyObject *keeper, PyObject *rest) {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace); /* a green thread that ends may have one */
+    PyObject *done = PyObject_CallOneArg(keeper, rest);
+    Py_XDECREF(done);
+    if (done == NULL) {
+        Py_XDECREF(type);
+        Py_XDECREF(error);
+        Py_XDECREF(trace);
+        return -1;
+    }
+    PyErr_Restore(type, error, trace);
+    return 0;
+}
+
+/* Send what the running green thread has joined. It may wait, unless somebody keeps what the peer does not take. */
 int flush_pending(Hub *hub) {
-    PyObject *owner = hub->pending_owner;
+    PyObject *owner = hub->pending_owner, *keeper = hub->pending_keeper;
     size_t size = hub->pending_size;
     if (owner == NULL)
         return 0;
-    hub->pending_owner = NULL;
+    hub->pending_owner = hub->pending_keeper = NULL;
     hub->pending_size = 0;
     int result = 0, fd = socket_fd(owner);
     ssize_t sent = send(fd, hub->pending, size, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -68,11 +84,15 @@ int flush_pending(Hub *hub) {
     if (result == 0 && sent < (ssize_t)size) { /* others will use the buffer while we wait */
         size_t done = sent > 0 ? (size_t)sent : 0;
         PyObject *rest = PyBytes_FromStringAndSize(hub->pending + done, (Py_ssize_t)(size - done));
-        result = rest == NULL || transmit(owner, state_of(owner), PyBytes_AS_STRING(rest), size - done, 0, ALL) < 0
-                     ? -1
-                     : 0;
+        if (rest == NULL)
+            result = -1;
+        else if (keeper != NULL)
+            result = call_keeper(keeper, rest);
+        else
+            result = transmit(owner, state_of(owner), PyBytes_AS_STRING(rest), size - done, 0, ALL) < 0 ? -1 : 0;
         Py_XDECREF(rest);
     }
+    Py_XDECREF(keeper);
     Py_DECREF(owner);
     return result;
 }
@@ -93,8 +113,10 @@ size_t flush_pending_nowait(Hub *hub) {
     note_moved(state_of(owner), WRITE, (size_t)sent);
     hub->pending_size -= (size_t)sent;
     memmove(hub->pending, hub->pending + sent, hub->pending_size);
-    if (hub->pending_size == 0)
+    if (hub->pending_size == 0) {
         Py_CLEAR(hub->pending_owner);
+        Py_CLEAR(hub->pending_keeper);
+    }
     if (told != NULL) /* last: it may let other threads run */
         tell_traffic(owner, WRITE, PyBytes_AS_STRING(told), (size_t)sent);
     Py_XDECREF(told);
@@ -467,7 +489,7 @@ static int put(Writer *writer, const char *data, size_t size) {
 }
 
 /* As put(), without waiting: returns how much of the data was sent or joined. What is joined is sent where this green
- * thread next waits, and may wait there. */
+ * thread next waits, which goes to the keeper with what the peer does not take: others may write meanwhile. */
 static ssize_t try_put(Writer *writer, const char *data, size_t size) {
     PyObject *sock = open_sock(writer->sock);
     int fd = sock == NULL ? -1 : begin(sock, state_of(sock));
@@ -485,6 +507,7 @@ static ssize_t try_put(Writer *writer, const char *data, size_t size) {
     if (hub != NULL && (mine || (more && size <= PENDING && hub->pending_owner == NULL && !in_hub(hub)))) {
         if (join(hub, sock, data, size) < 0)
             return -1;
+        Py_XSETREF(hub->pending_keeper, Py_XNewRef(writer->keeper));
         if (!more)
             flush_pending_nowait(hub);
         return (ssize_t)size;
@@ -507,6 +530,29 @@ static PyObject *writer_offer(PyObject *self, PyObject *data) {
     if (done < 0)
         return NULL;
     return all ? Py_NewRef(Py_None) : PyLong_FromSsize_t(done);
+}
+
+static PyObject *writer_keep_by(PyObject *self, PyObject *function) {
+    Py_XSETREF(((Writer *)self)->keeper, Py_NewRef(function));
+    Py_RETURN_NONE;
+}
+
+static PyObject *writer_take_back(PyObject *self, PyObject *none) {
+    PyObject *sock = open_sock(((Writer *)self)->sock);
+    if (sock == NULL)
+        return NULL;
+    Hub *hub = current_hub;
+    if (hub != NULL && hub->pending_owner == sock)
+        flush_pending_nowait(hub);
+    if (hub == NULL || hub->pending_owner != sock)
+        return PyBytes_FromStringAndSize(NULL, 0);
+    PyObject *rest = PyBytes_FromStringAndSize(hub->pending, (Py_ssize_t)hub->pending_size);
+    if (rest != NULL) {
+        hub->pending_size = 0;
+        Py_CLEAR(hub->pending_owner);
+        Py_CLEAR(hub->pending_keeper);
+    }
+    return rest;
 }
 
 static PyObject *writer_write(PyObject *self, PyObject *data) {
@@ -578,6 +624,8 @@ static PyObject *file_close(PyObject *self, PyObject *none) {
     PyObject *type, *error, *trace;
     PyErr_Fetch(&type, &error, &trace);
     SOCK(self) = NULL;
+    if (Py_IS_TYPE(self, Writer_Type))
+        Py_CLEAR(((Writer *)self)->keeper);
     if (Py_IS_TYPE(self, Reader_Type) && held((Reader *)self) > 0)
         taken((Reader *)self, held((Reader *)self));
     PyObject *done = PyObject_CallMethod(sock, "_decref_socketios", NULL);
@@ -650,14 +698,18 @@ PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize
 static int file_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(SOCK(self));
-    if (Py_IS_TYPE(self, Writer_Type))
+    if (Py_IS_TYPE(self, Writer_Type)) {
         Py_VISIT(((Writer *)self)->reader);
+        Py_VISIT(((Writer *)self)->keeper);
+    }
     return 0;
 }
 
 static int file_clear(PyObject *self) {
-    if (Py_IS_TYPE(self, Writer_Type))
+    if (Py_IS_TYPE(self, Writer_Type)) {
         Py_CLEAR(((Writer *)self)->reader);
+        Py_CLEAR(((Writer *)self)->keeper);
+    }
     return 0;
 }
 
@@ -713,6 +765,8 @@ static PyMethodDef writer_methods[] = {
     SHARED{"readable", file_no, METH_NOARGS, "False."},
     {"writable", file_yes, METH_NOARGS, "True."},
     {"offer", writer_offer, METH_O, "offer(data): as write, without waiting; how many bytes were taken, or None: all."},
+    {"keep_by", writer_keep_by, METH_O, "keep_by(function): call it with what was offered, joined, and cannot be sent."},
+    {"take_back", writer_take_back, METH_NOARGS, "take_back(): what was joined, and cannot be sent without waiting."},
     {"write", writer_write, METH_O, "write(data): send it, at once or before this green thread waits."},
     {"writelines", writer_writelines, METH_O, "writelines(lines): write each."},
     {"flush", writer_flush, METH_NOARGS, "Send what was written."},

@@ -794,7 +794,7 @@ void hubs_after_fork(void) {
         slots_abandon(hub);
         hub->event_count = 0;
         hub->at_door = false;
-        hub->pending_owner = NULL; /* the parent sends it */
+        hub->pending_owner = hub->pending_keeper = NULL; /* the parent sends it */
         hub->passed = NULL;
         hub->pending_size = 0;
         beat_forget(hub->beat);
@@ -822,6 +822,7 @@ static int hub_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(hub->due);
     Py_VISIT(hub->greens);
     Py_VISIT(hub->pending_owner);
+    Py_VISIT(hub->pending_keeper);
     for (size_t i = 0; i < hub->count; i++) {
         Entry *entry = &hub->queue[(hub->head + i) & (hub->capacity - 1)];
         Py_VISIT(entry->target);
@@ -852,6 +853,7 @@ static int hub_clear(PyObject *self) {
     drop_doors(hub);
     slots_forget_waiters(hub);
     Py_CLEAR(hub->pending_owner);
+    Py_CLEAR(hub->pending_keeper);
     Py_CLEAR(hub->passed);
     if (hub->greens != NULL)
         PySet_Clear(hub->greens);

@@ -145,6 +145,7 @@ struct Hub {
     char *pending; /* what the running green thread has written and not sent, to pending_owner; see files.c */
     size_t pending_size;
     PyObject *pending_owner;
+    PyObject *pending_keeper; /* called with what the peer does not take at once; NULL: its green thread waits for that */
     size_t answers; /* to datagrams, joined and not sent; see datagrams.c */
     Beat *beat;
 };

@@ -196,6 +196,19 @@ class Connection(connection.Connection):
             tell_call(self, "send", (data,), sent)
         return sent
 
+    def try_send(self, data: Any) -> int:
+        """Send what there is room for; nobody else has a turn meanwhile.
+
+        Raises:
+            BlockingIOError: there is none.
+        """
+        wire = self._wire
+        sent: int = _send(self, data, _DONTWAIT)
+        wire.spent += 1 + (sent >> _PIECE_SHIFT)
+        if wire.traced:
+            tell_call(self, "send", (data,), sent)
+        return sent
+
     def _blocks(self, flags: int) -> bool:
         """Whether a socket of the standard library would block in send(2)."""
         return self._wire.timeout is None and not flags & _DONTWAIT
