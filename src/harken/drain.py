@@ -183,6 +183,10 @@ class Drain:
         self.over.wait()
         return self.report or self._report()
 
+    def spared(self) -> bool:
+        """Tell whether a handler that asked for the drain, or joined it, still has its connection."""
+        return any(record in self._own for record in self._serving.connections)
+
     def _others(self) -> list[Record]:
         return [record for record in self._serving.connections if record not in self._own]
 
@@ -264,8 +268,10 @@ def _await_closing(drains: list[Drain]) -> None:
         time.sleep(DOOR_SECONDS)
 
 
-def drain(serving: Serving, timeout: float, stop: Callable[[], None], own: Iterable[Record]) -> DrainReport:
+def drain(serving: Serving, timeout: float, stop: Callable[[], None], own: Sequence[Record]) -> DrainReport:
     """Drain one server, or wait for the end of the drain that is under way.
+
+    Who is no handler drains once more where handlers that asked as well were spared: they have their report by then.
 
     Args:
         serving: its running side.
@@ -279,4 +285,9 @@ def drain(serving: Serving, timeout: float, stop: Callable[[], None], own: Itera
         if first:
             under_way = Drain(serving, timeout, own)
     assert under_way is not None
-    return run([under_way], stop)[0] if first else under_way.join(timeout, own)
+    deadline = time.monotonic() + timeout
+    report = run([under_way], stop)[0] if first else under_way.join(timeout, own)
+    if own or not under_way.spared():
+        return report
+    left = max(LAST_WORD_SECONDS, deadline - time.monotonic())
+    return DrainReport.of_all([report, drain(serving, left, stop, own)])

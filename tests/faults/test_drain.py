@@ -380,6 +380,45 @@ def test_a_handler_that_drains_does_not_wait_for_itself(engine):
     assert cut == b"0"
 
 
+@pytest.mark.parametrize("engine", ["thread", "green"])
+def test_who_drains_from_outside_spares_no_handler_that_drains_too(engine):
+    """It has its report, and goes on reading: what waits for its end (server_close) would wait for its client."""
+    asked = threading.Event()
+
+    class Draining(harken.BaseRequestHandler):
+        def handle(self):
+            if self.request.recv(1) == b"x":
+                asked.set()
+                self.server.drain(PATIENCE)
+            self.request.recv(1)
+
+    with running(made(engine, Draining)) as server:
+        with connect(server.server_address) as other, connect(server.server_address) as client:
+            other.sendall(b"o")  # keeps the handler's drain under way
+            wait_until(lambda: len(server.connections()) == 2)
+            client.sendall(b"x")
+            assert asked.wait(PATIENCE)
+            report = server.drain(0.1)
+            assert report.cut == 2
+            assert server.connections() == []
+
+
+def test_a_drain_in_a_green_handler_waits_for_no_thread_that_it_keeps(monkeypatch):
+    """The hub's, in which the handler runs."""
+    awaited = []
+    monkeypatch.setattr("harken.engines.green.Engine._await_thread", lambda engine, seconds: awaited.append(seconds))
+
+    class Draining(harken.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(1)
+            self.server.drain(PATIENCE)
+            self.request.sendall(f"{len(awaited)}".encode())
+
+    with running(made("green", Draining)) as server, connect(server.server_address) as client:
+        client.sendall(b"x")
+        assert client.recv(10) == b"0"
+
+
 def test_two_handlers_that_drain_do_not_wait_for_each_other():
     """Both are told of the one drain."""
     together = threading.Barrier(2)

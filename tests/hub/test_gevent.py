@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 PROLOGUE = {
@@ -126,6 +128,51 @@ with harken.GreenTCPServer(("127.0.0.1", 0), harken.StreamRequestHandler) as ser
 print("over")
 """
 
+INTERRUPT = """
+class Busy(harken.StreamRequestHandler):
+    def handle(self):
+        print("busy", flush=True)
+        while True:
+            sum(range(10_000))
+            green.sleep()
+
+with harken.GreenTCPServer(("127.0.0.1", 0), Busy) as server:
+    with socket.create_connection(server.server_address):
+        try:
+            server.serve_forever(30)
+        except KeyboardInterrupt:
+            print("interrupted")
+            os._exit(0)  # the handler would compute on
+"""
+
+HANDLERS = """
+def own(signum, frame):
+    pass
+
+def serve():
+    with serving(lambda handler, word: signal.getsignal(signal.SIGINT) is signal.default_int_handler) as server:
+        return ask(server)
+
+print(serve(), signal.getsignal(signal.SIGINT) is signal.default_int_handler, end=" ")
+signal.signal(signal.SIGINT, own)
+serve()
+print(signal.getsignal(signal.SIGINT) is own)
+"""
+
+OFFLOADS = """
+def fail():
+    raise LookupError("failed")
+
+def offload(handler, word):
+    try:
+        green.offload(fail)
+    except LookupError as error:
+        return str(error) + f" {green.offload(sum, [1, 2])}"
+
+with serving(offload) as server:
+    print(ask(server))
+"""
+
 CHECKS = """
 from harken.engines.green import Engine
 from harken.testing import ENGINE_CHECKS
@@ -204,6 +251,26 @@ def test_signals_are_heeded_at_once(run_program):
     process.terminate()
     out, errors = process.communicate(timeout=20)
     assert out.splitlines() == ["heeded", "over"], errors
+
+
+def test_ctrl_c_ends_the_loop_and_not_a_handler(run_program):
+    """All run in the main thread, where Python would raise it in whoever is busy."""
+    process = run_program("-W", "ignore", "-c", PROLOGUE["before"] + SERVE + INTERRUPT)
+    assert process.stdout.readline() == "busy\n"
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=20)
+    assert (out, process.returncode) == ("interrupted\n", 0), errors
+
+
+def test_the_handler_of_ctrl_c_is_given_back(run_program):
+    """One of the program's own is never touched."""
+    assert run(run_program, "before", HANDLERS) == "False True True"
+
+
+def test_what_an_offload_raises_is_raised_and_not_shown(run_program):
+    """Where it was asked for, as elsewhere."""
+    process = run_program("-W", "ignore", "-c", PROLOGUE["before"] + SERVE + OFFLOADS)
+    assert process.communicate(timeout=50) == ("failed 3\n", "")
 
 
 def test_the_contract_of_an_engine(run_program):

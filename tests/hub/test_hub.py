@@ -219,6 +219,24 @@ def test_close_lets_go_of_what_has_not_begun(kind):
     assert not green
 
 
+@pytest.mark.parametrize("how", ["run", "step", "occupy", "close"])
+def test_a_hub_that_does_not_run_holds_no_greenlet_of_its_thread(kind, how):
+    """A thread that ends would take that along, whoever holds it, if a collection of garbage is under way elsewhere."""
+    hub = kind.Hub()
+    if how == "run":
+        hub.run(lambda: bool(hub.step), lambda: 0.0, lambda: None)
+    elif how == "step":
+        hub.step(0)
+    elif how == "occupy":
+        hub.occupy(True)
+        hub.step(0)
+        hub.occupy(False)
+    if how != "close":
+        assert hub not in gc.get_referrers(getcurrent())
+    hub.close()
+    assert hub not in gc.get_referrers(getcurrent())
+
+
 def test_ended_green_threads_are_forgotten(stage):
     """Nothing of the hub's keeps a function or its arguments alive."""
 

@@ -76,14 +76,15 @@ class Hub:
 
     Attributes:
         beat: what the loop says of itself.
-        own: the greenlet in which the hub itself runs.
+        own: the greenlet in which the hub itself runs, while it does. Not longer: a thread that ends takes its main
+            greenlet along when no collection of garbage finds who else holds it, and one that is under way does not.
         pending: what the running green thread has written and not sent.
         asks_at_ends: as the contract has it; this hub asks in each turn.
     """
 
     def __init__(self) -> None:
         self.beat = Beat(lambda: self.pending.sock is not None)
-        self.own: greenlet = getcurrent()
+        self.own: Any = None
         self.pending = Pending()
         self._thread = threading.get_ident()
         self._ready: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
@@ -155,7 +156,7 @@ class Hub:
     @contextmanager
     def _on_stage(self) -> Iterator[None]:
         before, here.hub = here.hub, self
-        self.own = getcurrent()
+        own, self.own = self.own, getcurrent()
         self._turning = True
         self.beat.enter()
         try:
@@ -164,13 +165,13 @@ class Hub:
             self.beat.leave()
             self._turning = False
             if not self._occupies:
-                here.hub = before
+                here.hub, self.own = before, own
 
     def occupy(self, yes: bool) -> None:
         """Keep the thread between turns, too; see the contract."""
         self._occupies = yes
         if not self._turning:
-            self.own = getcurrent()
+            self.own = getcurrent() if yes else None
             here.hub = self if yes else None
 
     def _turn(self, timeout: float) -> None:

@@ -540,7 +540,7 @@ class Engine(Contract):
         threads = self._crew.join(deadline)
         release_threads()
         others = self._others()
-        if not others and not self._loops and not self.in_loop_thread:
+        if not self._busy and not self._loops and not self.in_loop_thread:  # busy: with the caller's own handler
             self._await_thread(LEAVE_SECONDS)
         return others + threads
 

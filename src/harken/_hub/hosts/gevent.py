@@ -6,9 +6,12 @@ in gevent switches there, and gevent switches straight back to it.
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 from typing import Any
 
 from greenlet import getcurrent
@@ -48,7 +51,8 @@ class Host:
             watcher.start(self._turn)
         self._home.loop.run_callback(self._turn)
         try:
-            self._over.wait()
+            with _interruptible():
+                self._over.wait()
         finally:
             self._ended = True
             self._disarm()
@@ -121,9 +125,56 @@ class Host:
             timer.close()
 
 
+_guests = 0  # hubs that have turns by gevent, in whatever thread
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the program, as ever, and not the handler that it happens to interrupt."""
+    global _guests
+    _guests += 1
+    _heed(signal.default_int_handler, _interrupt)
+    try:
+        yield
+    finally:
+        _guests -= 1
+        if not _guests:
+            _heed(_interrupt, signal.default_int_handler)
+
+
+def _heed(before: Callable[..., object], after: Callable[..., object]) -> None:
+    """Put one handler of Ctrl-C in the place of another; one of the program's own stays: it knows what to do."""
+    try:
+        if signal.getsignal(signal.SIGINT) is before:
+            signal.signal(signal.SIGINT, after)
+    except ValueError:  # not the main thread, which alone runs handlers
+        pass
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt where gevent raises what ends the program: in the main greenlet."""
+    if _hub.current() is None:
+        signal.default_int_handler(number, frame)
+    import_module("gevent").get_hub().handle_system_error(KeyboardInterrupt, KeyboardInterrupt())
+
+
 def offload(function: Callable[..., Any], *args: Any) -> Any:
     """Return ``function(*args)``, run by a thread of gevent's pool: its patched threads would block one another."""
-    return import_module("gevent").get_hub().threadpool.apply(function, args)
+    result, error = import_module("gevent").get_hub().threadpool.apply(_outcome, (function, args))
+    if error is None:
+        return result
+    try:
+        raise error
+    finally:
+        del error  # or its traceback would hold itself
+
+
+def _outcome(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
+    """Return what came of it: what a function raises in the pool is shown there, also when somebody waits for it."""
+    try:
+        return function(*args), None
+    except BaseException as error:  # noqa: BLE001 - raised again where it was asked for
+        return None, error
 
 
 def is_inside(hub: Any) -> bool:
