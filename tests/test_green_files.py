@@ -74,7 +74,7 @@ def test_without_a_buffer_nothing_is_read_ahead() -> None:
 
         def handle(self) -> None:
             self.wfile.write(b"head: " + self.rfile.readline())
-            child = [sys.executable, "-c", "import os; os.set_blocking(0, True); os.write(1, os.read(0, 100)[::-1])"]
+            child = [sys.executable, "-c", "import os; os.write(1, os.read(0, 100)[::-1])"]
             green.offload(lambda: subprocess.run(child, stdin=self.rfile, stdout=self.wfile, check=True))
 
     assert serve(Handler, b"head\nabc") == b"head: head\ncba"
@@ -87,7 +87,7 @@ def test_descriptors() -> None:
         def handle(self) -> None:
             select.select([self.rfile], [], [], PATIENCE)  # what the client sends may come a moment later
             assert select.select([self.rfile], [self.wfile], [], PATIENCE)[:2] == ([self.rfile], [self.wfile])
-            assert fcntl.fcntl(self.rfile.fileno(), fcntl.F_GETFL) & os.O_NONBLOCK
+            assert not fcntl.fcntl(self.rfile.fileno(), fcntl.F_GETFL) & os.O_NONBLOCK
             self.wfile.write(self.rfile.readline())  # another line is unread: it waits to be joined
             os.write(self.wfile.fileno(), b"then ")
             self.wfile.write(self.rfile.readline())

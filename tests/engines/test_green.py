@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import socketserver
+import subprocess
 import threading
 import time
 import urllib.request
@@ -451,6 +452,28 @@ def test_a_handler_may_fork():
             with socket.create_connection(server.server_address, PATIENCE) as client:
                 client.sendall(b"hello")
                 assert client.recv(100) == b"hello from the child"
+
+
+def test_a_program_may_be_started_on_a_connection():
+    """It waits for what comes later; so do ``os.read`` and a socket that is made of the descriptor."""
+
+    class Lender(harken.BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"1")
+            self.request.sendall(green.offload(os.read, self.request.fileno(), 10))
+            with socket.fromfd(self.request.fileno(), socket.AF_INET, socket.SOCK_STREAM) as other:
+                self.request.sendall(green.offload(other.recv, 10))
+            self.request.sendall(self.request.recv(10))
+            green.offload(lambda: subprocess.run(["cat"], stdin=self.request, stdout=self.request, check=True))
+
+    with serving(harken.GreenTCPServer(LOCAL, Lender)) as server:
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            for data in (b"1", b"2", b"3", b"4", b"5", b"6"):
+                assert client.recv(10) == data
+                client.sendall(b"%d" % (int(data) + 1))
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(10) == b"7"
+            assert client.recv(10) == b""
 
 
 def test_waiting_for_a_handler_keeps_nobody_busy(monkeypatch):

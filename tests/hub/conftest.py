@@ -52,8 +52,8 @@ class Stage:
         assert all(green.dead for green in greens), "a green thread did not end in time"
         return outcomes
 
-    def pair(self, family: int = socket.AF_INET) -> tuple[Any, socket.socket]:
-        """Return a Connection and the plain socket at its other end."""
+    def pair(self, family: int = socket.AF_INET, lent: bool = False) -> tuple[Any, socket.socket]:
+        """Return a Connection, whose descriptor somebody has asked for if ``lent``, and the plain socket at its end."""
         if family == socket.AF_UNIX:
             near, far = socket.socketpair()
         else:
@@ -62,6 +62,8 @@ class Stage:
                 near = listener.accept()[0]
         far.settimeout(PATIENCE)
         connection = self.hub.adopt(near)
+        if lent:
+            connection.fileno()
         self._sockets += [connection, far]
         return connection, far
 

@@ -332,7 +332,7 @@ def test_addresses_are_those_of_the_socket_module(hub: Any, tmp_path: Any) -> No
                         assert peer == each.getsockname()
                         assert (connection.family, connection.type, connection.proto) == (family, listener.type, 0)
                         assert isinstance(connection, socket.socket)
-                        assert not os.get_blocking(connection.fileno())
+                        assert os.get_blocking(connection.fileno())
                         assert connection.gettimeout() is None
                         with connection.makefile("rb") as file:
                             each.sendall(b"line\n")

@@ -27,6 +27,7 @@ from harken.errors import DeadlineExceeded
 
 PATIENCE = 5.0  # seconds
 FAMILIES = pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["tcp", "unix"])
+LENT = pytest.mark.parametrize("lent", [False, True], ids=["own", "lent"])
 BIG = 12_000_000  # bytes: more than the buffers of both ends can take (tcp_wmem and tcp_rmem: some 10 MB)
 
 
@@ -54,7 +55,7 @@ def later(function, *args):
 
 
 def test_it_is_a_socket_and_harkens_connection(stage):
-    """isinstance holds; the descriptor never blocks, the socket seems to."""
+    """isinstance holds; it seems to block."""
     connection, far = stage.pair()
     assert isinstance(connection, socket.socket)
     assert isinstance(connection, plain.Connection)
@@ -62,9 +63,39 @@ def test_it_is_a_socket_and_harkens_connection(stage):
     assert connection.gettimeout() is None
     assert connection.timeout is None
     assert connection.getblocking()
-    assert fcntl.fcntl(connection, fcntl.F_GETFL) & os.O_NONBLOCK
     assert connection.getpeername() == far.getsockname()
     assert "raddr" in repr(connection)
+
+
+def blocks(descriptor):
+    """Whether read(2) of the descriptor would wait."""
+    return not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_NONBLOCK
+
+
+def test_a_descriptor_that_is_asked_for_blocks_as_the_socket_does(stage):
+    """Programs use it themselves, make another of it, or start a child on it."""
+    connection, far = stage.pair()
+    descriptor = connection.fileno()
+    assert blocks(descriptor)
+    connection.settimeout(1)
+    assert not blocks(descriptor)
+    connection.setblocking(True)
+    assert blocks(descriptor)
+    connection.setblocking(False)
+    assert not blocks(descriptor)
+    connection.settimeout(None)
+    with connection.dup() as double:
+        assert blocks(descriptor)
+        assert blocks(double.fileno())
+        far.sendall(b"1")
+        assert stage.run(lambda: (double.recvmsg(10)[0], double.sendmsg([b"2"]))) == [(b"1", 1)]
+        assert blocks(descriptor)
+    far.sendall(b"3")
+    assert os.read(descriptor, 10) == b"3"
+    os.set_blocking(descriptor, False)  # the program's own wish
+    assert not blocks(connection.fileno())
+    stage.run(lambda: connection.sendmsg([b"4"]))
+    assert not blocks(connection.fileno())
 
 
 def test_adopt_moves_timeout_and_record(stage):
@@ -107,11 +138,12 @@ READS = {
 }
 
 
+@LENT
 @FAMILIES
 @pytest.mark.parametrize("how", READS)
-def test_reads_wait_in_the_hub(stage, family, how):
+def test_reads_wait_in_the_hub(stage, family, how, lent):
     """While one waits another runs; what is there already is read at once; the end is the end."""
-    connection, far = stage.pair(family)
+    connection, far = stage.pair(family, lent)
 
     def reader():
         with connection:
@@ -151,10 +183,11 @@ def write(connection, data):
         file.write(data)
 
 
+@LENT
 @pytest.mark.parametrize("how", WRITES)
-def test_writes_wait_in_the_hub(stage, how):
+def test_writes_wait_in_the_hub(stage, how, lent):
     """More than the buffers take: others run meanwhile, and every byte arrives."""
-    connection, far = stage.pair()
+    connection, far = stage.pair(lent=lent)
     data = random.Random(1).randbytes(BIG)
     seen = []
 
@@ -226,10 +259,11 @@ def test_with_a_timeout_some_is_sent(stage, how):
     assert 0 < sent < BIG
 
 
+@LENT
 @pytest.mark.parametrize("offset, count", [(0, None), (1000, None), (1000, 5000), (0, 2 * BIG)])
-def test_sendfile(stage, offset, count):
+def test_sendfile(stage, offset, count, lent):
     """A regular file by the kernel; position and result as stdlib has them."""
-    connection, far = stage.pair()
+    connection, far = stage.pair(lent=lent)
     data = random.Random(2).randbytes(BIG)
     expected = data[offset:] if count is None else data[offset : offset + count]
     with tempfile.TemporaryFile() as file:
@@ -706,12 +740,15 @@ def test_wrong_timeouts_are_refused(stage, value):
 # -- connecting and accepting ----------------------------------------------------------------------------------------
 
 
+@LENT
 @FAMILIES
-def test_connect_and_accept(stage, family, tmp_path):
+def test_connect_and_accept(stage, family, tmp_path, lent):
     """Both wait in the hub; what is accepted is a Connection too."""
     listener = stage.kind.Connection(family, socket.SOCK_STREAM)
     listener.bind(str(tmp_path / "s") if family == socket.AF_UNIX else ("127.0.0.1", 0))
     listener.listen()
+    if lent:
+        listener.fileno()
 
     def server():
         connection, _ = listener.accept()
@@ -721,6 +758,8 @@ def test_connect_and_accept(stage, family, tmp_path):
 
     def client():
         with stage.kind.Connection(family, socket.SOCK_STREAM) as connection:
+            if lent:
+                connection.fileno()
             connection.connect(listener.getsockname())
             connection.sendall(b"hello")
             return connection.recv(10)

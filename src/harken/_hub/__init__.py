@@ -75,8 +75,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
         Take over a ``socket.socket``, which is detached; timeout and record travel. A Connection comes back as it is.
 
 ``Connection(family, type, proto, fileno)``
-    A :class:`harken.connection.Connection`; its descriptor is always O_NONBLOCK. Where a blocking socket would wait,
-    it parks in the hub of the calling green thread, and elsewhere blocks by ``poll()``: ``recv``, ``recv_into``,
+    A :class:`harken.connection.Connection`. Its descriptor blocks for whoever has asked for it (``fileno``, ``dup``) as
+    a plain socket's does, where there is no timeout; it never blocks these verbs. Where a blocking socket would wait,
+    they park in the hub of the calling green thread, and elsewhere block by ``poll()``: ``recv``, ``recv_into``,
     ``recvfrom``, ``recvfrom_into``, ``recvmsg``, ``recvmsg_into``, ``send``, ``sendall``, ``sendto``, ``sendmsg``,
     ``sendfile``, ``connect``, ``connect_ex``, ``accept`` (which gives Connections). MSG_DONTWAIT does not wait.
     Without a timeout ``send``, ``sendto`` and ``sendmsg`` send all, or return what went before an error, which the next

@@ -62,6 +62,27 @@ static int prepare(PyObject *self, State *state) {
     return 0;
 }
 
+/* Whoever asks for the descriptor finds it as the standard library's sockets leave theirs: it blocks where there is no
+ * timeout. Programs read(2) it, make another of it, or start a child on it. Here all goes by MSG_DONTWAIT. */
+void show_flags(State *state, int fd) {
+    int flags = fd < 0 ? -1 : fcntl(fd, F_GETFL);
+    int wanted = state->nonblocking || state->timeout > 0 ? flags | O_NONBLOCK : flags & ~O_NONBLOCK;
+    if (flags >= 0 && flags != wanted)
+        fcntl(fd, F_SETFL, wanted);
+}
+
+/* For a call that has no MSG_DONTWAIT. Tells whether unhush() is due after it. */
+bool hush(State *state, int fd) {
+    int flags = state->exposed ? fcntl(fd, F_GETFL) : -1;
+    return flags >= 0 && !(flags & O_NONBLOCK) && fcntl(fd, F_SETFL, flags | O_NONBLOCK) == 0;
+}
+
+void unhush(PyObject *self) {
+    int fd = socket_fd(self); /* it may be closed by now */
+    if (fd >= 0)
+        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+}
+
 /* The descriptor, ready for use; -1 with an exception. */
 int begin(PyObject *self, State *state) {
     int fd = socket_fd(self);
@@ -280,7 +301,7 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
                     return -1;
                 into = PyBytes_AS_STRING(*fresh);
             }
-            ssize_t got = recv(fd, into + have, size - have, flags);
+            ssize_t got = recv(fd, into + have, size - have, flags | MSG_DONTWAIT);
             if (got >= 0) {
                 state->ended = got == 0;
                 have += (size_t)got;
@@ -390,7 +411,7 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
         if (fd < 0)
             return -1;
         state->ended = false;
-        ssize_t sent = send(fd, data + done, size - done, flags | MSG_NOSIGNAL);
+        ssize_t sent = send(fd, data + done, size - done, flags | MSG_NOSIGNAL | MSG_DONTWAIT);
         if (sent >= 0) {
             done += (size_t)sent;
             moved(self, state, WRITE, data + done - sent, (size_t)sent);
@@ -484,6 +505,8 @@ static PyObject *connection_settimeout(PyObject *self, PyObject *seconds) {
     }
     state->timeout = value;
     state->nonblocking = seconds != Py_None && value == 0;
+    if (state->exposed)
+        show_flags(state, socket_fd(self));
     Py_RETURN_NONE;
 }
 
@@ -509,6 +532,8 @@ static PyObject *connection_setblocking(PyObject *self, PyObject *flag) {
         return NULL;
     state->timeout = 0;
     state->nonblocking = !blocking;
+    if (state->exposed)
+        show_flags(state, socket_fd(self));
     Py_RETURN_NONE;
 }
 
@@ -544,9 +569,8 @@ static PyObject *connection_detach(PyObject *self, PyObject *none) {
     State *state = state_of(self);
     let_go(self, state);
     PyObject *number = PyObject_CallOneArg(base_detach, self);
-    int fd = number == NULL ? -1 : (int)PyLong_AsLong(number);
-    if (fd >= 0 && !state->nonblocking && state->timeout == 0)
-        fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) & ~O_NONBLOCK);
+    if (number != NULL)
+        show_flags(state, (int)PyLong_AsLong(number));
     return number;
 }
 

@@ -244,14 +244,14 @@ typedef struct {
     Slot *slot;     /* there */
     struct Handle *handle; /* owned; or NULL */
     uint32_t generation;
-    bool prepared : 1;    /* O_NONBLOCK is set, and `stream` is known */
+    bool prepared : 1;    /* O_NONBLOCK was set, and `stream` is known */
     bool stream : 1;      /* TCP: a short read tells that nothing is left */
     bool large : 1;       /* the last read was large: receive into the result itself */
     bool nonblocking : 1; /* a timeout of 0 */
     bool ended : 1;       /* the last thing that the peer did was to close its side; nothing was sent since */
     bool broken : 1;      /* it was reset */
     bool traced : 1;      /* somebody follows it: what moves is told; see harken.tracing */
-    bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it */
+    bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it: see show_flags() */
     double timeout;   /* seconds; 0: none */
     PyObject *marked; /* bytes that hold Marks, and a member as `hub` is; NULL: nobody wants to know */
     struct Worker *worker; /* borrowed: who serves it on a lane, and knows what its record will be made of; or NULL */
@@ -306,6 +306,9 @@ HIDDEN PyObject *connection_adopt(PyObject *sock);
 HIDDEN int connection_lodge(Hub *hub, PyObject *self, PyObject *starter);
 HIDDEN PyObject *rebuild(PyObject *module, PyObject *args);
 HIDDEN int begin(PyObject *self, State *state);
+HIDDEN void show_flags(State *state, int fd);
+HIDDEN bool hush(State *state, int fd);
+HIDDEN void unhush(PyObject *self);
 HIDDEN int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline);
 HIDDEN int fail(int error);
 HIDDEN bool is_outcome(void);

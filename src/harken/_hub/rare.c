@@ -12,7 +12,7 @@
 #define LONGEST_PAUSE 50000000
 #define FILE_PIECE 1048576 /* TURN_BYTES: what is sent of a file before the others get their turn */
 
-static PyObject *base_method[7], *base_connect_ex, *base_shutdown, *base_fileno;
+static PyObject *base_method[7], *base_connect_ex, *base_shutdown, *base_fileno, *base_dup;
 enum { RECVFROM, RECVFROM_INTO, RECVMSG, RECVMSG_INTO, SENDTO, SENDMSG, KINDS };
 static const char *const names[KINDS] = {"recvfrom", "recvfrom_into", "recvmsg", "recvmsg_into", "sendto", "sendmsg"};
 
@@ -36,8 +36,12 @@ static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int whic
         Py_CLEAR(method);
     if (current_hub != NULL && --current_hub->budget < 0 && give_way(current_hub) < 0)
         Py_CLEAR(method);
-    while (method != NULL && begin(self, state) >= 0) {
+    int fd;
+    while (method != NULL && (fd = begin(self, state)) >= 0) {
+        bool hushed = hush(state, fd);
         done = PyObject_Call(method, args, words);
+        if (hushed)
+            unhush(self);
         if (done != NULL || !PyErr_ExceptionMatches(PyExc_BlockingIOError) || state->nonblocking ||
             flags_in(args, words, flags_at) & MSG_DONTWAIT)
             break;
@@ -144,7 +148,10 @@ static PyObject *rare_accept(PyObject *self, PyObject *none) {
         int fd = begin(self, state), family, kind, proto;
         if (fd < 0 || socket_parts(self, &fd, &family, &kind, &proto) < 0)
             return NULL;
+        bool hushed = hush(state, fd);
         PyObject *pair = accept_from(Connection_Type, fd, family, kind, proto);
+        if (hushed)
+            unhush(self);
         if (pair != NULL || !PyErr_ExceptionMatches(PyExc_BlockingIOError) || state->nonblocking)
             return pair;
         PyErr_Clear();
@@ -180,11 +187,14 @@ static int handshake(PyObject *self) {
 static int connecting(PyObject *self, PyObject *address) {
     State *state = state_of(self);
     int64_t deadline = 0, pause = FIRST_PAUSE;
-    int error;
-    if (begin(self, state) < 0)
+    int error, fd = begin(self, state);
+    if (fd < 0)
         return -1;
     for (;;) {
+        bool hushed = hush(state, fd);
         PyObject *number = PyObject_CallFunctionObjArgs(base_connect_ex, self, address, NULL);
+        if (hushed)
+            unhush(self);
         error = number == NULL ? -1 : (int)PyLong_AsLong(number);
         Py_XDECREF(number);
         if (error != EAGAIN || state->nonblocking)
@@ -235,10 +245,13 @@ static int send_pieces(PyObject *self, int file, int64_t offset, int64_t most, i
             return -1;
         off_t at = (off_t)(offset + sent);
         ssize_t done;
+        bool hushed = hush(state, fd);
         Py_BEGIN_ALLOW_THREADS; /* the file may have to be read */
         done = sendfile(fd, file, &at, (size_t)(most - sent < FILE_PIECE ? most - sent : FILE_PIECE));
         error = errno;
         Py_END_ALLOW_THREADS;
+        if (hushed)
+            unhush(self);
         if (done == 0)
             break;
         if (done > 0) {
@@ -312,9 +325,26 @@ static PyObject *rare_shutdown(PyObject *self, PyObject *how) {
     return flush_of(self) < 0 ? NULL : PyObject_CallFunctionObjArgs(base_shutdown, self, how, NULL);
 }
 
+static void expose(PyObject *self) {
+    State *state = state_of(self);
+    if (!state->exposed)
+        show_flags(state, socket_fd(self)); /* from now on the program may have set them itself */
+    state->exposed = true;
+}
+
 static PyObject *rare_fileno(PyObject *self, PyObject *none) {
-    state_of(self)->exposed = true;
+    expose(self);
     return flush_of(self) < 0 ? NULL : PyObject_CallOneArg(base_fileno, self);
+}
+
+/* Both have one set of flags from now on, whatever the new one's constructor has done to them. */
+static PyObject *rare_dup(PyObject *self, PyObject *none) {
+    PyObject *other = PyObject_CallOneArg(base_dup, self);
+    if (other != NULL && PyObject_TypeCheck(other, Connection_Type)) {
+        state_of(other)->exposed = true;
+        show_flags(state_of(self), socket_fd(self));
+    }
+    return other;
 }
 
 /* -- for who looks on from outside ------------------------------------------------------------------------------- */
@@ -346,7 +376,7 @@ PyObject *rebuild(PyObject *module, PyObject *args) {
 
 static PyObject *rare_reduce(PyObject *self, PyObject *protocol) {
     int fd, family, kind, proto;
-    state_of(self)->exposed = true;
+    expose(self);
     if (socket_parts(self, &fd, &family, &kind, &proto) < 0)
         return NULL;
     PyObject *reduction = PyImport_ImportModule("multiprocessing.reduction"), *made = NULL;
@@ -376,6 +406,7 @@ HIDDEN PyMethodDef rare_methods[] = {
     {"sendfile", FAST(rare_sendfile), WORDS, "As socket.sendfile, likewise."},
     {"shutdown", rare_shutdown, METH_O, "As socket.shutdown."},
     {"fileno", rare_fileno, METH_NOARGS, "As socket.fileno."},
+    {"dup", rare_dup, METH_NOARGS, "As socket.dup."},
     {"waits_for", rare_waits_for, METH_NOARGS, "Return 'reading', 'writing' or None: what its green thread waits for."},
     {"__reduce_ex__", rare_reduce, METH_O, "Travel to another process by multiprocessing."},
     {NULL},
@@ -388,5 +419,6 @@ int rare_ready(void) {
     base_connect_ex = PyObject_GetAttrString((PyObject *)Wire_Type, "connect_ex");
     base_shutdown = PyObject_GetAttrString((PyObject *)Wire_Type, "shutdown");
     base_fileno = PyObject_GetAttrString((PyObject *)Wire_Type, "fileno");
-    return base_connect_ex == NULL || base_shutdown == NULL || base_fileno == NULL ? -1 : 0;
+    base_dup = PyObject_GetAttrString((PyObject *)Socket_Type, "dup");
+    return base_connect_ex == NULL || base_shutdown == NULL || base_fileno == NULL || base_dup == NULL ? -1 : 0;
 }

@@ -26,6 +26,8 @@ __all__ = ["Connection"]
 _recv = _socket.socket.recv
 _recv_into = _socket.socket.recv_into
 _send = _socket.socket.send
+_fileno = _socket.socket.fileno
+_connect_ex = _socket.socket.connect_ex
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _WAITALL = getattr(socket, "MSG_WAITALL", 0)
 _INET = (socket.AF_INET, socket.AF_INET6)
@@ -59,11 +61,11 @@ def _waiting(name: str, write: bool, flags_at: int) -> Callable[..., Any]:
             give_way(wire)
         wire.spent += 1
         try:
-            result = raw(self, *args)
+            result = self._hushed(raw, self, *args)
         except BlockingIOError:
             if wire.timeout == 0.0 or (len(args) > flags_at and args[flags_at] & _DONTWAIT):
                 raise
-            result = _wait_and_retry(wire, write, lambda: raw(self, *args))
+            result = _wait_and_retry(wire, write, lambda: self._hushed(raw, self, *args))
         if wire.traced:
             tell_call(self, name, args, result)
         return result
@@ -82,9 +84,49 @@ class Connection(connection.Connection):
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         super().__init__(family, type, proto, fileno)
+        self._exposed = False
         _socket.socket.settimeout(self, 0.0)
         stream = family_of(self) in _INET and kind_of(self) == socket.SOCK_STREAM
-        self._wire = Wire(self.fileno(), socket.getdefaulttimeout(), wet=not stream)
+        self._wire = Wire(_fileno(self), socket.getdefaulttimeout(), wet=not stream)
+
+    # -- the descriptor ------------------------------------------------------------------------------------------------
+
+    def fileno(self) -> int:
+        """Return the descriptor; whoever uses that finds sent what was written, and that it blocks as a socket does."""
+        flush_of(here.hub, self)
+        if not self._exposed:
+            self._exposed = True
+            self._show_flags()  # from now on the program may have set them itself
+        return super().fileno()
+
+    def dup(self) -> Connection:
+        """As ``socket.dup``; both have one set of flags from now on, whatever the new one's constructor has done."""
+        other: Connection = super().dup()
+        other._exposed = True
+        self._show_flags()
+        return other
+
+    def _show_flags(self) -> None:
+        """Leave the descriptor, if anybody has asked for it, as the standard library's sockets do theirs.
+
+        Programs read(2) it, make another of it, or start a child on it. Here all goes by MSG_DONTWAIT.
+        """
+        fd = _fileno(self)
+        if self._exposed and fd >= 0 and _DONTWAIT:
+            os.set_blocking(fd, self._wire.timeout is None)
+
+    def _hushed(self, call: Callable[..., Any], *args: Any) -> Any:
+        """Return ``call(*args)``, which has no MSG_DONTWAIT and is not to block."""
+        fd = _fileno(self)
+        if not self._exposed or fd < 0 or self._wire.timeout is not None or not _DONTWAIT:
+            return call(*args)
+        blocked = os.get_blocking(fd)
+        os.set_blocking(fd, False)
+        try:
+            return call(*args)
+        finally:
+            if _fileno(self) >= 0:
+                os.set_blocking(fd, blocked)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -98,12 +140,12 @@ class Connection(connection.Connection):
         data = None
         if not wire.dry or flags or wire.timeout == 0.0 or bufsize < 0:
             try:
-                data = _recv(self, bufsize, flags)
+                data = _recv(self, bufsize, flags | _DONTWAIT)
             except BlockingIOError:
                 if wire.timeout == 0.0 or flags & _DONTWAIT:
                     raise
         if data is None:
-            data = _wait_and_retry(wire, False, lambda: _recv(self, bufsize, flags))
+            data = _wait_and_retry(wire, False, lambda: _recv(self, bufsize, flags | _DONTWAIT))
         size = len(data)
         wire.spent += 1 + (size >> _PIECE_SHIFT)
         if 0 < size < bufsize and not flags and not wire.wet:
@@ -119,7 +161,7 @@ class Connection(connection.Connection):
         try:
             while not data or len(data) < bufsize:
                 try:
-                    piece = _recv(self, bufsize - len(data), flags)
+                    piece = _recv(self, bufsize - len(data), flags | _DONTWAIT)
                 except BlockingIOError:
                     if flags & _DONTWAIT:
                         raise
@@ -151,12 +193,12 @@ class Connection(connection.Connection):
         size = None
         if not wire.dry or flags or wire.timeout == 0.0 or nbytes < 0:
             try:
-                size = _recv_into(self, buffer, nbytes, flags)
+                size = _recv_into(self, buffer, nbytes, flags | _DONTWAIT)
             except BlockingIOError:
                 if wire.timeout == 0.0 or flags & _DONTWAIT:
                     raise
         if size is None:
-            size = _wait_and_retry(wire, False, lambda: _recv_into(self, buffer, nbytes, flags))
+            size = _wait_and_retry(wire, False, lambda: _recv_into(self, buffer, nbytes, flags | _DONTWAIT))
         wire.spent += 1 + (size >> _PIECE_SHIFT)
         if 0 < size < (nbytes or memoryview(buffer).nbytes) and not flags and not wire.wet:
             wire.dry = True
@@ -183,12 +225,12 @@ class Connection(connection.Connection):
             give_way(wire)
         sent = None
         try:
-            sent = _send(self, data, flags)
+            sent = _send(self, data, flags | _DONTWAIT)
         except BlockingIOError:
             if wire.timeout == 0.0 or flags & _DONTWAIT:
                 raise
         if sent is None:
-            sent = _wait_and_retry(wire, True, lambda: _send(self, data, flags))
+            sent = _wait_and_retry(wire, True, lambda: _send(self, data, flags | _DONTWAIT))
         if self._blocks(flags):
             sent = self._send_on(data, sent, flags)
         wire.spent += 1 + (sent >> _PIECE_SHIFT)
@@ -219,7 +261,7 @@ class Connection(connection.Connection):
             while sent < len(rest):
                 try:
                     wait(self._wire, True, None)
-                    sent += _send(self, rest[sent:], flags)
+                    sent += _send(self, rest[sent:], flags | _DONTWAIT)
                 except BlockingIOError:
                     pass
                 except DeadlineExceeded:  # is for the green thread, not an end of this operation
@@ -237,7 +279,7 @@ class Connection(connection.Connection):
         deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
         sent = 0
         try:
-            sent = _send(self, data, flags)
+            sent = _send(self, data, flags | _DONTWAIT)
         except BlockingIOError:
             if wire.timeout == 0.0:
                 raise
@@ -255,7 +297,7 @@ class Connection(connection.Connection):
             if wire.timeout != 0.0:
                 wait(wire, True, None if deadline is None else max(0.0, deadline - time.monotonic()))
             try:
-                sent += _send(self, data[sent:], flags)
+                sent += _send(self, data[sent:], flags | _DONTWAIT)
             except BlockingIOError:
                 if wire.timeout == 0.0:
                     raise
@@ -303,7 +345,7 @@ class Connection(connection.Connection):
             give_way(wire)
 
         def attempt() -> int:
-            return os.sendfile(self.fileno(), file, offset, size)
+            return int(self._hushed(os.sendfile, _fileno(self), file, offset, size))
 
         try:
             sent = attempt()
@@ -335,11 +377,6 @@ class Connection(connection.Connection):
         """Return a file to write; see the contract."""
         return Writer(self, reader)
 
-    def fileno(self) -> int:
-        """Return the descriptor; whoever uses that finds sent what was written."""
-        flush_of(here.hub, self)
-        return super().fileno()
-
     # -- connecting ----------------------------------------------------------------------------------------------------
 
     def connect(self, address: Any, /) -> None:
@@ -361,7 +398,7 @@ class Connection(connection.Connection):
         wire = self._wire
         deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
         pause = _FIRST_PAUSE
-        error = _socket.socket.connect_ex(self, address)
+        error = self._hushed(_connect_ex, self, address)
         while error in (errno.EINPROGRESS, errno.EALREADY, errno.EAGAIN) and wire.timeout != 0.0:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if error == errno.EAGAIN:
@@ -370,10 +407,10 @@ class Connection(connection.Connection):
                 pause = _rest(pause, left)
             else:
                 wait(wire, True, left)
-            error = _socket.socket.connect_ex(self, address)
+            error = self._hushed(_connect_ex, self, address)
             if error == errno.EISCONN:
                 error = 0
-        return error
+        return int(error)
 
     def accept(self) -> tuple[Connection, Any]:
         """Take a connection from a listener, waiting in the hub."""
@@ -409,6 +446,7 @@ class Connection(connection.Connection):
             if not value >= 0.0:
                 raise ValueError("Timeout value out of range")
         self._wire.timeout = value
+        self._show_flags()
 
     def gettimeout(self) -> float | None:
         """Return what ``settimeout`` was given."""
@@ -417,6 +455,7 @@ class Connection(connection.Connection):
     def setblocking(self, flag: bool, /) -> None:
         """As ``settimeout(None)`` or ``settimeout(0.0)``."""
         self._wire.timeout = None if flag else 0.0
+        self._show_flags()
 
     def getblocking(self) -> bool:
         """Tell whether operations wait."""
@@ -464,9 +503,9 @@ class Connection(connection.Connection):
         except OSError:
             pass  # the peer, or the handler, was quicker
         self.close()
-        if self.fileno() >= 0:
+        if _fileno(self) >= 0:
             self.record = record
-        return self.fileno() < 0
+        return _fileno(self) < 0
 
     def _send_last(self) -> None:
         try:

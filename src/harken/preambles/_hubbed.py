@@ -101,7 +101,7 @@ class Hubbed(Secured):
 
     def _stand_for(self, inner: Any) -> None:
         """Become a socket of the same descriptor, which asks nobody to wait: the hub does."""
-        socket.socket.__init__(self, family_of(inner), kind_of(inner), proto_of(inner), inner.fileno())
+        socket.socket.__init__(self, family_of(inner), kind_of(inner), proto_of(inner), _socket.socket.fileno(inner))
         _socket.socket.settimeout(self, 0.0)
 
     def fileno(self) -> int:
