@@ -97,6 +97,8 @@ class Alone:
         self._leaving = threading.Event()
         self._upgrade_thread: threading.Thread | None = None
         self._watchdog = Watchdog()
+        if self._watchdog.interval is not None:
+            self._worker.turn_seconds = min(self._worker.turn_seconds, self._watchdog.interval)
         if not in_memory:
             self._worker.ends_with_process()
         self._worker.on_leaving = self._tell_why

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -37,15 +36,9 @@ __all__ = ["GRACE_SECONDS", "MOST_WORKERS", "Workers"]
 # A reload needs room for as many again.
 MOST_WORKERS = MAX_ROWS // 2
 
-
-def _check_number(value: int) -> None:
-    if value > MOST_WORKERS:
-        raise ValueError(f"is above the largest value allowed, {MOST_WORKERS}")
-
-
 WORKERS = setting(
     "workers",
-    replace(count(), test=_check_number),
+    count(maximum=MOST_WORKERS),
     0,
     serve=1,
     unit="processes",
