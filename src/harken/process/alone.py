@@ -80,18 +80,22 @@ class Alone:
         listeners = [listener for several in self._opened.values() for listener in several]
         self._desk: _Desk | None = None
         self._page: page.Local | None = None
-        try:
+        with ExitStack() as undo:
+            undo.callback(_close, self._opened)
             self._worker = Worker(handler, (), keywords, listeners=listeners)
+            undo.callback(self._worker.close)
             self._open_page()
             self._open_control(name)
+            if self._desk is not None:
+                undo.callback(self._desk.close)
+            undo.callback(self._pidfile.remove)
             if not handoff.upgraded_from():
                 self._pidfile.write()
+                own = (*self._opened.get(_CONTROL, ()), *self._opened.get(page.key_of(self.settings), ()))
+                privileges.give(self.settings, (self._pidfile.path, *(listener.owned_path for listener in own)))
             privileges.drop(self.settings)
             privileges.chdir(self.settings)
-        except BaseException:
-            for listener in (listener for several in self._opened.values() for listener in several):
-                listener.close()
-            raise
+            undo.pop_all()
         self._replaced = False
         self._ended = False  # by an operator, who wants no new program
         self._leaving = threading.Event()
