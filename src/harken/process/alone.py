@@ -86,8 +86,7 @@ class Alone:
             undo.callback(self._worker.close)
             self._open_page()
             self._open_control(name)
-            if self._desk is not None:
-                undo.callback(self._desk.close)
+            undo.callback(self._close_desk)
             undo.callback(self._pidfile.remove)
             if not handoff.upgraded_from():
                 self._pidfile.write()
@@ -99,6 +98,7 @@ class Alone:
         self._replaced = False
         self._ended = False  # by an operator, who wants no new program
         self._leaving = threading.Event()
+        self._upgrading = False
         self._upgrade_thread: threading.Thread | None = None
         self._watchdog = Watchdog()
         if self._watchdog.interval is not None:
@@ -133,6 +133,10 @@ class Alone:
             self._desk = _Desk(opened, self._worker)
         handoff.close_rest()
 
+    def _close_desk(self) -> None:
+        if self._desk is not None:
+            self._desk.close()
+
     def run(self) -> int:
         """Serve until a signal; return the exit status."""
         try:
@@ -144,8 +148,7 @@ class Alone:
             self._worker.close()
             if self._page is not None:
                 self._page.close()
-            if self._desk is not None:
-                self._desk.close()
+            self._close_desk()
             if self._ended:
                 _close(self._kept)
                 self._kept = {}
@@ -182,7 +185,7 @@ class Alone:
 
         Not when what it would read anew is wrong: it could not begin, and there would be nobody left to serve.
         """
-        if self._leaving.is_set() or self._is_upgrading() or not self._can_begin_anew():
+        if self._leaving.is_set() or self._upgrading or not self._can_begin_anew():
             return
         try:
             handoff.may_begin_anew(self._directory)
@@ -204,13 +207,11 @@ class Alone:
 
     def _upgrade(self) -> None:
         """Start the new program and wait for it, in a thread: meanwhile signals are acted on."""
-        if self._leaving.is_set() or self._is_upgrading():
+        if self._leaving.is_set() or self._upgrading:
             return
+        self._upgrading = True
         self._upgrade_thread = threading.Thread(target=self._follow_upgrade, name="harken-upgrade", daemon=True)
         self._upgrade_thread.start()
-
-    def _is_upgrading(self) -> bool:
-        return self._upgrade_thread is not None and self._upgrade_thread.is_alive()
 
     def _follow_upgrade(self) -> None:
         try:
@@ -221,6 +222,7 @@ class Alone:
                     successor.abandon()
                     return
         except HandoffError as error:
+            self._upgrading = False
             events.emit("upgrade_failed", reason=f"{error}; this one serves on")
             return
         self._replaced = True
