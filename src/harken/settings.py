@@ -36,6 +36,7 @@ class Kind:
         name: ``count``, ``seconds``, ``bytes``, ``flag``, ``choice``, ``text`` or ``list``.
         types: Python types of a value that was not written as text.
         minimum: the smallest number allowed, or None.
+        maximum: the largest number allowed, or None.
         choices: the words allowed, for ``choice``; empty allows any word.
         optional: whether None ("none" in text) is a value.
         test: looks closer at a value; raises ValueError saying, after "is wrong: ", what would be allowed.
@@ -47,6 +48,7 @@ class Kind:
     choices: tuple[str, ...] = ()
     optional: bool = False
     test: Callable[[Any], object] | None = None
+    maximum: float | None = None
 
     def fits(self, value: object) -> bool:
         """Tell whether ``value`` has a type that this kind takes, whatever its size or spelling."""
@@ -72,6 +74,8 @@ class Kind:
             raise ValueError(f"is not {self.describe()}")
         if self.minimum is not None and value is not None and value < self.minimum:
             raise ValueError(f"is below the smallest value allowed, {self.minimum:g}")
+        if self.maximum is not None and value is not None and value > self.maximum:
+            raise ValueError(f"is above the largest value allowed, {self.maximum}")
         if self.test is not None:
             self.test(value)
         return tuple(value) if isinstance(value, list) else value
@@ -127,9 +131,9 @@ class Kind:
         return f"{words} or none" if self.optional else words
 
 
-def count(minimum: int | None = 0, *, optional: bool = False) -> Kind:
+def count(minimum: int | None = 0, *, maximum: int | None = None, optional: bool = False) -> Kind:
     """A whole number."""
-    return Kind("count", (int,), minimum=minimum, optional=optional)
+    return Kind("count", (int,), minimum=minimum, maximum=maximum, optional=optional)
 
 
 def seconds(*, optional: bool = False) -> Kind:

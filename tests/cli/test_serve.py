@@ -163,7 +163,7 @@ def test_a_log_for_machines_has_no_other_lines(serve):
     [
         (("srv_ap:Echo",), 1, "harken: no module named 'srv_ap'; did you mean 'srv_app'?"),
         (("srv_app:function",), 1, "harken: srv_app:function is a function, not a handler class"),
-        (("srv_app:Echo", "--bind", "tpc://:0"), 1, "harken: 'tpc://:0': no transport is called 'tpc'"),
+        (("srv_app:Echo", "--bind", "tpc://:0"), 2, "harken serve: 'tpc://:0': no transport is called 'tpc'"),
         (("srv_app:Echo", "--backlog", "x"), 2, "harken serve: backlog = 'x' (flag --backlog)"),
         (("srv_app:Echo", "--baklog", "1"), 2, "harken serve: No such option '--baklog'"),
         (("srv_app:Echo", "more"), 2, "harken serve: Got unexpected extra argument"),
@@ -207,3 +207,28 @@ def test_each_address_has_a_line_to_try_it_with(url, hint):
     from harken.cli.serve import _attempt
 
     assert _attempt(url) == hint
+
+
+@pytest.mark.parametrize(
+    "words,status,told",
+    [
+        (("--bind", "nowhere"), 2, "'nowhere' has no scheme"),
+        (("--bind", "tcp://127.0.0.1:99999"), 2, "has no port from 0 to 65535"),
+        (("--bind", "unix:/tmp/x?mode=9"), 2, "is not an octal mode"),
+        (("--metrics", "nowhere"), 2, "is no address for a page"),
+        (("--metrics", "tcp://127.0.0.1:x"), 2, "has no port from 0 to 65535"),
+        (("--backlog", "999999999999"), 2, "is above the largest value allowed"),
+        (("--log-file", "/nonexistent/log"), 1, "the log '/nonexistent/log' cannot be opened: No such file"),
+        (("--access-log", "/nonexistent/log"), 1, "the log '/nonexistent/log' cannot be opened: No such file"),
+        (("--limits", "nonexistent.module:Limit"), 1, "cannot load 'nonexistent.module:Limit' for limits"),
+    ],
+)
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_what_is_wrong_is_told_at_the_start(serve, words, status, told, workers):
+    """One line that names the value: status 2 when it can never be, 1 when this machine has not got it."""
+    bind = () if "--bind" in words else ("--bind", "tcp://127.0.0.1:0")
+    process = serve("srv_app.py:Echo", "--workers", workers, *bind, *words)
+    assert process.wait(SECONDS) == status
+    log = [line for line in process.stderr.read().splitlines() if not line.startswith("listening on")]
+    assert told in log[-1]
+    assert not any("Traceback" in line for line in log)

@@ -53,6 +53,10 @@ class Manager:
             self._heard.append((fields, int.from_bytes(ancillary[0][2][:4], sys.byteorder)))
             yield self._heard[-1]
 
+    def forget(self):
+        """Forget what was heard."""
+        self._heard.clear()
+
     def wait_status(self, status):
         """Wait until this is said."""
         while self.hear("STATUS")[0]["STATUS"] != status:
@@ -179,3 +183,22 @@ def test_status_says_how_many_serve(activated, manager):
     manager.wait_status(f"2 of 2 workers on tcp://127.0.0.1:{port}")
     process.send_signal(signal.SIGTTOU)
     manager.wait_status(f"1 of 1 workers on tcp://127.0.0.1:{port}")
+
+
+def test_the_watchdog_is_fed_while_a_process_alone_drains(activated, manager, target):
+    """A reload that waits for a handler is not taken for a hang, however long it may wait."""
+    go = target.with_name("go")
+    waits = f"while not os.path.exists({str(go)!r}): time.sleep(0.01)"
+    target.write_text(target.read_text().replace("while data :=", f"{waits}\n        while data :="))
+    watchdog = {"WATCHDOG_USEC": "200000"}
+    process, port = activated("--workers", "0", env=watchdog)
+    manager.hear("READY")
+    with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
+        client.makefile().readline()
+        process.send_signal(signal.SIGHUP)
+        manager.hear("RELOADING")
+        manager.forget()
+        for _ in range(20):
+            manager.hear("WATCHDOG", by=process.pid)
+    go.touch()
+    manager.hear("READY", by=process.pid)

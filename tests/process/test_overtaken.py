@@ -200,3 +200,36 @@ def test_a_new_worker_of_a_suspended_service_takes_nobody(service, run_program, 
         client.settimeout(PATIENCE)
         order("resume")
         assert client.recv(100).startswith(b"one ")
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGHUP", "SIGUSR2", "SIGTTIN", "SIGWINCH"])
+def test_a_worker_that_still_loads_bears_every_command(service, target, tmp_path, name):
+    """A rotation of the log, or a terminal's HUP, while new code loads does not end it, and so fail the reload."""
+    running = service("--workers", "1")
+    old = running.ask()
+    target.write_text(SLOW + target.read_text().replace('"one"', '"two"'))
+    os.kill(running.pid, signal.SIGHUP)
+    wait_for(tmp_path / "loading")
+    os.kill(int((tmp_path / "loading").read_text()), getattr(signal, name))
+    assert running.ask() == old
+    (tmp_path / "go").touch()
+    running.wait_answer("two")
+
+
+def test_a_worker_that_still_loads_writes_to_the_new_log(service, target, tmp_path):
+    """It was told by USR1 before it served, and its lines go where those of the others go."""
+    log = tmp_path / "access"
+    running = service("--workers", "1", "--access-log", str(log))
+    running.ask()
+    target.write_text(SLOW + target.read_text().replace('"one"', '"two"'))
+    os.kill(running.pid, signal.SIGHUP)
+    wait_for(tmp_path / "loading")
+    log.rename(tmp_path / "rotated")
+    os.kill(running.pid, signal.SIGUSR1)
+    (tmp_path / "go").touch()
+    running.wait_answer("two")
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.end()[0] == 0
+    worker = (tmp_path / "loading").read_text()
+    assert f"worker={worker}" in log.read_text()
+    assert f"worker={worker}" not in (tmp_path / "rotated").read_text()

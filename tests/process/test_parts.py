@@ -1,6 +1,9 @@
 """The small parts of processes: channels, the scoreboard, pid files, privileges, words for the service manager."""
 
+import errno
 import os
+import pathlib
+import pwd
 import select
 import signal
 import socket
@@ -8,8 +11,9 @@ import threading
 
 import pytest
 
+import harken
 from harken.errors import ConfigError
-from harken.process import notify, privileges, recycling
+from harken.process import notify, privileges, recycling, service
 from harken.process.channel import Channel, pair
 from harken.process.pidfile import PidFile
 from harken.process.scoreboard import MAX_ROWS, Scoreboard
@@ -128,6 +132,47 @@ def test_a_pid_file_is_written_refused_and_removed(tmp_path):
     assert not path.exists()
     with pytest.raises(ConfigError, match="No such file or directory"):
         PidFile(str(tmp_path / "none" / "pid")).write()
+
+
+def test_a_pid_file_in_a_directory_of_root(tmp_path, monkeypatch):
+    """Who has become another user owns the file alone: it is written over, and emptied in the end."""
+    path = tmp_path / "pid"
+    path.write_text("999999999 and what was there before\n")
+
+    def refuse(*_arguments, **_more):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    mine = PidFile(str(path))
+    monkeypatch.setattr(pathlib.Path, "write_text", refuse)
+    monkeypatch.setattr(pathlib.Path, "unlink", refuse)
+    path.chmod(0o600)
+    mine.write()
+    assert path.read_text() == f"{os.getpid()}\n"
+    mine.write()  # nothing to write
+    mine.remove()
+    assert path.read_text() == ""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to change users")
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_what_the_server_must_replace_is_given_to_its_user(workers, tmp_path, monkeypatch):
+    """The PID file, the control socket and the page's become those of ``user``, with and without a supervisor."""
+    given = []
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid: given.append((pathlib.Path(path).name, uid)))
+    monkeypatch.setattr(privileges, "drop", lambda _settings: None)
+    paths = {name: str(tmp_path / name) for name in ("pidfile", "control", "metrics")}
+    paths["metrics"] = f"unix:{paths['metrics']}"
+    settings = {"workers": int(workers), "user": "nobody", **paths}
+    with pytest.raises(ConfigError):  # there is no such directory: it ends before it serves
+        service.run(lambda: Idle, ("tcp://127.0.0.1:0",), {**settings, "chdir": "/nonexistent"}, name="x")
+    assert sorted(given) == [(name, pwd.getpwnam("nobody").pw_uid) for name in ("control", "metrics", "pidfile")]
+
+
+class Idle(harken.BaseRequestHandler):
+    """Serves nobody in these tests."""
+
+    def handle(self):
+        """Nothing."""
 
 
 def test_without_a_path_there_is_no_pid_file():

@@ -189,6 +189,18 @@ def test_what_a_start_that_fails_has_made_is_removed(run_program, target, tmp_pa
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_start_that_fails_late_leaves_no_pid_file(run_program, target, tmp_path, workers):
+    """Nor anything else, when the directory to go to is not there."""
+    words = ("-m", "harken", "serve", f"{target}:Tell", "--bind", f"unix:{tmp_path / 'sock'}", "--workers", workers)
+    more = ("--pidfile", str(tmp_path / "pid"), "--control", str(tmp_path / "control"))
+    process = run_program(*words, *more, "--chdir", str(tmp_path / "none"))
+    assert process.wait(PATIENCE) == 1
+    assert "chdir = " in process.stderr.read()
+    left = {path.name for path in tmp_path.iterdir()} - {target.name, "__pycache__"}
+    assert not left
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_pid_file_stays_where_it_was_asked_for(service, tmp_path, workers):
     """A name without a folder is meant from where the service was started, also when it goes elsewhere."""
     (tmp_path / "elsewhere").mkdir()

@@ -73,6 +73,17 @@ def test_a_drain_that_cuts_ends_with_status_3(service):
         assert running.end()[0] in (0, 3)  # an idle client leaves first; a busy one is cut
 
 
+def test_a_worker_that_does_not_even_drain_has_cut_its_connections(service):
+    """One that is stopped is killed when its time is over: that is status 3 as well."""
+    running = service("--workers", "1", "--drain-timeout", "0.1")
+    with running.connect() as client:
+        pid = int(client.makefile().readline().split()[1])
+        running.ask()  # its loop has turned, and it has told its supervisor that one is open
+        os.kill(pid, signal.SIGSTOP)
+        os.kill(running.pid, signal.SIGTERM)
+        assert running.end()[0] == 3
+
+
 def test_a_killed_worker_is_replaced(service):
     """kill -9 costs one worker's connections, and nothing else."""
     running = service("--workers", "2")

@@ -10,7 +10,7 @@ import importlib
 import os
 import pkgutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import click
 from harken import settings
 from harken.errors import ConfigError, nearest
 from harken.settings import Setting
+from harken.transports import for_url
 
 __all__ = [
     "BIND_DEFAULT",
@@ -176,13 +177,18 @@ def refuse_wrong_values() -> None:
             raise click.UsageError(str(error)) from None
 
 
-def refuse_unsafe_values() -> None:
-    """Look at the settings for ``serve`` that are wrong only together.
+def refuse_unsafe_values(places: Iterable[str]) -> None:
+    """Look at the settings for ``serve`` that are wrong only together, and at addresses.
+
+    Args:
+        places: the addresses to listen on.
 
     Raises:
-        click.UsageError: headers of proxies would be believed from anybody.
+        click.UsageError: headers of proxies would be believed from anybody, or an address is malformed.
     """
     try:
+        for place in places:
+            for_url(place).parse(place)
         check_together(settings.Settings(None, profile="serve"))
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
@@ -198,6 +204,10 @@ def check_together(values: settings.Settings) -> None:
         from harken.preambles.proxy import trusted
 
         trusted(values)
+    if values["metrics"] is not None:
+        from harken.process.page import check_address
+
+        check_address(values["metrics"])
 
 
 def unknown_variables() -> list[str]:

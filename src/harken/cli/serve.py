@@ -22,8 +22,8 @@ __all__ = ["command"]
 
 def _serve(target: str, urls: tuple[str, ...], reload: bool) -> int:
     options.refuse_wrong_values()
-    options.refuse_unsafe_values()
     places = options.addresses(urls)
+    options.refuse_unsafe_values(places)
     if reload:
         _watch(target)
     if Settings(None, profile="serve")["log_format"] == "text":  # a log for machines tells it by itself

@@ -41,7 +41,7 @@ class AccessLog:
             settings: ``access_log`` and ``log_format`` are read.
 
         Raises:
-            OSError: the file cannot be opened.
+            ConfigError: the file cannot be opened.
         """
         path = settings["access_log"]
         self._handler: logging.Handler | None = None

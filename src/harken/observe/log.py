@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from harken import events
+from harken.errors import ConfigError
 from harken.observe.repeats import WINDOW_SECONDS, Repeats
 from harken.settings import Settings, choice, operator, setting, text
 
@@ -122,9 +123,12 @@ def open_log(path: str | None, stream: TextIO) -> logging.Handler:
     """Return what writes lines to a file, or to ``stream`` without a path.
 
     Raises:
-        OSError: the file cannot be opened.
+        ConfigError: the file cannot be opened.
     """
-    return _File(path) if path else _Stream(stream)
+    try:
+        return _File(path) if path else _Stream(stream)
+    except OSError as error:
+        raise ConfigError(f"the log {path!r} cannot be opened: {error.strerror}") from None
 
 
 class _Losing(logging.Handler):
@@ -188,7 +192,7 @@ class LogObserver:
             settings: ``log_level``, ``log_format`` and ``log_file`` are read.
 
         Raises:
-            OSError: the file cannot be opened.
+            ConfigError: the file cannot be opened.
         """
         self.handler = open_log(settings["log_file"], sys.stderr)
         self.handler.setFormatter(_formatter(settings))

@@ -80,24 +80,29 @@ class Alone:
         listeners = [listener for several in self._opened.values() for listener in several]
         self._desk: _Desk | None = None
         self._page: page.Local | None = None
-        try:
+        with ExitStack() as undo:
+            undo.callback(_close, self._opened)
             self._worker = Worker(handler, (), keywords, listeners=listeners)
+            undo.callback(self._worker.close)
             self._open_page()
             self._open_control(name)
+            undo.callback(self._close_desk)
+            undo.callback(self._pidfile.remove)
             if not handoff.upgraded_from():
                 self._pidfile.write()
+                own = (*self._opened.get(_CONTROL, ()), *self._opened.get(page.key_of(self.settings), ()))
+                privileges.give(self.settings, (self._pidfile.path, *(listener.owned_path for listener in own)))
             privileges.drop(self.settings)
             privileges.chdir(self.settings)
-        except BaseException:
-            for listener in (listener for several in self._opened.values() for listener in several):
-                listener.close()
-            raise
+            undo.pop_all()
         self._replaced = False
         self._ended = False  # by an operator, who wants no new program
         self._leaving = threading.Event()
         self._upgrading = False
         self._upgrade_thread: threading.Thread | None = None
         self._watchdog = Watchdog()
+        if self._watchdog.interval is not None:
+            self._worker.turn_seconds = min(self._worker.turn_seconds, self._watchdog.interval)
         if not in_memory:
             self._worker.ends_with_process()
         self._worker.on_leaving = self._tell_why
@@ -128,6 +133,10 @@ class Alone:
             self._desk = _Desk(opened, self._worker)
         handoff.close_rest()
 
+    def _close_desk(self) -> None:
+        if self._desk is not None:
+            self._desk.close()
+
     def run(self) -> int:
         """Serve until a signal; return the exit status."""
         try:
@@ -139,8 +148,7 @@ class Alone:
             self._worker.close()
             if self._page is not None:
                 self._page.close()
-            if self._desk is not None:
-                self._desk.close()
+            self._close_desk()
             if self._ended:
                 _close(self._kept)
                 self._kept = {}

@@ -24,6 +24,7 @@ from harken.process.channel import Channel
 from harken.process.ledger import Slate
 from harken.process.recycling import Lifespan
 from harken.process.scoreboard import Row
+from harken.process.signals import Early
 from harken.process.worker import Worker
 
 __all__ = ["DUMP_SIGNAL", "FAILED", "Child", "Inside"]
@@ -122,6 +123,7 @@ class Inside:
         dump: int,
         answer: Callable[[Worker, str, dict[str, Any]], Any],
         standing: Mapping[str, dict[str, Any]],
+        early: Early,
     ) -> None:
         """Prepare.
 
@@ -133,6 +135,7 @@ class Inside:
             dump: a descriptor for stacks.
             answer: answers what the supervisor asks.
             standing: what it has asked of all workers, by verb: heeded before the first connection is taken.
+            early: the signals that come before the worker heeds them.
         """
         self._make = make
         self._channel = channel
@@ -141,6 +144,7 @@ class Inside:
         self._dump = dump
         self._answer = answer
         self._standing = standing
+        self._early = early
         self._lifespan: Lifespan | None = None
         self._retiring = False
         self._worker: Worker | None = None
@@ -182,6 +186,7 @@ class Inside:
 
     def _tell_ready(self) -> None:
         assert self._worker is not None
+        self._early.repeat()
         for verb, arguments in self._standing.items():
             with suppress(HarkenError):  # there is nothing to resume
                 self._answer(self._worker, verb, arguments)

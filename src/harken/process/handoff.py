@@ -314,5 +314,7 @@ def probe(listeners: Iterable[Listener], timeout: float = 5.0) -> None:
             client.settimeout(timeout)
             try:
                 client.connect(listener.getsockname())
+            except PermissionError:
+                pass  # a Unix path that the user we have become may not enter; others may
             except OSError as error:
                 raise ConfigError(f"cannot connect to {listener.url}, which this process listens on: {error}") from None

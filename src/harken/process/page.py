@@ -61,11 +61,22 @@ def open_listener(settings: Settings) -> Listener | None:
     url = settings["metrics"]
     if url is None:
         return None
-    if url.partition(":")[0] not in ("tcp", "unix"):
-        raise ConfigError(f"metrics = {url!r} is no address for a page; take tcp://HOST:PORT or unix:/PATH")
+    check_address(url)
     check_installed()
     kept = handoff.inherited(key_of(settings))
     return kept[0] if kept else transports.listen(url)[0]
+
+
+def check_address(url: str) -> None:
+    """Look at an address without touching the machine.
+
+    Raises:
+        ConfigError: it cannot carry a page.
+    """
+    scheme = url.partition(":")[0]
+    if scheme not in ("tcp", "unix"):
+        raise ConfigError(f"metrics = {url!r} is no address for a page; take tcp://HOST:PORT or unix:/PATH")
+    transports.for_url(url).parse(url)
 
 
 def web_address(listener: Listener) -> str:

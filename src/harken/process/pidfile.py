@@ -24,7 +24,8 @@ class PidFile:
     """One pid file; with no path it is none, and every verb does nothing."""
 
     def __init__(self, path: str | None) -> None:
-        self._path = Path(path).absolute() if path else None  # `chdir` comes later
+        """Note where it is."""
+        self.path = Path(path).absolute() if path else None  # `chdir` comes later
 
     def write(self, *, over: int | None = None) -> None:
         """Write this process's pid, by rename(2): nobody reads half a number.
@@ -35,34 +36,54 @@ class PidFile:
         Raises:
             ConfigError: a living process holds the file, or it cannot be written.
         """
-        if self._path is None:
+        if self.path is None:
             return
         holder = self._holder()
-        if holder not in (None, over, os.getpid()):
-            raise ConfigError(f"pidfile = {str(self._path)!r}: process {holder} holds it and runs; stop that one first")
-        beside = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        if holder == os.getpid():
+            return  # as a program that a reload has put into the same process
+        if holder not in (None, over):
+            raise ConfigError(f"pidfile = {str(self.path)!r}: process {holder} holds it and runs; stop that one first")
         try:
-            beside.write_text(f"{os.getpid()}\n")
-            beside.rename(self._path)
+            self._replace(f"{os.getpid()}\n")
         except OSError as error:
-            with contextlib.suppress(OSError):
-                beside.unlink()
-            raise ConfigError(f"pidfile = {str(self._path)!r}: {error.strerror}") from None
+            raise ConfigError(f"pidfile = {str(self.path)!r}: {error.strerror}") from None
 
     def remove(self) -> None:
-        """Remove the file if it still names this process."""
-        if self._path is not None and self._read() == os.getpid():
-            self._path.unlink(missing_ok=True)
+        """Remove the file if it still names this process; where its directory forbids that, empty it."""
+        if self.path is None or self._read() != os.getpid():
+            return
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._overwrite("")
 
-    def give_to(self, uid: int, gid: int) -> None:
-        """Let the user that the server becomes remove the file later, as far as its directory allows."""
-        if self._path is not None:
-            os.chown(self._path, uid, gid)
+    def _replace(self, text: str) -> None:
+        assert self.path is not None
+        beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        try:
+            beside.write_text(text)
+            beside.rename(self.path)
+        except PermissionError:  # the file is ours, and its directory is not: see privileges.give
+            self._overwrite(text)
+        except OSError:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+
+    def _overwrite(self, text: str) -> None:
+        """Write into the file that is there, by one write(2)."""
+        assert self.path is not None
+        fd = os.open(self.path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
+        try:
+            os.write(fd, text.encode())
+        finally:
+            os.close(fd)
 
     def _read(self) -> int | None:
-        assert self._path is not None
+        assert self.path is not None
         try:
-            return int(self._path.read_text())
+            return int(self.path.read_text())
         except (OSError, ValueError):
             return None
 

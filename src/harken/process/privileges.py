@@ -8,12 +8,13 @@ from __future__ import annotations
 import grp
 import os
 import pwd
+from collections.abc import Iterable
 from typing import Any
 
 from harken.errors import ConfigError
 from harken.settings import Kind, Settings, setting, text
 
-__all__ = ["chdir", "drop", "set_umask"]
+__all__ = ["chdir", "drop", "give", "identity", "set_umask"]
 
 USER = setting(
     "user",
@@ -98,6 +99,29 @@ def identity(settings: Settings) -> tuple[int | None, int | None]:
     return uid, gid
 
 
+def give(settings: Settings, paths: Iterable[str | os.PathLike[str] | None]) -> None:
+    """Give files to the ``user`` and ``group`` that the server becomes: it must replace or remove them later.
+
+    Raises:
+        ConfigError: there is no such user or group, or this process may not give them away.
+    """
+    uid, gid = identity(settings)
+    if uid is None and gid is None:
+        return
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
+        except PermissionError:
+            raise _refusal(settings) from None
+
+
+def _refusal(settings: Settings) -> ConfigError:
+    who = settings["user"] if settings["user"] is not None else settings["group"]
+    return ConfigError(f"cannot become {who!r}: only root can change user and group")
+
+
 def _user(user: str) -> pwd.struct_passwd:
     try:
         return pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
@@ -128,5 +152,4 @@ def drop(settings: Settings) -> None:
             os.initgroups(pwd.getpwuid(uid).pw_name, gid if gid is not None else os.getgid())
             os.setuid(uid)
     except PermissionError:
-        who = settings["user"] if settings["user"] is not None else settings["group"]
-        raise ConfigError(f"cannot become {who!r}: only root can change user and group") from None
+        raise _refusal(settings) from None

@@ -104,6 +104,7 @@ class Supervisor:
             self._opened = handoff.listen(addresses, bind_options(self.settings))
             self._open_page()
             self._open_control(name)
+            undo.callback(self._pidfile.remove)
             self._become()
             undo.pop_all()
         self._selector = selectors.DefaultSelector()
@@ -137,15 +138,10 @@ class Supervisor:
         handoff.close_rest()
 
     def _become(self) -> None:
-        uid, gid = privileges.identity(self.settings)
         if not handoff.upgraded_from():
             self._pidfile.write()
-            owner = -1 if uid is None else uid, -1 if gid is None else gid
-            if owner != (-1, -1):
-                self._pidfile.give_to(*owner)
-                for listener in (*self._opened.get(_CONTROL, ()), *self._opened.get(self._page_key, ())):
-                    if listener.owned_path is not None:
-                        os.chown(listener.owned_path, *owner)
+            own = (*self._opened.get(_CONTROL, ()), *self._opened.get(self._page_key, ()))
+            privileges.give(self.settings, (self._pidfile.path, *(listener.owned_path for listener in own)))
         privileges.drop(self.settings)
         privileges.chdir(self.settings)
 

@@ -106,6 +106,8 @@ class Worker:
         """Who collects this process's figures, if anybody does."""
         self.obeys: dict[int, Callable[[], None]] = {}
         """What more signals do, besides ending the worker: called in the thread that acts on signals."""
+        self.turn_seconds = TURN_SECONDS
+        """How long a turn of the loop may take when nothing happens."""
         self.on_leaving: Callable[[], object] = _nothing
         """Called when a signal begins to end the worker, in the thread that acts on signals."""
         self.on_told: Callable[[], object] = _nothing
@@ -172,12 +174,15 @@ class Worker:
             with ExitStack() as attached, suppress(Abandoned):
                 for server in self.servers:
                     attached.enter_context(server.serving.attached())
+                    _ = server.serving.admission  # a limit that cannot be loaded is told now
                 on_ready()
                 self._engine.run(lambda: self._stopping, self._tick, self._patience)
                 self._left_loop = True
             if self._drainer is None:
                 return self._stop()
-            self._drainer.join()
+            while self._drainer.is_alive():
+                self._drainer.join(self.turn_seconds)
+                on_turn()  # the loop has ended, and we wait by intent
             return self._status
 
     def ends_with_process(self) -> None:
@@ -210,7 +215,7 @@ class Worker:
         self._on_turn()
 
     def _patience(self) -> float:
-        return min(server.serving.acceptor.patience(TURN_SECONDS) for server in self.servers)
+        return min(server.serving.acceptor.patience(self.turn_seconds) for server in self.servers)
 
     def _obey(self, number: int) -> None:
         """Act on a signal: the first TERM drains, INT and QUIT end at once, a drain too."""

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,9 +26,9 @@ from harken.process.child import Child, Inside
 from harken.process.inquiry import Inquiries
 from harken.process.ledger import Ledger, Slate
 from harken.process.scoreboard import MAX_ROWS, Scoreboard
-from harken.process.signals import blocked
+from harken.process.signals import Early, blocked
 from harken.process.traces import Followers
-from harken.process.worker import Worker
+from harken.process.worker import CUT, Worker
 from harken.settings import Settings, count, seconds, setting
 
 __all__ = ["GRACE_SECONDS", "MOST_WORKERS", "Workers"]
@@ -37,15 +36,9 @@ __all__ = ["GRACE_SECONDS", "MOST_WORKERS", "Workers"]
 # A reload needs room for as many again.
 MOST_WORKERS = MAX_ROWS // 2
 
-
-def _check_number(value: int) -> None:
-    if value > MOST_WORKERS:
-        raise ValueError(f"is above the largest value allowed, {MOST_WORKERS}")
-
-
 WORKERS = setting(
     "workers",
-    replace(count(), test=_check_number),
+    count(maximum=MOST_WORKERS),
     0,
     serve=1,
     unit="processes",
@@ -211,16 +204,18 @@ class Workers:
             undo.callback(slate.close)
             dump = os.memfd_create("harken-stacks", os.MFD_CLOEXEC)
             undo.callback(os.close, dump)
+            early: Early | None = None
             with blocked():
                 pid = os.fork()
                 if pid == 0:
                     undo.pop_all()
                     self._let_go()
+                    early = Early()
                     ours.release()
                     self.release()
             undo.pop_all()
-        if pid == 0:
-            Inside(partial(self._make, place), theirs, row, slate, dump, answer, self._standing).live()
+        if early is not None:
+            Inside(partial(self._make, place), theirs, row, slate, dump, answer, self._standing, early).live()
         theirs.release()
         child = self._children[pid] = Child(pid, self._generation, ours, row, slate, dump)
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
@@ -298,6 +293,8 @@ class Workers:
             self._hear(child)  # its last words
         if child.channel.fileno() in self._selector.get_map():
             self._selector.unregister(child.channel)
+        if status == -signal.SIGKILL and self._ending and child.row.open:
+            self.statuses.add(CUT)  # its time was over, and it could not say so itself
         del self._children[child.pid]
         self.inquiries.forget(child)
         self.followers.lost(child.pid)
