@@ -16,6 +16,7 @@ from harken.connection import receive_now, shut
 from harken.errors import ConfigError, LifecycleError, PreambleError
 from harken.preambles import Preamble
 from harken.records import Record
+from harken.unpatched import Socket
 
 if TYPE_CHECKING:
     from harken.books import Books
@@ -136,7 +137,12 @@ class Entry:
         begun = monotonic()
         deadline = begun + self.timeout
         for preamble in self.preambles:
-            request = preamble(request, deadline)
+            try:
+                request = preamble(request, deadline)
+            except OSError as error:
+                _follow(record, getattr(error, "connection", None) or request)
+                raise
+            _follow(record, request)
         record.entered = True
         record.in_preamble = False
         if self._serving.books.meter is not None:
@@ -203,9 +209,15 @@ def _succeed() -> bool:
     return True
 
 
+def _follow(record: Record, request: Any) -> None:
+    """See to it that the record is of what a preamble made: one of a socket without records knows of none."""
+    if record.request is not request:
+        record.move(request)
+
+
 def _read_out(request: Any) -> None:
     """Take what the peer has sent already: unread, it would turn the close into a reset, which overtakes our alert."""
-    if not isinstance(request, socket.socket):
+    if not isinstance(request, Socket):
         return
     try:
         for _ in range(MAX_READ_OUT // 65536):

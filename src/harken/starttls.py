@@ -10,6 +10,7 @@ from typing import Any
 from harken.entry import note_failure, reason_of
 from harken.errors import LifecycleError, PreambleError
 from harken.preambles._handshake import Handshake, secure
+from harken.preambles._secured import SSLSocket
 from harken.preambles.tls import certificates_of
 from harken.serving import serving_of
 from harken.settings import UNSET
@@ -19,7 +20,7 @@ __all__ = ["start_tls"]
 
 def start_tls(handler: Any, tls: Any = None) -> socket.socket:
     """Do the handshake of a handler's connection, as the server; see ``BaseRequestHandler.start_tls``."""
-    if isinstance(handler.request, ssl.SSLSocket) and handler.request.version() is not None:
+    if isinstance(handler.request, (ssl.SSLSocket, SSLSocket)) and handler.request.version() is not None:
         raise LifecycleError("start_tls(): the connection is under TLS already")
     serving = serving_of(handler.server)
     certificates = certificates_of(tls) if tls is not None else _of_server(serving)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import _socket
 import importlib
 import sys
+from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Socket", "family_of", "kind_of", "original", "patched", "proto_of"]
+__all__ = ["Socket", "family_of", "kind_of", "original", "patched", "proto_of", "rebased"]
 
 
 def patched() -> bool:
@@ -22,6 +23,28 @@ def original(module: str, name: str) -> Any:
     if monkey is not None and monkey.is_module_patched(module):
         return monkey.get_original(module, name)
     return getattr(importlib.import_module(module), name)
+
+
+def rebased(kind: type, base: type) -> type:
+    """Return a class that has what ``kind`` itself defines, over another base; ``super()`` in it is of that."""
+    cell = CellType()
+
+    def again(value: Any) -> Any:
+        if isinstance(value, (classmethod, staticmethod)):
+            return type(value)(again(value.__func__))
+        if isinstance(value, property):
+            return property(again(value.fget), again(value.fset), again(value.fdel), value.__doc__)
+        if not isinstance(value, FunctionType) or "__class__" not in value.__code__.co_freevars:
+            return value
+        names = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        closure = tuple(cell if name == "__class__" else old for name, old in names)
+        made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, closure)
+        made.__kwdefaults__, made.__doc__ = value.__kwdefaults__, value.__doc__
+        return made
+
+    own = {name: again(value) for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    cell.cell_contents = made = type(kind.__name__, (base,), own)
+    return made
 
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
+import trustme
 
 PROLOGUE = {
     "before": "from gevent import monkey; monkey.patch_all()\nimport harken\n",
@@ -282,3 +283,49 @@ def test_the_contract_of_an_engine(run_program):
 def test_the_thread_engine_is_gevents_own(run_program, order):
     """Threads are gevent's greenlets and connections gevent's sockets, as under ``socketserver``."""
     assert run(run_program, order, OTHERS) == "True True"
+
+
+SECURED = """
+import ssl, sys
+client_context = ssl.create_default_context(cafile=sys.argv[1] + "/ca.pem")
+
+def seen(engine):
+    class Upper(harken.StreamRequestHandler):
+        def handle(self):
+            self.wfile.write(str(self.request.version()).encode() + b"\\n")
+            for line in self.rfile:
+                self.wfile.write(line.upper())
+            assert self.request.recv(1) == b""
+    tls = harken.TLS(sys.argv[1] + "/cert.pem")
+    with harken.background(harken.TCPServer(("127.0.0.1", 0), Upper, engine=engine, tls=tls)) as server:
+        with socket.create_connection(server.server_address, 20) as plain:
+            plain.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+            assert plain.recv(100)[:1] in (b"", b"\\x15")
+        with socket.create_connection(server.server_address, 20) as plain:
+            with client_context.wrap_socket(plain, server_hostname="localhost") as client:
+                client.sendall(b"hello\\n" * 20000)
+                got = b""
+                while len(got) < 8 + 120000:
+                    got += client.recv(65536)
+                client.shutdown(socket.SHUT_WR)
+        while server.connections():
+            time.sleep(0.01)
+        stats = server.stats()
+    return got[:14], stats["handler_failed_total"], sorted(stats["closed_total"].items())
+
+for engine in ("green", "thread", "inline"):
+    print(*seen(engine))
+"""
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+@pytest.mark.parametrize("order", PROLOGUE)
+def test_tls(run_program, order, kind, tmp_path):
+    """On the hub's connections and on gevent's, whenever ``ssl`` was imported first."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    ca.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(tmp_path / "cert.pem")
+    program = PROLOGUE[order] + SERVE + SECURED
+    process = run_program("-W", "ignore", "-c", program, str(tmp_path), env={"HARKEN_HUB": kind})
+    out, errors = process.communicate(timeout=40)
+    assert out == "b'TLSv1.3\\nHELLO\\n' 0 [('peer_closed', 1), ('preamble_failed', 1)]\n" * 3, errors

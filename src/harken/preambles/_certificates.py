@@ -15,6 +15,7 @@ from harken.errors import ConfigError
 from harken.preambles._declaration import TLS, File
 from harken.preambles._secured import Secured
 from harken.preambles._validity import remarks_on
+from harken.unpatched import patched
 
 __all__ = ["Certificates"]
 
@@ -146,7 +147,7 @@ def _load(tls: TLS) -> ssl.SSLContext:
 
 def _context(tls: TLS, cert: File, key: File | None, password: Callable[[], str | bytes]) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.sslsocket_class = Secured
+    _take_class(context)
     context.minimum_version = _VERSIONS[tls.min_version]
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_CIPHER_SERVER_PREFERENCE | BARE_END
     context.num_tickets = 1  # enough to come back once; OpenSSL makes two of them
@@ -294,6 +295,12 @@ def _fit(context: Any) -> ssl.SSLContext:
             "tls: this ssl.SSLContext is for clients; make one by ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)"
         )
     if context.sslsocket_class is ssl.SSLSocket:
-        context.sslsocket_class = Secured
+        _take_class(context)
         context.options |= BARE_END
     return context  # type: ignore[no-any-return]
+
+
+def _take_class(context: Any) -> None:
+    """Let a context make our sockets, unless gevent has patched the process: then those on threads are gevent's."""
+    if not patched():
+        context.sslsocket_class = Secured

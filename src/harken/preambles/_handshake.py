@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from harken._hub import is_connection
 from harken.errors import PreambleError
 from harken.preambles._hubbed import Hubbed
+from harken.preambles._secured import SSLSocket
 from harken.preambles._words import HANDSHAKE, of_error, of_plain_text
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Handshake:
 
     def __call__(self, connection: Any, deadline: float) -> Any:
         """Do the handshake; see :class:`harken.preambles.Preamble`. A program's own TLS socket stays as it is."""
-        if self.mode == "starttls" or isinstance(connection, ssl.SSLSocket):
+        if self.mode == "starttls" or isinstance(connection, (ssl.SSLSocket, SSLSocket)):
             return connection
         if self.mode == "always" and is_connection(connection):
             return self._take(connection, deadline)
@@ -128,7 +129,8 @@ def secure(connection: Any, context: ssl.SSLContext, deadline: float, *, nodelay
 
 def _begin(made: Any, connection: Any, context: ssl.SSLContext, deadline: float, *, nodelay: bool) -> Any:
     """Let ``made`` go on in the place of ``connection``, and do its handshake; see :func:`secure`."""
-    record = getattr(connection, "record", None)
+    # The type is asked: gevent's socket, which is used up, answers by an error.
+    record = getattr(connection, "record", None) if hasattr(type(connection), "record") else None
     if record is not None:
         record.move(made)
     try:

@@ -17,7 +17,7 @@ from typing import Any
 from harken import _hub
 from harken.preambles._secured import Secured, give
 from harken.tracing import tell_call
-from harken.unpatched import family_of, kind_of, proto_of
+from harken.unpatched import Socket, family_of, kind_of, proto_of
 
 __all__ = ["Hubbed"]
 
@@ -101,7 +101,7 @@ class Hubbed(Secured):
 
     def _stand_for(self, inner: Any) -> None:
         """Become a socket of the same descriptor, which asks nobody to wait: the hub does."""
-        socket.socket.__init__(self, family_of(inner), kind_of(inner), proto_of(inner), _socket.socket.fileno(inner))
+        Socket.__init__(self, family_of(inner), kind_of(inner), proto_of(inner), _socket.socket.fileno(inner))
         _socket.socket.settimeout(self, 0.0)
 
     def fileno(self) -> int:

@@ -22,11 +22,19 @@ import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from harken.connection import kept_open, peer_fault, shut
+from harken.unpatched import Socket, original, rebased
 
-__all__ = ["Secured"]
+if TYPE_CHECKING:
+    from ssl import SSLSocket as SSLSocket  # noqa: PLC0414 - the class, which gevent replaces
+else:
+    SSLSocket = original("ssl", "SSLSocket")
+    if not issubclass(SSLSocket, Socket):  # ssl was first imported when gevent had patched socket
+        SSLSocket = rebased(SSLSocket, Socket)
+
+__all__ = ["SSLSocket", "Secured"]
 
 # A close_notify on the wire is 31 bytes at the most (TLS 1.2 with CBC pads it to some more).
 MAX_NOTIFY = 1024
@@ -35,7 +43,7 @@ MAX_NOTIFY = 1024
 T = TypeVar("T")
 
 
-class Secured(ssl.SSLSocket):
+class Secured(SSLSocket):
     """An accepted connection under TLS; the kernel waits. It tells its record when it closes."""
 
     record: Any = None
@@ -71,12 +79,12 @@ class Secured(ssl.SSLSocket):
             self._end_and_read_on()
         elif how == socket.SHUT_RDWR:
             self._end()
-        socket.socket.shutdown(self, how)
+        Socket.shutdown(self, how)
 
     def part(self) -> None:
         """End our side when nobody will read on."""
         self._end()
-        socket.socket.shutdown(self, socket.SHUT_WR)
+        Socket.shutdown(self, socket.SHUT_WR)
 
     def end(self) -> bool:
         """Say goodbye and close, as ``part`` and ``close`` do, without telling the record; see ``Connection.end``."""
@@ -107,9 +115,9 @@ class Secured(ssl.SSLSocket):
     def _peer_has_ended(self) -> bool:
         if self._sslobj is None:
             return False
-        timeout = socket.socket.gettimeout(self)
+        timeout = Socket.gettimeout(self)
         try:
-            socket.socket.settimeout(self, 0.0)
+            Socket.settimeout(self, 0.0)
             return not self._sslobj.read(1)
         except ssl.SSLZeroReturnError:
             return True
@@ -117,7 +125,7 @@ class Secured(ssl.SSLSocket):
             return False
         finally:
             if self.fileno() >= 0:
-                socket.socket.settimeout(self, timeout)
+                Socket.settimeout(self, timeout)
 
     def broken_by(self, error: BaseException) -> bool:
         """Tell whether ``error`` is this connection's own: TLS was broken off or violated, which nobody here did.
@@ -142,13 +150,13 @@ class Secured(ssl.SSLSocket):
         with self._turns.one if self._turns is not None else nullcontext():
             timeout = self.gettimeout()
             try:
-                socket.socket.settimeout(self, 0.0)
+                Socket.settimeout(self, 0.0)
                 self._sslobj.shutdown()
             except (OSError, ValueError):  # the usual end; or the connection has gone
                 pass
             finally:
                 if self.fileno() >= 0:
-                    socket.socket.settimeout(self, timeout)
+                    Socket.settimeout(self, timeout)
 
     def _end_and_read_on(self) -> None:
         """Send close_notify without letting OpenSSL look for the peer's.
@@ -173,14 +181,14 @@ class Secured(ssl.SSLSocket):
             wire = os.dup(fd)
             try:
                 os.dup2(inner.fileno(), fd, inheritable=False)
-                socket.socket.settimeout(self, 0.0)
+                Socket.settimeout(self, 0.0)
                 self._sslobj.shutdown()
             except OSError:  # the usual
                 pass
             finally:
                 os.dup2(wire, fd, inheritable=False)
                 os.close(wire)
-                socket.socket.settimeout(self, timeout)
+                Socket.settimeout(self, timeout)
             self._send_on(outer)
         if self.record is not None and self.record.reason is not None:
             shut(self)  # who cut it in that moment met the pair
@@ -189,7 +197,7 @@ class Secured(ssl.SSLSocket):
 
     def _send_on(self, outer: socket.socket) -> None:
         try:
-            socket.socket.sendall(self, outer.recv(MAX_NOTIFY))
+            Socket.sendall(self, outer.recv(MAX_NOTIFY))
         except OSError:
             pass  # TLS was broken and had nothing to say, or the peer has gone
 
@@ -250,8 +258,8 @@ class Turns:
         deadline = None
         while True:
             with self.one:
-                timeout = socket.socket.gettimeout(connection)
-                socket.socket.settimeout(connection, 0.0)
+                timeout = Socket.gettimeout(connection)
+                Socket.settimeout(connection, 0.0)
                 try:
                     return operation()
                 except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
@@ -260,7 +268,7 @@ class Turns:
                     event = select.POLLIN if isinstance(error, ssl.SSLWantReadError) else select.POLLOUT
                 finally:
                     if connection.fileno() >= 0:
-                        socket.socket.settimeout(connection, timeout)
+                        Socket.settimeout(connection, timeout)
             if timeout is not None and deadline is None:
                 deadline = monotonic() + timeout
             _wait(connection.fileno(), event, deadline)
