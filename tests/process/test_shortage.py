@@ -228,3 +228,28 @@ def test_a_reload_heeds_what_the_file_says_anew(service, tmp_path):
     running.wait_log("worker exited", 4)  # the old ones are gone
     running.ask()
     running.wait_log("debug +closed")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("engine", ["thread", "green"])
+def test_a_drain_for_which_there_is_no_thread(service, target, engine, workers):
+    """It is done all the same, by the thread that heard of it."""
+    target.write_text(
+        target.read_text()
+        + """
+import threading
+start = threading.Thread.start
+def no_more(thread):
+    if thread.name == "harken-drain":
+        raise RuntimeError("can't start new thread")
+    start(thread)
+threading.Thread.start = no_more
+"""
+    )
+    running = service("--workers", workers, "--engine", engine)
+    with running.connect() as client:
+        lines = client.makefile()
+        assert lines.readline().startswith("one ")
+        os.kill(running.pid, signal.SIGTERM)
+        assert lines.readline() == ""
+    assert running.end()[0] == 0

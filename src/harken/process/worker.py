@@ -100,6 +100,7 @@ class Worker:
         self._left_loop = False
         self._leaving = threading.Lock()
         self._drainer: threading.Thread | None = None
+        self._drained = threading.Event()
         self._status = DRAINED
         self._on_turn: Callable[[], None] = _nothing
         self.collector: Collector | None = None
@@ -180,8 +181,7 @@ class Worker:
                 self._left_loop = True
             if self._drainer is None:
                 return self._stop()
-            while self._drainer.is_alive():
-                self._drainer.join(self.turn_seconds)
+            while not self._drained.wait(self.turn_seconds):
                 on_turn()  # the loop has ended, and we wait by intent
             return self._status
 
@@ -252,9 +252,18 @@ class Worker:
         timeout = self.settings["drain_timeout"]
         drains = [Drain(server.serving, timeout) for server in self.servers]
         self._drainer = threading.Thread(target=self._drain, args=(drains,), name="harken-drain", daemon=True)
-        self._drainer.start()
+        try:
+            self._drainer.start()
+        except RuntimeError:  # the machine has no threads left: here, then, and other signals wait
+            self._drain(drains)
 
     def _drain(self, drains: list[Drain]) -> None:
+        try:
+            self._drain_all(drains)
+        finally:
+            self._drained.set()
+
+    def _drain_all(self, drains: list[Drain]) -> None:
         reports = run(drains, self.stop)
         harm = any(report.cut for report in reports) or any(each.running for each in drains)
         self._status = CUT if harm else DRAINED

@@ -64,6 +64,8 @@ GRACE_SECONDS = 3.0
 FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0
 # After so many seconds without a death the next one begins a new count.
 STEADY_SECONDS = 10.0
+# Workers started in one turn: signals and questions wait for so many forks, of some milliseconds each, and no more.
+STARTS_A_TURN = 8
 # Seconds for a hung worker to write its stacks down: it takes milliseconds.
 DUMP_SECONDS = 1.0
 
@@ -183,7 +185,9 @@ class Workers:
         return max(0, lacking)
 
     def _fill(self) -> None:
-        while self._lacking() and time.monotonic() >= self._not_before:
+        for _ in range(min(self._lacking(), STARTS_A_TURN)):
+            if not self._lacking() or time.monotonic() < self._not_before:
+                return
             try:
                 self._start()
             except OSError as error:  # no descriptors, memory or processes left: those that are there serve on
