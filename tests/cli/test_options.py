@@ -73,10 +73,17 @@ def test_a_wrong_flag_is_a_usage_error(words):
     assert "\n" not in str(caught.value)
 
 
-def test_a_wrong_variable_is_a_usage_error(monkeypatch):
+@pytest.mark.parametrize(
+    "name,value,words",
+    [
+        ("HARKEN_POOL_SIZE", "many", r"pool_size = 'many' \(environment HARKEN_POOL_SIZE\)"),
+        ("HARKEN_HUB", "quick", "HARKEN_HUB='quick' is no kind of hub; take compiled or fallback"),
+    ],
+)
+def test_a_wrong_variable_is_a_usage_error(monkeypatch, name, value, words):
     """Also when no flag is given at all."""
-    monkeypatch.setenv("HARKEN_POOL_SIZE", "many")
-    with pytest.raises(click.UsageError, match=r"pool_size = 'many' \(environment HARKEN_POOL_SIZE\)"):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(click.UsageError, match=words):
         parse()
 
 

@@ -73,6 +73,7 @@ def test_a_partial_of_a_handler_counts(tmp_path):
         ("tgt_app:", "target 'tgt_app:' names no class; say which: tgt_app:Echo"),
         ("tgt_ap.py:Echo", "no file 'tgt_ap.py'; did you mean 'tgt_app.py'?"),
         ("no/such.py:Echo", "no file 'no/such.py'"),
+        ("folder.py:Echo", "'folder.py' is a directory, not a Python file"),
         ("tgt app:Echo", "target 'tgt app:Echo' is neither module:Name nor path/file.py:Name"),
         (":Echo", "target ':Echo' is neither module:Name nor path/file.py:Name"),
         ("tgt_app:plain", "tgt_app:plain is a function, not a handler class: give a class with handle()"),
@@ -85,6 +86,7 @@ def test_a_wrong_target_is_one_line_with_the_remedy(tmp_path, target, line):
     """Each way to miss says what was missed and what is near."""
     more = "import sys\ndef plain(): pass\nmade = Echo()\nnumber = 7\n"
     tmp_path.joinpath("tgt_app.py").write_text(HANDLER + more)
+    tmp_path.joinpath("folder.py").mkdir()
     assert refusal(target).startswith(line)
 
 

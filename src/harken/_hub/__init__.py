@@ -186,6 +186,7 @@ __all__ = [
     "Hub",
     "Lane",
     "adopt",
+    "asked",
     "current",
     "is_connection",
     "kind",
@@ -246,15 +247,25 @@ def _load(name: str) -> ModuleType | None:
         return None
 
 
+def asked() -> str | None:
+    """Return the kind that the environment asks for; None: it does not say.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+    name = os.environ.get(VARIABLE)
+    if name and name not in _NAMES:
+        raise ConfigError(f"{VARIABLE}={name!r} is no kind of hub; take {' or '.join(_NAMES)}")
+    return name or None
+
+
 def _chosen() -> ModuleType:
-    asked = os.environ.get(VARIABLE)
-    if asked and asked not in _NAMES:
-        raise ConfigError(f"{VARIABLE}={asked!r} is no kind of hub; take {' or '.join(_NAMES)}")
-    for name in (asked,) if asked else _NAMES:
+    wanted = asked()
+    for name in (wanted,) if wanted else _NAMES:
         module = _load(name)
         if module is not None:
             return module
-    raise ConfigError(f"{VARIABLE}={asked} cannot be had: the extension is not built; unset it, or install a compiler")
+    raise ConfigError(f"{VARIABLE}={wanted} cannot be had: the extension is not built; unset it, or install a compiler")
 
 
 def adopt(sock: Any, make: Any = None) -> Any:

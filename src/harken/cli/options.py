@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from harken import settings
+from harken import _hub, settings
 from harken.errors import ConfigError, nearest
 from harken.settings import Setting
 from harken.transports import for_url
@@ -165,16 +165,17 @@ def _take_config(path: str | None, refusal: type[Exception]) -> None:
 
 
 def refuse_wrong_values() -> None:
-    """Read every setting that flags, environment or file name.
+    """Read every setting that flags, environment or file name, and the kind of hub.
 
     Raises:
         click.UsageError: for the first whose value is not allowed.
     """
-    for declared in load_settings().values():
-        try:
+    try:
+        for declared in load_settings().values():
             settings.operator.find(declared)
-        except ConfigError as error:
-            raise click.UsageError(str(error)) from None
+        _hub.asked()
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
 
 
 def refuse_unsafe_values(places: Iterable[str]) -> None:

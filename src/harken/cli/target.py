@@ -92,6 +92,8 @@ def _load_module(name: str, target: str) -> ModuleType:
 
 
 def _load_file(path: Path) -> ModuleType:
+    if path.is_dir():
+        raise ConfigError(f"{str(path)!r} is a directory, not a Python file")
     if not path.is_file():
         raise ConfigError(f"no file {str(path)!r}{near_script(path)}")
     path = path.resolve()
