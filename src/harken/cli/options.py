@@ -97,7 +97,14 @@ def settings_options(refusal: type[Exception] = click.UsageError) -> list[click.
 
     Args:
         refusal: what to raise, with one line, when the file cannot be read or names an unknown setting.
+
+    Raises:
+        click.UsageError: the environment asks for a kind of hub that there is not; what declares settings needs one.
     """
+    try:
+        _hub.asked()
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
     config = click.Option(
         ["--config"],
         metavar="FILE",
@@ -165,7 +172,7 @@ def _take_config(path: str | None, refusal: type[Exception]) -> None:
 
 
 def refuse_wrong_values() -> None:
-    """Read every setting that flags, environment or file name, and the kind of hub.
+    """Read every setting that flags, environment or file name.
 
     Raises:
         click.UsageError: for the first whose value is not allowed.
@@ -173,7 +180,6 @@ def refuse_wrong_values() -> None:
     try:
         for declared in load_settings().values():
             settings.operator.find(declared)
-        _hub.asked()
     except ConfigError as error:
         raise click.UsageError(str(error)) from None
 
