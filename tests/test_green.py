@@ -433,3 +433,4 @@ def test_connect_to_nobody(run):
         address = listener.getsockname()
     assert isinstance(run(lambda: green.connect(address, 1))[0], ConnectionRefusedError)
     assert isinstance(run(lambda: green.connect("udp://127.0.0.1:1"))[0], ConfigError)
+    assert isinstance(run(lambda: green.connect("tls://127.0.0.1:1"))[0], ConfigError)

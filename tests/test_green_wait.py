@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken import green
@@ -93,6 +94,88 @@ def test_exceptions_pass(loop):
     with serve(lambda word: green.wait(fail(word)), loop=loop) as server, client(server) as ask:
         assert ask("lost") == "KeyError: 'lost'"
         assert ask("again") == "KeyError: 'again'"
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt])
+def test_what_ends_a_program_ends_who_waits_alone(end):
+    """Not the loop, where everybody else waits, too: the server goes on."""
+
+    async def leave():
+        await asyncio.sleep(0)
+        raise end
+
+    async def stay():
+        return "stayed"
+
+    def work(word):
+        if word == "leave":
+            with contextlib.suppress(end):
+                green.wait(leave())
+                return "nothing was raised"
+        return green.wait(stay())
+
+    with serve(work) as server, client(server) as ask, client(server) as other:
+        assert other() == "stayed"
+        assert ask("leave") == "stayed"
+        assert other() == "stayed"
+
+
+def test_what_ends_a_program_leaves_the_loop_of_plain_threads(run_program):
+    """The next one who waits there is served."""
+    program = """
+import sys
+from harken import green
+
+async def leave():
+    sys.exit(3)
+
+async def stay():
+    return "stayed"
+
+try:
+    green.wait(leave())
+except SystemExit as error:
+    print(error.code, green.wait(stay()))
+"""
+    assert run_program("-c", program).communicate(timeout=20) == ("3 stayed\n", "")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of connections that nobody closed
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_loop_that_is_ended_ends_the_server_and_no_more(lazy):
+    """``serve_forever`` raises what ended it, and ``server_close`` waits for nobody who went with it."""
+    raised = []
+
+    async def end():
+        asyncio.get_running_loop().call_soon(exec, "raise SystemExit(7)")
+        await asyncio.sleep(PATIENCE)
+
+    class Handler(harken.BaseRequestHandler):
+        def handle(self):
+            if self.request.recv(1):
+                green.wait(end())
+
+    Handler.lazy = lazy
+
+    def run():
+        try:
+            server.serve_forever()
+        except SystemExit as error:
+            raised.append(error.code)
+
+    server = harken.GreenTCPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=run)
+    thread.start()
+    with contextlib.ExitStack() as clients:
+        socks = [clients.enter_context(socket.create_connection(server.server_address)) for _ in range(3)]
+        wait_until(lambda: len(server.connections()) == 3)
+        socks[0].sendall(b"x")
+        thread.join(PATIENCE)
+        closing = threading.Thread(target=server.server_close, daemon=True)
+        closing.start()
+        closing.join(PATIENCE)
+        assert not closing.is_alive()
+    assert raised == [7]
 
 
 def test_context_variables_are_seen(loop):

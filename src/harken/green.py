@@ -280,9 +280,10 @@ def _places(address: str | tuple[str, int]) -> list[tuple[int, Any]]:
         from harken import transports
 
         place = transports.for_url(address).parse(address)
-        if place.scheme == "unix":
+        scheme = getattr(place, "scheme", None)
+        if scheme == "unix":
             return [(socket.AF_UNIX, place.path)]
-        if place.scheme != "tcp":
+        if scheme != "tcp":
             raise ConfigError(f"{address!r}: only tcp:// and unix: can be connected to")
         host, port = place.host or "localhost", place.port
     return [(found[0], found[4]) for found in getaddrinfo(host, port, type=socket.SOCK_STREAM)]

@@ -311,6 +311,14 @@ def test_a_timeout_that_is_due_ends_no_later_wait(stage):
     assert stage.run(reader, interrupter) == [b"x", None]
 
 
+@pytest.mark.parametrize("what", ["sleep", "call_at"])
+def test_what_is_no_number_is_no_time(stage, what):
+    """A timer that is never due would keep all others from their turn."""
+    nan = float("nan")
+    act = {"sleep": lambda: stage.hub.sleep(nan), "call_at": lambda: stage.hub.call_at(nan, print)}[what]
+    assert isinstance(stage.run(act)[0], ValueError)
+
+
 def test_many_cancelled_timers_do_not_pile_up(stage):
     """A recv with a timeout leaves one each time: memory must not wait for their deadlines."""
 

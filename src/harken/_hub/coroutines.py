@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
 from harken import _hub
@@ -29,7 +29,63 @@ def wait(awaitable: Awaitable[Any]) -> Any:
         if asyncio.iscoroutine(awaitable):
             awaitable.close()
         raise
-    return _wait_elsewhere(awaitable) if loop is None else _wait_beside(asyncio.ensure_future(awaitable, loop=loop))
+    awaitable = _contained(awaitable)
+    try:
+        return _wait_elsewhere(awaitable) if loop is None else _wait_beside(asyncio.ensure_future(awaitable, loop=loop))
+    except _Ending as ending:
+        raise ending.reason from None
+
+
+class _Ending(Exception):
+    """No error: it carries SystemExit or KeyboardInterrupt out of a task."""
+
+    def __init__(self, reason: BaseException) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class _Contained(Coroutine[Any, Any, Any]):
+    """A coroutine whose SystemExit or KeyboardInterrupt is for who waits for it alone.
+
+    asyncio lets them end the loop, and with it everybody who waits there: here, the server.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def send(self, value: Any) -> Any:
+        """Go on."""
+        try:
+            return self._inner.send(value)
+        except (SystemExit, KeyboardInterrupt) as reason:
+            raise _Ending(reason) from None
+
+    def throw(self, *error: Any) -> Any:
+        """Go on by an error."""
+        try:
+            return self._inner.throw(*error)
+        except (SystemExit, KeyboardInterrupt) as reason:
+            raise _Ending(reason) from None
+
+    def close(self) -> None:
+        """End it."""
+        self._inner.close()
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return self._inner.__await__()  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:  # ``__qualname__``, ``cr_frame`` …: what debuggers ask for
+        return getattr(self._inner, name)
+
+
+async def _await(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _contained(awaitable: Any) -> Any:
+    if asyncio.isfuture(awaitable) or not hasattr(awaitable, "__await__"):
+        return awaitable  # another's task; or what asyncio will refuse
+    return _Contained(awaitable if asyncio.iscoroutine(awaitable) else _await(awaitable))
 
 
 def _wait_beside(task: asyncio.Future[Any]) -> Any:

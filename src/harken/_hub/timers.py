@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,7 +49,13 @@ class Timers:
         self._dead = 0
 
     def add(self, deadline: float, function: Callable[..., object], args: tuple[Any, ...]) -> Timer:
-        """Make a timer."""
+        """Make a timer.
+
+        Raises:
+            ValueError: the deadline is no number.
+        """
+        if math.isnan(deadline):
+            raise ValueError("seconds must be a number, not nan")
         timer = Timer(deadline, function, args, self)
         heapq.heappush(self._heap, (deadline, next(self._count), timer))
         return timer

@@ -304,11 +304,14 @@ class Engine(Contract):
         except BaseException as error:  # noqa: BLE001 - raised again by the loops' callers
             with self._guard:
                 self._hub = None
+                self._jobs.clear()  # what had not begun went with the hub
+                self._lodgers = 0
             for loop in list(self._loops):
                 self._finish(loop, error)
         finally:
             watchdog.stop()
             self._close_shortcuts()
+            self._ring()
 
     def move_in(self) -> Callable[[], None]:
         """Let the hub be a guest in the loop of this thread; see :class:`harken.engines.Engine`."""
@@ -324,17 +327,23 @@ class Engine(Contract):
                 self._hub = self._thread = None
                 self._ident = 0
                 self._moved_in = False
+                self._lodgers = 0  # they go with the hub
             lodger.leave()
             watchdog.stop()
             self._close_shortcuts()
+            self._ring()
 
         return leave
 
-    def _is_over(self) -> bool:
-        """Whether the hub's thread may end; asked by the hub when a green thread has ended, for one."""
+    def _ring(self) -> None:
+        """Tell those who wait for ends of handlers that there were some."""
         for bell, handlers in tuple(self._bells):
             if handlers != len(self._jobs) + self._lodgers:
                 bell.ring()
+
+    def _is_over(self) -> bool:
+        """Whether the hub's thread may end; asked by the hub when a green thread has ended, for one."""
+        self._ring()
         hub = self._hub
         if hub is not None:
             hub.asks_at_ends = self._leaving or not self._loops or bool(self._bells)
