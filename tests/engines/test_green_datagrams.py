@@ -7,6 +7,7 @@ import contextvars
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from harken.engines import _datagrams
 
 PATIENCE = 10.0  # seconds
 LOCAL = ("127.0.0.1", 0)
+RECVTTL = 12  # IP_RECVTTL of linux/in.h
 
 
 class Echo(harken.BaseRequestHandler):
@@ -622,6 +624,30 @@ def test_an_answer_leaves_before_its_socket_is_closed(how: str) -> None:
         assert not thread.is_alive()
     server.server_close()
     assert not errors
+
+
+def test_an_option_holds_for_what_is_answered_after_it() -> None:
+    """The answer before it has left with what held then."""
+
+    class Mark(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            data, sock = self.request
+            before = sock.getsockopt(socket.IPPROTO_IP, socket.IP_TTL)
+            for ttl in (before, 7, before):
+                sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, ttl)
+                sock.sendto(data, self.client_address)
+
+    def ttl_of_next(client: socket.socket) -> int:
+        _, ancillary, _, _ = client.recvmsg(10, 100)
+        return next(int.from_bytes(data, sys.byteorder) for _, kind, data in ancillary if kind == socket.IP_TTL)
+
+    server = harken.GreenUDPServer(LOCAL, Mark)
+    with harken.background(server), clients(server.server_address) as (client,):
+        client.setsockopt(socket.IPPROTO_IP, RECVTTL, 1)
+        client.send(b"?")
+        found = [ttl_of_next(client) for _ in range(3)]
+    assert found[1] == 7
+    assert found[0] == found[2] != 7
 
 
 @pytest.mark.parametrize("word", [b"now", b"wait"])

@@ -4,8 +4,8 @@
  *
  * They join while the handler that they are of runs: sendto() on the batch's socket with the very address that the
  * handler was given costs no system call. They are sent when the batch is done, when a handler waits, before the socket
- * is closed, and by the watchdog when a handler computes on. Anything else that is sent goes at once, after what was
- * joined.
+ * is closed or gets another option, and by the watchdog when a handler computes on. Anything else that is sent goes at
+ * once, after what was joined.
  *
  * On a socket that is bound to every address they leave from the address that was asked: a client takes none from
  * another. */
@@ -317,18 +317,20 @@ static PyObject *answers_sendmsg(PyObject *self, PyObject *args) {
     return sent;
 }
 
-static PyObject *after_answers(PyObject *self, const char *name) {
+static PyObject *after_answers(PyObject *self, const char *name, PyObject *args) {
     Batch *batch = batch_of(self);
     if (batch != NULL)
         send_answers(batch, false);
-    return plainly(self, name, no_words);
+    return plainly(self, name, args);
 }
 
-static PyObject *answers_close(PyObject *self, PyObject *none) { return after_answers(self, "close"); }
+static PyObject *answers_close(PyObject *self, PyObject *none) { return after_answers(self, "close", no_words); }
 
-static PyObject *answers_detach(PyObject *self, PyObject *none) { return after_answers(self, "detach"); }
+static PyObject *answers_detach(PyObject *self, PyObject *none) { return after_answers(self, "detach", no_words); }
 
-static PyObject *answers_dup(PyObject *self, PyObject *none) { return after_answers(self, "dup"); }
+static PyObject *answers_dup(PyObject *self, PyObject *none) { return after_answers(self, "dup", no_words); }
+
+static PyObject *answers_setsockopt(PyObject *self, PyObject *args) { return after_answers(self, "setsockopt", args); }
 
 /* -- the type ------------------------------------------------------------------------------------------------------ */
 
@@ -338,6 +340,7 @@ static PyMethodDef answers_methods[] = {
     {"close", answers_close, METH_NOARGS, "As socket.close, after the answers."},
     {"detach", answers_detach, METH_NOARGS, "As socket.detach, after the answers."},
     {"dup", answers_dup, METH_NOARGS, "As socket.dup, after the answers."},
+    {"setsockopt", answers_setsockopt, METH_VARARGS, "As socket.setsockopt, for what is sent from now on."},
     {NULL},
 };
 
