@@ -126,7 +126,8 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     A socket whose class has ``Answers`` before the socket's own class has a ``sendto`` that may wait for the end of the
     batch when it is given the very address that the handler was given. It and ``sendmsg`` wait in the hub, keep their
     order, and answer from the address that was asked when the socket is bound to all. What waits is sent before
-    ``close``, ``detach``, ``dup`` and ``setsockopt``; what the kernel refuses then goes to ``failed`` in a green thread of its own.
+    ``close``, ``detach``, ``dup`` and ``setsockopt``; what the kernel refuses then goes to ``failed`` in a green thread
+    of its own.
 
 ``Lane(hub, busy, way)``, or None
     Connections of one listening socket from the door to their end, as :class:`harken.engines.Way` says; in the hub's
