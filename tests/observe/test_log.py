@@ -11,6 +11,7 @@ import pytest
 
 import harken
 from harken import events
+from harken.errors import ConfigError
 from harken.observe.log import LogObserver, escape
 from harken.peer import Peer
 from harken.settings import Settings
@@ -221,7 +222,7 @@ def test_a_file_is_appended_to(log, tmp_path):
 
 def test_a_file_that_cannot_be_opened_says_so(tmp_path):
     """At the start, not at the first line."""
-    with pytest.raises(OSError, match="no_such_folder"):
+    with pytest.raises(ConfigError, match="no_such_folder"):
         LogObserver(Settings(SimpleNamespace(), {"log_file": str(tmp_path / "no_such_folder" / "log")}))
 
 
