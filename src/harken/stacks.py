@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["foreign_loop", "request_in", "served_by_caller"]
+__all__ = ["foreign_loop", "request_in", "served_by_caller", "uncollected"]
 
 # Functions under which a handler runs, by name since programs override them, and what they call the connection.
 _SERVING, _REQUEST = {"process_request_thread", "finish_request", "serve"}, "request"
 
 
+_paused = False
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect no garbage in the block, which looks at other threads' frames.
+
+    Before Python 3.12 a collection may begin within ``f_back``, ``f_locals`` or ``sys._current_frames()``. What that
+    finalizes can give up the GIL, the thread goes on, and the frame that was asked for is another's memory by then.
+    """
+    global _paused
+    if sys.version_info >= (3, 12) or not gc.isenabled():
+        yield
+        return
+    _paused = True
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        _paused = False
+
+
+def _after_fork() -> None:
+    global _paused
+    if _paused:  # the thread that looked stayed in the parent
+        gc.enable()
+        _paused = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@uncollected()
 def foreign_loop(server: Any) -> bool:
     """Tell whether a loop that is not harken's serves: on a grafted class, stdlib's, called by way of ``super()``.
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from harken import events
 from harken.connection import Connection
 from harken.settings import seconds, setting
+from harken.stacks import uncollected
 
 __all__ = ["STALL_AFTER", "Tally", "Watchdog"]
 
@@ -118,6 +119,7 @@ class Sighting:
             )
 
 
+@uncollected()
 def sight(thread: int) -> Sighting:
     """Look where a thread is. Frames move on as soon as the GIL is given up: what they say is read first."""
     frames = list(_callers(sys._current_frames().get(thread)))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
-from harken.stacks import request_in
+from harken.stacks import request_in, uncollected
 
 if TYPE_CHECKING:
     from harken.records import Record
@@ -31,6 +31,7 @@ _Find = Callable[[Any], "Record | None"]
 _Place = tuple[CodeType, int]
 
 
+@uncollected()
 def activity(servings: Iterable[Serving]) -> list[dict[str, Any]]:
     """Tell what everybody does.
 
