@@ -54,11 +54,11 @@ class Farewell:
                 continue
             onlooker = onlooker or Onlooker(self._loop())
             told = record in self._told
-            if record not in self._at_work and not (told and record.handler) and onlooker.is_at_work(record):
+            if record not in self._at_work and not told and onlooker.is_at_work(record):
                 self._at_work.add(record)  # a goodbye on its way would look like work
-            if not told:
+            if not told and record.handler is not None:  # who waits for a thread has none yet, and is told later
                 self._told.add(record)
-                self._speak(record)
+                self._speak(record, record.handler)
             if record not in self._speaking and onlooker.is_idle(record):
                 # Who was at work has finished that.
                 record.leave("handler_returned" if record in self._at_work else "drained")
@@ -73,11 +73,8 @@ class Farewell:
             return self._since
         return self._moments.setdefault(record, self._since + random.random() * self._jitter)  # noqa: S311
 
-    def _speak(self, record: Record) -> None:
+    def _speak(self, record: Record, handler: Any) -> None:
         """Call the handler's ``on_drain()`` beside it, if it has one."""
-        handler: Any = record.handler
-        if handler is None:
-            return
         self._speaking.add(record)
         try:
             self._serving.engine.beside(self._call, record, handler)

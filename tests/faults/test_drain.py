@@ -305,6 +305,23 @@ def test_a_goodbye_that_fails_is_reported_and_ends_nothing(engine, capfd):
     assert [str(event.error) for event in seen.of("handler_failed")] == ["no manners"]
 
 
+def test_who_waits_for_a_thread_is_told_once_it_has_one():
+    """Its handler begins in the drain, and says goodbye as those that were there before."""
+    with (
+        running(made("pool", Polite, pool_size=1)) as server,
+        connect(server.server_address) as busy,
+        connect(server.server_address) as late,
+    ):
+        busy.sendall(b"work")
+        late.sendall(b"hello")
+        wait_until(lambda: len(server.connections()) == 2)
+        drain = Draining(server)
+        assert sorted(rest(busy)) == sorted(b"byedone")
+        assert rest(late) in (b"hellobye", b"byehello")
+        report = drain.report()
+    assert report.cut == 0
+
+
 @pytest.mark.parametrize("engine", ["thread", "green"])
 def test_a_goodbye_that_blocks_keeps_nobody(engine):
     """The peer of one does not read: the others leave, and at the deadline it is cut."""
@@ -321,6 +338,7 @@ def test_a_goodbye_that_blocks_keeps_nobody(engine):
             clients.append(stack.enter_context(connect(server.server_address)))
             clients[-1].sendall(b"hello")
             assert clients[-1].recv(100) == b"hello"
+        wait_until(lambda: all(info.waits_for == "reading" for info in server.connections()))  # or it is at work
         server.first = server.connections()[0].id
         drain = Draining(server, 3.0)
         assert [rest(client) for client in clients[1:]] == [b"bye"] * 2

@@ -53,8 +53,13 @@ class Service:
         """Wait until the log has ``count`` lines that match; return the last of them."""
         with self._news:
             found = self._news.wait_for(lambda: len(self._found(pattern)) >= count, PATIENCE)
-            assert found, f"no {pattern!r} (times {count}) in the log:\n" + "".join(self._lines)
+            assert found, f"no {pattern!r} (times {count}) in the log:\n{self.log}"
             return self._found(pattern)[count - 1] if count else None
+
+    @property
+    def log(self):
+        """The log so far."""
+        return "".join(self._lines)
 
     def said(self, pattern, count=1):
         """Whether the log has ``count`` lines that match by now."""

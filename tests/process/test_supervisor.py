@@ -463,7 +463,7 @@ def test_a_killed_worker_gives_back_its_places(service):
         while len(came) < min(lost, len(waiting)) and time.monotonic() < end:
             came += greeted([client for client in waiting if client not in came], 0.2)
         came += greeted([client for client in waiting if client not in came], 0.5)
-        assert len(came) == min(lost, len(waiting))
+        assert len(came) == min(lost, len(waiting)), running.log
     finally:
         for client in clients:
             client.close()
