@@ -28,8 +28,8 @@ _recv_into = _socket.socket.recv_into
 _send = _socket.socket.send
 _fileno = _socket.socket.fileno
 _connect_ex = _socket.socket.connect_ex
-_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
-_WAITALL = getattr(socket, "MSG_WAITALL", 0)
+_DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))  # its own type costs a microsecond for each `|`
+_WAITALL = int(getattr(socket, "MSG_WAITALL", 0))
 _INET = (socket.AF_INET, socket.AF_INET6)
 # TURN_BYTES in TURN_OPERATIONS: an operation costs one, and one more for each of these.
 _PIECE_SHIFT = 14
