@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextvars
 import socket
+import ssl
 import threading
 import time
 
 import pytest
+import trustme
 
+import harken
 from harken import green
 from harken.engines.green import Engine
 from harken.errors import ConfigError, DeadlineExceeded
@@ -344,7 +347,8 @@ def test_a_timeout_ends_a_connect_whatever_addresses_are_left(run, monkeypatch):
             tried.append(place)
             green.sleep(PATIENCE)
 
-    monkeypatch.setattr("harken.green._places", lambda address: [(socket.AF_INET, number) for number in range(3)])
+    places = [(socket.AF_INET, number) for number in range(3)]
+    monkeypatch.setattr("harken.green._places", lambda address: (places, None))
     monkeypatch.setattr("harken._hub.Connection", Silent)
 
     def act():
@@ -427,10 +431,51 @@ def test_connect(run, form, tmp_path):
         assert run(server, client) == [True, b"HELLO"]
 
 
+@pytest.mark.parametrize("engine", ["thread", "green"])
+def test_connect_under_tls(run, engine):
+    """Of TLS 1.2 and 1.3; a certificate of an authority that is not trusted, or for another name, is refused."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    trusting = {version: ssl.create_default_context() for version in ("TLSv1_2", "TLSv1_3")}
+    for version, each in trusting.items():
+        authority.configure_trust(each)
+        each.maximum_version = ssl.TLSVersion[version]
+
+    class Greet(harken.BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"hello")  # once the client has ended its part of the handshake
+            while data := self.request.recv(100_000):
+                self.request.sendall(data)
+
+    with harken.background(harken.TCPServer(("127.0.0.1", 0), Greet, engine=engine, tls=context)) as server:
+        port = server.server_address[1]
+
+        def talk(version):
+            with green.connect(f"tls://127.0.0.1:{port}", 5, tls=trusting[version]) as connection:
+                assert isinstance(connection, ssl.SSLSocket)
+                greeting = connection.recv(5)
+                connection.sendall(bytes(200_000))
+                size = 0
+                while size < 200_000:
+                    size += len(connection.recv(65536))
+                return greeting, connection.gettimeout(), connection.version()
+
+        assert run(lambda: talk("TLSv1_2"), lambda: talk("TLSv1_3")) == [
+            (b"hello", 5, "TLSv1.2"),
+            (b"hello", 5, "TLSv1.3"),
+        ]
+        refused = run(
+            lambda: green.connect(f"tls://127.0.0.1:{port}", 5),
+            lambda: green.connect(f"tls://localhost:{port}", 5, tls=trusting["TLSv1_3"]),
+        )
+        assert [type(error) for error in refused] == [ssl.SSLCertVerificationError] * 2
+
+
 def test_connect_to_nobody(run):
     """The kernel's error; and what is no address is the program's fault."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
     assert isinstance(run(lambda: green.connect(address, 1))[0], ConnectionRefusedError)
     assert isinstance(run(lambda: green.connect("udp://127.0.0.1:1"))[0], ConfigError)
-    assert isinstance(run(lambda: green.connect("tls://127.0.0.1:1"))[0], ConfigError)
+    assert isinstance(run(lambda: green.connect(f"tls://127.0.0.1:{address[1]}", 1))[0], ConnectionRefusedError)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty, Full
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from greenlet import getcurrent, greenlet
 
@@ -23,6 +23,9 @@ from harken._hub.locks import Event, Lock, Queue, Semaphore
 from harken.engines._crew import Crew
 from harken.errors import ConfigError, DeadlineExceeded
 from harken.unpatched import patched
+
+if TYPE_CHECKING:
+    import ssl
 
 __all__ = [
     "Empty",
@@ -238,25 +241,33 @@ def getaddrinfo(
         return offload(socket.getaddrinfo, host, port, family, type, proto, flags)  # type: ignore[no-any-return]
 
 
-def connect(address: str | tuple[str, int], timeout: float | None = None) -> socket.socket:
-    """Return a connection that waits as the handler's own does.
+def connect(
+    address: str | tuple[str, int], timeout: float | None = None, *, tls: ssl.SSLContext | None = None
+) -> socket.socket:
+    """Return a connection that waits as the handler's own does; an ``ssl.SSLSocket`` under TLS.
 
     Args:
-        address: ``tcp://HOST:PORT``, ``unix:/path``, or ``(host, port)``.
-        timeout: seconds for all of the connecting, and then for each operation on the connection; None waits without
-            end.
+        address: ``tcp://HOST:PORT``, ``tls://HOST:PORT``, ``unix:/path``, or ``(host, port)``.
+        timeout: seconds for all of the connecting, the TLS handshake included, and then for each operation on the
+            connection; None waits without end.
+        tls: for ``tls://``; without one the system's authorities are trusted, and the host's name is checked.
 
     Raises:
-        OSError: nobody answers there; TimeoutError when not in time.
+        OSError: nobody answers there, or the handshake failed (``ssl.SSLError``); TimeoutError when not in time.
         ConfigError: the address is none.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     failure: OSError | None = None
-    for family, place in _places(address):
+    places, name = _places(address)
+    for family, place in places:
         made: socket.socket = _hub.Connection(family, socket.SOCK_STREAM, 0)
         try:
             made.settimeout(None if deadline is None else max(1e-6, deadline - time.monotonic()))  # 0 would not wait
             made.connect(place)
+            if name is not None:
+                from harken.preambles._handshake import secure_client
+
+                made = secure_client(made, tls, name, deadline)
         except DeadlineExceeded:  # of the caller's: no reason to try the next address
             made.close()
             raise
@@ -272,21 +283,24 @@ def connect(address: str | tuple[str, int], timeout: float | None = None) -> soc
     raise failure or OSError(f"{address!r} has no address")
 
 
-def _places(address: str | tuple[str, int]) -> list[tuple[int, Any]]:
-    """Return families and addresses to try, in order."""
+def _places(address: str | tuple[str, int]) -> tuple[list[tuple[int, Any]], str | None]:
+    """Return families and addresses to try, in order, and the server's name where TLS is to be spoken."""
+    secured = isinstance(address, str) and address.startswith("tls://")
     if not isinstance(address, str):
         host, port = address[:2]
     else:
         from harken import transports
 
-        place = transports.for_url(address).parse(address)
+        plain = address.replace("tls://", "tcp://", 1) if secured else address
+        place = transports.for_url(plain).parse(plain)
         scheme = getattr(place, "scheme", None)
         if scheme == "unix":
-            return [(socket.AF_UNIX, place.path)]
+            return [(socket.AF_UNIX, place.path)], None
         if scheme != "tcp":
-            raise ConfigError(f"{address!r}: only tcp:// and unix: can be connected to")
+            raise ConfigError(f"{address!r}: only tcp://, tls:// and unix: can be connected to")
         host, port = place.host or "localhost", place.port
-    return [(found[0], found[4]) for found in getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    found = getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [(each[0], each[4]) for each in found], host if secured else None
 
 
 def _need(what: str) -> Any:

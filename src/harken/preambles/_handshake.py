@@ -127,6 +127,24 @@ def secure(connection: Any, context: ssl.SSLContext, deadline: float, *, nodelay
     return _begin(made, connection, context, deadline, nodelay=nodelay)
 
 
+def secure_client(connection: Any, context: ssl.SSLContext | None, name: str, deadline: float | None) -> Any:
+    """Put a hub's connection under TLS, as the client of the server ``name``.
+
+    Args:
+        connection: it is used up when this returns, and else the caller's to close.
+        context: None: one that trusts the system's authorities, and checks the name.
+        name: the host that was connected to.
+        deadline: by ``time.monotonic()``; None: none.
+
+    Raises:
+        OSError: the handshake failed (``ssl.SSLError``), or was not done in time.
+    """
+    made = Hubbed.over(connection, context or ssl.create_default_context(), client_of=name)
+    set_nodelay(made)
+    made.shake_as_client(deadline)
+    return made
+
+
 def _begin(made: Any, connection: Any, context: ssl.SSLContext, deadline: float, *, nodelay: bool) -> Any:
     """Let ``made`` go on in the place of ``connection``, and do its handshake; see :func:`secure`."""
     # The type is asked: gevent's socket, which is used up, answers by an error.

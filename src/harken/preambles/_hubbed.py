@@ -37,7 +37,7 @@ def _size_of(buffer: Any, asked: int) -> int:
 
 
 class Hubbed(Secured):
-    """An accepted connection under TLS; the hub waits. Two green threads may use it, one reading and one writing."""
+    """A connection under TLS; the hub waits. Two green threads may use it, one reading and one writing."""
 
     # In slots, where compiled methods find them.
     __slots__ = (
@@ -59,7 +59,7 @@ class Hubbed(Secured):
     _session = None
     _connected = True
     server_side = True
-    server_hostname = None
+    server_hostname: str | None = None
     do_handshake_on_connect = False
     suppress_ragged_eofs = True
 
@@ -76,15 +76,18 @@ class Hubbed(Secured):
     _traced: bool
 
     @classmethod
-    def over(cls, inner: Any, context: ssl.SSLContext, first: bytes = b"") -> Hubbed:
+    def over(cls, inner: Any, context: ssl.SSLContext, first: bytes = b"", *, client_of: str | None = None) -> Hubbed:
         """Take over a hub's connection. The TLS handshake is still to be done.
 
         Args:
             inner: the connection; it stays the owner of the descriptor, and its record is the caller's to move.
-            context: for the server's side.
+            context: for our side.
             first: what was received already.
+            client_of: the server's name, where we are the client.
         """
         self = cls.__new__(cls)
+        if client_of is not None:
+            self.server_side, self.server_hostname = False, client_of
         self._stand_for(inner)
         self.record = None
         self._inner = inner
@@ -95,7 +98,7 @@ class Hubbed(Secured):
         self._guard = _hub.Guard()  # OpenSSL lets go of the GIL, and programs have other threads too
         self._context = context
         self._sslobj = context._wrap_bio(  # type: ignore[attr-defined]
-            self._incoming, self._outgoing, server_side=True, owner=self
+            self._incoming, self._outgoing, server_side=self.server_side, server_hostname=client_of, owner=self
         )
         return self
 
@@ -349,6 +352,11 @@ class Hubbed(Secured):
             self._break_off(error)
         finally:
             self.settimeout(timeout)
+
+    def shake_as_client(self, deadline: float | None) -> None:
+        """Do the handshake as :meth:`shake`, and send what ends it: a server waits for that."""
+        self.shake(deadline)
+        self._flush()
 
     def _settle(self) -> None:
         """The handshake is done. What TLS 1.3 has left to say are tickets, which nobody waits for.
