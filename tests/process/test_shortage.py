@@ -41,26 +41,17 @@ def test_a_supervisor_without_descriptors_keeps_its_workers(service, left):
     assert running.end()[0] == 0
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
-def test_an_upgrade_for_which_there_are_no_descriptors_is_refused(service, workers):
+@pytest.mark.parametrize(
+    "number,word,workers", [("USR2", "upgrade", "0"), ("USR2", "upgrade", "1"), ("HUP", "reload", "0")]
+)
+def test_what_needs_more_descriptors_than_there_are_is_refused(service, number, word, workers):
     """The old one serves on, and still heeds what it is told."""
     running = service("--workers", workers)
     running.workers(int(workers))
     running.ask()  # it has all that it needs
     leave_descriptors(running.pid, 0)
-    os.kill(running.pid, signal.SIGUSR2)
-    assert "Too many open files" in running.wait_log("upgrade failed.*")[0]
-    os.kill(running.pid, signal.SIGTERM)
-    assert running.end()[0] == 0
-
-
-def test_a_reload_for_which_there_are_no_descriptors_is_refused(service):
-    """A process alone keeps a second descriptor of its listener; without one it serves on."""
-    running = service("--workers", "0")
-    running.ask()  # it has all that it needs
-    leave_descriptors(running.pid, 0)
-    os.kill(running.pid, signal.SIGHUP)
-    assert "Too many open files" in running.wait_log("reload failed.*")[0]
+    os.kill(running.pid, signal.Signals[f"SIG{number}"])
+    assert "Too many open files" in running.wait_log(f"{word} failed.*")[0]
     os.kill(running.pid, signal.SIGTERM)
     assert running.end()[0] == 0
 
