@@ -31,8 +31,8 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     ``wake()``
         End the sleep. *Any thread*; harmless on a closed hub.
     ``flush_pending_nowait() -> int``
-        Send what the running green thread has written to ``open_writer()``'s file and not sent, as far as that does not
-        wait; return how many bytes. What a handler wrote before it went on computing gets out so. *Any thread.*
+        Send what green threads have written and the hub has not sent, as far as that does not wait; return how many
+        bytes. What a handler wrote before it went on computing gets out so. *Any thread.*
     ``close()``
         Raise ``GreenletExit`` in the green threads that are left, once, and give the descriptors back. Outside ``run``.
     ``spawn(function, *args) -> greenlet``
@@ -100,6 +100,10 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     unread. What is written while ``reader`` holds unread bytes is joined, and sent before the green thread gives up its
     turn in any way, before the connection is used otherwise, at 64 KiB, and at the end: so an error in sending may be
     raised by a later call.
+    The compiled hub may do for many green threads at once what their events and answers ask for: it receives ahead what
+    a waiting ``recv`` or line has asked for, and a ``sendall`` or ``write`` of few bytes, on a connection that has
+    always read on after its answers, may go out a little later: when the turn has handed out its events, or before
+    that green thread does anything else than to read on. What the kernel then refuses is raised by that read.
     A reader that keeps more than 128 KiB while it waits for the rest of a line or block tells the function that was
     given to ``on_growth(function)`` of the module: ``function(connection, bytes)``, in the green thread that reads,
     which may be kept waiting there; and ``function(connection, 0)`` when they are read, which must not wait.

@@ -123,7 +123,7 @@ static int look(Beat *beat, int64_t *patience) {
         if (left < *patience)
             *patience = left > SHORTEST_NS ? left : SHORTEST_NS;
     }
-    bool owes = beat->unsent != NULL && (*beat->unsent > 0 || *beat->unanswered > 0);
+    bool owes = beat->unsent != NULL && (*beat->unsent > 0 || *beat->unanswered > 0 || *beat->later > 0);
     return owes && age >= LOOK_NS ? UNSENT : -1;
 }
 

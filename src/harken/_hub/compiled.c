@@ -5,6 +5,11 @@
 
 HIDDEN void **greenlet_api;
 
+static PyObject *before_fork(PyObject *module, PyObject *none) {
+    hubs_before_fork();
+    Py_RETURN_NONE;
+}
+
 static PyObject *after_fork(PyObject *module, PyObject *none) {
     hubs_after_fork();
     Py_RETURN_NONE;
@@ -23,26 +28,30 @@ static PyMethodDef functions[] = {
     {"openssl_keepers", openssl_keepers, METH_NOARGS, "How many connections keep OpenSSL's buffers over their messages."},
     {"accept", accept_one, METH_O, "accept(listener): take a connection, (Connection, address), without waiting."},
     {"rebuild", rebuild, METH_VARARGS, "Make a Connection that has travelled from another process."},
+    {"_before_fork", before_fork, METH_NOARGS, "What os.register_at_fork calls before it."},
     {"_after_fork", after_fork, METH_NOARGS, "What os.register_at_fork calls in the child."},
     {"_after_fork_here", after_fork_here, METH_NOARGS, "What it calls in the parent."},
     {NULL},
 };
 
 static int watch_forks(PyObject *module) {
-    PyObject *function = PyObject_GetAttrString(module, "_after_fork"), *done = NULL;
+    PyObject *before = PyObject_GetAttrString(module, "_before_fork"), *done = NULL;
+    PyObject *function = PyObject_GetAttrString(module, "_after_fork");
     PyObject *here = PyObject_GetAttrString(module, "_after_fork_here");
     PyObject *os = PyImport_ImportModule("os");
     PyObject *method = os == NULL ? NULL : PyObject_GetAttrString(os, "register_at_fork");
     PyObject *args = PyTuple_New(0);
-    PyObject *words = function == NULL || here == NULL
+    PyObject *words = before == NULL || function == NULL || here == NULL
                           ? NULL
-                          : Py_BuildValue("{s:O,s:O}", "after_in_child", function, "after_in_parent", here);
+                          : Py_BuildValue("{s:O,s:O,s:O}", "before", before, "after_in_child", function,
+                                          "after_in_parent", here);
     if (method != NULL && args != NULL && words != NULL)
         done = PyObject_Call(method, args, words);
     Py_XDECREF(words);
     Py_XDECREF(args);
     Py_XDECREF(method);
     Py_XDECREF(os);
+    Py_XDECREF(before);
     Py_XDECREF(function);
     Py_XDECREF(here);
     Py_XDECREF(done);

@@ -93,7 +93,7 @@ int begin(PyObject *self, State *state) {
     return fd;
 }
 
-static bool attached(State *state) {
+bool attached(State *state) {
     return state->slot != NULL && state->hub != NULL && state->slot->generation == state->generation;
 }
 
@@ -136,25 +136,26 @@ void let_go(PyObject *self, State *state) {
     state->slot = NULL;
 }
 
-static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *deadline);
+static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *deadline, size_t want);
 
-/* Wait until the connection may be ready. `deadline` is 0 at first, and kept over the waits of one operation. */
-int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline) {
+/* Wait until the connection may be ready. `deadline` is 0 at first, and kept over the waits of one operation. Up to
+ * `want` bytes may be received meanwhile, for the caller to take_ahead(). */
+int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline, size_t want) {
     if (state->nonblocking)
         return fail(EAGAIN);
     Marks *marks = marks_of(state);
     if (marks == NULL)
-        return wait_somewhere(self, state, direction, deadline);
+        return wait_somewhere(self, state, direction, deadline, want);
     if (marks->since[direction] == 0)
         marks->since[direction] = now_ns();
     marks->waits[direction] = true;
-    int result = wait_somewhere(self, state, direction, deadline);
+    int result = wait_somewhere(self, state, direction, deadline, want);
     if ((marks = marks_of(state)) != NULL)
         marks->waits[direction] = false;
     return result;
 }
 
-static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *deadline) {
+static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *deadline, size_t want) {
     if (*deadline == 0 && state->timeout > 0)
         *deadline = now_ns() + (state->timeout > 4e9 ? (int64_t)4e18 : (int64_t)(state->timeout * 1e9));
     int fd = socket_fd(self);
@@ -169,9 +170,21 @@ static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *
             state->slot->dry = false;
         return result;
     }
-    int result = flush_pending(hub) < 0 ? -1 : attach(state, hub, fd);
+    int result = 0;
+    if (direction == READ && hub->pending_owner == NULL && (hub->loose == NULL || hub->loose == self))
+        note_rhythm(hub, self, state);
+    else
+        result = flush_pending(hub);
     if (result == 0)
-        result = slot_wait(hub, me, state->slot, fd, direction, *deadline);
+        result = attach(state, hub, fd);
+    if (result == 0) {
+        Slot *slot = state->slot; /* the connection may have left it when we come back */
+        if (want > 0)
+            slot->want = (uint32_t)want;
+        result = slot_wait(hub, me, slot, fd, direction, *deadline);
+        if (want > 0)
+            slot->want = 0;
+    }
     Py_DECREF(me);
     return result;
 }
@@ -283,33 +296,41 @@ static ssize_t received(PyObject *self, State *state, const char *data, size_t s
 
 /* recv(2) that waits. A connection that was read empty is not asked again before an event says that there is more. With
  * `fresh` the bytes go into an object that is made for them: never while this waits, so that what others have just given
- * back, and the processor's cache still has, is used first. */
-static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **fresh, size_t size, int flags) {
+ * back, and the processor's cache still has, is used first. With `whole` they may have come in an object of their own,
+ * received ahead, and then are not in `into`, which is the scratch buffer. */
+static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **fresh, PyObject **whole, size_t size,
+                          int flags) {
     int64_t deadline = 0;
-    size_t have = 0;
+    size_t have = 0, want = whole != NULL && flags == 0 && state->stream ? size : 0;
     if (state->marked != NULL && !marks_of(state)->whole)
         begin_reading(state);
     if (spend(1) < 0)
         return -1;
     for (;;) {
+        if (state->owed != NULL && settle_answers(self, state) < 0)
+            return -1;
         int fd = begin(self, state);
         if (fd < 0)
             return -1;
-        if (flags != 0 || state->nonblocking || !attached(state) || !state->slot->dry) {
+        Slot *slot = attached(state) ? state->slot : NULL;
+        bool came = slot != NULL && slot->came;
+        if (flags != 0 || state->nonblocking || slot == NULL || !slot->dry || came) {
             if (fresh != NULL && *fresh == NULL) {
                 if ((*fresh = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)) == NULL)
                     return -1;
                 into = PyBytes_AS_STRING(*fresh);
             }
-            ssize_t got = recv(fd, into + have, size - have, flags | MSG_DONTWAIT);
+            ssize_t got = came ? take_ahead(slot, into + have, size - have, flags, whole)
+                               : recv(fd, into + have, size - have, flags | MSG_DONTWAIT);
             if (got >= 0) {
                 state->ended = got == 0;
                 have += (size_t)got;
                 if (flags & MSG_WAITALL && !(flags & MSG_PEEK) && got > 0 && have < size)
                     continue;
-                if (flags == 0 && got > 0 && have < size)
+                if (flags == 0 && got > 0 && have < size && !came)
                     mark_dry(state, fd);
-                return received(self, state, into, have, flags);
+                return received(self, state, whole != NULL && *whole != NULL ? PyBytes_AS_STRING(*whole) : into, have,
+                                flags);
             }
             if (errno == EINTR) {
                 if (PyErr_CheckSignals() < 0)
@@ -325,7 +346,7 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
         }
         if (fresh != NULL && have == 0)
             Py_CLEAR(*fresh);
-        if (wait_ready(self, state, READ, &deadline) < 0) {
+        if (wait_ready(self, state, READ, &deadline, want) < 0) {
             if (have == 0 || !is_outcome())
                 return -1;
             PyErr_Clear();
@@ -335,7 +356,12 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
 }
 
 ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags) {
-    return receive_to(self, state, into, NULL, size, flags);
+    return receive_to(self, state, into, NULL, NULL, size, flags);
+}
+
+/* Receive into the scratch buffer, or into an object of its own, if it has come so: `*whole`, NULL before. */
+ssize_t receive_whole(PyObject *self, State *state, size_t size, int flags, PyObject **whole) {
+    return receive_to(self, state, scratch, NULL, whole, size, flags);
 }
 
 static PyObject *connection_recv(PyObject *self, PyObject *const *args, Py_ssize_t count) {
@@ -357,12 +383,13 @@ static PyObject *connection_recv(PyObject *self, PyObject *const *args, Py_ssize
         return PyBytes_FromStringAndSize(NULL, 0);
     State *state = state_of(self);
     if (size <= SCRATCH && !state->large && !(flags & MSG_WAITALL)) {
-        ssize_t got = receive(self, state, scratch, (size_t)size, flags);
+        PyObject *whole = NULL;
+        ssize_t got = receive_whole(self, state, (size_t)size, flags, &whole);
         state->large = got > LARGE;
-        return got < 0 ? NULL : PyBytes_FromStringAndSize(scratch, got);
+        return got < 0 || whole != NULL ? whole : PyBytes_FromStringAndSize(scratch, got);
     }
     PyObject *result = NULL;
-    ssize_t got = receive_to(self, state, NULL, &result, (size_t)size, flags);
+    ssize_t got = receive_to(self, state, NULL, &result, NULL, (size_t)size, flags);
     state->large = got > LARGE;
     if (got < 0)
         Py_CLEAR(result);
@@ -433,7 +460,7 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
         }
         if (flags & MSG_DONTWAIT)
             return fail(EAGAIN);
-        if (wait_ready(self, state, WRITE, &deadline) < 0) {
+        if (wait_ready(self, state, WRITE, &deadline, 0) < 0) {
             if (share != MUCH || done == 0 || !is_outcome())
                 return -1;
             PyErr_Clear();
@@ -455,6 +482,9 @@ static ssize_t give(PyObject *self, PyObject *const *args, Py_ssize_t count, boo
         return -1;
     State *state = state_of(self);
     Share share = all ? ALL : share_of(state, flags);
+    int gone = all && flags == 0 && PyBytes_CheckExact(args[0]) ? put_off(self, state, args[0]) : 0;
+    if (gone != 0)
+        return gone;
     if (PyBytes_CheckExact(args[0]))
         return transmit(self, state, PyBytes_AS_STRING(args[0]), (size_t)PyBytes_GET_SIZE(args[0]), flags, share);
     Py_buffer data;
@@ -739,6 +769,7 @@ static PyGetSetDef connection_attributes[] = {
 static PyMemberDef connection_members[] = {
     {"<hub>", T_OBJECT_EX, 0, 0, NULL},
     {"<marks>", T_OBJECT_EX, 0, 0, NULL},
+    {"<owed>", T_OBJECT_EX, 0, 0, NULL},
     {NULL},
 };
 
@@ -795,6 +826,7 @@ int connection_ready(PyObject *module) {
     state_offset = (Base_Type->tp_basicsize + 15) & ~(Py_ssize_t)15;
     connection_members[0].offset = state_offset + (Py_ssize_t)offsetof(State, hub);
     connection_members[1].offset = state_offset + (Py_ssize_t)offsetof(State, marked);
+    connection_members[2].offset = state_offset + (Py_ssize_t)offsetof(State, owed);
     connection_spec.basicsize = (int)(state_offset + (Py_ssize_t)sizeof(State));
     if ((connection_slots[2].pfunc = all_methods()) == NULL) {
         PyErr_NoMemory();

@@ -69,6 +69,8 @@ static int call_keeper(PyObject *keeper, PyObject *rest) {
 
 /* Send what the running green thread has joined. It may wait, unless somebody keeps what the peer does not take. */
 int flush_pending(Hub *hub) {
+    if (hub->loose != NULL && settle_loose(hub) < 0)
+        return -1;
     PyObject *owner = hub->pending_owner, *keeper = hub->pending_keeper;
     size_t size = hub->pending_size;
     if (owner == NULL)
@@ -127,6 +129,9 @@ size_t flush_pending_nowait(Hub *hub) {
 /* Before `sock` is used in another way: what was written goes first. */
 int flush_of(PyObject *sock) {
     Hub *hub = current_hub;
+    State *state = state_of(sock);
+    if ((state->later || state->owed != NULL) && settle_answers(sock, state) < 0)
+        return -1;
     return hub != NULL && hub->pending_owner == sock ? flush_pending(hub) : 0;
 }
 
@@ -223,8 +228,9 @@ static inline int asked(Reader *reader) {
     return 0;
 }
 
-/* Receive once; the target may be the scratch buffer, which is good until anybody waits again. */
-static ssize_t get(Reader *reader, char *into, Py_ssize_t size) {
+/* Receive once; the target may be the scratch buffer, which is good until anybody waits again. With `whole` it is, and
+ * see receive_whole(). */
+static ssize_t get(Reader *reader, char *into, Py_ssize_t size, PyObject **whole) {
     PyObject *sock = open_sock(reader->sock);
     if (sock == NULL)
         return -1;
@@ -232,7 +238,8 @@ static ssize_t get(Reader *reader, char *into, Py_ssize_t size) {
     State *state = state_of(sock);
     if (state->marked != NULL)
         marks_of(state)->whole = true; /* however often a call receives, it is one operation; see asked() */
-    ssize_t got = receive(sock, state, into, (size_t)size, 0);
+    ssize_t got = whole != NULL ? receive_whole(sock, state, (size_t)size, 0, whole)
+                                : receive(sock, state, into, (size_t)size, 0);
     if (state->marked != NULL)
         marks_of(state)->whole = false;
     Py_DECREF(sock);
@@ -241,7 +248,7 @@ static ssize_t get(Reader *reader, char *into, Py_ssize_t size) {
 
 /* One more piece to the unread bytes; 0 at the end. */
 static ssize_t fill(Reader *reader) {
-    ssize_t got = get(reader, scratch, reader->most);
+    ssize_t got = get(reader, scratch, reader->most, NULL);
     return got > 0 && keep_more(reader, scratch, got) < 0 ? -1 : got;
 }
 
@@ -257,12 +264,16 @@ static PyObject *read_line(Reader *reader, Py_ssize_t limit) {
         if (end != NULL || size >= limit)
             return slice(reader, end != NULL ? end - start(reader) + 1 : limit);
         searched = size;
-        ssize_t got = get(reader, scratch, reader->most);
+        PyObject *whole = NULL;
+        ssize_t got = get(reader, scratch, reader->most, &whole);
         if (got <= 0)
             return got < 0 ? NULL : slice(reader, held(reader));
-        if (held(reader) == 0 && got <= limit && memchr(scratch, '\n', (size_t)got) == scratch + got - 1)
-            return PyBytes_FromStringAndSize(scratch, got); /* the common case: one line and no more */
-        if (keep_more(reader, scratch, got) < 0)
+        const char *data = whole != NULL ? PyBytes_AS_STRING(whole) : scratch;
+        if (held(reader) == 0 && got <= limit && memchr(data, '\n', (size_t)got) == data + got - 1)
+            return whole != NULL ? whole : PyBytes_FromStringAndSize(data, got); /* the common case: one line, no more */
+        int kept = keep_more(reader, data, got);
+        Py_XDECREF(whole);
+        if (kept < 0)
             return NULL;
     }
 }
@@ -299,7 +310,7 @@ static PyObject *read_straight(Reader *reader, Py_ssize_t size) {
                 return NULL;
             }
         }
-        ssize_t got = get(reader, PyBytes_AS_STRING(result) + have, room - have);
+        ssize_t got = get(reader, PyBytes_AS_STRING(result) + have, room - have, NULL);
         if (got == 0)
             break;
         if (got < 0) {
@@ -398,7 +409,7 @@ static PyObject *reader_read1(PyObject *self, PyObject *const *args, Py_ssize_t 
         return PyBytes_FromStringAndSize(NULL, 0);
     if (held(reader) > 0)
         return slice(reader, held(reader) < size ? held(reader) : size);
-    ssize_t got = get(reader, scratch, size < SCRATCH ? size : SCRATCH);
+    ssize_t got = get(reader, scratch, size < SCRATCH ? size : SCRATCH, NULL);
     return got < 0 ? NULL : PyBytes_FromStringAndSize(scratch, got);
 }
 
@@ -425,7 +436,7 @@ static PyObject *read_into(PyObject *self, PyObject *target, bool once) {
             memcpy((char *)buffer.buf + done, start(reader), (size_t)take);
             taken(reader, take);
         } else if (left >= reader->most)
-            take = got = get(reader, (char *)buffer.buf + done, left);
+            take = got = get(reader, (char *)buffer.buf + done, left, NULL);
         else
             got = fill(reader);
         if (got <= 0)
@@ -464,7 +475,8 @@ static PyObject *reader_readinto1(PyObject *self, PyObject *target) { return rea
 
 /* -- writing ------------------------------------------------------------------------------------------------------ */
 
-static int put(Writer *writer, const char *data, size_t size) {
+/* `whole` is an object that has exactly these bytes and never others, or NULL. */
+static int put(Writer *writer, const char *data, size_t size, PyObject *whole) {
     PyObject *sock = open_sock(writer->sock);
     if (sock == NULL)
         return -1;
@@ -482,8 +494,10 @@ static int put(Writer *writer, const char *data, size_t size) {
     int result;
     if (joins)
         result = join(hub, sock, data, size) < 0 || (!more && flush_pending(hub) < 0) ? -1 : 0;
-    else
-        result = flush_of(sock) < 0 || transmit(sock, state, data, size, 0, ALL) < 0 ? -1 : 0;
+    else if ((result = flush_of(sock)) == 0) {
+        int gone = whole != NULL ? put_off(sock, state, whole) : 0;
+        result = gone < 0 || (gone == 0 && transmit(sock, state, data, size, 0, ALL) < 0) ? -1 : 0;
+    }
     Py_DECREF(sock);
     return result;
 }
@@ -557,14 +571,14 @@ static PyObject *writer_take_back(PyObject *self, PyObject *none) {
 
 static PyObject *writer_write(PyObject *self, PyObject *data) {
     if (PyBytes_CheckExact(data))
-        return put((Writer *)self, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data)) < 0
+        return put((Writer *)self, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data), data) < 0
                    ? NULL
                    : PyLong_FromSsize_t(PyBytes_GET_SIZE(data));
     Py_buffer buffer;
     if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
         return NULL;
     Py_ssize_t size = buffer.len;
-    int result = put((Writer *)self, buffer.buf, (size_t)size);
+    int result = put((Writer *)self, buffer.buf, (size_t)size, NULL);
     PyBuffer_Release(&buffer);
     return result < 0 ? NULL : PyLong_FromSsize_t(size);
 }

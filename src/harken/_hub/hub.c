@@ -177,6 +177,7 @@ static int take_shortcut(PyObject *shortcut) {
 
 static int open_door(Hub *hub, uint32_t place, uint32_t generation) {
     int seen = 0, result = 0;
+    send_later(hub); /* what a door calls may take long */
     hub->at_door = true;
     if ((int)place < hub->door_count && hub->doors[place].shortcut != NULL &&
         hub->doors[place].generation == generation)
@@ -261,6 +262,8 @@ static void fetch(Hub *hub, int timeout) {
     }
     hub->next_event = 0;
     hub->event_count = count;
+    if (count > 1)
+        receive_ahead(hub);
 }
 
 /* A green thread has nothing to hand its turn to. If the loop had nothing else to do either but to sleep until there is
@@ -270,6 +273,7 @@ static void fetch(Hub *hub, int timeout) {
 bool fetch_in_its_place(Hub *hub) {
     if (!hub->rounds || hub->at_door || hub->news || hub->event_count <= 0 || hub->signals[0] >= 0 || hub->closed)
         return false;
+    send_later(hub);
     int timeout = sleep_time(hub, hub->latest);
     if (timeout == 0)
         return false;
@@ -279,10 +283,13 @@ bool fetch_in_its_place(Hub *hub) {
 
 /* One turn, which sleeps until `latest` at most: 0 not at all, INT64_MAX without end. */
 static int turn(Hub *hub, int64_t latest) {
-    if (hub->next_event >= hub->event_count) /* or a green thread has fetched some, and found the loop's among them */
+    if (hub->next_event >= hub->event_count) { /* or a green thread has fetched some, and found the loop's among them */
+        send_later(hub);
         fetch(hub, sleep_time(hub, latest));
+    }
     if (PyErr_CheckSignals() < 0 || dispatch_all(hub) < 0)
         return dispatch_edges(hub);
+    send_later(hub);
     return heap_run(hub) < 0 ? -1 : run_queue(hub);
 }
 
@@ -296,6 +303,7 @@ static Hub *enter(Hub *hub) {
 }
 
 static void leave(Hub *hub, Hub *before) {
+    send_later(hub);
     beat_sleeps(hub->beat);
     hub->turning = false;
     if (hub->occupies)
@@ -436,7 +444,8 @@ static PyObject *hub_wake_method(PyObject *self, PyObject *none) {
 }
 
 static PyObject *hub_flush_pending_nowait(PyObject *self, PyObject *none) {
-    return PyLong_FromSize_t(flush_pending_nowait((Hub *)self) + answers_nowait((Hub *)self));
+    Hub *hub = (Hub *)self;
+    return PyLong_FromSize_t(send_later_nowait(hub) + flush_pending_nowait(hub) + answers_nowait(hub));
 }
 
 static PyObject *hub_next_deadline(PyObject *self, PyObject *none) {
@@ -725,6 +734,7 @@ static PyObject *hub_new(PyTypeObject *type, PyObject *args, PyObject *words) {
     hub->asks_at_ends = true;
     hub->beat->unsent = &hub->pending_size;
     hub->beat->unanswered = &hub->answers;
+    hub->beat->later = &hub->later_count;
     if ((hub->next = all_hubs) != NULL)
         all_hubs->previous = hub;
     all_hubs = hub;
@@ -797,6 +807,8 @@ void hubs_after_fork(void) {
         hub->pending_owner = hub->pending_keeper = NULL; /* the parent sends it */
         hub->passed = NULL;
         hub->pending_size = 0;
+        hub->later_count = 0;
+        hub->loose = NULL;
         beat_forget(hub->beat);
         hub->greens = PySet_New(NULL);
         drop_doors(hub);
@@ -823,6 +835,9 @@ static int hub_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(hub->greens);
     Py_VISIT(hub->pending_owner);
     Py_VISIT(hub->pending_keeper);
+    Py_VISIT(hub->loose);
+    for (size_t i = 0; i < hub->later_count; i++)
+        Py_VISIT(hub->later[i].owner);
     for (size_t i = 0; i < hub->count; i++) {
         Entry *entry = &hub->queue[(hub->head + i) & (hub->capacity - 1)];
         Py_VISIT(entry->target);
@@ -854,6 +869,8 @@ static int hub_clear(PyObject *self) {
     slots_forget_waiters(hub);
     Py_CLEAR(hub->pending_owner);
     Py_CLEAR(hub->pending_keeper);
+    send_later(hub);
+    Py_CLEAR(hub->loose);
     Py_CLEAR(hub->passed);
     if (hub->greens != NULL)
         PySet_Clear(hub->greens);
@@ -876,7 +893,7 @@ static void hub_dealloc(PyObject *self) {
     PyMem_Free(hub->events);
     PyMem_Free(hub->pending);
     if (hub->beat != NULL)
-        hub->beat->unsent = hub->beat->unanswered = NULL;
+        hub->beat->unsent = hub->beat->unanswered = hub->beat->later = NULL;
     Py_CLEAR(hub->beat);
     Py_CLEAR(hub->due);
     Py_CLEAR(hub->greens);

@@ -14,6 +14,7 @@
  *   workers.c     the green threads that serve those, to their end
  *   handlers.c    calling handlers
  *   files.c       rfile and wfile
+ *   together.c    what a turn receives first, and sends last
  *   awaited.c     what coroutines await of their connection
  *   beat.c        what the loop says of itself, and the watchdog that listens
  *   secured.c     reading and writing under TLS
@@ -71,7 +72,11 @@ typedef struct Slot {
     PyGreenlet *waiter[2]; /* owned */
     SlotTimer *timer[2];   /* made at the first timeout */
     PyObject *guest, *starter; /* a connection without a green thread, and what is called with it at its first event */
+    PyObject *ahead;       /* bytes that were received before the reader went on; see together.c, also for what follows */
     uint32_t generation;   /* tells events of this registration from late ones of a closed descriptor */
+    uint32_t want;         /* how many bytes the waiting reader has asked for, if they may be received ahead; or 0 */
+    int16_t fault;         /* the error that came in their place */
+    bool came;             /* there is one or the other */
     bool registered;       /* in the epoll set */
     bool owned;            /* by a Connection: stays registered when nobody waits */
     bool dry;              /* a short read took all there was: an event will come before there is more */
@@ -94,6 +99,13 @@ typedef struct {
     uint32_t generation;
 } Door;
 
+/* An answer that was put off; see together.c. */
+typedef struct {
+    PyObject *owner, *data; /* a Connection, and bytes; owned */
+} Later;
+
+#define MOST_PUT_OFF 128
+
 /* What a loop says of itself; see beat.c. Times are nanoseconds of CLOCK_MONOTONIC. */
 typedef struct {
     PyObject_HEAD
@@ -102,7 +114,7 @@ typedef struct {
     _Atomic int64_t ended;  /* when it ended, until the watchdog has seen that */
     _Atomic uint32_t parked, stopped, bell;
     /* How much the running green thread has written and not sent, and answered; NULL: no such thing. */
-    volatile size_t *unsent, *unanswered;
+    volatile size_t *unsent, *unanswered, *later;
     /* The watchdog's own. */
     int64_t after, seen, suspect; /* how long is late, -1: never; `since` of the last look, and of the last late one */
     double seconds;               /* of what is told */
@@ -147,6 +159,9 @@ struct Hub {
     PyObject *pending_owner;
     PyObject *pending_keeper; /* called with what the peer does not take at once; NULL: its green thread waits for that */
     size_t answers; /* to datagrams, joined and not sent; see datagrams.c */
+    Later later[MOST_PUT_OFF];
+    size_t later_count;
+    PyObject *loose; /* owned: the connection whose answer was put off last, until its green thread waits; see together.c */
     Beat *beat;
 };
 
@@ -209,6 +224,9 @@ HIDDEN int sleep_until(Hub *hub, int64_t deadline);
 HIDDEN PyObject *node_owner(Node *node);
 
 /* slots.c */
+#define ENDS (EPOLLRDHUP | EPOLLHUP | EPOLLERR | EPOLLPRI)
+#define NOTED (1u << 20) /* in an event, and none of the kernel's: note() has nothing to add */
+HIDDEN Slot *event_slot(Hub *hub, struct epoll_event *event);
 HIDDEN Slot *slot_of(Hub *hub, int fd);
 HIDDEN void slot_renew(Hub *hub, Slot *slot);
 HIDDEN void slot_leave(Hub *hub, Slot *slot, int fd);
@@ -252,7 +270,12 @@ typedef struct {
     bool broken : 1;      /* it was reset */
     bool traced : 1;      /* somebody follows it: what moves is told; see harken.tracing */
     bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it: see show_flags() */
+    bool later : 1;       /* an answer was put off, and not sent; see together.c, also for what follows */
+    bool answers : 1;     /* it has answered since it last waited for a request */
+    uint8_t rhythm : 4;   /* how often it has answered and then waited for the next request, up to STEADY; or NEVER */
+    uint16_t owed_from;   /* of `owed` this was sent */
     double timeout;   /* seconds; 0: none */
+    PyObject *owed;   /* bytes: what was put off and could not be sent at once, and a member as `hub` is; NULL: nothing */
     PyObject *marked; /* bytes that hold Marks, and a member as `hub` is; NULL: nobody wants to know */
     struct Worker *worker; /* borrowed: who serves it on a lane, and knows what its record will be made of; or NULL */
 } State;
@@ -306,10 +329,11 @@ HIDDEN PyObject *connection_adopt(PyObject *sock);
 HIDDEN int connection_lodge(Hub *hub, PyObject *self, PyObject *starter);
 HIDDEN PyObject *rebuild(PyObject *module, PyObject *args);
 HIDDEN int begin(PyObject *self, State *state);
+HIDDEN bool attached(State *state);
 HIDDEN void show_flags(State *state, int fd);
 HIDDEN bool hush(State *state, int fd);
 HIDDEN void unhush(PyObject *self);
-HIDDEN int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline);
+HIDDEN int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline, size_t want);
 HIDDEN int fail(int error);
 HIDDEN bool is_outcome(void);
 HIDDEN void let_go(PyObject *self, State *state);
@@ -317,6 +341,7 @@ HIDDEN void leave_unasked(State *state);
 HIDDEN void make_stream_known(State *state, int family, int kind, int proto);
 
 HIDDEN ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags);
+HIDDEN ssize_t receive_whole(PyObject *self, State *state, size_t size, int flags, PyObject **whole);
 /* How much transmit() sends: whatever can be at once, as much as send(2) of a socket that blocks, or all. */
 typedef enum { SOME, MUCH, ALL } Share;
 HIDDEN Share share_of(State *state, int flags);
@@ -326,12 +351,30 @@ extern HIDDEN char scratch[SCRATCH]; /* good from recv() until anybody waits */
 
 /* files.c */
 HIDDEN int files_ready(PyObject *module);
+/* Whether the running green thread has written what was not sent. */
+static inline bool has_unsent(Hub *hub) { return hub->pending_owner != NULL || hub->loose != NULL; }
 HIDDEN int flush_pending(Hub *hub);
 HIDDEN int flush_of(PyObject *sock);
 HIDDEN size_t flush_pending_nowait(Hub *hub);
 HIDDEN PyObject *on_growth(PyObject *module, PyObject *function);
 HIDDEN PyObject *connection_open_reader(PyObject *self, PyObject *const *args, Py_ssize_t count);
 HIDDEN PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize_t count);
+
+/* together.c */
+enum { STEADY = 8, NEVER = 15 };
+HIDDEN void receive_ahead(Hub *hub);
+HIDDEN ssize_t take_ahead(Slot *slot, char *into, size_t size, int flags, PyObject **whole);
+HIDDEN void hubs_before_fork(void);
+HIDDEN int put_off(PyObject *self, State *state, PyObject *data);
+HIDDEN size_t send_all_later(Hub *hub);
+HIDDEN int settle_answers(PyObject *self, State *state);
+HIDDEN int settle_loose(Hub *hub);
+HIDDEN void note_rhythm(Hub *hub, PyObject *self, State *state);
+HIDDEN size_t send_later_nowait(Hub *hub);
+static inline void send_later(Hub *hub) {
+    if (hub->later_count > 0)
+        send_all_later(hub);
+}
 
 /* awaited.c */
 HIDDEN int awaited_ready(PyObject *module);

@@ -46,7 +46,7 @@ static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int whic
             flags_in(args, words, flags_at) & MSG_DONTWAIT)
             break;
         PyErr_Clear();
-        if (wait_ready(self, state, direction, &deadline) < 0)
+        if (wait_ready(self, state, direction, &deadline, 0) < 0)
             break;
     }
     Py_XDECREF(method);
@@ -155,7 +155,7 @@ static PyObject *rare_accept(PyObject *self, PyObject *none) {
         if (pair != NULL || !PyErr_ExceptionMatches(PyExc_BlockingIOError) || state->nonblocking)
             return pair;
         PyErr_Clear();
-        if (wait_ready(self, state, READ, &deadline) < 0)
+        if (wait_ready(self, state, READ, &deadline, 0) < 0)
             return NULL;
     }
 }
@@ -208,7 +208,7 @@ static int connecting(PyObject *self, PyObject *address) {
         pause = 2 * pause < LONGEST_PAUSE ? 2 * pause : LONGEST_PAUSE;
     }
     while ((error == EINPROGRESS || error == EALREADY) && !state->nonblocking) {
-        if (wait_ready(self, state, WRITE, &deadline) < 0)
+        if (wait_ready(self, state, WRITE, &deadline, 0) < 0)
             return -1;
         error = handshake(self);
     }
@@ -260,7 +260,7 @@ static int send_pieces(PyObject *self, int file, int64_t offset, int64_t most, i
             if (current_hub != NULL && (current_hub->budget -= PIECES(done) + 1) < 0 && give_way(current_hub) < 0)
                 return -1;
         } else if (error == EAGAIN) {
-            if (wait_ready(self, state, WRITE, &deadline) < 0)
+            if (wait_ready(self, state, WRITE, &deadline, 0) < 0)
                 return -1;
         } else if (error == EINTR) {
             if (PyErr_CheckSignals() < 0)

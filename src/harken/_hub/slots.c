@@ -10,7 +10,6 @@
 #include <poll.h>
 
 #define ALL (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET)
-#define ENDS (EPOLLRDHUP | EPOLLHUP | EPOLLERR | EPOLLPRI)
 
 Slot *slot_of(Hub *hub, int fd) {
     int page = fd / SLOTS_A_PAGE;
@@ -53,14 +52,16 @@ static void forget_waiters(Hub *hub, Slot *slot) {
     Py_CLEAR(slot->waiter[WRITE]);
     Py_CLEAR(slot->starter);
     Py_CLEAR(slot->guest);
+    Py_CLEAR(slot->ahead);
 }
 
 void slots_forget_waiters(Hub *hub) { each_slot(hub, forget_waiters); }
 
 static void abandon(Hub *hub, Slot *slot) {
     slot->waiter[READ] = slot->waiter[WRITE] = NULL;
-    slot->guest = slot->starter = NULL;
-    slot->registered = slot->dry = false;
+    slot->guest = slot->starter = slot->ahead = NULL;
+    slot->registered = slot->dry = slot->came = false;
+    slot->want = 0;
     slot->generation++;
 }
 
@@ -141,7 +142,9 @@ static void evict(Hub *hub, Slot *slot) {
 void slot_renew(Hub *hub, Slot *slot) {
     evict(hub, slot);
     slot->generation++;
-    slot->registered = slot->owned = slot->dry = slot->sticky = false;
+    slot->registered = slot->owned = slot->dry = slot->sticky = slot->came = false;
+    slot->want = 0;
+    Py_CLEAR(slot->ahead);
 }
 
 /* The descriptor is about to be closed or given away. */
@@ -198,7 +201,7 @@ static int set_timeout(Hub *hub, Slot *slot, int direction, int64_t deadline) {
     return heap_insert(hub, &timer->node);
 }
 
-static Slot *event_slot(Hub *hub, struct epoll_event *event) {
+Slot *event_slot(Hub *hub, struct epoll_event *event) {
     uint32_t fd = (uint32_t)event->data.u64;
     int page = (int)(fd / SLOTS_A_PAGE);
     if (page >= hub->page_count || hub->pages[page] == NULL)
@@ -208,6 +211,8 @@ static Slot *event_slot(Hub *hub, struct epoll_event *event) {
 }
 
 static void note(Slot *slot, uint32_t events) {
+    if (events & NOTED)
+        return;
     if (events & ENDS)
         slot->sticky = true;
     if (events & (EPOLLIN | ENDS))
