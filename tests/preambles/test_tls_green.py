@@ -149,3 +149,37 @@ def test_what_a_client_sent_before_it_vanished_is_read(engine, serving, dial):
         gone.set()
         assert read.wait(PATIENCE)
     assert [word for word in told if word] == [b"last words"]
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_answers_of_a_turn_go_out_together_under_tls_too(engine, serving, dial):
+    """Two clients ask while a third one's handler has the hub; the first has its answer when the second has run."""
+    entered, go, seen, hubs = threading.Event(), threading.Event(), [], set()
+
+    class Look(harken.BaseRequestHandler):
+        def handle(self):
+            while data := self.request.recv(100):
+                if data == b"hold":
+                    entered.set()
+                    go.wait(PATIENCE)
+                self.request.sendall(data)
+                hubs.add(type(harken._hub.current()).__module__)
+                if data == b"look":
+                    with contextlib.suppress(BlockingIOError):
+                        seen.append(wire.recv(100, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+
+    with serving(engine, Look) as server, dial(server) as first, dial(server) as second, dial(server) as third:
+        with socket.socket(fileno=os.dup(first.fileno())) as wire:
+            for _ in range(20):
+                for client in (first, second, third):
+                    client.sendall(b"warm")
+                    assert client.recv(100) == b"warm"
+            third.sendall(b"hold")
+            assert entered.wait(PATIENCE)
+            first.sendall(b"look")
+            second.sendall(b"more")
+            go.set()
+            assert second.recv(100) == b"more"
+            assert first.recv(100) == b"look"
+            assert third.recv(100) == b"hold"
+    assert bool(seen) == (hubs != {"harken._hub.compiled"})

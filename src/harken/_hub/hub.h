@@ -366,6 +366,7 @@ HIDDEN void receive_ahead(Hub *hub);
 HIDDEN ssize_t take_ahead(Slot *slot, char *into, size_t size, int flags, PyObject **whole);
 HIDDEN void hubs_before_fork(void);
 HIDDEN int put_off(PyObject *self, State *state, PyObject *data);
+HIDDEN int put_off_copy(PyObject *self, State *state, const char *data, size_t size);
 HIDDEN size_t send_all_later(Hub *hub);
 HIDDEN int settle_answers(PyObject *self, State *state);
 HIDDEN int settle_loose(Hub *hub);

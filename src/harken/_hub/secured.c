@@ -141,8 +141,14 @@ static ssize_t left_behind(PyObject *inner) {
 
 /* Wait for more from the peer, into `scratch`; what OpenSSL has to say to it goes first. */
 static ssize_t receive_more(PyObject *self, PyObject *const held[]) {
-    PyObject *inner = held[INNER];
-    return say(self, held) < 0 ? left_behind(inner) : receive(inner, state_of(inner), scratch, SLICE, 0);
+    PyObject *inner = held[INNER], *whole = NULL;
+    if (say(self, held) < 0)
+        return left_behind(inner);
+    ssize_t got = receive_whole(inner, state_of(inner), SLICE, 0, &whole);
+    if (whole != NULL)
+        memcpy(scratch, PyBytes_AS_STRING(whole), (size_t)got);
+    Py_XDECREF(whole);
+    return got;
 }
 
 /* Keep what was received in OpenSSL's memory. */
@@ -340,11 +346,15 @@ static PyObject *records_of(PyObject *const held[], const char *plain, Py_ssize_
     return wire;
 }
 
-static int send_all(PyObject *self, PyObject *const held[], const char *data, size_t size) {
+/* `answer`: not what OpenSSL has to say of its own accord. */
+static int send_all(PyObject *self, PyObject *const held[], const char *data, size_t size, bool answer) {
     PyObject *inner = held[INNER];
     begin_writing(state_of(inner));
     Py_SETREF(*slot(self, REST), PyBytes_FromStringAndSize(NULL, 0)); /* the empty one: it is there always */
-    ssize_t sent = flush_of(inner) < 0 ? -1 : transmit(inner, state_of(inner), data, size, 0, ALL);
+    ssize_t sent = flush_of(inner);
+    int gone = sent == 0 && answer ? put_off_copy(inner, state_of(inner), data, size) : 0;
+    if (sent == 0)
+        sent = gone != 0 ? gone : transmit(inner, state_of(inner), data, size, 0, ALL);
     if (sent < 0)
         Py_XSETREF(*slot(self, BROKEN), Py_NewRef(Py_True));
     else
@@ -359,7 +369,7 @@ static int say(PyObject *self, PyObject *const held[]) {
     if (unsaid <= 0 || *slot(self, REST) != Py_None)
         return unsaid < 0 ? -1 : 0;
     PyObject *data = call(held[OUTGOING], READ_OUT, NULL);
-    int result = data == NULL ? -1 : send_all(self, held, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data));
+    int result = data == NULL ? -1 : send_all(self, held, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data), false);
     Py_XDECREF(data);
     return result;
 }
@@ -374,7 +384,7 @@ static int encrypt(PyObject *self, PyObject *const held[], const char *plain, Py
         Py_XDECREF(ask(self, word_fail));
         return -1;
     }
-    int result = send_all(self, held, PyBytes_AS_STRING(wire), made);
+    int result = send_all(self, held, PyBytes_AS_STRING(wire), made, true);
     Py_DECREF(wire);
     return result;
 }

@@ -203,19 +203,29 @@ static bool may_wait(Hub *hub, State *state) {
            !state->exposed && !state->ended && !state->broken;
 }
 
-/* Put the answer off, if it may be. 1: done; 0: the caller has to send it; -1. */
-int put_off(PyObject *self, State *state, PyObject *data) {
+/* Put an answer off, if it may be: `whole`, or a copy of `data`. 1: done; 0: the caller has to send it; -1. */
+static int try_later(PyObject *self, State *state, PyObject *whole, const char *data, size_t size) {
     Hub *hub = current_hub;
-    size_t size = (size_t)PyBytes_GET_SIZE(data);
     state->answers = true;
     if (hub == NULL || !may_wait(hub, state) || size == 0 || size > SMALL)
         return 0;
     if (hub->loose != NULL)
         return settle_loose(hub) < 0 ? -1 : 0;
+    PyObject *kept = whole != NULL ? Py_NewRef(whole) : PyBytes_FromStringAndSize(data, (Py_ssize_t)size);
+    if (kept == NULL)
+        return -1;
     if (hub->later_count == MOST_PUT_OFF)
         send_all_later(hub);
-    hub->later[hub->later_count++] = (Later){Py_NewRef(self), Py_NewRef(data)};
+    hub->later[hub->later_count++] = (Later){Py_NewRef(self), kept};
     hub->loose = Py_NewRef(self);
     state->later = true;
     return 1;
+}
+
+int put_off(PyObject *self, State *state, PyObject *data) {
+    return try_later(self, state, data, NULL, (size_t)PyBytes_GET_SIZE(data));
+}
+
+int put_off_copy(PyObject *self, State *state, const char *data, size_t size) {
+    return try_later(self, state, NULL, data, size);
 }
