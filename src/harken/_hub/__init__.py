@@ -103,7 +103,8 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     The compiled hub may do for many green threads at once what their events and answers ask for: it receives ahead what
     a waiting ``recv`` or line has asked for, and a ``sendall`` or ``write`` of few bytes, on a connection that has
     always read on after its answers, may go out a little later: when the turn has handed out its events, or before
-    that green thread does anything else than to read on. What the kernel then refuses is raised by that read.
+    that green thread does anything else than to read on. Likewise larger pieces, each written after a read that came
+    back full, go out together when the next read would wait. What the kernel then refuses is raised by that read.
     A reader that keeps more than 128 KiB while it waits for the rest of a line or block tells the function that was
     given to ``on_growth(function)`` of the module: ``function(connection, bytes)``, in the green thread that reads,
     which may be kept waiting there; and ``function(connection, 0)`` when they are read, which must not wait.

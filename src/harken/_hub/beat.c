@@ -123,7 +123,9 @@ static int look(Beat *beat, int64_t *patience) {
         if (left < *patience)
             *patience = left > SHORTEST_NS ? left : SHORTEST_NS;
     }
-    bool owes = beat->unsent != NULL && (*beat->unsent > 0 || *beat->unanswered > 0 || *beat->later > 0);
+    bool owes = false;
+    for (int i = 0; i < 4; i++)
+        owes |= beat->owed[i] != NULL && *beat->owed[i] > 0;
     return owes && age >= LOOK_NS ? UNSENT : -1;
 }
 

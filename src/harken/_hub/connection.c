@@ -155,6 +155,16 @@ int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline, s
     return result;
 }
 
+/* Before the running green thread waits for more to read: what it has written goes, but what may go with others'. */
+static int before_reading(Hub *hub, PyObject *self, State *state) {
+    if (hub->flow.owner != NULL && flow_settle(hub, self) < 0)
+        return -1;
+    if (hub->pending_owner != NULL || (hub->loose != NULL && hub->loose != self))
+        return flush_pending(hub);
+    note_rhythm(hub, self, state);
+    return 0;
+}
+
 static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *deadline, size_t want) {
     if (*deadline == 0 && state->timeout > 0)
         *deadline = now_ns() + (state->timeout > 4e9 ? (int64_t)4e18 : (int64_t)(state->timeout * 1e9));
@@ -170,11 +180,7 @@ static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *
             state->slot->dry = false;
         return result;
     }
-    int result = 0;
-    if (direction == READ && hub->pending_owner == NULL && (hub->loose == NULL || hub->loose == self))
-        note_rhythm(hub, self, state);
-    else
-        result = flush_pending(hub);
+    int result = direction == READ ? before_reading(hub, self, state) : flush_pending(hub);
     if (result == 0)
         result = attach(state, hub, fd);
     if (result == 0) {
@@ -329,6 +335,8 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
                     continue;
                 if (flags == 0 && got > 0 && have < size && !came)
                     mark_dry(state, fd);
+                if (current_hub != NULL)
+                    current_hub->full = have == size && flags == 0;
                 return received(self, state, whole != NULL && *whole != NULL ? PyBytes_AS_STRING(*whole) : into, have,
                                 flags);
             }
@@ -470,7 +478,12 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
 }
 
 static ssize_t give(PyObject *self, PyObject *const *args, Py_ssize_t count, bool all) {
-    begin_writing(state_of(self));
+    State *state = state_of(self);
+    begin_writing(state);
+    bool plain = all && count == 1 && PyBytes_CheckExact(args[0]);
+    int gone = plain ? flow_join(self, state, args[0]) : 0;
+    if (gone != 0)
+        return gone;
     if (flush_of(self) < 0)
         return -1;
     if (count < 1 || count > 2) {
@@ -480,10 +493,8 @@ static ssize_t give(PyObject *self, PyObject *const *args, Py_ssize_t count, boo
     int flags = count > 1 ? as_int(args[1]) : 0;
     if (flags == -1 && PyErr_Occurred())
         return -1;
-    State *state = state_of(self);
     Share share = all ? ALL : share_of(state, flags);
-    int gone = all && flags == 0 && PyBytes_CheckExact(args[0]) ? put_off(self, state, args[0]) : 0;
-    if (gone != 0)
+    if (plain && (gone = put_off(self, state, args[0])) != 0)
         return gone;
     if (PyBytes_CheckExact(args[0]))
         return transmit(self, state, PyBytes_AS_STRING(args[0]), (size_t)PyBytes_GET_SIZE(args[0]), flags, share);

@@ -69,8 +69,12 @@ static int call_keeper(PyObject *keeper, PyObject *rest) {
 
 /* Send what the running green thread has joined. It may wait, unless somebody keeps what the peer does not take. */
 int flush_pending(Hub *hub) {
-    if (hub->loose != NULL && settle_loose(hub) < 0)
+    hub->full = false;
+    if (hub->loose != NULL && settle_loose(hub, true) < 0)
         return -1;
+    if (hub->flow.owner != NULL && flow_interrupted(hub) < 0)
+        return -1;
+    hub->wrote = NULL;
     PyObject *owner = hub->pending_owner, *keeper = hub->pending_keeper;
     size_t size = hub->pending_size;
     if (owner == NULL)
@@ -97,6 +101,13 @@ int flush_pending(Hub *hub) {
     Py_XDECREF(keeper);
     Py_DECREF(owner);
     return result;
+}
+
+/* The same, where the green thread waits for nothing: it lets the others have their turn, or ends. */
+int flush_turn(Hub *hub) {
+    if ((hub->loose != NULL && settle_loose(hub, false) < 0) || flow_settle(hub, NULL) < 0)
+        return -1;
+    return flush_pending(hub);
 }
 
 /* Send what can be sent without waiting, whatever thread this is; its number of bytes. What a handler wrote before it
@@ -131,6 +142,8 @@ int flush_of(PyObject *sock) {
     Hub *hub = current_hub;
     State *state = state_of(sock);
     if ((state->later || state->owed != NULL) && settle_answers(sock, state) < 0)
+        return -1;
+    if (hub != NULL && hub->flow.owner == sock && flow_flush(hub) < 0)
         return -1;
     return hub != NULL && hub->pending_owner == sock ? flush_pending(hub) : 0;
 }
@@ -491,8 +504,10 @@ static int put(Writer *writer, const char *data, size_t size, PyObject *whole) {
         return 0;
     }
     Py_INCREF(sock);
-    int result;
-    if (joins)
+    int result = 0, kept = whole != NULL && !state->nonblocking ? flow_join(sock, state, whole) : 0;
+    if (kept != 0)
+        result = kept < 0 ? -1 : 0;
+    else if (joins)
         result = join(hub, sock, data, size) < 0 || (!more && flush_pending(hub) < 0) ? -1 : 0;
     else if ((result = flush_of(sock)) == 0) {
         int gone = whole != NULL ? put_off(sock, state, whole) : 0;

@@ -445,7 +445,8 @@ static PyObject *hub_wake_method(PyObject *self, PyObject *none) {
 
 static PyObject *hub_flush_pending_nowait(PyObject *self, PyObject *none) {
     Hub *hub = (Hub *)self;
-    return PyLong_FromSize_t(send_later_nowait(hub) + flush_pending_nowait(hub) + answers_nowait(hub));
+    return PyLong_FromSize_t(send_later_nowait(hub) + flow_flush_nowait(hub) + flush_pending_nowait(hub) +
+                             answers_nowait(hub));
 }
 
 static PyObject *hub_next_deadline(PyObject *self, PyObject *none) {
@@ -732,9 +733,9 @@ static PyObject *hub_new(PyTypeObject *type, PyObject *args, PyObject *words) {
         return NULL;
     }
     hub->asks_at_ends = true;
-    hub->beat->unsent = &hub->pending_size;
-    hub->beat->unanswered = &hub->answers;
-    hub->beat->later = &hub->later_count;
+    size_t *owed[] = {&hub->pending_size, &hub->answers, &hub->later_count, &hub->flow.count};
+    for (int i = 0; i < 4; i++)
+        hub->beat->owed[i] = owed[i];
     if ((hub->next = all_hubs) != NULL)
         all_hubs->previous = hub;
     all_hubs = hub;
@@ -809,6 +810,7 @@ void hubs_after_fork(void) {
         hub->pending_size = 0;
         hub->later_count = 0;
         hub->loose = NULL;
+        hub->flow = (Flow){0};
         beat_forget(hub->beat);
         hub->greens = PySet_New(NULL);
         drop_doors(hub);
@@ -836,6 +838,7 @@ static int hub_traverse(PyObject *self, visitproc visit, void *arg) {
     Py_VISIT(hub->pending_owner);
     Py_VISIT(hub->pending_keeper);
     Py_VISIT(hub->loose);
+    Py_VISIT(hub->flow.owner);
     for (size_t i = 0; i < hub->later_count; i++)
         Py_VISIT(hub->later[i].owner);
     for (size_t i = 0; i < hub->count; i++) {
@@ -870,6 +873,7 @@ static int hub_clear(PyObject *self) {
     Py_CLEAR(hub->pending_owner);
     Py_CLEAR(hub->pending_keeper);
     send_later(hub);
+    flow_drop(hub);
     Py_CLEAR(hub->loose);
     Py_CLEAR(hub->passed);
     if (hub->greens != NULL)
@@ -892,8 +896,8 @@ static void hub_dealloc(PyObject *self) {
     PyMem_Free(hub->doors);
     PyMem_Free(hub->events);
     PyMem_Free(hub->pending);
-    if (hub->beat != NULL)
-        hub->beat->unsent = hub->beat->unanswered = hub->beat->later = NULL;
+    for (int i = 0; hub->beat != NULL && i < 4; i++)
+        hub->beat->owed[i] = NULL;
     Py_CLEAR(hub->beat);
     Py_CLEAR(hub->due);
     Py_CLEAR(hub->greens);

@@ -15,6 +15,7 @@
  *   handlers.c    calling handlers
  *   files.c       rfile and wfile
  *   together.c    what a turn receives first, and sends last
+ *   flow.c        large pieces of a stream, sent together
  *   awaited.c     what coroutines await of their connection
  *   beat.c        what the loop says of itself, and the watchdog that listens
  *   secured.c     reading and writing under TLS
@@ -106,6 +107,15 @@ typedef struct {
 
 #define MOST_PUT_OFF 128
 
+/* What the running green thread has written of a stream, and not sent; see flow.c. */
+#define FLOW_PIECES 16
+#define FLOW_PIECE 4096 /* bytes of the smallest */
+typedef struct {
+    PyObject *owner; /* a Connection, owned; NULL: nothing */
+    PyObject *pieces[FLOW_PIECES]; /* bytes, owned */
+    size_t count, bytes, from; /* of the first piece this was sent */
+} Flow;
+
 /* What a loop says of itself; see beat.c. Times are nanoseconds of CLOCK_MONOTONIC. */
 typedef struct {
     PyObject_HEAD
@@ -113,8 +123,7 @@ typedef struct {
     _Atomic int64_t caught; /* `since` of the piece that is late, while it runs */
     _Atomic int64_t ended;  /* when it ended, until the watchdog has seen that */
     _Atomic uint32_t parked, stopped, bell;
-    /* How much the running green thread has written and not sent, and answered; NULL: no such thing. */
-    volatile size_t *unsent, *unanswered, *later;
+    volatile size_t *owed[4]; /* what green threads have written, or answered, and the hub not sent; NULL: no hub */
     /* The watchdog's own. */
     int64_t after, seen, suspect; /* how long is late, -1: never; `since` of the last look, and of the last late one */
     double seconds;               /* of what is told */
@@ -162,6 +171,9 @@ struct Hub {
     Later later[MOST_PUT_OFF];
     size_t later_count;
     PyObject *loose; /* owned: the connection whose answer was put off last, until its green thread waits; see together.c */
+    Flow flow;
+    bool full; /* the running green thread's last read took as much as it asked for */
+    PyObject *wrote; /* to which it last wrote a large piece, if it has not waited since: never looked into */
     Beat *beat;
 };
 
@@ -272,6 +284,7 @@ typedef struct {
     bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it: see show_flags() */
     bool later : 1;       /* an answer was put off, and not sent; see together.c, also for what follows */
     bool answers : 1;     /* it has answered since it last waited for a request */
+    uint8_t flow : 4;     /* how often a large piece was followed by another, likewise; see flow.c */
     uint8_t rhythm : 4;   /* how often it has answered and then waited for the next request, up to STEADY; or NEVER */
     uint16_t owed_from;   /* of `owed` this was sent */
     double timeout;   /* seconds; 0: none */
@@ -352,8 +365,11 @@ extern HIDDEN char scratch[SCRATCH]; /* good from recv() until anybody waits */
 /* files.c */
 HIDDEN int files_ready(PyObject *module);
 /* Whether the running green thread has written what was not sent. */
-static inline bool has_unsent(Hub *hub) { return hub->pending_owner != NULL || hub->loose != NULL; }
+static inline bool has_unsent(Hub *hub) {
+    return hub->pending_owner != NULL || hub->loose != NULL || hub->flow.owner != NULL;
+}
 HIDDEN int flush_pending(Hub *hub);
+HIDDEN int flush_turn(Hub *hub);
 HIDDEN int flush_of(PyObject *sock);
 HIDDEN size_t flush_pending_nowait(Hub *hub);
 HIDDEN PyObject *on_growth(PyObject *module, PyObject *function);
@@ -369,13 +385,22 @@ HIDDEN int put_off(PyObject *self, State *state, PyObject *data);
 HIDDEN int put_off_copy(PyObject *self, State *state, const char *data, size_t size);
 HIDDEN size_t send_all_later(Hub *hub);
 HIDDEN int settle_answers(PyObject *self, State *state);
-HIDDEN int settle_loose(Hub *hub);
+HIDDEN int settle_loose(Hub *hub, bool interrupted);
+HIDDEN bool tells_nothing(State *state);
 HIDDEN void note_rhythm(Hub *hub, PyObject *self, State *state);
 HIDDEN size_t send_later_nowait(Hub *hub);
 static inline void send_later(Hub *hub) {
     if (hub->later_count > 0)
         send_all_later(hub);
 }
+
+/* flow.c */
+HIDDEN int flow_join(PyObject *self, State *state, PyObject *data);
+HIDDEN int flow_flush(Hub *hub);
+HIDDEN int flow_settle(Hub *hub, PyObject *reader);
+HIDDEN int flow_interrupted(Hub *hub);
+HIDDEN size_t flow_flush_nowait(Hub *hub);
+HIDDEN void flow_drop(Hub *hub);
 
 /* awaited.c */
 HIDDEN int awaited_ready(PyObject *module);

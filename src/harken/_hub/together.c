@@ -148,8 +148,10 @@ size_t send_later_nowait(Hub *hub) {
 void hubs_before_fork(void) {
     for (Hub *hub = all_hubs; hub != NULL; hub = hub->next)
         send_later(hub);
-    if (current_hub != NULL)
+    if (current_hub != NULL) {
+        flow_flush_nowait(current_hub);
         flush_pending_nowait(current_hub);
+    }
 }
 
 /* Send what is left of an answer that was put off. It may wait, as sendall() does. */
@@ -172,13 +174,14 @@ int settle_answers(PyObject *self, State *state) {
     return state->owed != NULL ? pay(self, state) : 0;
 }
 
-/* Before the running green thread waits for something else than the next request. What becomes of the answer is for
- * whoever uses the connection next to find out. */
-int settle_loose(Hub *hub) {
+/* Before the running green thread gives up its turn, by waiting for something else than the next request if it is
+ * `interrupted`. What becomes of the answer is for whoever uses the connection next to find out. */
+int settle_loose(Hub *hub, bool interrupted) {
     PyObject *self = hub->loose;
     State *state = state_of(self);
     hub->loose = NULL;
-    state->rhythm = NEVER;
+    if (interrupted)
+        state->rhythm = NEVER;
     int result = settle_answers(self, state);
     if (result < 0 && is_outcome()) {
         PyErr_Clear();
@@ -197,10 +200,14 @@ void note_rhythm(Hub *hub, PyObject *self, State *state) {
     state->answers = false;
 }
 
+/* Whether a sendall() that is to succeed has nothing to tell its caller. */
+bool tells_nothing(State *state) {
+    return !state->nonblocking && state->timeout == 0 && !state->traced && !state->exposed && !state->broken;
+}
+
 static bool may_wait(Hub *hub, State *state) {
     return state->rhythm == STEADY && hub->next_event < hub->event_count && hub->turning && attached(state) &&
-           state->hub == (PyObject *)hub && !state->nonblocking && state->timeout == 0 && !state->traced &&
-           !state->exposed && !state->ended && !state->broken;
+           state->hub == (PyObject *)hub && tells_nothing(state) && !state->ended;
 }
 
 /* Put an answer off, if it may be: `whole`, or a copy of `data`. 1: done; 0: the caller has to send it; -1. */
@@ -210,7 +217,7 @@ static int try_later(PyObject *self, State *state, PyObject *whole, const char *
     if (hub == NULL || !may_wait(hub, state) || size == 0 || size > SMALL)
         return 0;
     if (hub->loose != NULL)
-        return settle_loose(hub) < 0 ? -1 : 0;
+        return settle_loose(hub, true) < 0 ? -1 : 0;
     PyObject *kept = whole != NULL ? Py_NewRef(whole) : PyBytes_FromStringAndSize(data, (Py_ssize_t)size);
     if (kept == NULL)
         return -1;
