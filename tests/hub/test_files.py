@@ -171,7 +171,7 @@ def test_answers_to_a_pipeline_are_joined(hub: Any, pair: tuple[Any, socket.sock
 
 
 @pytest.mark.parametrize(
-    "way", ["recv", "sleep", "park", "wait", "end", "close", "shutdown", "sendall", "flush", "fileno"]
+    "way", ["recv", "sleep", "park", "wait", "end", "close", "shutdown", "sendall", "thread", "flush", "fileno"]
 )
 def test_no_answer_waits_for_the_peer(hub: Any, pair: tuple[Any, socket.socket], way: str) -> None:
     """Whatever the green thread does next, what it wrote is sent first."""
@@ -201,6 +201,10 @@ def test_no_answer_waits_for_the_peer(hub: Any, pair: tuple[Any, socket.socket],
                 near.shutdown(socket.SHUT_WR)
             case "sendall":
                 near.sendall(b"later")
+            case "thread":
+                other = threading.Thread(target=near.sendall, args=(b"later",))
+                other.start()
+                other.join()
             case "flush":
                 writer.flush()
             case "fileno":
@@ -209,7 +213,7 @@ def test_no_answer_waits_for_the_peer(hub: Any, pair: tuple[Any, socket.socket],
     hub.spawn(serve)
     hub.step(0)
     assert far.recv(2) == b"a\n"
-    if way == "sendall":
+    if way in ("sendall", "thread"):
         assert far.recv(10) == b"later"
 
 

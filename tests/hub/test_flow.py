@@ -90,6 +90,12 @@ def test_pieces_are_kept_while_more_lies_ready(stream):
     assert stream.got == stream.sent
 
 
+def _in_a_thread(function, *args):
+    thread = threading.Thread(target=function, args=args)
+    thread.start()
+    thread.join()
+
+
 NEXT = {
     "sleep": lambda stream: stream.hub.sleep(0),
     "sleep longer": lambda stream: stream.hub.sleep(0.001),
@@ -103,6 +109,7 @@ NEXT = {
     "send": lambda stream: stream.near.send(b"x"),
     "sendmsg": lambda stream: stream.near.sendmsg([b"x"]),
     "a file": lambda stream: stream.near.open_writer().write(b"x"),
+    "a thread": lambda stream: _in_a_thread(stream.near.sendall, b"x"),
     "fork": lambda stream: os.waitpid(os.fork() or os._exit(0), 0),
 }
 

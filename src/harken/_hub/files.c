@@ -81,6 +81,7 @@ int flush_pending(Hub *hub) {
         return 0;
     hub->pending_owner = hub->pending_keeper = NULL;
     hub->pending_size = 0;
+    state_of(owner)->joined = false;
     int result = 0, fd = socket_fd(owner);
     ssize_t sent = send(fd, hub->pending, size, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent < 0 && errno != EAGAIN && errno != EINTR)
@@ -127,6 +128,7 @@ size_t flush_pending_nowait(Hub *hub) {
     hub->pending_size -= (size_t)sent;
     memmove(hub->pending, hub->pending + sent, hub->pending_size);
     if (hub->pending_size == 0) {
+        state_of(owner)->joined = false;
         Py_CLEAR(hub->pending_owner);
         Py_CLEAR(hub->pending_keeper);
     }
@@ -137,15 +139,44 @@ size_t flush_pending_nowait(Hub *hub) {
     return (size_t)sent;
 }
 
+/* What is joined, which is the caller's business from now on; NULL with an exception: nothing was taken. */
+static PyObject *take_joined(Hub *hub) {
+    PyObject *rest = PyBytes_FromStringAndSize(hub->pending, (Py_ssize_t)hub->pending_size);
+    if (rest != NULL) {
+        hub->pending_size = 0;
+        state_of(hub->pending_owner)->joined = false;
+        Py_CLEAR(hub->pending_owner);
+        Py_CLEAR(hub->pending_keeper);
+    }
+    return rest;
+}
+
+/* What a green thread has joined for `sock` goes before what this thread sends, of which that one knows. */
+static int flush_for_another(PyObject *sock) {
+    Hub *hub = all_hubs;
+    while (hub != NULL && hub->pending_owner != sock)
+        hub = hub->next;
+    if (hub == NULL)
+        return 0;
+    PyObject *rest = take_joined(hub);
+    int result = rest == NULL ? -1 : 0;
+    if (result == 0 && transmit(sock, state_of(sock), PyBytes_AS_STRING(rest), (size_t)PyBytes_GET_SIZE(rest), 0, ALL) < 0)
+        result = -1;
+    Py_XDECREF(rest);
+    return result;
+}
+
 /* Before `sock` is used in another way: what was written goes first. */
 int flush_of(PyObject *sock) {
     Hub *hub = current_hub;
     State *state = state_of(sock);
     if ((state->later || state->owed != NULL) && settle_answers(sock, state) < 0)
         return -1;
-    if (hub != NULL && hub->flow.owner == sock && flow_flush(hub) < 0)
+    if (state->flowing && flow_flush_of(sock) < 0)
         return -1;
-    return hub != NULL && hub->pending_owner == sock ? flush_pending(hub) : 0;
+    if (hub != NULL && hub->pending_owner == sock)
+        return flush_pending(hub);
+    return state->joined ? flush_for_another(sock) : 0;
 }
 
 static inline void append(Hub *hub, const char *data, size_t size) {
@@ -163,6 +194,7 @@ static int join(Hub *hub, PyObject *sock, const char *data, size_t size) {
     }
     if (hub->pending_owner == NULL)
         hub->pending_owner = Py_NewRef(sock);
+    state_of(sock)->joined = true;
     append(hub, data, size);
     return 0;
 }
@@ -504,7 +536,7 @@ static int put(Writer *writer, const char *data, size_t size, PyObject *whole) {
         return 0;
     }
     Py_INCREF(sock);
-    int result = 0, kept = whole != NULL && !state->nonblocking ? flow_join(sock, state, whole) : 0;
+    int result = 0, kept = whole != NULL ? flow_join(sock, state, whole) : 0;
     if (kept != 0)
         result = kept < 0 ? -1 : 0;
     else if (joins)
@@ -575,13 +607,7 @@ static PyObject *writer_take_back(PyObject *self, PyObject *none) {
         flush_pending_nowait(hub);
     if (hub == NULL || hub->pending_owner != sock)
         return PyBytes_FromStringAndSize(NULL, 0);
-    PyObject *rest = PyBytes_FromStringAndSize(hub->pending, (Py_ssize_t)hub->pending_size);
-    if (rest != NULL) {
-        hub->pending_size = 0;
-        Py_CLEAR(hub->pending_owner);
-        Py_CLEAR(hub->pending_keeper);
-    }
-    return rest;
+    return take_joined(hub);
 }
 
 static PyObject *writer_write(PyObject *self, PyObject *data) {

@@ -17,6 +17,16 @@
 
 #define FLOW_BYTES 524288 /* half of what a turn may move */
 
+/* Take it from the hub: whoever does sends it, or drops it. */
+static Flow take(Hub *hub) {
+    Flow flow = hub->flow;
+    hub->flow.owner = NULL;
+    hub->flow.count = hub->flow.bytes = hub->flow.from = 0;
+    if (flow.owner != NULL)
+        state_of(flow.owner)->flowing = false;
+    return flow;
+}
+
 static void forget(Flow *flow) {
     for (size_t i = 0; i < flow->count; i++)
         Py_DECREF(flow->pieces[i]);
@@ -33,8 +43,14 @@ static ssize_t send_pieces(Flow *flow) {
     struct msghdr message = {.msg_iov = parts, .msg_iovlen = flow->count};
     ssize_t sent = sendmsg(socket_fd(flow->owner), &message, MSG_NOSIGNAL | MSG_DONTWAIT);
     if (sent > 0)
-        moved(flow->owner, state_of(flow->owner), WRITE, NULL, (size_t)sent);
+        note_moved(state_of(flow->owner), WRITE, (size_t)sent);
     return sent;
+}
+
+/* Somebody may have begun to follow the connection meanwhile. Other threads may run while he is told. */
+static void tell_sent(PyObject *owner, ssize_t sent) {
+    if (sent > 0 && state_of(owner)->traced)
+        tell_traffic(owner, WRITE, NULL, (size_t)sent);
 }
 
 /* Send all. It may wait. */
@@ -46,6 +62,7 @@ static int send_flow(Flow *flow) {
         state->broken |= errno == ECONNRESET;
         return fail(errno);
     }
+    tell_sent(flow->owner, sent);
     size_t done = flow->from + (sent > 0 ? (size_t)sent : 0);
     for (size_t i = 0; i < flow->count; i++) {
         size_t size = (size_t)PyBytes_GET_SIZE(flow->pieces[i]);
@@ -58,14 +75,20 @@ static int send_flow(Flow *flow) {
 
 /* Send what the running green thread has kept. It may wait. */
 int flow_flush(Hub *hub) {
-    Flow flow = hub->flow;
-    if (flow.owner == NULL)
+    if (hub->flow.owner == NULL)
         return 0;
-    hub->flow.owner = NULL; /* others will have flows of their own while we wait */
-    hub->flow.count = hub->flow.bytes = hub->flow.from = 0;
+    Flow flow = take(hub); /* others will have flows of their own while we wait */
     int result = send_flow(&flow);
     forget(&flow);
     return result;
+}
+
+/* Before `self` is used otherwise, by whatever thread. It may wait. */
+int flow_flush_of(PyObject *self) {
+    Hub *hub = all_hubs;
+    while (hub != NULL && hub->flow.owner != self)
+        hub = hub->next;
+    return hub != NULL ? flow_flush(hub) : 0;
 }
 
 /* Before the running green thread gives up its turn in a call of `user`'s. What becomes of the pieces is told there, if
@@ -88,9 +111,7 @@ int flow_interrupted(Hub *hub) {
 
 /* Without a word, as the hub goes. */
 void flow_drop(Hub *hub) {
-    Flow flow = hub->flow;
-    hub->flow.owner = NULL;
-    hub->flow.count = 0;
+    Flow flow = take(hub);
     if (flow.owner != NULL)
         forget(&flow);
 }
@@ -110,11 +131,11 @@ size_t flow_flush_nowait(Hub *hub) {
     flow->bytes -= (size_t)sent;
     flow->from = done;
     memmove(flow->pieces, flow->pieces + whole, flow->count * sizeof *flow->pieces);
-    if (flow->count > 0)
-        Py_INCREF(gone.owner);
-    else
-        flow->owner = NULL;
-    forget(&gone); /* last: other threads may run meanwhile */
+    Py_INCREF(gone.owner);
+    if (flow->count == 0)
+        Py_DECREF(take(hub).owner);
+    tell_sent(gone.owner, sent); /* last: other threads may run meanwhile */
+    forget(&gone);
     return (size_t)sent;
 }
 
@@ -140,6 +161,7 @@ int flow_join(PyObject *self, State *state, PyObject *data) {
         return -1;
     if (hub->flow.owner == NULL)
         hub->flow.owner = Py_NewRef(self);
+    state->flowing = true;
     hub->flow.pieces[hub->flow.count++] = Py_NewRef(data);
     hub->flow.bytes += size;
     hub->budget -= PIECES(size);

@@ -103,6 +103,7 @@ typedef struct {
 /* An answer that was put off; see together.c. */
 typedef struct {
     PyObject *owner, *data; /* a Connection, and bytes; owned */
+    size_t sent;
 } Later;
 
 #define MOST_PUT_OFF 128
@@ -283,6 +284,8 @@ typedef struct {
     bool traced : 1;      /* somebody follows it: what moves is told; see harken.tracing */
     bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it: see show_flags() */
     bool later : 1;       /* an answer was put off, and not sent; see together.c, also for what follows */
+    bool flowing : 1;     /* pieces of a stream are kept for it in some hub; see flow.c */
+    bool joined : 1;      /* answers are joined for it in some hub; see files.c */
     bool answers : 1;     /* it has answered since it last waited for a request */
     uint8_t flow : 4;     /* how often a large piece was followed by another, likewise; see flow.c */
     uint8_t rhythm : 4;   /* how often it has answered and then waited for the next request, up to STEADY; or NEVER */
@@ -397,6 +400,7 @@ static inline void send_later(Hub *hub) {
 /* flow.c */
 HIDDEN int flow_join(PyObject *self, State *state, PyObject *data);
 HIDDEN int flow_flush(Hub *hub);
+HIDDEN int flow_flush_of(PyObject *self);
 HIDDEN int flow_settle(Hub *hub, PyObject *reader);
 HIDDEN int flow_interrupted(Hub *hub);
 HIDDEN size_t flow_flush_nowait(Hub *hub);

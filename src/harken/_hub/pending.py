@@ -37,6 +37,7 @@ class Pending:
         with self._guard:
             self.sock = sock
             self._data += data
+        sock._wire.pending = self
 
     def flush(self) -> None:
         """Send it; this may wait, and raise what sending raises."""
@@ -70,5 +71,6 @@ class Pending:
 
 def flush_of(hub: Any, sock: Any) -> None:
     """Before ``sock`` is used in another way: what was written goes first."""
-    if hub is not None and hub.pending.sock is sock:
-        hub.pending.flush()
+    pending = sock._wire.pending if hub is None else hub.pending  # outside the hub: of the green thread that has joined
+    if pending is not None and pending.sock is sock:
+        pending.flush()

@@ -101,21 +101,26 @@ static void wake_debtor(Hub *hub, State *state) {
         PyErr_WriteUnraisable((PyObject *)green);
 }
 
-static size_t send_one(Hub *hub, Later *later) {
+static void send_one(Hub *hub, Later *later) {
     State *state = state_of(later->owner);
     const char *data = PyBytes_AS_STRING(later->data);
     size_t size = (size_t)PyBytes_GET_SIZE(later->data);
     state->later = state->ended = false;
     ssize_t sent = send(socket_fd(later->owner), data, size, MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (sent > 0)
-        moved(later->owner, state, WRITE, data, (size_t)sent);
-    if (sent == (ssize_t)size)
-        return size;
+    later->sent = sent > 0 ? (size_t)sent : 0;
+    note_moved(state, WRITE, later->sent);
+    if (later->sent == size)
+        return;
     state->broken |= sent < 0 && errno == ECONNRESET;
-    state->owed_from = sent > 0 ? (uint16_t)sent : 0;
+    state->owed_from = (uint16_t)later->sent;
     Py_XSETREF(state->owed, Py_NewRef(later->data));
     wake_debtor(hub, state);
-    return state->owed_from;
+}
+
+/* Somebody may have begun to follow the connection meanwhile. */
+static void tell_sent(Later *later) {
+    if (later->sent > 0 && state_of(later->owner)->traced)
+        tell_traffic(later->owner, WRITE, PyBytes_AS_STRING(later->data), later->sent);
 }
 
 /* Send what was put off, as far as that does not wait; how much that was. Any thread; an exception that is under way
@@ -128,8 +133,10 @@ size_t send_all_later(Hub *hub) {
     memcpy(now, hub->later, count * sizeof *now);
     hub->later_count = 0;
     for (size_t i = 0; i < count; i++)
-        total += send_one(hub, &now[i]);
+        send_one(hub, &now[i]);
     for (size_t i = 0; i < count; i++) { /* last: other threads may run meanwhile, and put off more */
+        total += now[i].sent;
+        tell_sent(&now[i]);
         Py_DECREF(now[i].owner);
         Py_DECREF(now[i].data);
     }
@@ -223,7 +230,7 @@ static int try_later(PyObject *self, State *state, PyObject *whole, const char *
         return -1;
     if (hub->later_count == MOST_PUT_OFF)
         send_all_later(hub);
-    hub->later[hub->later_count++] = (Later){Py_NewRef(self), kept};
+    hub->later[hub->later_count++] = (Later){Py_NewRef(self), kept, 0};
     hub->loose = Py_NewRef(self);
     state->later = true;
     return 1;

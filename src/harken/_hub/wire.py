@@ -15,6 +15,7 @@ from harken.unpatched import original
 
 if TYPE_CHECKING:
     from harken._hub.fallback import Hub
+    from harken._hub.pending import Pending
 
 __all__ = ["Wire", "closed", "give_way", "here", "wait"]
 
@@ -35,6 +36,7 @@ class Wire:
         fd: the descriptor.
         guest: what is to be called at the first event, while no green thread serves the connection; else None.
         hub: the hub in which it is registered, or None.
+        pending: what holds answers that were joined for it, now or before, or None.
         reader: the green thread that waits to read, or None.
         writer: the green thread that waits to write, or None.
         dry: whether the last read took all there was: the next one waits without asking.
@@ -44,12 +46,13 @@ class Wire:
         traced: whether somebody follows what moves; see ``harken.tracing``.
     """
 
-    __slots__ = ("dry", "fd", "guest", "hub", "reader", "spent", "timeout", "traced", "wet", "writer")
+    __slots__ = ("dry", "fd", "guest", "hub", "pending", "reader", "spent", "timeout", "traced", "wet", "writer")
 
     def __init__(self, fd: int, timeout: float | None = None, wet: bool = True) -> None:
         self.fd = fd
         self.guest: Callable[[], object] | None = None
         self.hub: Hub | None = None
+        self.pending: Pending | None = None
         self.reader: greenlet | None = None
         self.writer: greenlet | None = None
         self.dry = False
