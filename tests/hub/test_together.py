@@ -12,6 +12,7 @@ import threading
 import greenlet
 import pytest
 
+from .conftest import Stage
 from .kit import PATIENCE
 
 ROUNDS = 20  # more than a connection needs before its answers are put off
@@ -319,6 +320,73 @@ def test_an_exception_that_ends_the_loop_loses_no_answer(stage):
         assert far.recv(100) == b"last"
 
 
+def test_an_answer_is_there_before_what_is_called_at_the_end_of_the_turn(stage):
+    """Callbacks and timers may take long."""
+    pair = Pair(stage)
+    pair.ways["blast"] = lambda pair: pair.hub.call_soon(pair.look)
+    assert pair.run(last)[2] == (b"last", b"last")
+    assert pair.seen == [b"last"]
+
+
+def test_a_door_that_ends_the_loop_loses_no_answer(stage):
+    """It raises before those have run to whom the same turn has brought something."""
+    pair = Pair(stage)
+    hub = stage.hub
+    fars = []
+
+    def client():
+        for _ in range(ROUNDS):
+            assert pair.ask(b"more") == (b"more", b"more")
+        fars.append(socket.create_connection(listener.getsockname()))
+        pair.far_a.sendall(b"last")
+        pair.far_b.sendall(b"last")
+        hub.sleep(60)
+
+    def door():
+        raise KeyboardInterrupt
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        hub.watch(listener, door)
+        with pytest.raises(KeyboardInterrupt):
+            stage.run(lambda: pair.serve(pair.a, "a"), lambda: pair.serve(pair.b, "b"), client)
+        hub.unwatch(listener)
+    fars[0].close()
+    if pair.put_off is not None:  # the hub in Python lets them run in its next turn
+        stage.run(lambda: hub.sleep(0))
+    for far in (pair.far_a, pair.far_b):
+        far.settimeout(PATIENCE)
+        assert far.recv(100) == b"last"
+
+
+def test_no_answer_lies_while_the_hub_sleeps(kind):
+    """Not even where a green thread asks the kernel in the loop's place, as in a thread that gets no signals."""
+    made, ready, done = [], threading.Event(), threading.Event()
+
+    def run():
+        made.append(Pair(Stage(kind)))
+        pair = made[0]
+        for connection, name in ((pair.a, "a"), (pair.b, "b")):
+            pair.hub.spawn(pair.serve, connection, name)
+        ready.set()
+        pair.hub.run(done.is_set, lambda: 3600.0, lambda: None)
+        pair.stage.close()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert ready.wait(PATIENCE)
+    pair = made[0]
+    for far in (pair.far_a, pair.far_b):
+        far.settimeout(PATIENCE)
+    for _ in range(100):
+        pair.far_a.sendall(b"last")
+        pair.far_b.sendall(b"last")
+        assert (pair.far_a.recv(100), pair.far_b.recv(100)) == (b"last", b"last")
+    done.set()
+    pair.hub.wake()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
 def test_the_watchdog_sends_what_lies_while_a_handler_computes(stage):
     """B holds the hub until A's client has its answer."""
     pair = Pair(stage)
@@ -445,6 +513,29 @@ def test_a_client_that_does_not_read_is_waited_for(stage):
     stuck, answers = outcomes[2]
     assert 0 < stuck < 100
     assert answers == b"".join(b"%04d" % number * 1000 for number in range(100))
+
+
+def test_the_rest_of_an_answer_needs_no_further_request(stage):
+    """What the kernel does not take goes out when the client reads, though it asks for nothing more."""
+    pair = Pair(stage)
+    pair.a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    sent = []
+
+    def serve(connection):
+        while request := connection.recv(100):
+            if request == b"last":
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        sent.append(connection.send(b"fill" * 1000, socket.MSG_DONTWAIT))
+            connection.sendall(request if request != b"last" else b"last" * 1000)
+
+    def client(pair):
+        pair.far_a.sendall(b"last")
+        pair.far_b.sendall(b"last")
+        pair.read(pair.far_b)
+        return pair.read(pair.far_a, sum(sent) // 4 + 1000)
+
+    assert pair.run(client, serve)[2][-4000:] == b"last" * 1000
 
 
 def test_a_reset_is_raised_where_the_handler_reads_on(stage):
