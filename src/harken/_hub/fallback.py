@@ -185,9 +185,13 @@ class Hub:
         enter = self.beat.enter
         if timeout > 0.0:
             self.beat.leave()
-        events = self._poller.poll(min(max(0.0, timeout), LONGEST))
+        events = iter(self._poller.poll(min(max(0.0, timeout), LONGEST)))
         enter()
-        self._dispatch(events)
+        try:
+            self._dispatch(events)
+        except BaseException:  # the loop ends; edges come once, and a later run would wait in vain for these
+            self._dispatch(event for event in events if event[0] in self._wires)
+            raise
         if self._timers.next() is not None:
             ready.extend((timer.fire, ()) for timer in self._timers.pop_due(time.monotonic()))
         for _ in range(len(ready)):
@@ -198,7 +202,7 @@ class Hub:
             except Exception:  # noqa: BLE001 - a callback's fault must not end everybody
                 show()
 
-    def _dispatch(self, events: list[tuple[int, int]]) -> None:
+    def _dispatch(self, events: Iterator[tuple[int, int]]) -> None:
         wires, parked, enter = self._wires, self._parked, self.beat.enter
         for fd, mask in events:
             wire = wires.get(fd)
