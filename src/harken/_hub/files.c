@@ -126,11 +126,20 @@ size_t flush_pending_nowait(Hub *hub) {
     return (size_t)sent;
 }
 
-/* Before `sock` is used in another way: what was written goes first. */
+/* Before something is sent on `sock`: what was written goes first. */
 int flush_of(PyObject *sock) {
     Hub *hub = current_hub;
     State *state = state_of(sock);
     if ((state->later || state->owed != NULL) && settle_answers(sock, state) < 0)
+        return -1;
+    return hub != NULL && hub->pending_owner == sock ? flush_pending(hub) : 0;
+}
+
+/* Before `sock` is closed, or used past its methods. Anybody may do that, at any time: see settle_now(). */
+int flush_to_leave(PyObject *sock) {
+    Hub *hub = current_hub;
+    State *state = state_of(sock);
+    if ((state->later || state->owed != NULL) && settle_now(sock, state) < 0)
         return -1;
     return hub != NULL && hub->pending_owner == sock ? flush_pending(hub) : 0;
 }
@@ -148,8 +157,11 @@ static int join(Hub *hub, PyObject *sock, const char *data, size_t size) {
         PyErr_NoMemory();
         return -1;
     }
-    if (hub->pending_owner == NULL)
+    if (hub->pending_owner == NULL) {
+        if (flush_of(sock) < 0) /* so that nothing else is unsent where something is pending */
+            return -1;
         hub->pending_owner = Py_NewRef(sock);
+    }
     append(hub, data, size);
     return 0;
 }
@@ -510,6 +522,10 @@ static ssize_t try_put(Writer *writer, const char *data, size_t size) {
     if (fd < 0)
         return -1;
     begin_writing(state_of(sock));
+    if (settle_to_read(sock, state_of(sock), false) < 0)
+        return -1;
+    if (state_of(sock)->owed != NULL)
+        return 0;
     Hub *hub = current_hub;
     bool more = writer->reader != NULL && held(writer->reader) > 0;
     bool mine = hub != NULL && hub->pending_owner == sock;
@@ -598,7 +614,7 @@ static PyObject *writer_writelines(PyObject *self, PyObject *lines) {
 
 static PyObject *writer_flush(PyObject *self, PyObject *none) {
     PyObject *sock = open_sock(((Writer *)self)->sock);
-    return sock == NULL || flush_of(sock) < 0 ? NULL : Py_NewRef(Py_None);
+    return sock == NULL || flush_to_leave(sock) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 /* -- what both have ----------------------------------------------------------------------------------------------- */
@@ -632,7 +648,7 @@ static PyObject *file_close(PyObject *self, PyObject *none) {
     PyObject *sock = SOCK(self);
     if (sock == NULL)
         Py_RETURN_NONE;
-    int flushed = Py_IS_TYPE(self, Writer_Type) ? flush_of(sock) : 0;
+    int flushed = Py_IS_TYPE(self, Writer_Type) ? flush_to_leave(sock) : 0;
     if (SOCK(self) != sock) /* another green thread closed it while we sent */
         return flushed < 0 ? NULL : Py_NewRef(Py_None);
     PyObject *type, *error, *trace;

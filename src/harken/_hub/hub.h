@@ -272,6 +272,7 @@ typedef struct {
     bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it: see show_flags() */
     bool later : 1;       /* an answer was put off, and not sent; see together.c, also for what follows */
     bool answers : 1;     /* it has answered since it last waited for a request */
+    bool reader_pays : 1; /* who waits to send the rest of `owed` is in a call that reads */
     uint8_t rhythm : 4;   /* how often it has answered and then waited for the next request, up to STEADY; or NEVER */
     uint16_t owed_from;   /* of `owed` this was sent */
     double timeout;   /* seconds; 0: none */
@@ -355,6 +356,7 @@ HIDDEN int files_ready(PyObject *module);
 static inline bool has_unsent(Hub *hub) { return hub->pending_owner != NULL || hub->loose != NULL; }
 HIDDEN int flush_pending(Hub *hub);
 HIDDEN int flush_of(PyObject *sock);
+HIDDEN int flush_to_leave(PyObject *sock);
 HIDDEN size_t flush_pending_nowait(Hub *hub);
 HIDDEN PyObject *on_growth(PyObject *module, PyObject *function);
 HIDDEN PyObject *connection_open_reader(PyObject *self, PyObject *const *args, Py_ssize_t count);
@@ -369,9 +371,15 @@ HIDDEN int put_off(PyObject *self, State *state, PyObject *data);
 HIDDEN int put_off_copy(PyObject *self, State *state, const char *data, size_t size);
 HIDDEN size_t send_all_later(Hub *hub);
 HIDDEN int settle_answers(PyObject *self, State *state);
+HIDDEN int settle_to_read(PyObject *self, State *state, bool waits);
+HIDDEN int settle_now(PyObject *self, State *state);
 HIDDEN int settle_loose(Hub *hub);
 HIDDEN void note_rhythm(Hub *hub, PyObject *self, State *state);
 HIDDEN size_t send_later_nowait(Hub *hub);
+/* Whether an answer has to be sent before this thread reads; one that its own hub will send goes in time. */
+static inline bool owes(State *state) {
+    return state->owed != NULL || (state->later && state->hub != (PyObject *)current_hub);
+}
 static inline void send_later(Hub *hub) {
     if (hub->later_count > 0)
         send_all_later(hub);
