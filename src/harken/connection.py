@@ -221,7 +221,10 @@ def shut(request: Any, how: int = socket.SHUT_RDWR) -> None:
     would return ciphertext.
     """
     if isinstance(request, _SOCKETS):
+        settle = getattr(request, "settle", None)
         try:
+            if settle is not None:
+                settle()  # what a handler has said is on its way, as far as it knows
             if isinstance(request, Socket):
                 Socket.shutdown(request, how)
             else:  # gevent's

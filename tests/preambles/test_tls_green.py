@@ -183,3 +183,43 @@ def test_answers_of_a_turn_go_out_together_under_tls_too(engine, serving, dial):
             assert first.recv(100) == b"look"
             assert third.recv(100) == b"hold"
     assert bool(seen) == (hubs != {"harken._hub.compiled"})
+
+
+ENDS = {
+    "shutdown": lambda request: request.shutdown(socket.SHUT_WR),
+    "close": lambda request: request.close(),
+    "end": lambda request: request.end(),
+    "return": lambda request: None,
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+@pytest.mark.parametrize("engine", HUBS)
+def test_a_goodbye_comes_after_the_answers_of_a_turn(engine, how, serving, dial):
+    """close_notify is sent past the hub's connection: an answer that is put off goes before it."""
+    entered, go = threading.Event(), threading.Event()
+
+    class Last(harken.BaseRequestHandler):
+        def handle(self):
+            while data := self.request.recv(100):
+                if data == b"hold":
+                    entered.set()
+                    go.wait(PATIENCE)
+                self.request.sendall(data)
+                if data == b"last":
+                    ENDS[how](self.request)
+                    return
+
+    with serving(engine, Last) as server, dial(server) as first, dial(server) as second, dial(server) as third:
+        for _ in range(20):
+            for client in (first, second, third):
+                client.sendall(b"warm")
+                assert client.recv(100) == b"warm"
+        third.sendall(b"hold")
+        assert entered.wait(PATIENCE)
+        first.sendall(b"last")
+        second.sendall(b"last")
+        go.set()
+        for client in (first, second):
+            assert client.recv(100) == b"last"
+            assert client.recv(100) == b""

@@ -45,6 +45,9 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
         Call at the next turn, in order. What it raises is given to ``threading.excepthook``.
     ``call_at(deadline, function, *args) -> Timer``
         Call once, at the first turn after the deadline. ``timer.cancel()`` is cheap, and harmless when it has fired.
+    ``settle()``
+        Send what the calling green thread has written and the hub has not sent, which may wait. Before it lets others
+        know that it is about to ``park()``: that sends too, and an ``unpark`` meanwhile would be lost.
     ``park() -> Any``
         Give up the calling green thread until ``unpark`` or ``throw``; return the value. RuntimeError in the hub's own
         greenlet and where no hub runs.
@@ -105,6 +108,8 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     always read on after its answers, may go out a little later: when the turn has handed out its events, or before
     that green thread does anything else than to read on. Likewise larger pieces, each written after a read that came
     back full, go out together when the next read would wait. What the kernel then refuses is raised by that read.
+    ``settle()`` sends what was written and put off, and returns whether nothing is left. It waits only in the green
+    thread whose answer it is. *Any thread*; for what is done to the descriptor past the connection's methods.
     A reader that keeps more than 128 KiB while it waits for the rest of a line or block tells the function that was
     given to ``on_growth(function)`` of the module: ``function(connection, bytes)``, in the green thread that reads,
     which may be kept waiting there; and ``function(connection, 0)`` when they are read, which must not wait.

@@ -343,7 +343,7 @@ void stand_down(PyObject *sock) {
 PyObject *connection_end(PyObject *self, PyObject *none) {
     State *state = state_of(self);
     int fd = socket_fd(self);
-    if (fd >= 0 && flush_of(self) < 0)
+    if (fd >= 0 && flush_to_leave(self) < 0)
         PyErr_Clear(); /* the peer has gone: nobody is left to be told */
     if (fd >= 0 && (!state->ended || !state->stream || state->exposed || forked))
         shutdown(fd, SHUT_WR); /* the peer, or the handler, may have been quicker */

@@ -52,6 +52,7 @@ class Bell:
         """Wait until it is rung, at most ``timeout`` seconds; tell whether it was."""
         if self._hub is None:
             return self._lock.acquire(timeout=-1 if timeout is None else max(0.0, timeout)) or self.rung
+        self._hub.settle()  # it may wait by itself, where nobody else may end that
         timer = None
         if timeout is not None:
             timer = self._hub.call_at(time.monotonic() + timeout, self._expire)

@@ -129,7 +129,7 @@ void leave_unasked(State *state) {
 
 /* The connection leaves the hub, before its descriptor is closed or given away. */
 void let_go(PyObject *self, State *state) {
-    if (flush_of(self) < 0)
+    if (flush_to_leave(self) < 0)
         PyErr_Clear(); /* the peer has gone: nobody is left to be told */
     if (attached(state))
         slot_leave((Hub *)state->hub, state->slot, socket_fd(self));
@@ -156,13 +156,10 @@ int wait_ready(PyObject *self, State *state, int direction, int64_t *deadline, s
 }
 
 /* Before the running green thread waits for more to read: what it has written goes, but what may go with others'. */
-static int before_reading(Hub *hub, PyObject *self, State *state) {
+static int send_before_reading(Hub *hub, PyObject *self) {
     if (hub->flow.owner != NULL && flow_settle(hub, self) < 0)
         return -1;
-    if (hub->pending_owner != NULL || (hub->loose != NULL && hub->loose != self))
-        return flush_pending(hub);
-    note_rhythm(hub, self, state);
-    return 0;
+    return hub->pending_owner != NULL || (hub->loose != NULL && hub->loose != self) ? flush_pending(hub) : 0;
 }
 
 static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *deadline, size_t want) {
@@ -180,9 +177,14 @@ static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *
             state->slot->dry = false;
         return result;
     }
-    int result = direction == READ ? before_reading(hub, self, state) : flush_pending(hub);
-    if (result == 0)
-        result = attach(state, hub, fd);
+    if (direction == READ && hub->pending_owner == NULL && hub->flow.owner == NULL &&
+        (hub->loose == NULL || hub->loose == self))
+        note_rhythm(hub, self, state);
+    else if (has_unsent(hub)) { /* which may wait, and so miss our event: ask the descriptor once more */
+        Py_DECREF(me);
+        return direction == READ ? send_before_reading(hub, self) : flush_pending(hub);
+    }
+    int result = attach(state, hub, fd);
     if (result == 0) {
         Slot *slot = state->slot; /* the connection may have left it when we come back */
         if (want > 0)
@@ -284,8 +286,8 @@ void tell_call(PyObject *self, const char *name, PyObject *args, PyObject *resul
 
 static PyObject *connection_trace(PyObject *self, PyObject *yes) {
     int traced = PyObject_IsTrue(yes);
-    if (traced < 0 || (traced && find_listeners() < 0))
-        return NULL;
+    if (traced < 0 || (traced && find_listeners() < 0) || settle_now(self, state_of(self)) < 0)
+        return NULL; /* what was said before is not told */
     state_of(self)->traced = traced;
     Py_RETURN_NONE;
 }
@@ -313,13 +315,18 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
     if (spend(1) < 0)
         return -1;
     for (;;) {
-        if (state->owed != NULL && settle_answers(self, state) < 0)
-            return -1;
+        if (owes(state)) {
+            if (settle_to_read(self, state, !state->nonblocking && !(flags & MSG_DONTWAIT)) < 0)
+                return -1;
+            deadline = 0; /* the peer was not waited for to speak */
+            if (state->marked != NULL)
+                marks_of(state)->since[READ] = 0;
+        }
         int fd = begin(self, state);
         if (fd < 0)
             return -1;
         Slot *slot = attached(state) ? state->slot : NULL;
-        bool came = slot != NULL && slot->came;
+        bool came = slot != NULL && slot->came && !(flags & (MSG_OOB | MSG_ERRQUEUE));
         if (flags != 0 || state->nonblocking || slot == NULL || !slot->dry || came) {
             if (fresh != NULL && *fresh == NULL) {
                 if ((*fresh = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)) == NULL)
@@ -533,6 +540,17 @@ static PyObject *connection_stamps(PyObject *self, PyObject *none) {
                          (unsigned long long)marks->count[WRITE], (unsigned long long)marks->requests);
 }
 
+/* -- answers that were put off; see together.c --------------------------------------------------------------------- */
+
+static PyObject *connection_settle(PyObject *self, PyObject *none) {
+    if (flush_to_leave(self) < 0) {
+        if (!is_outcome())
+            return NULL;
+        PyErr_Clear(); /* whoever uses the connection next meets it */
+    }
+    return PyBool_FromLong(state_of(self)->owed == NULL);
+}
+
 /* -- timeouts, kept beside the descriptor ------------------------------------------------------------------------- */
 
 static PyObject *connection_settimeout(PyObject *self, PyObject *seconds) {
@@ -544,6 +562,8 @@ static PyObject *connection_settimeout(PyObject *self, PyObject *seconds) {
         PyErr_SetString(PyExc_ValueError, "Timeout value out of range");
         return NULL;
     }
+    if (settle_now(self, state) < 0) /* what was said before has no such timeout */
+        return NULL;
     state->timeout = value;
     state->nonblocking = seconds != Py_None && value == 0;
     if (state->exposed)
@@ -569,7 +589,7 @@ static PyObject *get_timeout(PyObject *self, void *closure) { return connection_
 static PyObject *connection_setblocking(PyObject *self, PyObject *flag) {
     State *state = state_of(self);
     int blocking = PyObject_IsTrue(flag);
-    if (blocking < 0)
+    if (blocking < 0 || settle_now(self, state) < 0)
         return NULL;
     state->timeout = 0;
     state->nonblocking = !blocking;
@@ -745,6 +765,7 @@ static PyMethodDef connection_methods[] = {
     {"trace", connection_trace, METH_O, "trace(yes): tell harken.tracing what moves, or no more."},
     {"keep_stamps", connection_keep_stamps, METH_NOARGS, "Stamp from now on when calls begin, requests, and what moves."},
     {"stamps", connection_stamps, METH_NOARGS, "(reading, writing, first, moved, received, sent, requests); see harken.stamps."},
+    {"settle", connection_settle, METH_NOARGS, "Send what was written and put off; return whether nothing is left."},
     {"settimeout", connection_settimeout, METH_O, "Set the seconds that one operation may take."},
     {"gettimeout", connection_gettimeout, METH_NOARGS, "Return what settimeout() was given."},
     {"setblocking", connection_setblocking, METH_O, "As settimeout(None) or settimeout(0)."},

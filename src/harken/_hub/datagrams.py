@@ -133,6 +133,7 @@ class Batch:
         runner = getcurrent()
         try:
             while len(self._idle) < MOST_IDLE:
+                self._hub.settle()  # which may wait by itself
                 self._idle.append(runner)
                 self._busy.discard(runner)
                 self._hub.park()

@@ -268,6 +268,11 @@ class Hub:
             if self._lent:
                 _end_process()
 
+    def settle(self) -> None:
+        """Send what the calling green thread has written; see the contract."""
+        if self.pending.sock is not None:
+            self.pending.flush()
+
     def park(self) -> Any:
         """Give up the calling green thread; see the contract."""
         green = getcurrent()

@@ -166,7 +166,7 @@ static int flush_for_another(PyObject *sock) {
     return result;
 }
 
-/* Before `sock` is used in another way: what was written goes first. */
+/* Before something is sent on `sock`: what was written goes first. */
 int flush_of(PyObject *sock) {
     Hub *hub = current_hub;
     State *state = state_of(sock);
@@ -177,6 +177,21 @@ int flush_of(PyObject *sock) {
     if (hub != NULL && hub->pending_owner == sock)
         return flush_pending(hub);
     return state->joined ? flush_for_another(sock) : 0;
+}
+
+/* Before `sock` is closed, or used past its methods. Anybody may do that, at any time: see settle_now(). */
+int flush_to_leave(PyObject *sock) {
+    Hub *hub = current_hub;
+    State *state = state_of(sock);
+    if (((state->later || state->owed != NULL) && settle_now(sock, state) < 0) ||
+        (state->flowing && flow_leave(sock) < 0))
+        return -1;
+    if (hub != NULL && hub->pending_owner == sock)
+        return flush_pending(hub);
+    for (Hub *other = state->joined ? all_hubs : NULL; other != NULL; other = other->next)
+        if (other->pending_owner == sock)
+            flush_pending_nowait(other);
+    return 0;
 }
 
 static inline void append(Hub *hub, const char *data, size_t size) {
@@ -192,9 +207,12 @@ static int join(Hub *hub, PyObject *sock, const char *data, size_t size) {
         PyErr_NoMemory();
         return -1;
     }
-    if (hub->pending_owner == NULL)
+    if (hub->pending_owner == NULL) {
+        if (flush_of(sock) < 0) /* so that nothing else is unsent where something is pending */
+            return -1;
         hub->pending_owner = Py_NewRef(sock);
-    state_of(sock)->joined = true;
+        state_of(sock)->joined = true;
+    }
     append(hub, data, size);
     return 0;
 }
@@ -557,6 +575,10 @@ static ssize_t try_put(Writer *writer, const char *data, size_t size) {
     if (fd < 0)
         return -1;
     begin_writing(state_of(sock));
+    if (settle_to_read(sock, state_of(sock), false) < 0)
+        return -1;
+    if (state_of(sock)->owed != NULL)
+        return 0;
     Hub *hub = current_hub;
     bool more = writer->reader != NULL && held(writer->reader) > 0;
     bool mine = hub != NULL && hub->pending_owner == sock;
@@ -639,7 +661,7 @@ static PyObject *writer_writelines(PyObject *self, PyObject *lines) {
 
 static PyObject *writer_flush(PyObject *self, PyObject *none) {
     PyObject *sock = open_sock(((Writer *)self)->sock);
-    return sock == NULL || flush_of(sock) < 0 ? NULL : Py_NewRef(Py_None);
+    return sock == NULL || flush_to_leave(sock) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 /* -- what both have ----------------------------------------------------------------------------------------------- */
@@ -673,7 +695,7 @@ static PyObject *file_close(PyObject *self, PyObject *none) {
     PyObject *sock = SOCK(self);
     if (sock == NULL)
         Py_RETURN_NONE;
-    int flushed = Py_IS_TYPE(self, Writer_Type) ? flush_of(sock) : 0;
+    int flushed = Py_IS_TYPE(self, Writer_Type) ? flush_to_leave(sock) : 0;
     if (SOCK(self) != sock) /* another green thread closed it while we sent */
         return flushed < 0 ? NULL : Py_NewRef(Py_None);
     PyObject *type, *error, *trace;

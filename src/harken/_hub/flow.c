@@ -83,11 +83,16 @@ int flow_flush(Hub *hub) {
     return result;
 }
 
-/* Before `self` is used otherwise, by whatever thread. It may wait. */
-int flow_flush_of(PyObject *self) {
+static Hub *holder(PyObject *self) {
     Hub *hub = all_hubs;
     while (hub != NULL && hub->flow.owner != self)
         hub = hub->next;
+    return hub;
+}
+
+/* Before something else is sent on `self`, by whatever thread. It may wait. */
+int flow_flush_of(PyObject *self) {
+    Hub *hub = holder(self);
     return hub != NULL ? flow_flush(hub) : 0;
 }
 
@@ -137,6 +142,16 @@ size_t flow_flush_nowait(Hub *hub) {
     tell_sent(gone.owner, sent); /* last: other threads may run meanwhile */
     forget(&gone);
     return (size_t)sent;
+}
+
+/* Before `self` is closed, or used past its methods. Only the green thread whose stream it is may be kept waiting. */
+int flow_leave(PyObject *self) {
+    Hub *hub = holder(self);
+    if (hub != NULL && hub == current_hub && !in_hub(hub))
+        return flow_flush(hub);
+    if (hub != NULL)
+        flow_flush_nowait(hub);
+    return 0;
 }
 
 static bool may_flow(Hub *hub, PyObject *self, State *state) {

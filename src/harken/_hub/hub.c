@@ -515,6 +515,10 @@ static int must_be_green(Hub *hub) {
     return -1;
 }
 
+static PyObject *hub_settle(PyObject *self, PyObject *none) {
+    return must_be_green((Hub *)self) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
 static PyObject *hub_park(PyObject *self, PyObject *none) {
     Hub *hub = (Hub *)self;
     if (must_be_green(hub) < 0)
@@ -920,6 +924,7 @@ static PyMethodDef hub_methods[] = {
     {"call_soon", FAST(hub_call_soon), METH_FASTCALL, "call_soon(function, *args): call at the next turn."},
     {"call_soon_threadsafe", FAST(hub_call_soon), METH_FASTCALL, "The same, from any thread."},
     {"call_at", FAST(hub_call_at), METH_FASTCALL, "call_at(deadline, function, *args): call once after the deadline."},
+    {"settle", hub_settle, METH_NOARGS, "settle(): send what the calling green thread has written; it may wait."},
     {"park", hub_park, METH_NOARGS, "Give up the calling green thread until unpark() or throw()."},
     {"resume", hub_resume, METH_O, "resume(green): let a parked green thread go on now. The hub's own greenlet."},
     {"unpark", FAST(hub_unpark), METH_FASTCALL, "unpark(green, value=None): let a parked green thread go on."},

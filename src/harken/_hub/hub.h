@@ -288,6 +288,7 @@ typedef struct {
     bool joined : 1;      /* answers are joined for it in some hub; see files.c */
     bool answers : 1;     /* it has answered since it last waited for a request */
     uint8_t flow : 4;     /* how often a large piece was followed by another, likewise; see flow.c */
+    bool reader_pays : 1; /* who waits to send the rest of `owed` is in a call that reads */
     uint8_t rhythm : 4;   /* how often it has answered and then waited for the next request, up to STEADY; or NEVER */
     uint16_t owed_from;   /* of `owed` this was sent */
     double timeout;   /* seconds; 0: none */
@@ -374,6 +375,7 @@ static inline bool has_unsent(Hub *hub) {
 HIDDEN int flush_pending(Hub *hub);
 HIDDEN int flush_turn(Hub *hub);
 HIDDEN int flush_of(PyObject *sock);
+HIDDEN int flush_to_leave(PyObject *sock);
 HIDDEN size_t flush_pending_nowait(Hub *hub);
 HIDDEN PyObject *on_growth(PyObject *module, PyObject *function);
 HIDDEN PyObject *connection_open_reader(PyObject *self, PyObject *const *args, Py_ssize_t count);
@@ -390,8 +392,14 @@ HIDDEN size_t send_all_later(Hub *hub);
 HIDDEN int settle_answers(PyObject *self, State *state);
 HIDDEN int settle_loose(Hub *hub, bool interrupted);
 HIDDEN bool tells_nothing(State *state);
+HIDDEN int settle_to_read(PyObject *self, State *state, bool waits);
+HIDDEN int settle_now(PyObject *self, State *state);
 HIDDEN void note_rhythm(Hub *hub, PyObject *self, State *state);
 HIDDEN size_t send_later_nowait(Hub *hub);
+/* Whether an answer has to be sent before this thread reads; one that its own hub will send goes in time. */
+static inline bool owes(State *state) {
+    return state->owed != NULL || (state->later && state->hub != (PyObject *)current_hub);
+}
 static inline void send_later(Hub *hub) {
     if (hub->later_count > 0)
         send_all_later(hub);
@@ -401,6 +409,7 @@ static inline void send_later(Hub *hub) {
 HIDDEN int flow_join(PyObject *self, State *state, PyObject *data);
 HIDDEN int flow_flush(Hub *hub);
 HIDDEN int flow_flush_of(PyObject *self);
+HIDDEN int flow_leave(PyObject *self);
 HIDDEN int flow_settle(Hub *hub, PyObject *reader);
 HIDDEN int flow_interrupted(Hub *hub);
 HIDDEN size_t flow_flush_nowait(Hub *hub);

@@ -23,6 +23,53 @@ static int flags_in(PyObject *args, PyObject *words, Py_ssize_t place) {
     return flags != NULL && PyLong_Check(flags) ? (int)PyLong_AsUnsignedLongMask(flags) : 0;
 }
 
+/* -- what was received ahead; see together.c ---------------------------------------------------------------------- */
+
+/* Into as many of the buffers as it fills. */
+static PyObject *scatter(PyObject *self, PyObject *buffers) {
+    PyObject *each = PyObject_GetIter(buffers), *buffer;
+    Py_ssize_t total = 0;
+    State *state = state_of(self);
+    while (each != NULL && attached(state) && state->slot->came && (buffer = PyIter_Next(each)) != NULL) {
+        PyObject *got = PyObject_CallMethod(self, "recv_into", "O", buffer);
+        Py_DECREF(buffer);
+        if (got == NULL)
+            Py_CLEAR(each);
+        else
+            total += PyLong_AsSsize_t(got);
+        Py_XDECREF(got);
+    }
+    if (each == NULL || PyErr_Occurred()) {
+        Py_XDECREF(each);
+        return NULL;
+    }
+    Py_DECREF(each);
+    return PyLong_FromSsize_t(total);
+}
+
+/* As the method, of a stream, whose calls tell no address and here no ancillary data. */
+static PyObject *from_ahead(PyObject *self, PyObject *args, PyObject *words, int which, int flags) {
+    PyObject *got;
+    if (which == RECVMSG_INTO)
+        got = PyTuple_GET_SIZE(args) > 0 ? scatter(self, PyTuple_GET_ITEM(args, 0)) : NULL;
+    else if (which == RECVFROM_INTO) {
+        PyObject *method = PyObject_GetAttrString(self, "recv_into");
+        got = method == NULL ? NULL : PyObject_Call(method, args, words);
+        Py_XDECREF(method);
+    } else
+        got = PyTuple_GET_SIZE(args) > 0 ? PyObject_CallMethod(self, "recv", "Oi", PyTuple_GET_ITEM(args, 0), flags) : NULL;
+    if (got == NULL && !PyErr_Occurred())
+        PyErr_Format(PyExc_TypeError, "%s() takes at least 1 argument", names[which]);
+    if (got == NULL)
+        return NULL;
+    return which == RECVFROM || which == RECVFROM_INTO ? Py_BuildValue("(NO)", got, Py_None)
+                                                       : Py_BuildValue("(N[]iO)", got, 0, Py_None);
+}
+
+static bool has_come(State *state, int flags) {
+    return attached(state) && state->slot->came && !(flags & (MSG_OOB | MSG_ERRQUEUE));
+}
+
 static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int which, Py_ssize_t flags_at) {
     State *state = state_of(self);
     int64_t deadline = 0;
@@ -32,18 +79,26 @@ static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int whic
     else
         begin_writing(state);
     PyObject *method = PyObject_CallMethod(base_method[which], "__get__", "O", self), *done = NULL;
-    if (flush_of(self) < 0)
+    int flags = flags_in(args, words, flags_at);
+    bool waits = !state->nonblocking && !(flags & MSG_DONTWAIT);
+    if ((direction == WRITE || (current_hub != NULL && current_hub->pending_owner == self)) && flush_of(self) < 0)
         Py_CLEAR(method);
     if (current_hub != NULL && --current_hub->budget < 0 && give_way(current_hub) < 0)
         Py_CLEAR(method);
     int fd;
     while (method != NULL && (fd = begin(self, state)) >= 0) {
+        if (direction == READ && owes(state) && settle_to_read(self, state, waits) < 0)
+            break;
+        if (direction == READ && has_come(state, flags)) {
+            done = from_ahead(self, args, words, which, flags);
+            break;
+        }
         bool hushed = hush(state, fd);
         done = PyObject_Call(method, args, words);
         if (hushed)
             unhush(self);
         if (done != NULL || !PyErr_ExceptionMatches(PyExc_BlockingIOError) || state->nonblocking ||
-            flags_in(args, words, flags_at) & MSG_DONTWAIT)
+            flags & MSG_DONTWAIT)
             break;
         PyErr_Clear();
         if (wait_ready(self, state, direction, &deadline, 0) < 0)
@@ -322,7 +377,7 @@ static PyObject *rare_sendfile(PyObject *self, PyObject *args, PyObject *words) 
 /* -- before others use the descriptor, what was written goes ------------------------------------------------------ */
 
 static PyObject *rare_shutdown(PyObject *self, PyObject *how) {
-    return flush_of(self) < 0 ? NULL : PyObject_CallFunctionObjArgs(base_shutdown, self, how, NULL);
+    return flush_to_leave(self) < 0 ? NULL : PyObject_CallFunctionObjArgs(base_shutdown, self, how, NULL);
 }
 
 static void expose(PyObject *self) {
@@ -334,7 +389,7 @@ static void expose(PyObject *self) {
 
 static PyObject *rare_fileno(PyObject *self, PyObject *none) {
     expose(self);
-    return flush_of(self) < 0 ? NULL : PyObject_CallOneArg(base_fileno, self);
+    return flush_to_leave(self) < 0 ? NULL : PyObject_CallOneArg(base_fileno, self);
 }
 
 /* Both have one set of flags from now on, whatever the new one's constructor has done to them. */
@@ -354,8 +409,10 @@ static PyObject *rare_waits_for(PyObject *self, PyObject *none) {
     Slot *slot = state->hub == NULL ? NULL : state->slot;
     if (slot == NULL || slot->generation != state->generation)
         Py_RETURN_NONE;
-    if (slot->waiter[WRITE] != NULL)
+    if (slot->waiter[WRITE] != NULL || state->later || state->owed != NULL)
         return PyUnicode_FromString("writing");
+    if (slot->came) /* what it waits for is here */
+        Py_RETURN_NONE;
     if (slot->waiter[READ] != NULL || slot->guest != NULL)
         return PyUnicode_FromString("reading");
     Py_RETURN_NONE;
@@ -377,6 +434,8 @@ PyObject *rebuild(PyObject *module, PyObject *args) {
 static PyObject *rare_reduce(PyObject *self, PyObject *protocol) {
     int fd, family, kind, proto;
     expose(self);
+    if (flush_to_leave(self) < 0)
+        return NULL;
     if (socket_parts(self, &fd, &family, &kind, &proto) < 0)
         return NULL;
     PyObject *reduction = PyImport_ImportModule("multiprocessing.reduction"), *made = NULL;

@@ -527,12 +527,15 @@ static int bye(PyObject *const held[]) {
 
 /* Send close_notify, if that can be done at once; whatever comes of it. -1: something else was raised meanwhile. */
 static int say_goodbye(PyObject *const held[]) {
-    if (bye(held) < 0)
+    PyObject *inner = held[INNER];
+    if (flush_to_leave(inner) < 0 || bye(held) < 0)
         return -1;
+    if (state_of(inner)->owed != NULL) /* half a record was sent */
+        return 0;
     PyObject *data = call(held[OUTGOING], READ_OUT, NULL);
     if (data == NULL)
         return -1;
-    int fd = socket_fd(held[INNER]); /* the peer may not read, or have gone */
+    int fd = socket_fd(inner); /* the peer may not read, or have gone */
     (void)!send(fd, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data), MSG_DONTWAIT | MSG_NOSIGNAL);
     Py_DECREF(data);
     return 0;

@@ -52,7 +52,6 @@ static void forget_waiters(Hub *hub, Slot *slot) {
     Py_CLEAR(slot->waiter[WRITE]);
     Py_CLEAR(slot->starter);
     Py_CLEAR(slot->guest);
-    Py_CLEAR(slot->ahead);
 }
 
 void slots_forget_waiters(Hub *hub) { each_slot(hub, forget_waiters); }
@@ -68,13 +67,14 @@ static void abandon(Hub *hub, Slot *slot) {
 /* In a forked child: nothing is registered, nobody waits; see hubs_after_fork. */
 void slots_abandon(Hub *hub) { each_slot(hub, abandon); }
 
-static void drop_timers(Hub *hub, Slot *slot) {
+static void drop(Hub *hub, Slot *slot) {
     drop_timer(hub, slot, READ);
     drop_timer(hub, slot, WRITE);
+    Py_CLEAR(slot->ahead);
 }
 
 void slots_free(Hub *hub) {
-    each_slot(hub, drop_timers);
+    each_slot(hub, drop);
     for (int page = 0; page < hub->page_count; page++)
         PyMem_Free(hub->pages[page]);
     PyMem_Free(hub->pages);
@@ -338,7 +338,7 @@ int wait_fd(Hub *hub, int fd, int direction, int64_t deadline) {
         PyErr_SetString(PyExc_RuntimeError, BUSY);
         return -1;
     }
-    if (count > 0)
+    if (count > 0 || (direction == READ && slot->owned && slot->came))
         return 0;
     /* Registered anew: somebody may have closed and opened the number. That also tells its state of now. */
     if (register_slot(hub, slot, fd) < 0) {

@@ -473,6 +473,11 @@ class Connection(connection.Connection):
         flush_of(here.hub, self)
         super().shutdown(how)
 
+    def settle(self) -> bool:
+        """Send what was written; see the contract."""
+        self._send_last()
+        return True
+
     def detach(self) -> int:
         """Give the descriptor away, blocking if this socket did."""
         wire = self._wire

@@ -124,6 +124,11 @@ class Task(asyncio.Future[Any]):
 
     def _wait_future(self, waited: Any) -> BaseException | None:
         waited._asyncio_future_blocking = False
+        try:
+            self._hub.settle()  # which may wait by itself
+        except BaseException as error:  # noqa: BLE001 - thrown into the coroutine
+            waited.cancel()
+            return error
         waited.add_done_callback(self._wake)
         self._fut_waiter = waited
         if self.driver.must_cancel and waited.cancel():

@@ -143,7 +143,7 @@ static int reason_of(State *state, int fd) {
  * closed; -1: closed, and an exception. */
 static int end_unnoticed(Lane *lane, PyObject *request) {
     State *state = state_of(request);
-    if (flush_of(request) < 0) /* others may run meanwhile */
+    if (flush_to_leave(request) < 0) /* others may run meanwhile */
         PyErr_Clear();         /* the peer has gone: nobody is left to be told */
     if (state->worker == NULL || *record_slot(request) != NULL || !closes_at_once(request) ||
         !ends_unnoticed(lane))

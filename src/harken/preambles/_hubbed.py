@@ -327,6 +327,15 @@ class Hubbed(Secured):
             pass
         self._rest = rest or None
 
+    def settle(self) -> bool:
+        """Send what was put off; see ``Connection.settle`` of the hub."""
+        return self._inner.settle()  # type: ignore[no-any-return]
+
+    def shutdown(self, how: int) -> None:
+        """As ``ssl.SSLSocket.shutdown``, once what was written is sent."""
+        self._inner.settle()
+        super().shutdown(how)
+
     # -- the handshake, and the end ------------------------------------------------------------------------------------
 
     def do_handshake(self, block: bool = False) -> None:
@@ -418,6 +427,8 @@ class Hubbed(Secured):
 
     def _send_last(self) -> None:
         """Send what OpenSSL has to say if that can be done at once, and if it can be understood."""
+        if not self._inner.settle():
+            return
         data = (self._rest or b"") + self._outgoing.read()
         if not data or self._broken or self._rest == b"":
             return
