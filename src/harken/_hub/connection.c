@@ -286,7 +286,7 @@ void tell_call(PyObject *self, const char *name, PyObject *args, PyObject *resul
 
 static PyObject *connection_trace(PyObject *self, PyObject *yes) {
     int traced = PyObject_IsTrue(yes);
-    if (traced < 0 || (traced && find_listeners() < 0) || settle_now(self, state_of(self)) < 0)
+    if (traced < 0 || (traced && find_listeners() < 0) || settle_of(self) < 0)
         return NULL; /* what was said before is not told */
     state_of(self)->traced = traced;
     Py_RETURN_NONE;
@@ -562,7 +562,7 @@ static PyObject *connection_settimeout(PyObject *self, PyObject *seconds) {
         PyErr_SetString(PyExc_ValueError, "Timeout value out of range");
         return NULL;
     }
-    if (settle_now(self, state) < 0) /* what was said before has no such timeout */
+    if (settle_of(self) < 0) /* what was said before has no such timeout */
         return NULL;
     state->timeout = value;
     state->nonblocking = seconds != Py_None && value == 0;
@@ -589,7 +589,7 @@ static PyObject *get_timeout(PyObject *self, void *closure) { return connection_
 static PyObject *connection_setblocking(PyObject *self, PyObject *flag) {
     State *state = state_of(self);
     int blocking = PyObject_IsTrue(flag);
-    if (blocking < 0 || settle_now(self, state) < 0)
+    if (blocking < 0 || settle_of(self) < 0)
         return NULL;
     state->timeout = 0;
     state->nonblocking = !blocking;

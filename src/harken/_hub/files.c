@@ -179,12 +179,20 @@ int flush_of(PyObject *sock) {
     return state->joined ? flush_for_another(sock) : 0;
 }
 
-/* Before `sock` is closed, or used past its methods. Anybody may do that, at any time: see settle_now(). */
+/* Before something changes how `sock` sends: what was put off goes as it would have then. Anybody may do that, at any
+ * time: see settle_now(). */
+int settle_of(PyObject *sock) {
+    State *state = state_of(sock);
+    if ((state->later || state->owed != NULL) && settle_now(sock, state) < 0)
+        return -1;
+    return state->flowing ? flow_leave(sock) : 0;
+}
+
+/* Before `sock` is closed, or used past its methods. */
 int flush_to_leave(PyObject *sock) {
     Hub *hub = current_hub;
     State *state = state_of(sock);
-    if (((state->later || state->owed != NULL) && settle_now(sock, state) < 0) ||
-        (state->flowing && flow_leave(sock) < 0))
+    if (settle_of(sock) < 0)
         return -1;
     if (hub != NULL && hub->pending_owner == sock)
         return flush_pending(hub);

@@ -144,7 +144,7 @@ size_t flow_flush_nowait(Hub *hub) {
     return (size_t)sent;
 }
 
-/* Before `self` is closed, or used past its methods. Only the green thread whose stream it is may be kept waiting. */
+/* Before `self` is closed, or sends in another way. Only the green thread whose stream it is may be kept waiting. */
 int flow_leave(PyObject *self) {
     Hub *hub = holder(self);
     if (hub != NULL && hub == current_hub && !in_hub(hub))

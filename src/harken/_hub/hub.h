@@ -375,6 +375,7 @@ static inline bool has_unsent(Hub *hub) {
 HIDDEN int flush_pending(Hub *hub);
 HIDDEN int flush_turn(Hub *hub);
 HIDDEN int flush_of(PyObject *sock);
+HIDDEN int settle_of(PyObject *sock);
 HIDDEN int flush_to_leave(PyObject *sock);
 HIDDEN size_t flush_pending_nowait(Hub *hub);
 HIDDEN PyObject *on_growth(PyObject *module, PyObject *function);
