@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 
+import greenlet
 import pytest
 
 from .kit import PATIENCE, drain
@@ -32,11 +33,16 @@ class Stream:
         self.near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sent = b"".join(numbered(number) for number in range(pieces))
         self.far.settimeout(PATIENCE)
-        self.feeder = threading.Thread(target=self.far.sendall, args=(self.sent,))
+        self.feeder = threading.Thread(target=self.feed)
         self.feeder.start()
         if len(self.sent) < 60_000:
             self.feeder.join()
         self.got = b""
+
+    def feed(self):
+        """Send all, unless nobody reads it any more."""
+        with contextlib.suppress(ConnectionError):
+            self.far.sendall(self.sent)
 
     @property
     def keeps(self):
@@ -203,6 +209,39 @@ def test_what_the_client_does_not_take_is_waited_for(stage):
     near.close()
     thread.join(PATIENCE)
     assert bytes(got) == content
+
+
+def test_a_stream_that_is_interrupted_goes_on_where_it_was(stage):
+    """Pieces have no room when a wait is broken off: none is lost, nor overtaken by what comes then."""
+    stream = Stream(stage, 200)
+    stream.near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    greens, drained, sending = [], [], []
+
+    def breaker():
+        stage.hub.sleep(0.05)
+        stage.hub.throw(greens[0], LookupError("broken off"))
+        stage.hub.sleep(0.05)
+        drained.extend(drain(stream.far, len(stream.sent) + 4))
+
+    def handler(stream):
+        passed = 0
+        greens.append(greenlet.getcurrent())
+        with contextlib.suppress(LookupError):
+            while piece := stream.near.recv(PIECE):
+                sending.append(len(piece))
+                stream.near.sendall(piece)
+                passed += sending.pop()
+        stream.near.sendall(b"over")
+        return passed
+
+    passed = stream.run(handler, breaker)
+    stream.near.shutdown(socket.SHUT_WR)
+    thread, got = drained
+    thread.join(PATIENCE)
+    stream.near.close()
+    stream.feeder.join(PATIENCE)
+    assert bytes(got) == stream.sent[: len(got) - 4] + b"over"
+    assert len(got) == passed + 4 or sending  # a sendall() that is itself broken off has sent what it could
 
 
 def test_a_client_that_has_gone_is_told_by_the_next_use_of_its_connection(stream):

@@ -98,7 +98,7 @@ bool attached(State *state) {
 }
 
 /* Find the connection's slot in the hub of this thread. */
-static int attach(State *state, Hub *hub, int fd) {
+int attach(State *state, Hub *hub, int fd) {
     if (attached(state)) {
         if (state->hub == (PyObject *)hub)
             return 0;

@@ -53,7 +53,23 @@ static void tell_sent(PyObject *owner, ssize_t sent) {
         tell_traffic(owner, WRITE, NULL, (size_t)sent);
 }
 
-/* Send all. It may wait. */
+/* What the kernel did not take, as one object. */
+static PyObject *rest_of(Flow *flow, size_t sent) {
+    size_t skip = flow->from + sent, total = 0;
+    for (size_t i = 0; i < flow->count; i++)
+        total += (size_t)PyBytes_GET_SIZE(flow->pieces[i]);
+    PyObject *rest = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(total - skip));
+    char *at = rest == NULL ? NULL : PyBytes_AS_STRING(rest);
+    for (size_t i = 0; at != NULL && i < flow->count; i++) {
+        size_t size = (size_t)PyBytes_GET_SIZE(flow->pieces[i]), gone = skip < size ? skip : size;
+        memcpy(at, PyBytes_AS_STRING(flow->pieces[i]) + gone, size - gone);
+        at += size - gone;
+        skip -= gone;
+    }
+    return rest;
+}
+
+/* Send all. It may wait; what interrupts that leaves the rest to whoever uses the connection next: see `owed`. */
 static int send_flow(Flow *flow) {
     State *state = state_of(flow->owner);
     ssize_t sent = send_pieces(flow);
@@ -63,14 +79,15 @@ static int send_flow(Flow *flow) {
         return fail(errno);
     }
     tell_sent(flow->owner, sent);
-    size_t done = flow->from + (sent > 0 ? (size_t)sent : 0);
-    for (size_t i = 0; i < flow->count; i++) {
-        size_t size = (size_t)PyBytes_GET_SIZE(flow->pieces[i]);
-        if (done < size && transmit(flow->owner, state, PyBytes_AS_STRING(flow->pieces[i]) + done, size - done, 0, ALL) < 0)
-            return -1;
-        done = done < size ? 0 : done - size;
-    }
-    return 0;
+    size_t done = sent > 0 ? (size_t)sent : 0;
+    if (done == flow->bytes)
+        return 0;
+    PyObject *rest = rest_of(flow, done);
+    if (rest == NULL)
+        return -1;
+    Py_XSETREF(state->owed, rest);
+    state->owed_from = 0;
+    return settle_answers(flow->owner, state);
 }
 
 /* Send what the running green thread has kept. It may wait. */
@@ -172,6 +189,10 @@ int flow_join(PyObject *self, State *state, PyObject *data) {
     hub->full = false;
     if (!full || !may_flow(hub, self, state))
         return 0;
+    if (!attached(state) && attach(state, hub, socket_fd(self)) < 0) { /* what it may owe is its hub's business */
+        PyErr_Clear();
+        return 0;
+    }
     if (hub->flow.owner != self && flow_settle(hub, NULL) < 0)
         return -1;
     if (hub->flow.owner == NULL)

@@ -290,9 +290,9 @@ typedef struct {
     uint8_t flow : 4;     /* how often a large piece was followed by another, likewise; see flow.c */
     bool reader_pays : 1; /* who waits to send the rest of `owed` is in a call that reads */
     uint8_t rhythm : 4;   /* how often it has answered and then waited for the next request, up to STEADY; or NEVER */
-    uint16_t owed_from;   /* of `owed` this was sent */
+    uint32_t owed_from;   /* of `owed` this was sent */
     double timeout;   /* seconds; 0: none */
-    PyObject *owed;   /* bytes: what was put off and could not be sent at once, and a member as `hub` is; NULL: nothing */
+    PyObject *owed;   /* bytes: what was put off or kept and could not be sent at once, and a member as `hub` is; NULL: nothing */
     PyObject *marked; /* bytes that hold Marks, and a member as `hub` is; NULL: nobody wants to know */
     struct Worker *worker; /* borrowed: who serves it on a lane, and knows what its record will be made of; or NULL */
 } State;
@@ -347,6 +347,7 @@ HIDDEN int connection_lodge(Hub *hub, PyObject *self, PyObject *starter);
 HIDDEN PyObject *rebuild(PyObject *module, PyObject *args);
 HIDDEN int begin(PyObject *self, State *state);
 HIDDEN bool attached(State *state);
+HIDDEN int attach(State *state, Hub *hub, int fd);
 HIDDEN void show_flags(State *state, int fd);
 HIDDEN bool hush(State *state, int fd);
 HIDDEN void unhush(PyObject *self);

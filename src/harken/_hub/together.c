@@ -115,7 +115,7 @@ static void send_one(Later *later) {
     if (later->sent == size)
         return;
     state->broken |= sent < 0 && errno == ECONNRESET;
-    state->owed_from = (uint16_t)later->sent;
+    state->owed_from = (uint32_t)later->sent;
     Py_XSETREF(state->owed, Py_NewRef(later->data));
     wake_debtor(state);
 }
@@ -176,7 +176,7 @@ static int pay_some(PyObject *self, State *state) {
         int error = sent < 0 ? errno : 0;
         if (error == 0 || (error != EAGAIN && error != EINTR)) {
             state->ended = false;
-            state->owed_from += sent > 0 ? (uint16_t)sent : 0;
+            state->owed_from += sent > 0 ? (uint32_t)sent : 0;
             if (sent < 0 || (size_t)sent == size)
                 Py_CLEAR(state->owed);
         }
