@@ -99,13 +99,17 @@ bool attached(State *state) {
 
 /* Find the connection's slot in the hub of this thread. */
 int attach(State *state, Hub *hub, int fd) {
-    if (attached(state)) {
+    uint32_t owed_from = 0;
+    if (!attached(state))
+        Py_CLEAR(state->owed); /* the parent's, of a process that has forked */
+    else {
         if (state->hub == (PyObject *)hub)
             return 0;
         if (state->slot->waiter[READ] != NULL || state->slot->waiter[WRITE] != NULL) {
             PyErr_SetString(PyExc_RuntimeError, BUSY); /* in another hub */
             return -1;
         }
+        owed_from = state->slot->owed_from;
         slot_leave((Hub *)state->hub, state->slot, fd);
     }
     Slot *slot = slot_of(hub, fd);
@@ -115,6 +119,7 @@ int attach(State *state, Hub *hub, int fd) {
         slot_renew(hub, slot);
     slot->owned = true;
     slot->registered = slot->dry = false;
+    slot->owed_from = owed_from;
     Py_XSETREF(state->hub, Py_NewRef(hub));
     state->slot = slot;
     state->generation = slot->generation;

@@ -82,11 +82,13 @@ static int send_flow(Flow *flow) {
     size_t done = sent > 0 ? (size_t)sent : 0;
     if (done == flow->bytes)
         return 0;
+    if (!attached(state)) /* it was closed meanwhile */
+        return fail(EBADF);
     PyObject *rest = rest_of(flow, done);
     if (rest == NULL)
         return -1;
     Py_XSETREF(state->owed, rest);
-    state->owed_from = 0;
+    state->slot->owed_from = 0;
     return settle_answers(flow->owner, state);
 }
 

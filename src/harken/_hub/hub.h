@@ -76,13 +76,14 @@ typedef struct Slot {
     PyObject *ahead;       /* bytes that were received before the reader went on; see together.c, also for what follows */
     uint32_t generation;   /* tells events of this registration from late ones of a closed descriptor */
     uint32_t want;         /* how many bytes the waiting reader has asked for, if they may be received ahead; or 0 */
-    int16_t fault;         /* the error that came in their place */
-    bool came;             /* there is one or the other */
-    bool registered;       /* in the epoll set */
-    bool owned;            /* by a Connection: stays registered when nobody waits */
-    bool dry;              /* a short read took all there was: an event will come before there is more */
-    bool sticky;           /* an end, an error or urgent data was seen: reads may be short without being the last */
-    bool timed_out[2];     /* why the waiter was resumed */
+    uint32_t owed_from;    /* of its connection's `owed` this was sent */
+    int16_t fault;         /* the error that came in place of `ahead` */
+    bool came : 1;         /* there is one or the other */
+    bool registered : 1;   /* in the epoll set */
+    bool owned : 1;        /* by a Connection: stays registered when nobody waits */
+    bool dry : 1;          /* a short read took all there was: an event will come before there is more */
+    bool sticky : 1;       /* an end, an error or urgent data was seen: reads may be short without being the last */
+    uint8_t timed_out;     /* why a waiter was resumed: a bit for each direction */
 } Slot;
 
 /* One thing to do at the next turn. */
@@ -290,7 +291,6 @@ typedef struct {
     uint8_t flow : 4;     /* how often a large piece was followed by another, likewise; see flow.c */
     bool reader_pays : 1; /* who waits to send the rest of `owed` is in a call that reads */
     uint8_t rhythm : 4;   /* how often it has answered and then waited for the next request, up to STEADY; or NEVER */
-    uint32_t owed_from;   /* of `owed` this was sent */
     double timeout;   /* seconds; 0: none */
     PyObject *owed;   /* bytes: what was put off or kept and could not be sent at once, and a member as `hub` is; NULL: nothing */
     PyObject *marked; /* bytes that hold Marks, and a member as `hub` is; NULL: nobody wants to know */

@@ -177,7 +177,7 @@ static int fire_timeout(Hub *hub, Node *node) {
         node->deadline = timer->wanted;
         return heap_insert(hub, node);
     }
-    slot->timed_out[timer->direction] = true;
+    slot->timed_out |= 1u << timer->direction;
     wake_waiter(hub, slot, timer->direction);
     return 0;
 }
@@ -275,9 +275,9 @@ int slot_wait(Hub *hub, PyGreenlet *me, Slot *slot, int fd, int direction, int64
     if ((!slot->registered && register_slot(hub, slot, fd) < 0) || set_timeout(hub, slot, direction, deadline) < 0)
         return -1;
     slot->waiter[direction] = (PyGreenlet *)Py_NewRef(me);
-    slot->timed_out[direction] = false;
+    slot->timed_out &= (uint8_t)~(1u << direction);
     PyObject *back = pass_on(hub, me);
-    bool late = slot->timed_out[direction];
+    bool late = slot->timed_out & 1u << direction;
     if (slot->waiter[direction] == me) { /* neither an event nor the timeout: park()'s ways, or an exception */
         slot->waiter[direction] = NULL;
         late = false;

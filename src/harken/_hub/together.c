@@ -115,7 +115,9 @@ static void send_one(Later *later) {
     if (later->sent == size)
         return;
     state->broken |= sent < 0 && errno == ECONNRESET;
-    state->owed_from = (uint32_t)later->sent;
+    if (!attached(state))
+        return; /* it was closed meanwhile */
+    state->slot->owed_from = (uint32_t)later->sent;
     Py_XSETREF(state->owed, Py_NewRef(later->data));
     wake_debtor(state);
 }
@@ -170,13 +172,13 @@ static int pay_some(PyObject *self, State *state) {
         Py_CLEAR(state->owed);
     while (state->owed != NULL) {
         PyObject *data = Py_NewRef(state->owed); /* who is told of it may use the connection */
-        const char *rest = PyBytes_AS_STRING(data) + state->owed_from;
-        size_t size = (size_t)PyBytes_GET_SIZE(data) - state->owed_from;
+        const char *rest = PyBytes_AS_STRING(data) + state->slot->owed_from;
+        size_t size = (size_t)PyBytes_GET_SIZE(data) - state->slot->owed_from;
         ssize_t sent = send(socket_fd(self), rest, size, MSG_NOSIGNAL | MSG_DONTWAIT);
         int error = sent < 0 ? errno : 0;
         if (error == 0 || (error != EAGAIN && error != EINTR)) {
             state->ended = false;
-            state->owed_from += sent > 0 ? (uint32_t)sent : 0;
+            state->slot->owed_from += sent > 0 ? (uint32_t)sent : 0;
             if (sent < 0 || (size_t)sent == size)
                 Py_CLEAR(state->owed);
         }
