@@ -76,6 +76,11 @@ class Pair:
                 return far.recv(100)
             self.hub.sleep(0.001)
 
+    def reset(self):
+        """Reset A's connection, as its client."""
+        self.far_a.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.far_a.close()
+
     def look(self):
         """Note whether the answer has reached A's client already."""
         try:
@@ -111,6 +116,13 @@ class Pair:
 def last(pair):
     """Ask once more."""
     return pair.ask(b"last")
+
+
+def ask_and_read_b(pair):
+    """Ask both once more, where A's client reads nothing."""
+    pair.far_a.sendall(b"last")
+    pair.far_b.sendall(b"last")
+    return pair.read(pair.far_b)
 
 
 def test_an_answer_goes_out_with_those_of_its_turn(stage):
@@ -553,18 +565,8 @@ def test_a_reset_is_raised_where_the_handler_reads_on(stage):
     """The client resets the connection before it can have had the answer."""
     pair = Pair(stage)
 
-    def reset(pair):
-        pair.far_a.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        pair.far_a.close()
-
-    pair.ways["alast"] = reset
-
-    def client(pair):
-        pair.far_a.sendall(b"last")
-        pair.far_b.sendall(b"last")
-        return pair.read(pair.far_b)
-
-    outcomes = pair.run(client)
+    pair.ways["alast"] = Pair.reset
+    outcomes = pair.run(ask_and_read_b)
     assert isinstance(outcomes[0], ConnectionError)
     assert outcomes[2] == b"last"
 
@@ -574,21 +576,14 @@ def test_a_reset_is_no_error_of_what_the_handler_does_instead(stage):
     pair = Pair(stage)
     told = []
 
-    def reset(pair):
-        pair.far_a.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        pair.far_a.close()
+    def sleep_first(pair):
+        pair.reset()
         pair.hub.sleep(0.001)
         told.append("slept")
         pair.a.sendall(b"more")
 
-    pair.ways["alast"] = reset
-
-    def client(pair):
-        pair.far_a.sendall(b"last")
-        pair.far_b.sendall(b"last")
-        return pair.read(pair.far_b)
-
-    outcomes = pair.run(client)
+    pair.ways["alast"] = sleep_first
+    outcomes = pair.run(ask_and_read_b)
     assert isinstance(outcomes[0], ConnectionError)
     assert told == ["slept"]
 

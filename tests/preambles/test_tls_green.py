@@ -151,6 +151,20 @@ def test_what_a_client_sent_before_it_vanished_is_read(engine, serving, dial):
     assert [word for word in told if word] == [b"last words"]
 
 
+def ask_at_once(entered, go, *requests):
+    """Warm the connections up, and ask while the handler of the last one has the hub: the others' turn is one."""
+    for _ in range(20):  # more than a connection needs before its answers are put off
+        for client, _request in requests:
+            client.sendall(b"warm")
+            assert client.recv(100) == b"warm"
+    client, request = requests[-1]
+    client.sendall(request)
+    assert entered.wait(PATIENCE)
+    for client, request in requests[:-1]:
+        client.sendall(request)
+    go.set()
+
+
 @pytest.mark.parametrize("engine", HUBS)
 def test_answers_of_a_turn_go_out_together_under_tls_too(engine, serving, dial):
     """Two clients ask while a third one's handler has the hub; the first has its answer when the second has run."""
@@ -170,15 +184,7 @@ def test_answers_of_a_turn_go_out_together_under_tls_too(engine, serving, dial):
 
     with serving(engine, Look) as server, dial(server) as first, dial(server) as second, dial(server) as third:
         with socket.socket(fileno=os.dup(first.fileno())) as wire:
-            for _ in range(20):
-                for client in (first, second, third):
-                    client.sendall(b"warm")
-                    assert client.recv(100) == b"warm"
-            third.sendall(b"hold")
-            assert entered.wait(PATIENCE)
-            first.sendall(b"look")
-            second.sendall(b"more")
-            go.set()
+            ask_at_once(entered, go, (first, b"look"), (second, b"more"), (third, b"hold"))
             assert second.recv(100) == b"more"
             assert first.recv(100) == b"look"
             assert third.recv(100) == b"hold"
@@ -211,15 +217,7 @@ def test_a_goodbye_comes_after_the_answers_of_a_turn(engine, how, serving, dial)
                     return
 
     with serving(engine, Last) as server, dial(server) as first, dial(server) as second, dial(server) as third:
-        for _ in range(20):
-            for client in (first, second, third):
-                client.sendall(b"warm")
-                assert client.recv(100) == b"warm"
-        third.sendall(b"hold")
-        assert entered.wait(PATIENCE)
-        first.sendall(b"last")
-        second.sendall(b"last")
-        go.set()
+        ask_at_once(entered, go, (first, b"last"), (second, b"last"), (third, b"hold"))
         for client in (first, second):
             assert client.recv(100) == b"last"
             assert client.recv(100) == b""

@@ -104,14 +104,14 @@ typedef struct {
 /* An answer that was put off; see together.c. */
 typedef struct {
     PyObject *owner, *data; /* a Connection, and bytes; owned */
-    size_t sent;
+    size_t sent; /* bytes */
 } Later;
 
-#define MOST_PUT_OFF 128
+#define MOST_PUT_OFF 128 /* answers: 64 and 256 were as quick, and an answer waits for those before it */
 
 /* What the running green thread has written of a stream, and not sent; see flow.c. */
-#define FLOW_PIECES 16
-#define FLOW_PIECE 4096 /* bytes of the smallest */
+#define FLOW_PIECES 16  /* a megabyte was 1.0 of the C floor with 4 or 8, and 1.2 with 16 */
+#define FLOW_PIECE 4096 /* bytes of the smallest: a page, below which put_off() has them */
 typedef struct {
     PyObject *owner; /* a Connection, owned; NULL: nothing */
     PyObject *pieces[FLOW_PIECES]; /* bytes, owned */
@@ -384,7 +384,7 @@ HIDDEN PyObject *connection_open_reader(PyObject *self, PyObject *const *args, P
 HIDDEN PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize_t count);
 
 /* together.c */
-enum { STEADY = 8, NEVER = 15 };
+enum { STEADY = 8, NEVER = 15 }; /* times: few to learn, many for a handler that then does something else; and four bits */
 HIDDEN void receive_ahead(Hub *hub);
 HIDDEN ssize_t take_ahead(Slot *slot, char *into, size_t size, int flags, PyObject **whole);
 HIDDEN void hubs_before_fork(void);
@@ -412,7 +412,7 @@ HIDDEN int flow_join(PyObject *self, State *state, PyObject *data);
 HIDDEN int flow_flush(Hub *hub);
 HIDDEN int flow_flush_of(PyObject *self);
 HIDDEN int flow_leave(PyObject *self);
-HIDDEN int flow_settle(Hub *hub, PyObject *reader);
+HIDDEN int flow_settle(Hub *hub, PyObject *user);
 HIDDEN int flow_interrupted(Hub *hub);
 HIDDEN size_t flow_flush_nowait(Hub *hub);
 HIDDEN void flow_drop(Hub *hub);
