@@ -87,8 +87,8 @@ static int send_flow(Flow *flow) {
     PyObject *rest = rest_of(flow, done);
     if (rest == NULL)
         return -1;
-    Py_XSETREF(state->owed, rest);
-    state->slot->owed_from = 0;
+    owe(state, rest, 0);
+    Py_DECREF(rest);
     return settle_answers(flow->owner, state);
 }
 

@@ -16,6 +16,7 @@
  *   files.c       rfile and wfile
  *   together.c    what a turn receives first, and sends last
  *   flow.c        large pieces of a stream, sent together
+ *   owed.c        what the kernel did not take of either
  *   awaited.c     what coroutines await of their connection
  *   beat.c        what the loop says of itself, and the watchdog that listens
  *   secured.c     reading and writing under TLS
@@ -391,11 +392,7 @@ HIDDEN void hubs_before_fork(void);
 HIDDEN int put_off(PyObject *self, State *state, PyObject *data);
 HIDDEN int put_off_copy(PyObject *self, State *state, const char *data, size_t size);
 HIDDEN size_t send_all_later(Hub *hub);
-HIDDEN int settle_answers(PyObject *self, State *state);
-HIDDEN int settle_loose(Hub *hub, bool interrupted);
 HIDDEN bool tells_nothing(State *state);
-HIDDEN int settle_to_read(PyObject *self, State *state, bool waits);
-HIDDEN int settle_now(PyObject *self, State *state);
 HIDDEN void note_rhythm(Hub *hub, PyObject *self, State *state);
 HIDDEN size_t send_later_nowait(Hub *hub);
 /* Whether an answer has to be sent before this thread reads; one that its own hub will send goes in time. */
@@ -406,6 +403,13 @@ static inline void send_later(Hub *hub) {
     if (hub->later_count > 0)
         send_all_later(hub);
 }
+
+/* owed.c */
+HIDDEN void owe(State *state, PyObject *data, size_t sent);
+HIDDEN int settle_answers(PyObject *self, State *state);
+HIDDEN int settle_to_read(PyObject *self, State *state, bool waits);
+HIDDEN int settle_now(PyObject *self, State *state);
+HIDDEN int settle_loose(Hub *hub, bool interrupted);
 
 /* flow.c */
 HIDDEN int flow_join(PyObject *self, State *state, PyObject *data);
