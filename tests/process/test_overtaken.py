@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -176,6 +177,36 @@ def test_workers_that_the_terminal_told_too_end_as_asked(service):
     status, log = running.end()
     assert status == 0
     assert log.count("worker exited") == log.count(", status 0") == 4
+
+
+INTERRUPTED = """
+import os, signal, sys
+import harken
+from harken.process.workers import Workers
+
+class Echo(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(self.request.recv(100))
+
+def ended(self, child, status, ended=Workers._ended):
+    os.kill(os.getpid(), signal.SIGINT)  # as a terminal does, of whose signal the worker has heard first
+    ended(self, child, status)
+
+Workers._ended = ended
+sys.exit(harken.serve(Echo, "tcp://127.0.0.1:0", workers=1))
+"""
+
+
+def test_nobody_takes_the_place_of_a_worker_that_heeded_ctrl_c_first(run_program):
+    """The supervisor sees its end before it has read its own signal."""
+    process = run_program("-c", INTERRUPTED)
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if started := re.search(r"worker started: pid (\d+)", line):
+            os.kill(int(started[1]), signal.SIGINT)
+    assert process.wait(PATIENCE) == 0
+    assert "".join(said).count("worker exited") == 1, "".join(said)
 
 
 def test_a_new_worker_of_a_suspended_service_takes_nobody(service, run_program, tmp_path):

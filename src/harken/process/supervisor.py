@@ -169,7 +169,9 @@ class Supervisor:
                 self._control = Control(self._opened[_CONTROL][0], self._selector, self._asked)
             if not handoff.upgraded_from():  # while we start, the predecessor speaks for the service
                 self._start_page()
-            while not (self._ending and not len(self.workers)):
+            while not self._over():
+                self.workers.reap()
+                self._heed_signals()  # Ctrl-C reaches workers too: nobody replaces one that has heeded it first
                 self.workers.turn()
                 self._tell_status()
                 for key, _ in self._selector.select(self._patience()):
@@ -190,7 +192,12 @@ class Supervisor:
             let_go = self._let_go_for_page
             self._attendant = page.Attendant(listener, self._token, self._selector, self._asked, let_go)
 
+    def _over(self) -> bool:
+        return self._ending and not len(self.workers)
+
     def _patience(self) -> float:
+        if self._over():
+            return 0.0
         interval = min(LOOK_SECONDS, self._watchdog.interval or LOOK_SECONDS)
         if any(asker is not None and asker.waits for asker in (self._control, self._attendant)):
             interval = min(interval, 0.05)

@@ -152,12 +152,11 @@ class Workers:
             child.channel.release()
 
     def turn(self) -> None:
-        """Once a turn of the loop, after messages and signals.
+        """Once a turn of the loop, after messages, signals and `reap`.
 
         Raises:
             ConfigError: the very first worker cannot start.
         """
-        self._reap()
         self._look()
         self.inquiries.turn()
         self._replace()
@@ -272,7 +271,12 @@ class Workers:
 
     # -- they go -------------------------------------------------------------------------------------------------------
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
+        """See who has ended.
+
+        Raises:
+            ConfigError: the very first worker ended before it was ready.
+        """
         for child in list(self._children.values()):
             pid, status = os.waitpid(child.pid, os.WNOHANG)
             if pid:
