@@ -224,81 +224,6 @@ static void mark_dry(State *state, int fd) {
     state->slot->dry = !state->slot->sticky;
 }
 
-/* The marks, which are made when first needed; NULL with an exception when there is no memory for them. */
-Marks *marks_made(State *state) {
-    if (state->marked == NULL) {
-        Marks new = {.moved = now_ns()};
-        state->marked = PyBytes_FromStringAndSize((char *)&new, sizeof new);
-    }
-    return marks_of(state);
-}
-
-/* Bytes have moved. */
-void note_moved(State *state, int direction, size_t size) {
-    Marks *marks = state->stream ? marks_of(state) : marks_made(state);
-    if (marks == NULL) {
-        PyErr_Clear();
-        return;
-    }
-    marks->count[direction] += size;
-    if (!state->stream)
-        marks->moved = now_ns();
-    if (direction == READ && marks->first == 0)
-        begin_request(marks, state->stream ? now_ns() : marks->moved);
-}
-
-/* -- traces; see harken.tracing ----------------------------------------------------------------------------------- */
-
-#define SHOWN 4096 /* as MOST_SHOWN of harken.tracing: what is told of one piece */
-static PyObject *traffic[2]; /* tell() and tell_call() of harken.tracing, once anything is traced */
-
-static int find_listeners(void) {
-    PyObject *module = PyImport_ImportModule("harken.tracing");
-    if (module == NULL)
-        return -1;
-    Py_XSETREF(traffic[0], PyObject_GetAttrString(module, "tell"));
-    Py_XSETREF(traffic[1], PyObject_GetAttrString(module, "tell_call"));
-    Py_DECREF(module);
-    return traffic[0] == NULL || traffic[1] == NULL ? -1 : 0;
-}
-
-/* Tell whoever follows the connection. An exception that is under way stays; one of the listener's is nobody's. */
-static void tell(int which, PyObject *told) {
-    PyObject *done = told == NULL || traffic[which] == NULL ? NULL : PyObject_CallObject(traffic[which], told);
-    if (done == NULL && PyErr_Occurred())
-        PyErr_WriteUnraisable(traffic[which]);
-    Py_XDECREF(done);
-    Py_XDECREF(told);
-}
-
-void tell_traffic(PyObject *self, int direction, const char *data, size_t size) {
-    PyObject *type, *error, *trace;
-    PyErr_Fetch(&type, &error, &trace);
-    /* Other threads may run meanwhile, whose hubs receive into the same scratch. */
-    PyObject *kept = data == scratch ? PyBytes_FromStringAndSize(data, (Py_ssize_t)size) : NULL;
-    Py_ssize_t shown = data == NULL ? 0 : size < SHOWN ? (Py_ssize_t)size : SHOWN;
-    tell(0, Py_BuildValue("OOy#n", self, direction == WRITE ? Py_True : Py_False, data == NULL ? "" : data, shown,
-                          (Py_ssize_t)size));
-    if (kept != NULL)
-        memcpy(scratch, PyBytes_AS_STRING(kept), size);
-    Py_XDECREF(kept);
-    PyErr_Restore(type, error, trace);
-}
-
-void tell_call(PyObject *self, const char *name, PyObject *args, PyObject *result) {
-    tell(1, Py_BuildValue("OsOO", self, name, args, result));
-}
-
-static PyObject *connection_trace(PyObject *self, PyObject *yes) {
-    int traced = PyObject_IsTrue(yes);
-    if (traced < 0 || (traced && find_listeners() < 0) || settle_of(self) < 0)
-        return NULL; /* what was said before is not told */
-    state_of(self)->traced = traced;
-    Py_RETURN_NONE;
-}
-
-/* -- receiving, again --------------------------------------------------------------------------------------------- */
-
 static ssize_t received(PyObject *self, State *state, const char *data, size_t size, int flags) {
     if (current_hub != NULL)
         current_hub->budget -= PIECES(size);
@@ -529,22 +454,6 @@ static PyObject *connection_sendall(PyObject *self, PyObject *const *args, Py_ss
     Py_RETURN_NONE;
 }
 
-/* -- stamps; see harken.stamps ------------------------------------------------------------------------------------ */
-
-static PyObject *connection_keep_stamps(PyObject *self, PyObject *none) {
-    return marks_made(state_of(self)) == NULL ? NULL : Py_NewRef(Py_None);
-}
-
-static PyObject *connection_stamps(PyObject *self, PyObject *none) {
-    Marks *marks = marks_of(state_of(self)), nothing = {0};
-    if (marks == NULL)
-        marks = &nothing;
-    int64_t reading = marks->waits[READ] ? marks->since[READ] : 0, writing = marks->waits[WRITE] ? marks->since[WRITE] : 0;
-    return Py_BuildValue("ddddKKK", (double)reading / 1e9, (double)writing / 1e9, (double)marks->first / 1e9,
-                         (double)marks->moved / 1e9, (unsigned long long)marks->count[READ],
-                         (unsigned long long)marks->count[WRITE], (unsigned long long)marks->requests);
-}
-
 /* -- answers that were put off; see together.c --------------------------------------------------------------------- */
 
 static PyObject *connection_settle(PyObject *self, PyObject *none) {
@@ -677,50 +586,6 @@ int connection_lodge(Hub *hub, PyObject *self, PyObject *starter) {
     return slot_lodge(hub, state->slot, fd, self, starter);
 }
 
-/* -- Handle: a reference that does not keep the connection, at a third of a weak reference's size ------------------ */
-
-typedef struct Handle {
-    PyObject_HEAD
-    PyObject *target; /* borrowed; NULL once it is gone */
-} Handle;
-
-static PyTypeObject *Handle_Type;
-
-static PyObject *handle_call(PyObject *self, PyObject *args, PyObject *words) {
-    PyObject *target = ((Handle *)self)->target;
-    return Py_NewRef(target == NULL ? Py_None : target);
-}
-
-static void handle_dealloc(PyObject *self) {
-    PyTypeObject *type = Py_TYPE(self);
-    type->tp_free(self);
-    Py_DECREF(type);
-}
-
-static PyType_Slot handle_slots[] = {
-    {Py_tp_doc, "Called, it returns its connection, or None when that is gone."},
-    {Py_tp_call, handle_call},
-    {Py_tp_dealloc, handle_dealloc},
-    {0, NULL},
-};
-
-static PyType_Spec handle_spec = {
-    .name = "harken._hub.compiled.Handle",
-    .basicsize = sizeof(Handle),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
-    .slots = handle_slots,
-};
-
-PyObject *connection_handle(PyObject *self, PyObject *none) {
-    State *state = state_of(self);
-    if (state->handle == NULL) {
-        if ((state->handle = (Handle *)Handle_Type->tp_alloc(Handle_Type, 0)) == NULL)
-            return NULL;
-        state->handle->target = PyObject_GC_IsFinalized(self) ? NULL : self; /* nothing would tell of its end */
-    }
-    return Py_NewRef(state->handle);
-}
-
 /* Its end is told to its record, which it may not have yet. */
 void make_record(PyObject *self) {
     PyObject *type, *error, *trace;
@@ -738,12 +603,7 @@ void make_record(PyObject *self) {
 /* The connection goes: as a socket does, with a warning if nobody closed it; and its record is told. */
 static void connection_finalize(PyObject *self) {
     make_record(self); /* as long as it can still be referred to */
-    Handle *handle = state_of(self)->handle;
-    if (handle != NULL) {
-        state_of(self)->handle = NULL;
-        handle->target = NULL;
-        Py_DECREF(handle);
-    }
+    handle_lose(state_of(self));
     PyObject *type, *error, *trace, *record = *record_slot(self);
     if (record != NULL && record != Py_None) {
         PyErr_Fetch(&type, &error, &trace);
@@ -872,8 +732,7 @@ int connection_ready(PyObject *module) {
     PyObject *bases = PyTuple_Pack(1, Base_Type);
     Connection_Type = bases == NULL ? NULL : (PyTypeObject *)PyType_FromSpecWithBases(&connection_spec, bases);
     Py_XDECREF(bases);
-    Handle_Type = (PyTypeObject *)PyType_FromSpec(&handle_spec);
-    if (Connection_Type == NULL || Handle_Type == NULL)
+    if (Connection_Type == NULL || handle_ready() < 0)
         return -1;
     return PyModule_AddObjectRef(module, "Connection", (PyObject *)Connection_Type);
 }

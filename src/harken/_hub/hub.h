@@ -3,17 +3,26 @@
  * The compiled hub: what its files share. The contract stands in __init__.py.
  *
  *   compiled.c    the module
- *   hub.c         Hub: the loop, and what Python sees of it
+ *   hub.c         Hub: the loop
+ *   doors.c       what it calls while a listening socket has clients
+ *   signals.c     what wakes it when a signal comes
+ *   life.c        how it is made, closed, forked and given back
+ *   methods.c     what Python sees of it
  *   queue.c       green threads that are due, and the function that each of them runs
  *   timers.c      deadlines: a binary heap
  *   slots.c       who waits for which descriptor: the epoll set, and waiting itself
  *   connection.c  Connection: a socket.socket whose calls wait in the hub
  *   rare.c        what a Connection does less often
+ *   traffic.c     what it notes and tells of its traffic
+ *   handle.c      a reference that does not keep it
  *   accept.c      accept(2) straight into a Connection
  *   lane.c        connections of a plain server, at its door
  *   workers.c     the green threads that serve those, to their end
  *   handlers.c    calling handlers
- *   files.c       rfile and wfile
+ *   reader.c      rfile
+ *   writer.c      wfile
+ *   files.c       what both have in common
+ *   pending.c     answers that are joined while requests lie there
  *   together.c    what a turn receives first, and sends last
  *   flow.c        large pieces of a stream, sent together
  *   owed.c        what the kernel did not take of either
@@ -166,7 +175,7 @@ struct Hub {
     int page_count;
     Door *doors;
     int door_count;
-    char *pending; /* what the running green thread has written and not sent, to pending_owner; see files.c */
+    char *pending; /* what the running green thread has written and not sent, to pending_owner; see pending.c */
     size_t pending_size;
     PyObject *pending_owner;
     PyObject *pending_keeper; /* called with what the peer does not take at once; NULL: its green thread waits for that */
@@ -205,13 +214,41 @@ HIDDEN bool in_hub(Hub *hub); /* whether the loop itself is running, rather than
 extern HIDDEN bool forked;
 
 /* hub.c */
+HIDDEN int hub_wake(Hub *hub);
+HIDDEN int hub_may_run(Hub *hub);
+HIDDEN Hub *hub_enter(Hub *hub); /* which one this thread's was before */
+HIDDEN void hub_leave(Hub *hub, Hub *before);
+HIDDEN PyObject *hub_run(PyObject *self, PyObject *args, PyObject *words);
+HIDDEN PyObject *hub_step(PyObject *self, PyObject *timeout);
+HIDDEN bool fetch_in_its_place(Hub *hub);
+HIDDEN void resume(Hub *hub, PyGreenlet *green, PyObject *value);
+
+/* doors.c */
+HIDDEN int open_door(Hub *hub, uint32_t place, uint32_t generation);
+HIDDEN void drop_doors(Hub *hub);
+HIDDEN void hub_set_shortcut(Hub *hub, PyObject *door, PyObject *shortcut);
+HIDDEN PyObject *hub_watch(PyObject *self, PyObject *const *args, Py_ssize_t count);
+HIDDEN PyObject *hub_unwatch(PyObject *self, PyObject *door);
+
+/* signals.c */
+HIDDEN int watch_signals(Hub *hub);
+HIDDEN void unwatch_signals(Hub *hub);
+HIDDEN void drain_signals(Hub *hub);
+HIDDEN PyObject *wakeup_fd(int fd); /* signal.set_wakeup_fd: the one before, or NULL and an exception */
+
+/* life.c */
+HIDDEN int watch_fd(Hub *hub, int fd, uint64_t tag);
+HIDDEN void close_fd(int *fd);
+HIDDEN void hubs_after_fork(void);
+HIDDEN PyObject *hub_new(PyTypeObject *type, PyObject *args, PyObject *words);
+HIDDEN PyObject *hub_close(PyObject *self, PyObject *none);
+HIDDEN int hub_traverse(PyObject *self, visitproc visit, void *arg);
+HIDDEN int hub_clear(PyObject *self);
+HIDDEN void hub_dealloc(PyObject *self);
+
+/* methods.c */
 HIDDEN int hub_ready(PyObject *module);
 HIDDEN PyObject *hub_current(PyObject *module, PyObject *none);
-HIDDEN int hub_wake(Hub *hub);
-HIDDEN bool fetch_in_its_place(Hub *hub);
-HIDDEN void hub_set_shortcut(Hub *hub, PyObject *door, PyObject *shortcut);
-HIDDEN void hubs_after_fork(void);
-HIDDEN void resume(Hub *hub, PyGreenlet *green, PyObject *value);
 
 /* queue.c */
 HIDDEN int queue_ready(PyObject *module);
@@ -287,7 +324,7 @@ typedef struct {
     bool exposed : 1;     /* somebody has asked for the descriptor, and may have made another of it: see show_flags() */
     bool later : 1;       /* an answer was put off, and not sent; see together.c, also for what follows */
     bool flowing : 1;     /* pieces of a stream are kept for it in some hub; see flow.c */
-    bool joined : 1;      /* answers are joined for it in some hub; see files.c */
+    bool joined : 1;      /* answers are joined for it in some hub; see pending.c */
     bool answers : 1;     /* it has answered since it last waited for a request */
     uint8_t flow : 4;     /* how often a large piece was followed by another, likewise; see flow.c */
     bool reader_pays : 1; /* who waits to send the rest of `owed` is in a call that reads */
@@ -309,6 +346,10 @@ static inline void begin_request(Marks *marks, int64_t now) {
     marks->requests++;
 }
 
+/* traffic.c */
+HIDDEN PyObject *connection_keep_stamps(PyObject *self, PyObject *none);
+HIDDEN PyObject *connection_stamps(PyObject *self, PyObject *none);
+HIDDEN PyObject *connection_trace(PyObject *self, PyObject *yes);
 HIDDEN Marks *marks_made(State *state);
 HIDDEN void note_moved(State *state, int direction, size_t size);
 HIDDEN void tell_traffic(PyObject *self, int direction, const char *data, size_t size);
@@ -368,8 +409,13 @@ HIDDEN ssize_t transmit(PyObject *self, State *state, const char *data, size_t s
 #define SCRATCH 65536 /* what handlers ask for at once; a small message is copied from here */
 extern HIDDEN char scratch[SCRATCH]; /* good from recv() until anybody waits */
 
-/* files.c */
+/* files.c, reader.c, writer.c */
 HIDDEN int files_ready(PyObject *module);
+HIDDEN PyObject *on_growth(PyObject *module, PyObject *function);
+HIDDEN PyObject *connection_open_reader(PyObject *self, PyObject *const *args, Py_ssize_t count);
+HIDDEN PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize_t count);
+
+/* pending.c */
 /* Whether the running green thread has written what was not sent. */
 static inline bool has_unsent(Hub *hub) {
     return hub->pending_owner != NULL || hub->loose != NULL || hub->flow.owner != NULL;
@@ -380,9 +426,6 @@ HIDDEN int flush_of(PyObject *sock);
 HIDDEN int settle_of(PyObject *sock);
 HIDDEN int flush_to_leave(PyObject *sock);
 HIDDEN size_t flush_pending_nowait(Hub *hub);
-HIDDEN PyObject *on_growth(PyObject *module, PyObject *function);
-HIDDEN PyObject *connection_open_reader(PyObject *self, PyObject *const *args, Py_ssize_t count);
-HIDDEN PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize_t count);
 
 /* together.c */
 enum { STEADY = 8, NEVER = 15 }; /* times: few to learn, many for a handler that then does something else; and four bits */
@@ -431,13 +474,17 @@ extern HIDDEN PyMethodDef rare_methods[];
 
 HIDDEN PyObject **record_slot(PyObject *self);
 HIDDEN void make_record(PyObject *self);
-HIDDEN PyObject *connection_handle(PyObject *self, PyObject *none);
 
 /* lane.c, workers.c */
 HIDDEN int lane_ready(PyObject *module);
 HIDDEN int lane_shortcut(PyObject *self);
 HIDDEN PyObject *lane_record(PyObject *request);
 HIDDEN void lane_forget(PyObject *request);
+
+/* handle.c */
+HIDDEN int handle_ready(void);
+HIDDEN void handle_lose(State *state);
+HIDDEN PyObject *connection_handle(PyObject *self, PyObject *none);
 
 /* handlers.c */
 HIDDEN int handlers_ready(void);
