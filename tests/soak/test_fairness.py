@@ -77,7 +77,7 @@ def test_a_flood_leaves_room_for_the_quiet(engine: str, hub: str, kind: str, ser
                 before = served.ask("release")
                 counts = [COUNT.unpack(client.recv(COUNT.size, socket.MSG_WAITALL))[0] for client in quiet]
                 assert max(counts) - before <= MOST
-            flood.join(PATIENCE)
+            flood.join(PATIENCE * ROUNDS)
             assert not flood.is_alive(), "the flood was not taken in time"
             served.wait_until(lambda: served.ask("moved") >= FLOOD_BYTES)  # it did flood
     finally:
