@@ -200,6 +200,33 @@ with serving(late) as server:
     print(answers == [str(number) for number in range(20)])
 """
 
+SEVERAL = """
+from gevent.event import Event
+gone, waits = Event(), Event()
+
+def mixed(handler, word):
+    time.sleep(0.001)  # gevent goes on with us, and another hub's turn was the last
+    with green.timeout(20):
+        green.spawn(green.sleep, 0).join()
+    return word
+
+def late(handler, word):
+    waits.set()
+    gone.wait(20)
+    return f"{word} {green.current() is not None}"
+
+with serving(late) as one:
+    with serving(mixed) as two, serving(mixed) as three:
+        asked = [gevent.spawn(ask, server, str(number)) for number in range(30) for server in (two, three)]
+        gevent.joinall(asked, timeout=20)
+        print([answer.value for answer in asked] == [str(number) for number in range(30) for _ in "ab"])
+        last = gevent.spawn(ask, one, "last")
+        waits.wait(20)
+        ask(two)
+    gone.set()
+    print(last.get(timeout=20))
+"""
+
 OTHERS = """
 with serving(lambda handler, word: time.sleep(0.1) or word, harken.ThreadingTCPServer) as server:
     answers, seconds = ask_at_once(server)
@@ -233,6 +260,12 @@ def test_whatever_waits_gives_way(run_program, order, kind):
 def test_a_timeout_that_is_left_is_over(run_program, kind):
     """Also when gevent ends the wait in the very turn in which the time has passed."""
     assert run(run_program, "before", LATE, kind) == "True"
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_servers_share_a_thread(run_program, kind):
+    """All hubs of gevent's threads are in one; a green thread is its own hub's, whose ever turn was the last."""
+    assert run(run_program, "before", SEVERAL, kind) == "True\nlast True"
 
 
 def test_coroutines_run_elsewhere(run_program):

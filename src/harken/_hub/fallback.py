@@ -49,10 +49,18 @@ def quicken(kind: type) -> None:
 
 def current() -> Hub | None:
     """The hub whose green thread calls; None in its own greenlet and in plain threads."""
-    hub = here.hub
-    if hub is None or getcurrent() is hub.own or (hub._occupies and getcurrent() not in hub._greens):
+    hub, me = here.hub, getcurrent()
+    if hub is None or me is hub.own:
         return None
+    if hub._occupies and me not in hub._greens:  # in a thread that others share
+        hub = next((other for other in _neighbours(hub) if me in other._greens), None)
+        here.hub = hub or here.hub
     return hub
+
+
+def _neighbours(hub: Hub) -> Iterator[Hub]:
+    """The other hubs that keep the thread that ``hub`` keeps."""
+    return (other for other in tuple(_hubs) if other is not hub and other._occupies and other.own is hub.own)
 
 
 class _Failure:
@@ -170,9 +178,14 @@ class Hub:
     def occupy(self, yes: bool) -> None:
         """Keep the thread between turns, too; see the contract."""
         self._occupies = yes
-        if not self._turning:
-            self.own = getcurrent() if yes else None
-            here.hub = self if yes else None
+        if self._turning:
+            return
+        if yes:
+            self.own, here.hub = getcurrent(), self
+        else:
+            if here.hub is self:
+                here.hub = next(_neighbours(self), None)
+            self.own = None
 
     def _turn(self, timeout: float) -> None:
         ready = self._ready

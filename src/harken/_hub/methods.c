@@ -6,14 +6,26 @@
 
 HIDDEN PyTypeObject *Hub_Type;
 
+/* Another hub that keeps the thread that `hub` keeps: whose green thread `green` is, or any for NULL. Borrowed. */
+static Hub *neighbour(Hub *hub, PyGreenlet *green) {
+    for (Hub *other = all_hubs; other != NULL; other = other->next)
+        if (other != hub && other->occupies && other->greenlet == hub->greenlet &&
+            (green == NULL || PySet_Contains(other->greens, (PyObject *)green) > 0))
+            return other;
+    return NULL;
+}
+
 PyObject *hub_current(PyObject *module, PyObject *none) {
     if (current_hub == NULL || in_hub(current_hub))
         Py_RETURN_NONE;
-    if (current_hub->occupies) { /* in a thread that others share, not every greenlet is a green thread */
+    if (current_hub->occupies) { /* in a thread that others share, not every greenlet is a green thread of this hub */
         PyGreenlet *me = PyGreenlet_GetCurrent();
         int found = PySet_Contains(current_hub->greens, (PyObject *)me);
+        Hub *other = found == 0 ? neighbour(current_hub, me) : NULL;
         Py_DECREF(me);
-        if (found <= 0)
+        if (other != NULL)
+            current_hub = other;
+        else if (found <= 0)
             return found < 0 ? NULL : Py_NewRef(Py_None);
     }
     return Py_NewRef(current_hub);
@@ -30,9 +42,9 @@ static PyObject *hub_occupy(PyObject *self, PyObject *yes) {
         Py_XSETREF(hub->greenlet, PyGreenlet_GetCurrent());
         current_hub = hub;
     } else if (!wanted && !hub->turning && hub->occupies) {
-        Py_CLEAR(hub->greenlet);
         if (current_hub == hub)
-            current_hub = NULL;
+            current_hub = neighbour(hub, NULL);
+        Py_CLEAR(hub->greenlet);
     }
     hub->occupies = wanted;
     Py_RETURN_NONE;
