@@ -186,14 +186,14 @@ def _makefile(kind: type) -> Callable[..., Any]:
 
 
 def _open_reader(kind: type) -> Callable[..., Any]:
-    plain: Any = kind.open_reader  # type: ignore[attr-defined]
+    plain: Any = kind.reader_kind  # type: ignore[attr-defined]
 
     def open_reader(self: Any, *args: Any) -> Any:
         stamps = _stamps_of(self)
-        reader = plain(self, *args)
-        if stamps is not None:
-            reader._stamps = stamps
-            reader.__class__ = _whole_kind(type(reader))
+        if stamps is None:
+            return plain(self, *args)
+        reader = _whole_kind(plain)(self, *args)
+        reader._stamps = stamps
         return reader
 
     return _named(open_reader, "open_reader")

@@ -6,6 +6,7 @@ import socket
 import ssl
 import struct
 import threading
+from functools import partial
 
 import pytest
 
@@ -50,6 +51,69 @@ def test_receive_takes_what_a_socket_takes(engine, serving, dial):
         assert client.recv(100) == b""
     assert got == expected
     assert told == [b"one", b" r", b"", b"ecord", b"more"]
+
+
+@pytest.mark.parametrize("limits", [{}, {"read_timeout": 20}], ids=["plain", "stamped"])
+@pytest.mark.parametrize("engine", HUBS)
+def test_a_reader_goes_on_after_a_timeout(engine, limits, serving, dial):
+    """What had come of a line is the next call's, as without TLS; stdlib's files can only be closed then."""
+    told = []
+
+    class Read(harken.StreamRequestHandler):
+        timeout = 0.01
+
+        def handle(self):
+            told.append(type(self.rfile).__name__)
+            calls = (self.rfile.readline, partial(self.rfile.read, 6), self.rfile.readline)
+            told.extend(self.until_it_comes(call) for call in calls)
+
+        def until_it_comes(self, call):
+            self.request.sendall(b"?")
+            waits = 0
+            while True:
+                try:
+                    return call()
+                except TimeoutError:
+                    waits += 1
+                    if waits == 1:
+                        self.request.sendall(b"...")
+
+    with serving(engine, Read, **limits) as server, dial(server) as client:
+        for first, rest in ((b"a li", b"ne\n"), (b"six", b" by"), (b"", b"tes\nthe end")):
+            assert client.recv(1) == b"?"
+            client.sendall(first)
+            assert client.recv(3) == b"..."
+            client.sendall(rest)
+        client.unwrap()
+    assert told == ["Reader", b"a line\n", b"six by", b"tes\n"]
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_a_reader_reads_in_every_way(engine, serving, dial):
+    """Larger than a record, by lines, into buffers, ahead and to the end."""
+    told = []
+    body = os.urandom(200_000).replace(b"\n", b" ")
+
+    class Read(harken.StreamRequestHandler):
+        def handle(self):
+            read = self.rfile
+            told.append(read.readline(3))
+            told.append(read.readline())
+            told.append(read.peek(1)[:3])
+            told.append(read.read(len(body)) == body)
+            room = bytearray(4)
+            told.append((read.readinto(room), bytes(room)))
+            told.append(next(iter(read)))
+            told.append(read.read1(2))
+            told.append(read.readlines())
+            told.append(read.read())
+
+    with serving(engine, Read) as server, dial(server) as client:
+        client.sendall(b"a line\n" + body + b"room rest\nxylast\nlines\nend")
+        client.unwrap()
+    assert told == [
+        b"a l", b"ine\n", body[:3], True, (4, b"room"), b" rest\n", b"xy", [b"last\n", b"lines\n", b"end"], b""
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("engine", HUBS)

@@ -229,6 +229,8 @@ Lane: Any
 """The compiled way of plain connections; None where there is none."""
 Connection: Any
 """The connection of the kind in use."""
+Reader: Any
+"""``Reader(connection, size=-1)``: ``rfile`` of a connection, also of one under TLS."""
 Guard: Any
 """``Guard()``: what stands for a connection's OpenSSL, by ``with``."""
 current: Any
@@ -238,7 +240,7 @@ kind: str
 
 VARIABLE = "HARKEN_HUB"
 _NAMES = ("compiled", "fallback")  # the preferred one first
-_PARTS = ("Answers", "Batch", "Beat", "Connection", "Guard", "Hub", "Lane", "current", "on_growth", "quicken")
+_PARTS = ("Answers", "Batch", "Beat", "Connection", "Guard", "Hub", "Lane", "Reader", "current", "on_growth", "quicken")
 
 
 def kinds() -> dict[str, ModuleType]:

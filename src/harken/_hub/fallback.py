@@ -20,7 +20,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from harken._hub import BUSY, DOOR_BURST, adopt
 from harken._hub.beat import Beat
 from harken._hub.datagrams import Answers, Batch
-from harken._hub.files import on_growth
+from harken._hub.files import Reader, on_growth
 from harken._hub.pending import Pending
 from harken._hub.pollers import HUNG, READABLE, WRITABLE, poller
 from harken._hub.sockets import Connection
@@ -31,7 +31,20 @@ from harken.waker import Waker
 if TYPE_CHECKING:
     from harken.engines import Door
 
-__all__ = ["KIND", "Answers", "Batch", "Beat", "Connection", "Guard", "Hub", "Lane", "current", "on_growth", "quicken"]
+__all__ = [
+    "KIND",
+    "Answers",
+    "Batch",
+    "Beat",
+    "Connection",
+    "Guard",
+    "Hub",
+    "Lane",
+    "Reader",
+    "current",
+    "on_growth",
+    "quicken",
+]
 
 KIND: Final = "fallback"
 _EXPIRED = object()

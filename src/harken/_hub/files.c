@@ -39,7 +39,7 @@ PyObject *file_close(PyObject *self, PyObject *none) {
     SOCK(self) = NULL;
     if (Py_IS_TYPE(self, Writer_Type))
         Py_CLEAR(((Writer *)self)->keeper);
-    if (Py_IS_TYPE(self, Reader_Type) && held((Reader *)self) > 0)
+    if (PyObject_TypeCheck(self, Reader_Type) && held((Reader *)self) > 0)
         taken((Reader *)self, held((Reader *)self));
     PyObject *done = PyObject_CallMethod(sock, "_decref_socketios", NULL);
     Py_DECREF(sock);
@@ -103,7 +103,7 @@ void file_dealloc(PyObject *self) {
     if (((Reader *)self)->weak != NULL)
         PyObject_ClearWeakRefs(self);
     file_clear(self);
-    if (Py_IS_TYPE(self, Reader_Type))
+    if (PyObject_TypeCheck(self, Reader_Type))
         PyMem_Free(((Reader *)self)->data);
     Py_CLEAR(SOCK(self));
     type->tp_free(self);

@@ -8,10 +8,11 @@
 typedef struct {
     PyObject_HEAD
     PyObject *weak;
-    PyObject *sock;    /* a Connection; NULL once closed */
+    PyObject *sock;    /* a Connection, or another socket whose recv() waits; NULL once closed */
     char *data;        /* received, and unread from `at` to `end`; NULL when nothing is */
     Py_ssize_t at, end, room;
-    Py_ssize_t most;   /* bytes to ask the kernel for at once */
+    Py_ssize_t most;   /* bytes to ask for at once */
+    bool foreign;      /* the socket is another: a connection under TLS */
 } Reader;
 
 typedef struct {

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * Reader: rfile of a Connection. It holds bytes only while some are unread. */
+ * Reader: rfile of a Connection, or of one under TLS. It holds bytes only while some are unread. */
 #include "files.h"
 
 HIDDEN PyTypeObject *Reader_Type;
@@ -79,11 +79,33 @@ static inline int asked(Reader *reader) {
     PyObject *sock = open_sock(reader->sock);
     if (sock == NULL)
         return -1;
+    if (reader->foreign)
+        return 0;
     State *state = state_of(sock);
     begin_reading(state);
     if (state->marked != NULL && marks_of(state)->first == 0 && held(reader) > 0)
         begin_request(marks_of(state), now_ns());
     return 0;
+}
+
+/* As get(), by the socket's own method. */
+static ssize_t get_foreign(PyObject *sock, char *into, Py_ssize_t size, PyObject **whole) {
+    PyObject *data = PyObject_CallMethod(sock, "recv", "n", size);
+    if (data == NULL)
+        return -1;
+    if (!PyBytes_Check(data) || PyBytes_GET_SIZE(data) > size) {
+        PyErr_Format(PyExc_TypeError, "recv() is to return at most %zd bytes, not %.100R", size, data);
+        Py_DECREF(data);
+        return -1;
+    }
+    ssize_t got = PyBytes_GET_SIZE(data);
+    if (whole != NULL && got > 0)
+        *whole = data;
+    else {
+        memcpy(into, PyBytes_AS_STRING(data), (size_t)got);
+        Py_DECREF(data);
+    }
+    return got;
 }
 
 /* Receive once; the target may be the scratch buffer, which is good until anybody waits again. With `whole` it is, and
@@ -93,6 +115,11 @@ static ssize_t get(Reader *reader, char *into, Py_ssize_t size, PyObject **whole
     if (sock == NULL)
         return -1;
     Py_INCREF(sock); /* somebody may close us meanwhile */
+    if (reader->foreign) {
+        ssize_t got = get_foreign(sock, into, size, whole);
+        Py_DECREF(sock);
+        return got;
+    }
     State *state = state_of(sock);
     if (state->marked != NULL)
         marks_of(state)->whole = true; /* however often a call receives, it is one operation; see asked() */
@@ -342,9 +369,12 @@ static PyObject *set_most(PyObject *reader, Py_ssize_t most) {
 static PyObject *reader_new(PyTypeObject *type, PyObject *args, PyObject *words) {
     PyObject *sock;
     Py_ssize_t most = -1;
-    if (!PyArg_ParseTuple(args, "O!|n:Reader", Connection_Type, &sock, &most))
+    if (!PyArg_ParseTuple(args, "O!|n:Reader", Socket_Type, &sock, &most))
         return NULL;
-    return set_most(attach_to(type->tp_alloc(type, 0), sock), most);
+    Reader *reader = (Reader *)attach_to(type->tp_alloc(type, 0), sock);
+    if (reader != NULL)
+        reader->foreign = !PyObject_TypeCheck(sock, Connection_Type);
+    return set_most((PyObject *)reader, most);
 }
 
 /* Connection.open_reader(size=-1). */
@@ -384,7 +414,7 @@ static int reader_true(PyObject *self) { return 1; } /* a reader that holds noth
 static PyType_Slot reader_slots[] = {
     {Py_mp_length, reader_length},
     {Py_nb_bool, reader_true},
-    {Py_tp_doc, "Reader(connection, size=-1): reads it as a buffered file, at most `size` bytes ahead."},
+    {Py_tp_doc, "Reader(connection, size=-1): reads it, or another socket, as a buffered file, at most `size` bytes ahead."},
     {Py_tp_new, reader_new},
     {Py_tp_iter, PyObject_SelfIter},
     {Py_tp_iternext, reader_next},
@@ -401,7 +431,7 @@ static PyType_Slot reader_slots[] = {
 static PyType_Spec reader_spec = {
     .name = "harken._hub.compiled.Reader",
     .basicsize = sizeof(Reader),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_BASETYPE, /* see harken.stamps */
     .slots = reader_slots,
 };
 

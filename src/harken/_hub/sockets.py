@@ -80,6 +80,7 @@ class Connection(connection.Connection):
     """See :mod:`harken._hub`."""
 
     __slots__ = ("_wire",)
+    reader_kind = Reader  # what open_reader() makes
     _wire: Wire
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
@@ -371,7 +372,7 @@ class Connection(connection.Connection):
 
     def open_reader(self, size: int = -1, /) -> Reader:
         """Return a buffered file to read; see the contract."""
-        return Reader(self, size)
+        return self.reader_kind(self, size)
 
     def open_writer(self, reader: Any = None, /) -> Writer:
         """Return a file to write; see the contract."""

@@ -137,7 +137,7 @@ static PyObject *writer_flush(PyObject *self, PyObject *none) {
 /* -- the type ----------------------------------------------------------------------------------------------------- */
 
 static PyObject *set_reader(PyObject *writer, PyObject *reader) {
-    if (writer != NULL && Py_IS_TYPE(reader, Reader_Type))
+    if (writer != NULL && PyObject_TypeCheck(reader, Reader_Type))
         ((Writer *)writer)->reader = (Reader *)Py_NewRef(reader);
     return writer;
 }

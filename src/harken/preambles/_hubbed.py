@@ -63,6 +63,8 @@ class Hubbed(Secured):
     do_handshake_on_connect = False
     suppress_ragged_eofs = True
 
+    reader_kind = _hub.Reader  # what open_reader() makes
+
     _inner: Any
     _sslobj: Any
     _incoming: ssl.MemoryBIO
@@ -230,6 +232,10 @@ class Hubbed(Secured):
             except OSError:  # half a record; or an error, which the next read meets again
                 pass
         return len(self._ahead) or self._sslobj.pending()
+
+    def open_reader(self, size: int = -1, /) -> Any:
+        """Return a buffered file to read, which a timeout does not end, as it ends ``makefile``'s."""
+        return self.reader_kind(self, size)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
