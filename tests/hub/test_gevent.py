@@ -202,12 +202,19 @@ with serving(late) as server:
 
 SEVERAL = """
 from gevent.event import Event
-gone, waits = Event(), Event()
+gone, waits, told = Event(), Event(), green.Event()
 
 def mixed(handler, word):
     time.sleep(0.001)  # gevent goes on with us, and another hub's turn was the last
     with green.timeout(20):
         green.spawn(green.sleep, 0).join()
+    return word
+
+def joined(handler, word):
+    if word == "second":
+        told.wait(20)
+    else:
+        ask(two)  # so that its hub's turn is the last
     return word
 
 def late(handler, word):
@@ -216,10 +223,15 @@ def late(handler, word):
     return f"{word} {green.current() is not None}"
 
 with serving(late) as one:
-    with serving(mixed) as two, serving(mixed) as three:
+    with serving(mixed) as two, serving(mixed) as three, serving(joined) as four:
         asked = [gevent.spawn(ask, server, str(number)) for number in range(30) for server in (two, three)]
         gevent.joinall(asked, timeout=20)
         print([answer.value for answer in asked] == [str(number) for number in range(30) for _ in "ab"])
+        with socket.create_connection(four.server_address, 20) as client, client.makefile("rb") as answers:
+            client.sendall(b"first\\nsecond\\n")
+            first = answers.readline()
+            told.set()
+            print(first, answers.readline())
         last = gevent.spawn(ask, one, "last")
         waits.wait(20)
         ask(two)
@@ -265,7 +277,7 @@ def test_a_timeout_that_is_left_is_over(run_program, kind):
 @pytest.mark.parametrize("kind", ["compiled", "fallback"])
 def test_servers_share_a_thread(run_program, kind):
     """All hubs of gevent's threads are in one; a green thread is its own hub's, whose ever turn was the last."""
-    assert run(run_program, "before", SEVERAL, kind) == "True\nlast True"
+    assert run(run_program, "before", SEVERAL, kind) == "True\nb'first\\n' b'second\\n'\nlast True"
 
 
 def test_coroutines_run_elsewhere(run_program):

@@ -133,11 +133,11 @@ size_t answers_nowait(Hub *hub) {
 
 /* The batch of a socket, for a call of a green thread; NULL: the call is the plain socket's. */
 static Batch *batch_of(PyObject *sock) {
-    if (current_hub == NULL)
+    if (hub_here() == NULL)
         return NULL;
     for (Batch *batch = batches; batch != NULL; batch = batch->next)
         if (batch->sock == sock)
-            return batch->hub == current_hub && !in_hub(batch->hub) && socket_fd(sock) == batch->fd ? batch : NULL;
+            return batch->hub == hub_here() && !in_hub(batch->hub) && socket_fd(sock) == batch->fd ? batch : NULL;
     return NULL;
 }
 

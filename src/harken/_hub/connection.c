@@ -173,7 +173,7 @@ static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *
     int fd = socket_fd(self);
     if (fd < 0)
         return fail(EBADF);
-    Hub *hub = current_hub;
+    Hub *hub = hub_here();
     PyGreenlet *me = hub == NULL ? NULL : PyGreenlet_GetCurrent();
     if (hub == NULL || me == hub->greenlet) {
         Py_XDECREF(me);
@@ -205,14 +205,14 @@ static int wait_somewhere(PyObject *self, State *state, int direction, int64_t *
 /* Take `amount` from the running green thread's turn; give way when it is over. Before an operation, since whoever
  * waits may be thrown at. */
 static inline int spend(int amount) {
-    Hub *hub = current_hub;
+    Hub *hub = hub_here();
     return hub != NULL && (hub->budget -= amount) < 0 ? give_way(hub) : 0;
 }
 
 /* -- receiving ---------------------------------------------------------------------------------------------------- */
 
 static void mark_dry(State *state, int fd) {
-    Hub *hub = current_hub;
+    Hub *hub = hub_here();
     if (hub == NULL || !state->stream)
         return;
     if (!attached(state) || state->hub != (PyObject *)hub) {
@@ -225,8 +225,8 @@ static void mark_dry(State *state, int fd) {
 }
 
 static ssize_t received(PyObject *self, State *state, const char *data, size_t size, int flags) {
-    if (current_hub != NULL)
-        current_hub->budget -= PIECES(size);
+    if (hub_here() != NULL)
+        hub_here()->budget -= PIECES(size);
     if (size > 0 && !(flags & MSG_PEEK))
         moved(self, state, READ, data, size);
     return (ssize_t)size;
@@ -272,8 +272,8 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
                     continue;
                 if (flags == 0 && got > 0 && have < size && !came)
                     mark_dry(state, fd);
-                if (current_hub != NULL)
-                    current_hub->full = have == size && flags == 0;
+                if (hub_here() != NULL)
+                    hub_here()->full = have == size && flags == 0;
                 return received(self, state, whole != NULL && *whole != NULL ? PyBytes_AS_STRING(*whole) : into, have,
                                 flags);
             }
@@ -388,8 +388,8 @@ ssize_t transmit(PyObject *self, State *state, const char *data, size_t size, in
             done += (size_t)sent;
             moved(self, state, WRITE, data + done - sent, (size_t)sent);
             if (share == SOME || done == size) {
-                if (current_hub != NULL)
-                    current_hub->budget -= PIECES(done);
+                if (hub_here() != NULL)
+                    hub_here()->budget -= PIECES(done);
                 return (ssize_t)done;
             }
             continue;

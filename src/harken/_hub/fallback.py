@@ -63,17 +63,9 @@ def quicken(kind: type) -> None:
 def current() -> Hub | None:
     """The hub whose green thread calls; None in its own greenlet and in plain threads."""
     hub, me = here.hub, getcurrent()
-    if hub is None or me is hub.own:
+    if hub is None or me is hub.own or (hub._occupies and me not in hub._greens):
         return None
-    if hub._occupies and me not in hub._greens:  # in a thread that others share
-        hub = next((other for other in _neighbours(hub) if me in other._greens), None)
-        here.hub = hub or here.hub
     return hub
-
-
-def _neighbours(hub: Hub) -> Iterator[Hub]:
-    """The other hubs that keep the thread that ``hub`` keeps."""
-    return (other for other in tuple(_hubs) if other is not hub and other._occupies and other.own is hub.own)
 
 
 class _Failure:
@@ -176,7 +168,7 @@ class Hub:
 
     @contextmanager
     def _on_stage(self) -> Iterator[None]:
-        before, here.hub = here.hub, self
+        before, here.running = here.running, self
         own, self.own = self.own, getcurrent()
         self._turning = True
         self.beat.enter()
@@ -186,18 +178,20 @@ class Hub:
             self.beat.leave()
             self._turning = False
             if not self._occupies:
-                here.hub, self.own = before, own
+                here.running, self.own = before, own
 
     def occupy(self, yes: bool) -> None:
         """Keep the thread between turns, too; see the contract."""
+        if yes != self._occupies:
+            (here.occupants.append if yes else here.occupants.remove)(self)
         self._occupies = yes
         if self._turning:
             return
         if yes:
-            self.own, here.hub = getcurrent(), self
+            here.running, self.own = self, getcurrent()
         else:
-            if here.hub is self:
-                here.hub = next(_neighbours(self), None)
+            if here.running is self:
+                here.running = here.occupants[-1] if here.occupants else None
             self.own = None
 
     def _turn(self, timeout: float) -> None:
@@ -549,7 +543,7 @@ class Hub:
             self._open()
             if current() is self:
                 self._lent = True
-                here.hub = None
+                here.running = None
 
 
 _hubs: weakref.WeakSet[Hub] = weakref.WeakSet()

@@ -166,7 +166,7 @@ size_t flow_flush_nowait(Hub *hub) {
 /* Before `self` is closed, or sends in another way. Only the green thread whose stream it is may be kept waiting. */
 int flow_leave(PyObject *self) {
     Hub *hub = holder(self);
-    if (hub != NULL && hub == current_hub && !in_hub(hub))
+    if (hub != NULL && hub == hub_here() && !in_hub(hub))
         return flow_flush(hub);
     if (hub != NULL)
         flow_flush_nowait(hub);
@@ -180,7 +180,7 @@ static bool may_flow(Hub *hub, PyObject *self, State *state) {
 
 /* Keep a piece, if it is one of a stream. 1: done; 0: the caller has to send it; -1. */
 int flow_join(PyObject *self, State *state, PyObject *data) {
-    Hub *hub = current_hub;
+    Hub *hub = hub_here();
     size_t size = (size_t)PyBytes_GET_SIZE(data);
     if (hub == NULL || size < FLOW_PIECE)
         return 0;

@@ -4,10 +4,10 @@
 #include "hub.h"
 #include <unistd.h>
 
-HIDDEN __thread Hub *current_hub;
+HIDDEN __thread Hub *running_hub;
 
 /* Whether what is added now is seen without waking anybody: the turn under way looks again before it sleeps. */
-bool in_turn(Hub *hub) { return current_hub == hub && hub->turning; }
+bool in_turn(Hub *hub) { return running_hub == hub && hub->turning; }
 
 bool in_hub(Hub *hub) {
     PyGreenlet *me = PyGreenlet_GetCurrent();
@@ -142,9 +142,9 @@ static int turn(Hub *hub, int64_t latest) {
 }
 
 Hub *hub_enter(Hub *hub) {
-    Hub *before = current_hub;
+    Hub *before = running_hub;
     Py_XSETREF(hub->greenlet, PyGreenlet_GetCurrent());
-    current_hub = hub;
+    running_hub = hub;
     hub->turning = true;
     beat_wakes(hub->beat);
     return before;
@@ -157,8 +157,47 @@ void hub_leave(Hub *hub, Hub *before) {
     if (hub->occupies)
         return;
     Py_CLEAR(hub->greenlet);
-    current_hub = before;
+    running_hub = before;
 }
+
+/* -- a thread that is the hub's between turns, too ---------------------------------------------------------------- */
+
+HIDDEN int occupants;
+
+/* Another hub that keeps the thread that `hub` keeps: whose green thread `green` is, or any for NULL. */
+static Hub *neighbour(Hub *hub, PyGreenlet *green) {
+    for (Hub *other = all_hubs; other != NULL; other = other->next)
+        if (other != hub && other->occupies && other->greenlet == hub->greenlet &&
+            (green == NULL || PySet_Contains(other->greens, (PyObject *)green) > 0))
+            return other;
+    return NULL;
+}
+
+/* A host may resume a green thread of one hub while another's turn was the last in this thread. */
+Hub *hub_among_several(void) {
+    Hub *hub = running_hub;
+    if (!hub->occupies || in_hub(hub))
+        return hub;
+    PyGreenlet *me = PyGreenlet_GetCurrent();
+    Hub *other = PySet_Contains(hub->greens, (PyObject *)me) == 0 ? neighbour(hub, me) : NULL;
+    Py_DECREF(me);
+    return other == NULL ? hub : (running_hub = other);
+}
+
+void occupy(Hub *hub, bool yes) {
+    if (yes && !hub->turning) {
+        Py_XSETREF(hub->greenlet, PyGreenlet_GetCurrent());
+        running_hub = hub;
+    } else if (!yes && !hub->turning && hub->occupies) {
+        if (running_hub == hub)
+            running_hub = neighbour(hub, NULL);
+        Py_CLEAR(hub->greenlet);
+    }
+    occupants += yes - hub->occupies;
+    hub->occupies = yes;
+}
+
+/* -- run and step -------------------------------------------------------------------------------------------------- */
 
 int hub_may_run(Hub *hub) {
     if (hub->closed)

@@ -189,9 +189,12 @@ struct Hub {
     Beat *beat;
 };
 
-/* The hub whose turn runs in this thread. Green threads of a hub share its thread, so it is theirs too. */
-extern HIDDEN __thread Hub *current_hub;
+extern HIDDEN __thread Hub *running_hub; /* whose turn runs in this thread, or ran last, if it occupies that */
+extern HIDDEN int occupants;             /* hubs that occupy a thread */
 extern HIDDEN Hub *all_hubs;
+HIDDEN Hub *hub_among_several(void);
+/* The hub of whoever calls, or NULL. Green threads of a hub share its thread, so the running one's is theirs, too. */
+static inline Hub *hub_here(void) { return running_hub == NULL || occupants < 2 ? running_hub : hub_among_several(); }
 /* As the contract has them, in __init__.py. */
 #define BUSY "this socket is already used by another green thread"
 #define DOOR_BURST 64
@@ -215,6 +218,7 @@ extern HIDDEN bool forked;
 
 /* hub.c */
 HIDDEN int hub_wake(Hub *hub);
+HIDDEN void occupy(Hub *hub, bool yes);
 HIDDEN int hub_may_run(Hub *hub);
 HIDDEN Hub *hub_enter(Hub *hub); /* which one this thread's was before */
 HIDDEN void hub_leave(Hub *hub, Hub *before);
@@ -440,7 +444,7 @@ HIDDEN void note_rhythm(Hub *hub, PyObject *self, State *state);
 HIDDEN size_t send_later_nowait(Hub *hub);
 /* Whether an answer has to be sent before this thread reads; one that its own hub will send goes in time. */
 static inline bool owes(State *state) {
-    return state->owed != NULL || (state->later && state->hub != (PyObject *)current_hub);
+    return state->owed != NULL || (state->later && state->hub != (PyObject *)hub_here());
 }
 static inline void send_later(Hub *hub) {
     if (hub->later_count > 0)

@@ -110,7 +110,7 @@ PyObject *hub_close(PyObject *self, PyObject *none) {
 /* In a child: nothing of the parent's is watched or runs here. The parent's green threads are not given back but
  * forgotten: to drop a suspended greenlet is to run its `finally` blocks, which are the parent's business. */
 void hubs_after_fork(void) {
-    Hub *running = current_hub;
+    Hub *running = running_hub;
     forked = true;
     for (Hub *hub = all_hubs; hub != NULL; hub = hub->next) {
         if (hub->closed)
@@ -139,7 +139,7 @@ void hubs_after_fork(void) {
     PyErr_Clear();
     if (running != NULL && !in_hub(running)) {
         running->lent = true;
-        current_hub = NULL;
+        running_hub = NULL;
     }
 }
 
@@ -202,6 +202,7 @@ void hub_dealloc(PyObject *self) {
     PyObject_GC_UnTrack(self);
     if (hub->weak != NULL)
         PyObject_ClearWeakRefs(self);
+    occupants -= hub->occupies;
     unlink_hub(hub);
     hub_clear(self);
     close_fds(hub);

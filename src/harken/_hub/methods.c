@@ -6,47 +6,27 @@
 
 HIDDEN PyTypeObject *Hub_Type;
 
-/* Another hub that keeps the thread that `hub` keeps: whose green thread `green` is, or any for NULL. Borrowed. */
-static Hub *neighbour(Hub *hub, PyGreenlet *green) {
-    for (Hub *other = all_hubs; other != NULL; other = other->next)
-        if (other != hub && other->occupies && other->greenlet == hub->greenlet &&
-            (green == NULL || PySet_Contains(other->greens, (PyObject *)green) > 0))
-            return other;
-    return NULL;
-}
-
 PyObject *hub_current(PyObject *module, PyObject *none) {
-    if (current_hub == NULL || in_hub(current_hub))
+    Hub *hub = hub_here();
+    if (hub == NULL || in_hub(hub))
         Py_RETURN_NONE;
-    if (current_hub->occupies) { /* in a thread that others share, not every greenlet is a green thread of this hub */
+    if (hub->occupies) { /* in a thread that others share, not every greenlet is a green thread */
         PyGreenlet *me = PyGreenlet_GetCurrent();
-        int found = PySet_Contains(current_hub->greens, (PyObject *)me);
-        Hub *other = found == 0 ? neighbour(current_hub, me) : NULL;
+        int found = PySet_Contains(hub->greens, (PyObject *)me);
         Py_DECREF(me);
-        if (other != NULL)
-            current_hub = other;
-        else if (found <= 0)
+        if (found <= 0)
             return found < 0 ? NULL : Py_NewRef(Py_None);
     }
-    return Py_NewRef(current_hub);
+    return Py_NewRef(hub);
 }
 
 static PyObject *hub_fileno(PyObject *self, PyObject *none) { return PyLong_FromLong(((Hub *)self)->epoll); }
 
 static PyObject *hub_occupy(PyObject *self, PyObject *yes) {
-    Hub *hub = (Hub *)self;
     int wanted = PyObject_IsTrue(yes);
     if (wanted < 0)
         return NULL;
-    if (wanted && !hub->turning) {
-        Py_XSETREF(hub->greenlet, PyGreenlet_GetCurrent());
-        current_hub = hub;
-    } else if (!wanted && !hub->turning && hub->occupies) {
-        if (current_hub == hub)
-            current_hub = neighbour(hub, NULL);
-        Py_CLEAR(hub->greenlet);
-    }
-    hub->occupies = wanted;
+    occupy((Hub *)self, wanted);
     Py_RETURN_NONE;
 }
 
@@ -121,7 +101,7 @@ static PyObject *hub_call_at(PyObject *self, PyObject *const *args, Py_ssize_t c
 }
 
 static int must_be_green(Hub *hub) {
-    if (current_hub == hub && !in_hub(hub))
+    if (hub_here() == hub && !in_hub(hub))
         return flush_pending(hub);
     PyErr_SetString(PyExc_RuntimeError, "nothing can wait here: this is no green thread of a running hub");
     return -1;
@@ -158,7 +138,7 @@ static PyObject *hub_resume(PyObject *self, PyObject *green) {
     int parked = is_parked((PyGreenlet *)green);
     if (parked < 0)
         return NULL;
-    if (current_hub != hub || !in_hub(hub) || !parked || is_due(hub, (PyGreenlet *)green)) {
+    if (hub_here() != hub || !in_hub(hub) || !parked || is_due(hub, (PyGreenlet *)green)) {
         PyErr_SetString(PyExc_RuntimeError, "only the hub itself can resume a green thread, and only a parked one");
         return NULL;
     }
@@ -197,7 +177,7 @@ static PyObject *hub_throw(PyObject *self, PyObject *const *args, Py_ssize_t cou
 static PyObject *hub_sleep(PyObject *self, PyObject *seconds) {
     Hub *hub = (Hub *)self;
     int64_t ns;
-    if (current_hub != hub || in_hub(hub)) {
+    if (hub_here() != hub || in_hub(hub)) {
         PyObject *module = PyImport_ImportModule("time");
         PyObject *done = module == NULL ? NULL : PyObject_CallMethod(module, "sleep", "O", seconds);
         Py_XDECREF(module);
@@ -232,7 +212,7 @@ static PyObject *hub_wait(PyObject *self, PyObject *args, PyObject *words) {
             return NULL;
         deadline = deadline > INT64_MAX / 2 ? 0 : deadline + now_ns();
     }
-    bool plain = current_hub != hub || in_hub(hub);
+    bool plain = hub_here() != hub || in_hub(hub);
     if ((plain ? poll_wait(fd, direction, deadline) : wait_fd(hub, fd, direction, deadline)) < 0)
         return NULL;
     Py_RETURN_NONE;

@@ -55,7 +55,7 @@ static int pay_some(PyObject *self, State *state) {
 /* Whether another green thread of this hub waits to send the rest. One that writes on takes that over from the one that
  * reads, which goes on: it has nothing to do there but that. */
 static bool others_pay(State *state, bool reads) {
-    Hub *hub = current_hub;
+    Hub *hub = hub_here();
     PyGreenlet *green = hub != NULL && attached(state) && state->hub == (PyObject *)hub ? state->slot->waiter[WRITE] : NULL;
     if (green == NULL || reads || !state->reader_pays)
         return green != NULL && reads;
@@ -110,7 +110,7 @@ int settle_to_read(PyObject *self, State *state, bool waits) {
  * would have been in sendall(); anybody else finds what there is during a sendall(). -1: an exception that is no outcome
  * of the sending. */
 int settle_now(PyObject *self, State *state) {
-    bool own = current_hub != NULL && current_hub->loose == self && !in_hub(current_hub);
+    bool own = hub_here() != NULL && hub_here()->loose == self && !in_hub(hub_here());
     send_put_off(state);
     if (state->owed == NULL || (own ? pay(self, state, false) : pay_some(self, state)) >= 0)
         return 0;

@@ -125,7 +125,7 @@ static int flush_for_another(PyObject *sock) {
 
 /* Before something is sent on `sock`: what was written goes first. */
 int flush_of(PyObject *sock) {
-    Hub *hub = current_hub;
+    Hub *hub = hub_here();
     State *state = state_of(sock);
     if ((state->later || state->owed != NULL) && settle_answers(sock, state) < 0)
         return -1;
@@ -147,7 +147,7 @@ int settle_of(PyObject *sock) {
 
 /* Before `sock` is closed, or used past its methods. */
 int flush_to_leave(PyObject *sock) {
-    Hub *hub = current_hub;
+    Hub *hub = hub_here();
     State *state = state_of(sock);
     if (settle_of(sock) < 0)
         return -1;

@@ -237,7 +237,7 @@ static PyObject *task_call(PyObject *self, PyObject *none, PyObject *keywords) {
             show_exception(task->function);
     }
     Py_XDECREF(done);
-    if (has_unsent(hub) && current_hub == hub && flush_turn(hub) < 0)
+    if (has_unsent(hub) && hub_here() == hub && flush_turn(hub) < 0)
         PyErr_Clear(); /* a handler that did not close its file does not learn that the peer has gone */
     hub->news |= hub->asks_at_ends;
     Py_CLEAR(task->function); /* whatever the handler held goes now, not when somebody drops the greenlet */

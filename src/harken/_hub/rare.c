@@ -81,9 +81,9 @@ static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int whic
     PyObject *method = PyObject_CallMethod(base_method[which], "__get__", "O", self), *done = NULL;
     int flags = flags_in(args, words, flags_at);
     bool waits = !state->nonblocking && !(flags & MSG_DONTWAIT);
-    if ((direction == WRITE || (current_hub != NULL && current_hub->pending_owner == self)) && flush_of(self) < 0)
+    if ((direction == WRITE || (hub_here() != NULL && hub_here()->pending_owner == self)) && flush_of(self) < 0)
         Py_CLEAR(method);
-    if (current_hub != NULL && --current_hub->budget < 0 && give_way(current_hub) < 0)
+    if (hub_here() != NULL && --hub_here()->budget < 0 && give_way(hub_here()) < 0)
         Py_CLEAR(method);
     int fd;
     while (method != NULL && (fd = begin(self, state)) >= 0) {
@@ -218,8 +218,8 @@ static PyObject *rare_accept(PyObject *self, PyObject *none) {
 /* -- connecting --------------------------------------------------------------------------------------------------- */
 
 static int pause_for(int64_t ns) {
-    if (current_hub != NULL && !in_hub(current_hub))
-        return sleep_until(current_hub, now_ns() + ns);
+    if (hub_here() != NULL && !in_hub(hub_here()))
+        return sleep_until(hub_here(), now_ns() + ns);
     Py_BEGIN_ALLOW_THREADS;
     poll(NULL, 0, (int)(ns / 1000000));
     Py_END_ALLOW_THREADS;
@@ -312,7 +312,7 @@ static int send_pieces(PyObject *self, int file, int64_t offset, int64_t most, i
         if (done > 0) {
             *total += done;
             moved(self, state, WRITE, NULL, (size_t)done);
-            if (current_hub != NULL && (current_hub->budget -= PIECES(done) + 1) < 0 && give_way(current_hub) < 0)
+            if (hub_here() != NULL && (hub_here()->budget -= PIECES(done) + 1) < 0 && give_way(hub_here()) < 0)
                 return -1;
         } else if (error == EAGAIN) {
             if (wait_ready(self, state, WRITE, &deadline, 0) < 0)

@@ -149,9 +149,9 @@ size_t send_later_nowait(Hub *hub) {
 void hubs_before_fork(void) {
     for (Hub *hub = all_hubs; hub != NULL; hub = hub->next)
         send_later(hub);
-    if (current_hub != NULL) {
-        flow_flush_nowait(current_hub);
-        flush_pending_nowait(current_hub);
+    if (hub_here() != NULL) {
+        flow_flush_nowait(hub_here());
+        flush_pending_nowait(hub_here());
     }
 }
 
@@ -176,7 +176,7 @@ static bool may_wait(Hub *hub, State *state) {
 
 /* Put an answer off, if it may be: `whole`, or a copy of `data`. 1: done; 0: the caller has to send it; -1. */
 static int try_later(PyObject *self, State *state, PyObject *whole, const char *data, size_t size) {
-    Hub *hub = current_hub;
+    Hub *hub = hub_here();
     state->answers = true;
     if (hub == NULL || !may_wait(hub, state) || size == 0 || size > SMALL)
         return 0;

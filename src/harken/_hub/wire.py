@@ -21,9 +21,28 @@ __all__ = ["Wire", "closed", "give_way", "here", "wait"]
 
 
 class _Here(original("threading", "local")):  # type: ignore[misc]
-    """The hub that runs in this thread at the moment."""
+    """The hubs of this thread.
 
-    hub: Hub | None = None
+    Attributes:
+        running: whose turn runs, or ran last, if that one occupies the thread; or None.
+        occupants: those that occupy it.
+    """
+
+    running: Hub | None = None
+
+    def __init__(self) -> None:
+        self.occupants: list[Hub] = []
+
+    @property
+    def hub(self) -> Hub | None:
+        """The hub of whoever calls: a host may resume a green thread of one while another's turn was the last."""
+        hub = self.running
+        if hub is None or len(self.occupants) < 2 or getcurrent() is hub.own or getcurrent() in hub._greens:
+            return hub
+        for other in self.occupants:
+            if getcurrent() in other._greens:
+                self.running = other
+        return self.running
 
 
 here = _Here()

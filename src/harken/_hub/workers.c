@@ -274,7 +274,7 @@ static PyObject *worker_call(PyObject *self, PyObject *none, PyObject *words) {
     PyGreenlet *me = worker->green;
     do {
         int result = serve(worker);
-        if (has_unsent(hub) && current_hub == hub && flush_turn(hub) < 0)
+        if (has_unsent(hub) && hub_here() == hub && flush_turn(hub) < 0)
             PyErr_Clear(); /* of a connection that a handler left: it does not learn that its peer has gone */
         hub->news |= hub->asks_at_ends;
         drop_request(worker);

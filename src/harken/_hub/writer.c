@@ -13,7 +13,7 @@ static int put(Writer *writer, const char *data, size_t size, PyObject *whole) {
     PyObject *sock = open_sock(writer->sock);
     if (sock == NULL)
         return -1;
-    Hub *hub = current_hub;
+    Hub *hub = hub_here();
     State *state = state_of(sock);
     bool more = writer->reader != NULL && held(writer->reader) > 0;
     bool mine = hub != NULL && hub->pending_owner == sock; /* what is pending is a green thread's: the running one's */
@@ -49,7 +49,7 @@ static ssize_t try_put(Writer *writer, const char *data, size_t size) {
         return -1;
     if (state_of(sock)->owed != NULL)
         return 0;
-    Hub *hub = current_hub;
+    Hub *hub = hub_here();
     bool more = writer->reader != NULL && held(writer->reader) > 0;
     bool mine = hub != NULL && hub->pending_owner == sock;
     if (mine && hub->pending_size + size > PENDING) {
@@ -94,7 +94,7 @@ static PyObject *writer_take_back(PyObject *self, PyObject *none) {
     PyObject *sock = open_sock(((Writer *)self)->sock);
     if (sock == NULL)
         return NULL;
-    Hub *hub = current_hub;
+    Hub *hub = hub_here();
     if (hub != NULL && hub->pending_owner == sock)
         flush_pending_nowait(hub);
     if (hub == NULL || hub->pending_owner != sock)
