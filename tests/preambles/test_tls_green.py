@@ -11,10 +11,12 @@ from functools import partial
 import pytest
 
 import harken
+from harken import green
 
 from .tls_kit import PATIENCE
 
 HUBS = ("green", "green-asking", "green-fallback")
+JOINING = HUBS[:2]  # those that join answers under TLS
 
 
 @pytest.mark.parametrize("engine", HUBS)
@@ -114,6 +116,75 @@ def test_a_reader_reads_in_every_way(engine, serving, dial):
     assert told == [
         b"a l", b"ine\n", body[:3], True, (4, b"room"), b" rest\n", b"xy", [b"last\n", b"lines\n", b"end"], b""
     ]  # fmt: skip
+
+
+class Lines(harken.StreamRequestHandler):
+    """Sends each line back."""
+
+    def handle(self):
+        for line in self.rfile:
+            self.wfile.write(line)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["record", "records"])
+@pytest.mark.parametrize("engine", JOINING)
+def test_answers_to_a_pipeline_go_together(engine, apart, serving, dial_wire):
+    """One piece of the wire has them all, whether the requests came in one record or each in its own."""
+    lines = [b"%d\n" % number for number in range(100)]
+    with serving(engine, Lines) as server, dial_wire(server) as client:
+        client.send(b"first\n")
+        while client.piece() != b"first\n":  # before it, there may be tickets
+            pass
+        client.send_apart(lines if apart else [b"".join(lines)])
+        assert client.piece() == b"".join(lines)
+
+
+@pytest.mark.parametrize("engine", JOINING)
+def test_what_is_joined_is_never_cut(engine, serving, trusting):
+    """The sending is interrupted where the client takes no more: what it gets in the end is whole, and all."""
+    late = threading.Event()
+    size = 5000
+
+    class Slow(harken.StreamRequestHandler):
+        def handle(self):
+            self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # as little as there can be
+            for line in self.rfile:
+                try:
+                    with green.timeout(0.05):
+                        self.wfile.write(line.strip() * size + b"\n")
+                except TimeoutError:
+                    late.set()
+
+    with serving(engine, Slow) as server, socket.socket() as wire:
+        wire.settimeout(PATIENCE)
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        wire.connect(server.server_address)
+        with trusting().wrap_socket(wire, server_hostname="localhost") as client, client.makefile("rb") as answers:
+            client.sendall(b"0\n1\n2\n3\n4\n5\n6\n7\n8\n9\n")
+            assert late.wait(PATIENCE)
+            for number in range(10):
+                assert answers.readline() == b"%d" % number * size + b"\n"
+            client.sendall(b"x\n")
+            assert answers.readline() == b"x" * size + b"\n"
+
+
+@pytest.mark.parametrize("engine", JOINING)
+def test_what_is_joined_does_not_wait_for_who_computes(engine, serving, dial):
+    """The watchdog sends what a handler has answered before it went on without a pause."""
+    got = threading.Event()
+
+    class Busy(harken.StreamRequestHandler):
+        def handle(self):
+            for line in self.rfile:
+                self.wfile.write(line)
+                while not got.is_set():
+                    pass
+
+    with serving(engine, Busy) as server, dial(server) as client:
+        client.sendall(b"first\nsecond\n")
+        assert client.recv(100) == b"first\n"
+        got.set()
+        assert client.recv(100) == b"second\n"
 
 
 @pytest.mark.parametrize("engine", HUBS)

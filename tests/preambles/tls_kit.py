@@ -6,7 +6,7 @@ import contextlib
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import harken
 from harken import events
@@ -96,6 +96,21 @@ class Wire:
     def send(self, data: bytes) -> None:
         """Send all of ``data``."""
         self._until_done(self._tls.write, data)
+
+    def send_apart(self, pieces: Iterable[bytes]) -> None:
+        """Send each as a record of its own, all at once."""
+        for piece in pieces:
+            self._tls.write(piece)
+        self._flush()
+
+    def piece(self) -> bytes:
+        """Receive once, and return what that holds, decrypted."""
+        self._in.write(self.sock.recv(1 << 20))
+        found = b""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while data := self._tls.read(1 << 20):
+                found += data
+        return found
 
     def end(self) -> None:
         """Send close_notify, and FIN behind it."""

@@ -21,6 +21,7 @@ typedef struct {
     PyObject *sock; /* NULL once closed */
     Reader *reader; /* of the same connection, or NULL */
     PyObject *keeper; /* of what was offered, joined, and cannot be sent at once; NULL: none */
+    bool foreign;     /* as a Reader's */
 } Writer;
 
 extern HIDDEN PyTypeObject *Reader_Type, *Writer_Type;
@@ -62,6 +63,7 @@ static inline const char *start(Reader *reader) { return reader->data + reader->
 
 /* writer.c */
 HIDDEN int writer_ready(PyObject *module);
+HIDDEN int flush_file(Writer *writer, PyObject *sock);
 
 /* pending.c */
 #define PENDING 65536 /* joined at the most */

@@ -178,6 +178,7 @@ struct Hub {
     char *pending; /* what the running green thread has written and not sent, to pending_owner; see pending.c */
     size_t pending_size;
     PyObject *pending_owner;
+    bool pending_whole; /* what interrupts the sending leaves the rest to whoever uses the connection next: see owed.c */
     PyObject *pending_keeper; /* called with what the peer does not take at once; NULL: its green thread waits for that */
     size_t answers; /* to datagrams, joined and not sent; see datagrams.c */
     Later later[MOST_PUT_OFF];
@@ -185,6 +186,7 @@ struct Hub {
     PyObject *loose; /* owned: the connection whose answer was put off last, until its green thread waits; see together.c */
     Flow flow;
     bool full; /* the running green thread's last read took as much as it asked for */
+    PyObject *batch; /* to which a wfile writes while more requests lie in its rfile, if under TLS: never looked into */
     PyObject *wrote; /* to which it last wrote a large piece, if it has not waited since: never looked into */
     Beat *beat;
 };
@@ -555,6 +557,7 @@ HIDDEN int batch_shortcut(PyObject *batch);
 HIDDEN size_t answers_nowait(Hub *hub);
 
 /* secured.c */
+HIDDEN bool secured_holds(PyObject *self);
 HIDDEN PyObject *quicken(PyObject *module, PyObject *type);
 
 /* chunks.c */

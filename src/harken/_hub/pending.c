@@ -36,8 +36,10 @@ int flush_pending(Hub *hub) {
     size_t size = hub->pending_size;
     if (owner == NULL)
         return 0;
+    bool whole = hub->pending_whole;
     hub->pending_owner = hub->pending_keeper = NULL;
     hub->pending_size = 0;
+    hub->pending_whole = false;
     state_of(owner)->joined = false;
     int result = 0, fd = socket_fd(owner);
     ssize_t sent = send(fd, hub->pending, size, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -52,6 +54,10 @@ int flush_pending(Hub *hub) {
             result = -1;
         else if (keeper != NULL)
             result = call_keeper(keeper, rest);
+        else if (whole && attached(state_of(owner))) {
+            owe(state_of(owner), rest, 0);
+            result = settle_answers(owner, state_of(owner));
+        }
         else
             result = transmit(owner, state_of(owner), PyBytes_AS_STRING(rest), size - done, 0, ALL) < 0 ? -1 : 0;
         Py_XDECREF(rest);
@@ -85,7 +91,7 @@ size_t flush_pending_nowait(Hub *hub) {
     hub->pending_size -= (size_t)sent;
     memmove(hub->pending, hub->pending + sent, hub->pending_size);
     if (hub->pending_size == 0) {
-        state_of(owner)->joined = false;
+        state_of(owner)->joined = hub->pending_whole = false;
         Py_CLEAR(hub->pending_owner);
         Py_CLEAR(hub->pending_keeper);
     }
@@ -101,7 +107,7 @@ PyObject *take_joined(Hub *hub) {
     PyObject *rest = PyBytes_FromStringAndSize(hub->pending, (Py_ssize_t)hub->pending_size);
     if (rest != NULL) {
         hub->pending_size = 0;
-        state_of(hub->pending_owner)->joined = false;
+        state_of(hub->pending_owner)->joined = hub->pending_whole = false;
         Py_CLEAR(hub->pending_owner);
         Py_CLEAR(hub->pending_keeper);
     }

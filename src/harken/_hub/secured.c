@@ -4,6 +4,7 @@
  * openssl.c finds it, and between it and the wire there is one call. What is not of every day (no Connection below,
  * sockets that do not wait, flags, something that stands before the next write) is left to the methods that these
  * replace. */
+#include "files.h"
 #include "openssl.h"
 #include <sys/socket.h>
 
@@ -15,6 +16,7 @@ enum { INNER, SSLOBJ, INCOMING, OUTGOING, GUARD, HELD, AHEAD = HELD, REST, BROKE
 static const char *slot_names[SLOTS] = {"_inner", "_sslobj", "_incoming", "_outgoing", "_guard", "_ahead",
                                         "_rest",  "_broken", "_traced",   "_ended",    "record"};
 static Py_ssize_t offsets[SLOTS];
+static PyTypeObject *secured_type; /* the class that was quickened */
 static PyObject *slow_recv, *slow_recv_into, *slow_sendall, *slow_encrypt, *slow_shake, *slow_end, *slow_stand_for;
 static PyObject *want_read;                                                         /* ssl.SSLWantReadError */
 static PyObject *word_break_off, *word_fail, *word_judge, *word_record, *word_recv, *word_sendall, *word_tell;
@@ -118,6 +120,16 @@ static Py_ssize_t at_hand(PyObject *sslobj, PyObject *incoming) {
     PyObject *eof = ask_for(incoming, EOF_SEEN);
     Py_XDECREF(eof);
     return eof == NULL ? -1 : eof == Py_True;
+}
+
+/* Whether more requests may lie in OpenSSL's memory: a peer may send each in a record of its own. */
+bool secured_holds(PyObject *self) {
+    if (secured_type == NULL || !PyObject_TypeCheck(self, secured_type) || *slot(self, SSLOBJ) == Py_None)
+        return false;
+    Py_ssize_t held = at_hand(*slot(self, SSLOBJ), *slot(self, INCOMING));
+    if (held < 0)
+        PyErr_Clear();
+    return held > 0;
 }
 
 static int say(PyObject *self, PyObject *const held[]);
@@ -346,20 +358,36 @@ static PyObject *records_of(PyObject *const held[], const char *plain, Py_ssize_
     return wire;
 }
 
+/* Whether an answer is to be joined with others, as pending.c does. A record must not be cut: only where the kernel's
+ * want of room is all that can come between, so that the rest is owed. */
+static bool joins(PyObject *self, PyObject *inner, size_t size) {
+    Hub *hub = hub_here();
+    return hub != NULL && (hub->batch == self || hub->pending_owner == inner) && size <= PENDING &&
+           tells_nothing(state_of(inner)) && !in_hub(hub);
+}
+
 /* `answer`: not what OpenSSL has to say of its own accord. */
 static int send_all(PyObject *self, PyObject *const held[], const char *data, size_t size, bool answer) {
     PyObject *inner = held[INNER];
-    begin_writing(state_of(inner));
+    State *state = state_of(inner);
+    Hub *joining = answer && joins(self, inner, size) ? hub_here() : NULL;
+    bool more = joining != NULL && joining->batch == self;
+    begin_writing(state);
     Py_SETREF(*slot(self, REST), PyBytes_FromStringAndSize(NULL, 0)); /* the empty one: it is there always */
-    ssize_t sent = flush_of(inner);
-    int gone = sent == 0 && answer ? put_off_copy(inner, state_of(inner), data, size) : 0;
-    if (sent == 0)
-        sent = gone != 0 ? gone : transmit(inner, state_of(inner), data, size, 0, ALL);
-    if (sent < 0)
+    ssize_t sent = joining != NULL ? join(joining, inner, data, size) : flush_of(inner);
+    if (sent == 0 && joining == NULL) {
+        int gone = answer ? put_off_copy(inner, state, data, size) : 0;
+        sent = gone != 0 ? gone : transmit(inner, state, data, size, 0, ALL);
+    }
+    if (sent < 0) {
         Py_XSETREF(*slot(self, BROKEN), Py_NewRef(Py_True));
-    else
-        Py_XSETREF(*slot(self, REST), Py_NewRef(Py_None));
-    return sent < 0 ? -1 : 0;
+        return -1;
+    }
+    Py_XSETREF(*slot(self, REST), Py_NewRef(Py_None));
+    if (joining == NULL)
+        return 0;
+    joining->pending_whole = true;
+    return more ? 0 : flush_pending(joining);
 }
 
 /* Send what OpenSSL has to say of its own accord, unless a write is under way. */
@@ -424,6 +452,11 @@ static PyObject *secured_encrypt(PyObject *self, PyObject *plain) {
     drop(held);
     PyBuffer_Release(&data);
     return result < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* wfile: of the compiled hub alone, which joins. */
+static PyObject *secured_open_writer(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    return PyObject_CallFunctionObjArgs((PyObject *)Writer_Type, self, count > 0 ? args[0] : Py_None, NULL);
 }
 
 /* -- the handshake ------------------------------------------------------------------------------------------------- */
@@ -581,11 +614,19 @@ static struct {
     {{"_stand_for", secured_stand_for, METH_O, "Become a socket of the same descriptor."}, &slow_stand_for},
 };
 
-static int replace(PyTypeObject *type, PyMethodDef *method, PyObject **slow) {
-    PyObject *replaced = PyObject_GetAttrString((PyObject *)type, method->ml_name);
-    PyObject *descriptor = replaced == NULL ? NULL : PyDescr_NewMethod(type, method);
+static PyMethodDef open_writer = {"open_writer", FAST(secured_open_writer), METH_FASTCALL,
+                                  "open_writer(reader=None): a file to write, which joins answers."};
+
+static int add(PyTypeObject *type, PyMethodDef *method) {
+    PyObject *descriptor = PyDescr_NewMethod(type, method);
     int result = descriptor == NULL ? -1 : PyObject_SetAttrString((PyObject *)type, method->ml_name, descriptor);
     Py_XDECREF(descriptor);
+    return result;
+}
+
+static int replace(PyTypeObject *type, PyMethodDef *method, PyObject **slow) {
+    PyObject *replaced = PyObject_GetAttrString((PyObject *)type, method->ml_name);
+    int result = replaced == NULL ? -1 : add(type, method);
     if (result < 0)
         Py_XDECREF(replaced);
     else
@@ -641,5 +682,8 @@ PyObject *quicken(PyObject *module, PyObject *type) {
     for (size_t each = 0; each < sizeof quick / sizeof *quick; each++)
         if (replace((PyTypeObject *)type, &quick[each].method, quick[each].slow) < 0)
             return NULL;
+    if (add((PyTypeObject *)type, &open_writer) < 0)
+        return NULL;
+    secured_type = (PyTypeObject *)Py_NewRef(type);
     Py_RETURN_NONE;
 }

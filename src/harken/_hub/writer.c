@@ -7,6 +7,34 @@
 #include <sys/socket.h>
 
 HIDDEN PyTypeObject *Writer_Type;
+static PyObject *sendall_word;
+
+/* Under TLS the connection encrypts, and joins its records while more requests lie in the reader: see secured.c. */
+static int put_foreign(Writer *writer, PyObject *data) {
+    PyObject *sock = open_sock(writer->sock);
+    if (sock == NULL)
+        return -1;
+    Hub *hub = hub_here();
+    bool more = writer->reader != NULL && (held(writer->reader) > 0 || secured_holds(sock));
+    Py_INCREF(sock);
+    if (hub != NULL && more)
+        hub->batch = sock;
+    PyObject *done = PyObject_CallMethodOneArg(sock, sendall_word, data);
+    if (hub != NULL && more)
+        hub->batch = NULL;
+    Py_DECREF(sock);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* What was joined goes. It may wait. */
+int flush_file(Writer *writer, PyObject *sock) {
+    if (!writer->foreign)
+        return flush_to_leave(sock);
+    PyObject *done = PyObject_CallMethod(sock, "settle", NULL);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
 
 /* `whole` is an object that has exactly these bytes and never others, or NULL. */
 static int put(Writer *writer, const char *data, size_t size, PyObject *whole) {
@@ -75,6 +103,10 @@ static ssize_t try_put(Writer *writer, const char *data, size_t size) {
 
 static PyObject *writer_offer(PyObject *self, PyObject *data) {
     Py_buffer buffer;
+    if (((Writer *)self)->foreign) {
+        PyErr_SetString(PyExc_TypeError, "offer() is for a Connection's own bytes");
+        return NULL;
+    }
     if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
         return NULL;
     ssize_t done = try_put((Writer *)self, buffer.buf, (size_t)buffer.len);
@@ -103,6 +135,9 @@ static PyObject *writer_take_back(PyObject *self, PyObject *none) {
 }
 
 static PyObject *writer_write(PyObject *self, PyObject *data) {
+    bool foreign = ((Writer *)self)->foreign;
+    if (PyBytes_CheckExact(data) && foreign)
+        return put_foreign((Writer *)self, data) < 0 ? NULL : PyLong_FromSsize_t(PyBytes_GET_SIZE(data));
     if (PyBytes_CheckExact(data))
         return put((Writer *)self, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data), data) < 0
                    ? NULL
@@ -111,7 +146,7 @@ static PyObject *writer_write(PyObject *self, PyObject *data) {
     if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
         return NULL;
     Py_ssize_t size = buffer.len;
-    int result = put((Writer *)self, buffer.buf, (size_t)size, NULL);
+    int result = foreign ? put_foreign((Writer *)self, data) : put((Writer *)self, buffer.buf, (size_t)size, NULL);
     PyBuffer_Release(&buffer);
     return result < 0 ? NULL : PyLong_FromSsize_t(size);
 }
@@ -131,7 +166,7 @@ static PyObject *writer_writelines(PyObject *self, PyObject *lines) {
 
 static PyObject *writer_flush(PyObject *self, PyObject *none) {
     PyObject *sock = open_sock(((Writer *)self)->sock);
-    return sock == NULL || flush_to_leave(sock) < 0 ? NULL : Py_NewRef(Py_None);
+    return sock == NULL || flush_file((Writer *)self, sock) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 /* -- the type ----------------------------------------------------------------------------------------------------- */
@@ -144,9 +179,12 @@ static PyObject *set_reader(PyObject *writer, PyObject *reader) {
 
 static PyObject *writer_new(PyTypeObject *type, PyObject *args, PyObject *words) {
     PyObject *sock, *reader = Py_None;
-    if (!PyArg_ParseTuple(args, "O!|O:Writer", Connection_Type, &sock, &reader))
+    if (!PyArg_ParseTuple(args, "O!|O:Writer", Socket_Type, &sock, &reader))
         return NULL;
-    return set_reader(attach_to(type->tp_alloc(type, 0), sock), reader);
+    Writer *writer = (Writer *)attach_to(type->tp_alloc(type, 0), sock);
+    if (writer != NULL)
+        writer->foreign = !PyObject_TypeCheck(sock, Connection_Type);
+    return set_reader((PyObject *)writer, reader);
 }
 
 /* Connection.open_writer(reader=None). */
@@ -196,6 +234,8 @@ static PyType_Spec writer_spec = {
 };
 
 int writer_ready(PyObject *module) {
+    if ((sendall_word = PyUnicode_InternFromString("sendall")) == NULL)
+        return -1;
     Writer_Type = (PyTypeObject *)PyType_FromSpec(&writer_spec);
     return add_file_type(module, "Writer", Writer_Type);
 }
