@@ -168,7 +168,7 @@ class Hub:
 
     @contextmanager
     def _on_stage(self) -> Iterator[None]:
-        before, here.running = here.running, self
+        before, here.hub = here.hub, self
         own, self.own = self.own, getcurrent()
         self._turning = True
         self.beat.enter()
@@ -178,20 +178,20 @@ class Hub:
             self.beat.leave()
             self._turning = False
             if not self._occupies:
-                here.running, self.own = before, own
+                here.hub, self.own = before, own
 
     def occupy(self, yes: bool) -> None:
         """Keep the thread between turns, too; see the contract."""
         if yes != self._occupies:
-            (here.occupants.append if yes else here.occupants.remove)(self)
+            here.occupy(self, yes)
         self._occupies = yes
         if self._turning:
             return
         if yes:
-            here.running, self.own = self, getcurrent()
+            here.hub, self.own = self, getcurrent()
         else:
-            if here.running is self:
-                here.running = here.occupants[-1] if here.occupants else None
+            if here.hub is self:
+                here.hub = here.occupants[-1] if here.occupants else None
             self.own = None
 
     def _turn(self, timeout: float) -> None:
@@ -543,7 +543,7 @@ class Hub:
             self._open()
             if current() is self:
                 self._lent = True
-                here.running = None
+                here.hub = None
 
 
 _hubs: weakref.WeakSet[Hub] = weakref.WeakSet()

@@ -129,6 +129,11 @@ class Reader(_File):
             end = self._unread.find(b"\n", self._at) + 1
             if end > 0:
                 return self._take(end - self._at)
+            if not self._unread:  # as mostly; and what comes is one line, or the end
+                piece = self._sock.recv(self._most)
+                if piece.find(b"\n") == len(piece) - 1 and self._at == len(self._unread):
+                    return piece
+                self._unread = self._take(len(self)) + piece
         return self._read_line(-1 if size is None else size)
 
     def _read_line(self, limit: int) -> bytes:
@@ -219,7 +224,7 @@ class Writer(_File):
         self._checkClosed()
         size = len(data) if type(data) is bytes else memoryview(data).nbytes
         sock, hub = self._sock, here.hub
-        more = self._reader is not None and len(self._reader) > 0
+        more = self._reader is not None and self._reader._unread != b""
         if (
             hub is None
             or size > MOST

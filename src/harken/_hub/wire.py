@@ -24,25 +24,39 @@ class _Here(original("threading", "local")):  # type: ignore[misc]
     """The hubs of this thread.
 
     Attributes:
-        running: whose turn runs, or ran last, if that one occupies the thread; or None.
+        hub: that of whoever calls: whose turn runs, or ran last, if that one occupies the thread; or None.
         occupants: those that occupy it.
     """
 
-    running: Hub | None = None
+    hub: Hub | None = None
 
     def __init__(self) -> None:
         self.occupants: list[Hub] = []
 
+    def occupy(self, hub: Hub, yes: bool) -> None:
+        """Note that ``hub`` keeps this thread between its turns, or no more."""
+        if yes:
+            self.occupants.append(hub)
+        else:
+            self.occupants.remove(hub)
+        if len(self.occupants) > 1:
+            self.__class__ = _Crowded
+
+
+class _Crowded(_Here):
+    """The same where several occupy one: a host may resume a green thread of one when another's turn was the last."""
+
     @property
     def hub(self) -> Hub | None:
-        """The hub of whoever calls: a host may resume a green thread of one while another's turn was the last."""
-        hub = self.running
-        if hub is None or len(self.occupants) < 2 or getcurrent() is hub.own or getcurrent() in hub._greens:
+        """The hub of whoever calls."""
+        hub: Hub | None = self.__dict__.get("hub")
+        if hub is None or getcurrent() is hub.own or getcurrent() in hub._greens:
             return hub
-        for other in self.occupants:
-            if getcurrent() in other._greens:
-                self.running = other
-        return self.running
+        return next((other for other in self.occupants if getcurrent() in other._greens), hub)
+
+    @hub.setter
+    def hub(self, hub: Hub | None) -> None:
+        self.__dict__["hub"] = hub
 
 
 here = _Here()
