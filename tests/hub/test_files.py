@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import random
@@ -215,6 +216,47 @@ def test_no_answer_waits_for_the_peer(hub: Any, pair: tuple[Any, socket.socket],
     assert far.recv(2) == b"a\n"
     if way in ("sendall", "thread"):
         assert far.recv(10) == b"later"
+
+
+def test_what_another_thread_writes_comes_after_the_answers(hub: Any, pair: tuple[Any, socket.socket]) -> None:
+    """They wait for room, which is there when that thread writes, and before their own green thread has its turn."""
+    near, far = pair
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    far.sendall(b"a\nb")
+    answer = bytes(range(256)) * 32
+    filled: list[int] = []
+    waits: list[bool] = []
+
+    def serve() -> None:
+        with near.open_reader() as reader, near.open_writer(reader) as writer:
+            reader.readline()
+            for _ in range(10):  # the client's kernel may be late to say that it has room
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        filled.append(near.send(bytes(1000), socket.MSG_DONTWAIT))
+                hub.sleep(0.01)
+            waits.append(True)
+            writer.write(answer)
+            near.sendall(b"own")
+
+    def read() -> bytes:
+        while not waits:
+            hub.sleep(0.001)
+        assert len(far.recv(sum(filled), socket.MSG_WAITALL)) == sum(filled)
+        other = threading.Thread(target=near.sendall, args=(b"other",))
+        other.start()
+        other.join(PATIENCE)
+        assert not other.is_alive()
+        far.setblocking(False)
+        got = b""
+        while len(got) < len(answer) + len(b"otherown"):
+            with contextlib.suppress(BlockingIOError):
+                got += far.recv(65536)
+            hub.sleep(0.001)
+        return got
+
+    assert run(hub, serve, read)[1] == answer + b"otherown"
 
 
 def test_a_peer_that_has_gone(hub: Any, pair: tuple[Any, socket.socket]) -> None:

@@ -531,10 +531,12 @@ class Hub:
     def after_fork(self) -> None:
         """In a child: nothing of the parent's is watched or runs here."""
         for wire in self._wires.values():
-            wire.hub = wire.reader = wire.writer = wire.guest = None
+            wire.hub = wire.reader = wire.writer = wire.guest = wire.pending = None
         for books in (self._wires, self._doors, self._fds, self._parked, self._waking, self._greens, self._ready):
             books.clear()
         self._timers.clear()
+        if self.pending.sock is not None:
+            self.pending.sock._wire.pending = None
         self.pending = Pending()  # the parent sends it
         self.beat.forget()
         self._poller.close()

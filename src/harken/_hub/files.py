@@ -247,4 +247,4 @@ class Writer(_File):
     def flush(self) -> None:
         """Send what was written."""
         self._checkClosed()
-        flush_of(here.hub, self._sock)
+        flush_of(self._sock)

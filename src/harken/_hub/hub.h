@@ -178,7 +178,6 @@ struct Hub {
     char *pending; /* what the running green thread has written and not sent, to pending_owner; see pending.c */
     size_t pending_size;
     PyObject *pending_owner;
-    bool pending_whole; /* what interrupts the sending leaves the rest to whoever uses the connection next: see owed.c */
     PyObject *pending_keeper; /* called with what the peer does not take at once; NULL: its green thread waits for that */
     size_t answers; /* to datagrams, joined and not sent; see datagrams.c */
     Later later[MOST_PUT_OFF];

@@ -123,7 +123,6 @@ void hubs_after_fork(void) {
         hub->pending_owner = hub->pending_keeper = NULL; /* the parent sends it */
         hub->passed = NULL;
         hub->pending_size = 0;
-        hub->pending_whole = false;
         hub->batch = NULL;
         hub->later_count = 0;
         hub->loose = NULL;

@@ -24,6 +24,16 @@ static int call_keeper(PyObject *keeper, PyObject *rest) {
     return 0;
 }
 
+/* What the peer does not take at once of what was joined for `owner` in `hub`. Other threads may write meanwhile: it goes
+ * before that. */
+static int send_owed(Hub *hub, PyObject *owner, PyObject *rest) {
+    State *state = state_of(owner);
+    if (!attached(state) && attach(state, hub, socket_fd(owner)) < 0)
+        return -1;
+    owe(state, rest, 0);
+    return settle_answers(owner, state);
+}
+
 /* Send what the running green thread has joined. It may wait, unless somebody keeps what the peer does not take. */
 int flush_pending(Hub *hub) {
     hub->full = false;
@@ -36,10 +46,8 @@ int flush_pending(Hub *hub) {
     size_t size = hub->pending_size;
     if (owner == NULL)
         return 0;
-    bool whole = hub->pending_whole;
     hub->pending_owner = hub->pending_keeper = NULL;
     hub->pending_size = 0;
-    hub->pending_whole = false;
     state_of(owner)->joined = false;
     int result = 0, fd = socket_fd(owner);
     ssize_t sent = send(fd, hub->pending, size, MSG_NOSIGNAL | MSG_DONTWAIT);
@@ -54,12 +62,8 @@ int flush_pending(Hub *hub) {
             result = -1;
         else if (keeper != NULL)
             result = call_keeper(keeper, rest);
-        else if (whole && attached(state_of(owner))) {
-            owe(state_of(owner), rest, 0);
-            result = settle_answers(owner, state_of(owner));
-        }
         else
-            result = transmit(owner, state_of(owner), PyBytes_AS_STRING(rest), size - done, 0, ALL) < 0 ? -1 : 0;
+            result = send_owed(hub, owner, rest);
         Py_XDECREF(rest);
     }
     Py_XDECREF(keeper);
@@ -91,7 +95,7 @@ size_t flush_pending_nowait(Hub *hub) {
     hub->pending_size -= (size_t)sent;
     memmove(hub->pending, hub->pending + sent, hub->pending_size);
     if (hub->pending_size == 0) {
-        state_of(owner)->joined = hub->pending_whole = false;
+        state_of(owner)->joined = false;
         Py_CLEAR(hub->pending_owner);
         Py_CLEAR(hub->pending_keeper);
     }
@@ -107,7 +111,7 @@ PyObject *take_joined(Hub *hub) {
     PyObject *rest = PyBytes_FromStringAndSize(hub->pending, (Py_ssize_t)hub->pending_size);
     if (rest != NULL) {
         hub->pending_size = 0;
-        state_of(hub->pending_owner)->joined = hub->pending_whole = false;
+        state_of(hub->pending_owner)->joined = false;
         Py_CLEAR(hub->pending_owner);
         Py_CLEAR(hub->pending_keeper);
     }
@@ -122,9 +126,7 @@ static int flush_for_another(PyObject *sock) {
     if (hub == NULL)
         return 0;
     PyObject *rest = take_joined(hub);
-    int result = rest == NULL ? -1 : 0;
-    if (result == 0 && transmit(sock, state_of(sock), PyBytes_AS_STRING(rest), (size_t)PyBytes_GET_SIZE(rest), 0, ALL) < 0)
-        result = -1;
+    int result = rest == NULL ? -1 : send_owed(hub, sock, rest);
     Py_XDECREF(rest);
     return result;
 }

@@ -386,7 +386,6 @@ static int send_all(PyObject *self, PyObject *const held[], const char *data, si
     Py_XSETREF(*slot(self, REST), Py_NewRef(Py_None));
     if (joining == NULL)
         return 0;
-    joining->pending_whole = true;
     return more ? 0 : flush_pending(joining);
 }
 

@@ -16,7 +16,7 @@ from harken import connection
 from harken._hub import TURN_BYTES, TURN_OPERATIONS
 from harken._hub.files import Reader, Writer
 from harken._hub.pending import flush_of
-from harken._hub.wire import Wire, give_way, here, wait
+from harken._hub.wire import PIECE_SHIFT, Wire, give_way, here, wait
 from harken.errors import DeadlineExceeded
 from harken.tracing import tell, tell_call
 from harken.unpatched import family_of, kind_of
@@ -31,8 +31,6 @@ _connect_ex = _socket.socket.connect_ex
 _DONTWAIT = int(getattr(socket, "MSG_DONTWAIT", 0))  # its own type costs a microsecond for each `|`
 _WAITALL = int(getattr(socket, "MSG_WAITALL", 0))
 _INET = (socket.AF_INET, socket.AF_INET6)
-# TURN_BYTES in TURN_OPERATIONS: an operation costs one, and one more for each of these.
-_PIECE_SHIFT = 14
 # Bytes that one sendfile(2) may send, so that a quick peer cannot keep the hub; as much as a turn allows.
 _SENDFILE_BYTES = TURN_BYTES
 # Seconds between attempts to connect to a Unix listener whose queue is full: there is nothing to wait for.
@@ -56,7 +54,7 @@ def _waiting(name: str, write: bool, flags_at: int) -> Callable[..., Any]:
 
     def method(self: Connection, *args: Any) -> Any:
         wire = self._wire
-        flush_of(here.hub, self)
+        flush_of(self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
         wire.spent += 1
@@ -94,7 +92,7 @@ class Connection(connection.Connection):
 
     def fileno(self) -> int:
         """Return the descriptor; whoever uses that finds sent what was written, and that it blocks as a socket does."""
-        flush_of(here.hub, self)
+        flush_of(self)
         if not self._exposed:
             self._exposed = True
             self._show_flags()  # from now on the program may have set them itself
@@ -148,7 +146,7 @@ class Connection(connection.Connection):
         if data is None:
             data = _wait_and_retry(wire, False, lambda: _recv(self, bufsize, flags | _DONTWAIT))
         size = len(data)
-        wire.spent += 1 + (size >> _PIECE_SHIFT)
+        wire.spent += 1 + (size >> PIECE_SHIFT)
         if 0 < size < bufsize and not flags and not wire.wet:
             wire.dry = True
         if wire.traced:
@@ -176,7 +174,7 @@ class Connection(connection.Connection):
         except OSError:
             if not data:
                 raise
-        wire.spent += 1 + (len(data) >> _PIECE_SHIFT)
+        wire.spent += 1 + (len(data) >> PIECE_SHIFT)
         if wire.traced:
             tell_call(self, "recv", (bufsize, flags), data)
         return data
@@ -200,7 +198,7 @@ class Connection(connection.Connection):
                     raise
         if size is None:
             size = _wait_and_retry(wire, False, lambda: _recv_into(self, buffer, nbytes, flags | _DONTWAIT))
-        wire.spent += 1 + (size >> _PIECE_SHIFT)
+        wire.spent += 1 + (size >> PIECE_SHIFT)
         if 0 < size < (nbytes or memoryview(buffer).nbytes) and not flags and not wire.wet:
             wire.dry = True
         if wire.traced:
@@ -221,7 +219,7 @@ class Connection(connection.Connection):
         look at the number. With one it is some, as on Python's sockets.
         """
         wire = self._wire
-        flush_of(here.hub, self)
+        flush_of(self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
         sent = None
@@ -234,7 +232,7 @@ class Connection(connection.Connection):
             sent = _wait_and_retry(wire, True, lambda: _send(self, data, flags | _DONTWAIT))
         if self._blocks(flags):
             sent = self._send_on(data, sent, flags)
-        wire.spent += 1 + (sent >> _PIECE_SHIFT)
+        wire.spent += 1 + (sent >> PIECE_SHIFT)
         if wire.traced:
             tell_call(self, "send", (data,), sent)
         return sent
@@ -247,7 +245,7 @@ class Connection(connection.Connection):
         """
         wire = self._wire
         sent: int = _send(self, data, _DONTWAIT)
-        wire.spent += 1 + (sent >> _PIECE_SHIFT)
+        wire.spent += 1 + (sent >> PIECE_SHIFT)
         if wire.traced:
             tell_call(self, "send", (data,), sent)
         return sent
@@ -274,7 +272,7 @@ class Connection(connection.Connection):
     def sendall(self, data: Any, flags: int = 0, /) -> None:
         """Send all of ``data``, waiting in the hub for room; ``timeout`` bounds the whole."""
         wire = self._wire
-        flush_of(here.hub, self)
+        flush_of(self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
         deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
@@ -284,7 +282,7 @@ class Connection(connection.Connection):
         except BlockingIOError:
             if wire.timeout == 0.0:
                 raise
-        wire.spent += 1 + (sent >> _PIECE_SHIFT)
+        wire.spent += 1 + (sent >> PIECE_SHIFT)
         if wire.traced:
             tell_call(self, "sendall", (data,), None)
         if type(data) is bytes and sent == len(data):
@@ -323,7 +321,7 @@ class Connection(connection.Connection):
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """Send a file or a part of it, by the kernel where that can be; return how many bytes."""
         self._check_sendfile_params(file, offset, count)  # type: ignore[attr-defined]
-        flush_of(here.hub, self)
+        flush_of(self)
         size = _regular_size(file)
         if size is None or self._wire.timeout == 0.0:
             return self._sendfile_use_send(file, offset, count)  # type: ignore[attr-defined, no-any-return]
@@ -352,7 +350,7 @@ class Connection(connection.Connection):
             sent = attempt()
         except BlockingIOError:
             sent = _wait_and_retry(wire, True, attempt)
-        wire.spent += 1 + (sent >> _PIECE_SHIFT)
+        wire.spent += 1 + (sent >> PIECE_SHIFT)
         if wire.traced:
             tell(self, True, b"", sent)
         return sent
@@ -471,7 +469,7 @@ class Connection(connection.Connection):
 
     def shutdown(self, how: int, /) -> None:
         """As ``socket.shutdown``, once what was written is sent."""
-        flush_of(here.hub, self)
+        flush_of(self)
         super().shutdown(how)
 
     def settle(self) -> bool:
@@ -515,7 +513,7 @@ class Connection(connection.Connection):
 
     def _send_last(self) -> None:
         try:
-            flush_of(here.hub, self)
+            flush_of(self)
         except OSError:
             pass  # the peer has gone: nobody is left to be told
 

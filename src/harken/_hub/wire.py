@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from harken._hub.fallback import Hub
     from harken._hub.pending import Pending
 
-__all__ = ["Wire", "closed", "give_way", "here", "wait"]
+__all__ = ["PIECE_SHIFT", "Wire", "closed", "give_way", "here", "wait"]
+
+# TURN_BYTES in TURN_OPERATIONS: an operation costs one, and one more for each of these.
+PIECE_SHIFT = 14
 
 
 class _Here(original("threading", "local")):  # type: ignore[misc]
