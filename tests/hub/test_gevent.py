@@ -239,6 +239,43 @@ with serving(late) as one:
     print(last.get(timeout=20))
 """
 
+UNSEEN = """
+from gevent.event import Event
+ready, go_on = Event(), Event()
+
+class Lines(harken.StreamRequestHandler):
+    def handle(self):
+        for line in self.rfile:
+            self.wfile.write(line)
+            go_on.wait(20)
+
+class Stream(harken.BaseRequestHandler):
+    def handle(self):
+        ready.wait(20)
+        for _ in range(16):
+            self.request.sendall(self.request.recv(4096))
+        go_on.wait(20)
+
+def look(handler, sent):
+    ready.clear(), go_on.clear()
+    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), handler)) as server:
+        with socket.create_connection(server.server_address, 10) as client:
+            client.sendall(sent)
+            ready.set()
+            got = b""
+            try:
+                while len(got) < len(sent):
+                    got += client.recv(len(sent) - len(got))
+                    if got == b"first\\n":
+                        break
+            except TimeoutError:
+                pass
+            go_on.set()
+    return got
+
+print(look(Lines, b"first\\nsecond\\n"), len(look(Stream, bytes(16 * 4096))))
+"""
+
 OTHERS = """
 with serving(lambda handler, word: time.sleep(0.1) or word, harken.ThreadingTCPServer) as server:
     answers, seconds = ask_at_once(server)
@@ -278,6 +315,12 @@ def test_a_timeout_that_is_left_is_over(run_program, kind):
 def test_servers_share_a_thread(run_program, kind):
     """All hubs of gevent's threads are in one; a green thread is its own hub's, whose ever turn was the last."""
     assert run(run_program, "before", SEVERAL, kind) == "True\nb'first\\n' b'second\\n'\nlast True"
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_what_was_written_is_sent_before_gevent_waits(run_program, kind):
+    """The hub does not see it when a handler gives up its turn there: nothing is kept for that moment."""
+    assert run(run_program, "before", UNSEEN, kind) == f"b'first\\n' {16 * 4096}"
 
 
 def test_coroutines_run_elsewhere(run_program):

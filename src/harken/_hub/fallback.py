@@ -63,7 +63,7 @@ def quicken(kind: type) -> None:
 def current() -> Hub | None:
     """The hub whose green thread calls; None in its own greenlet and in plain threads."""
     hub, me = here.hub, getcurrent()
-    if hub is None or me is hub.own or (hub._occupies and me not in hub._greens):
+    if hub is None or me is hub.own or (hub.occupies and me not in hub._greens):
         return None
     return hub
 
@@ -91,6 +91,7 @@ class Hub:
         beat: what the loop says of itself.
         own: the greenlet in which the hub itself runs, while it does. Not longer: a thread that ends takes its main
             greenlet along when no collection of garbage finds who else holds it, and one that is under way does not.
+        occupies: whether others share its thread, in whose waits a green thread may give up its turn unseen.
         pending: what the running green thread has written and not sent.
         asks_at_ends: as the contract has it; this hub asks in each turn.
     """
@@ -107,7 +108,7 @@ class Hub:
         self._waking: dict[greenlet, Any] = {}
         self._wires: dict[int, Wire] = {}
         self._doors: dict[int, _Door] = {}  # by the identity of the door
-        self._turning = self._occupies = False
+        self._turning = self.occupies = False
         self.asks_at_ends = True
         self._lent = False  # whether a fork carried this hub's green thread into a child
         self._open()
@@ -177,14 +178,14 @@ class Hub:
         finally:
             self.beat.leave()
             self._turning = False
-            if not self._occupies:
+            if not self.occupies:
                 here.hub, self.own = before, own
 
     def occupy(self, yes: bool) -> None:
         """Keep the thread between turns, too; see the contract."""
-        if yes != self._occupies:
+        if yes != self.occupies:
             here.occupy(self, yes)
-        self._occupies = yes
+        self.occupies = yes
         if self._turning:
             return
         if yes:
@@ -331,7 +332,7 @@ class Hub:
                 return False
             self._waking[green] = failure
             return True
-        if self._occupies and green and green not in self._parked and green is not getcurrent():
+        if self.occupies and green and green not in self._parked and green is not getcurrent():
             return self._throw_into_host(green, error)
         return self.unpark(green, failure)
 

@@ -227,6 +227,7 @@ class Writer(_File):
         more = self._reader is not None and self._reader._unread != b""
         if (
             hub is None
+            or hub.occupies  # it may wait unseen
             or size > MOST
             or not (more or hub.pending.sock is sock)
             or sock.gettimeout() == 0.0

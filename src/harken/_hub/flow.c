@@ -175,7 +175,7 @@ int flow_leave(PyObject *self) {
 
 static bool may_flow(Hub *hub, PyObject *self, State *state) {
     return state->flow == STEADY && tells_nothing(state) && state->owed == NULL && !state->later &&
-           hub->pending_owner != self && hub->turning && !in_hub(hub);
+           hub->pending_owner != self && hub->turning && sees_waits(hub) && !in_hub(hub);
 }
 
 /* Keep a piece, if it is one of a stream. 1: done; 0: the caller has to send it; -1. */

@@ -421,6 +421,9 @@ HIDDEN PyObject *connection_open_reader(PyObject *self, PyObject *const *args, P
 HIDDEN PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize_t count);
 
 /* pending.c */
+/* Whether a green thread cannot give up its turn unseen, so that what it has written may lie until it does. Where others
+ * share the thread, it may wait in what is theirs. */
+static inline bool sees_waits(Hub *hub) { return !hub->occupies; }
 /* Whether the running green thread has written what was not sent. */
 static inline bool has_unsent(Hub *hub) {
     return hub->pending_owner != NULL || hub->loose != NULL || hub->flow.owner != NULL;

@@ -22,6 +22,7 @@
  *   reset of the peer's, not where others have asked for the descriptor, not where what moves is traced.
  * - What the kernel does not take at once, or refuses, is the green thread's business again (owed.c): it is woken, and
  *   sends the rest or raises before it reads on, as it would have in sendall(). So does whoever uses the connection next.
+ * - Nowhere where a green thread may give up its turn by something that the hub knows nothing of: not in gevent's loop.
  * - A handler that goes on computing is told from one that waits by the watchdog, which sends what lies here. */
 #include "hub.h"
 #include <errno.h>
@@ -170,7 +171,7 @@ bool tells_nothing(State *state) {
 }
 
 static bool may_wait(Hub *hub, State *state) {
-    return state->rhythm == STEADY && hub->next_event < hub->event_count && hub->turning && attached(state) &&
+    return state->rhythm == STEADY && hub->next_event < hub->event_count && hub->turning && sees_waits(hub) && attached(state) &&
            state->hub == (PyObject *)hub && tells_nothing(state) && !state->ended;
 }
 

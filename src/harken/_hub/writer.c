@@ -45,7 +45,7 @@ static int put(Writer *writer, const char *data, size_t size, PyObject *whole) {
     State *state = state_of(sock);
     bool more = writer->reader != NULL && held(writer->reader) > 0;
     bool mine = hub != NULL && hub->pending_owner == sock; /* what is pending is a green thread's: the running one's */
-    bool joins = size <= PENDING && !state->nonblocking && (mine || (more && hub != NULL && !in_hub(hub)));
+    bool joins = size <= PENDING && !state->nonblocking && (mine || (more && hub != NULL && sees_waits(hub) && !in_hub(hub)));
     begin_writing(state);
     if (joins && mine && more && hub->pending_size + size <= PENDING) { /* most answers of a batch */
         append(hub, data, size);
@@ -85,7 +85,7 @@ static ssize_t try_put(Writer *writer, const char *data, size_t size) {
         if ((mine = hub->pending_owner == sock) && hub->pending_size + size > PENDING)
             return 0;
     }
-    if (hub != NULL && (mine || (more && size <= PENDING && hub->pending_owner == NULL && !in_hub(hub)))) {
+    if (hub != NULL && (mine || (more && size <= PENDING && hub->pending_owner == NULL && sees_waits(hub) && !in_hub(hub)))) {
         if (join(hub, sock, data, size) < 0)
             return -1;
         Py_XSETREF(hub->pending_keeper, Py_XNewRef(writer->keeper));
