@@ -14,7 +14,7 @@ import pytest
 from harken import _hub
 
 from .conftest import Stage
-from .kit import PATIENCE
+from .kit import BIG, PATIENCE
 from .pairs import ROUNDS, Pair, ask_and_read_b, last
 
 
@@ -545,6 +545,45 @@ def test_what_interrupts_a_wait_leaves_what_has_come_to_the_next_read(stage, how
     outcomes = stage.run(lambda: pair.serve(pair.a, "a"), serve_b, client)
     assert outcomes[2] == ((b"last", b"last"), (b"next", b"next"))
     assert got == [True, b"last"]
+
+
+def test_what_has_come_moves_on_with_its_connection(stage, kind):
+    """A throws at B, whose bytes came in the same turn; another hub's green thread writes, then reads them."""
+    pair, other = Pair(stage), Stage(kind)
+    greens = []
+
+    def serve_b():
+        greens.append(greenlet.getcurrent())
+        with contextlib.suppress(LookupError):
+            pair.serve(pair.b, "b")
+
+    pair.ways["alast"] = lambda pair: pair.hub.throw(greens[0], LookupError("thrown"))
+
+    def client():
+        for _ in range(ROUNDS):
+            assert pair.ask(b"more") == (b"more", b"more")
+        pair.far_a.sendall(b"last")
+        pair.far_b.sendall(b"last")
+        pair.read(pair.far_a)
+        pair.far_a.close()
+
+    stage.run(lambda: pair.serve(pair.a, "a"), serve_b, client)
+
+    def move():
+        pair.b.sendall(bytes(BIG))
+        return pair.b.recv(100, socket.MSG_DONTWAIT)
+
+    def drain():
+        left = BIG
+        while left:
+            with contextlib.suppress(BlockingIOError):
+                left -= len(pair.far_b.recv(left))
+            other.hub.sleep(0)
+
+    try:
+        assert other.run(move, drain)[0] == b"last"
+    finally:
+        other.close()
 
 
 def test_no_more_is_received_ahead_than_was_asked_for(stage):

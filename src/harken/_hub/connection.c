@@ -99,7 +99,7 @@ bool attached(State *state) {
 
 /* Find the connection's slot in the hub of this thread. */
 int attach(State *state, Hub *hub, int fd) {
-    uint32_t owed_from = 0;
+    Slot before = {0};
     if (!attached(state))
         Py_CLEAR(state->owed); /* the parent's, of a process that has forked */
     else {
@@ -109,17 +109,23 @@ int attach(State *state, Hub *hub, int fd) {
             PyErr_SetString(PyExc_RuntimeError, BUSY); /* in another hub */
             return -1;
         }
-        owed_from = state->slot->owed_from;
+        before = *state->slot; /* what came for a reader that was interrupted goes with it, as what is owed */
+        state->slot->ahead = NULL;
         slot_leave((Hub *)state->hub, state->slot, fd);
     }
     Slot *slot = slot_of(hub, fd);
-    if (slot == NULL)
+    if (slot == NULL) {
+        Py_XDECREF(before.ahead);
         return -1;
+    }
     if (slot->owned || (slot->waiter[READ] == NULL && slot->waiter[WRITE] == NULL))
         slot_renew(hub, slot);
     slot->owned = true;
     slot->registered = slot->dry = false;
-    slot->owed_from = owed_from;
+    slot->owed_from = before.owed_from;
+    slot->ahead = before.ahead;
+    slot->fault = before.fault;
+    slot->came = before.came;
     Py_XSETREF(state->hub, Py_NewRef(hub));
     state->slot = slot;
     state->generation = slot->generation;
