@@ -6,6 +6,7 @@ import socket
 import ssl
 import struct
 import threading
+import time
 from functools import partial
 
 import pytest
@@ -185,6 +186,53 @@ def test_what_is_joined_does_not_wait_for_who_computes(engine, serving, dial):
         assert client.recv(100) == b"first\n"
         got.set()
         assert client.recv(100) == b"second\n"
+
+
+class Ending:
+    """OpenSSL's side where another thread shuts down: it reads ahead while the handler begins to read."""
+
+    def __init__(self, request):
+        self._inner, self._thread = request._sslobj, threading.Thread(target=request.shutdown, args=(socket.SHUT_RDWR,))
+        self._in_read, self._reads = threading.Event(), threading.Event()
+        request._sslobj = self
+        self._thread.start()
+        assert self._in_read.wait(PATIENCE)
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def read(self, *args):
+        """As of the wrapped one."""
+        data = self._inner.read(*args)
+        if threading.current_thread() is self._thread:
+            self._in_read.set()
+            assert self._reads.wait(PATIENCE)
+            time.sleep(0.05)  # until the handler stands before the guard: sooner, it would have to find the same
+        return data
+
+    def let_read(self, request):
+        """Read as the handler."""
+        self._reads.set()
+        data = request.recv(100)
+        self._thread.join(PATIENCE)
+        return data
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_a_shutdown_in_another_thread_leaves_what_is_read_in_order(engine, serving, dial_wire):
+    """It reads ahead what has come, in the moment in which the handler reads."""
+    got, done = [], threading.Event()
+
+    class Reads(harken.BaseRequestHandler):
+        def handle(self):
+            got.append(self.request.recv(100))
+            got.append(Ending(self.request).let_read(self.request))
+            done.set()
+
+    with serving(engine, Reads) as server, dial_wire(server) as client:
+        client.send_apart([b"one", b"two", b"three"])
+        assert done.wait(PATIENCE)
+    assert got == [b"one", b"two"]
 
 
 @pytest.mark.parametrize("engine", HUBS)

@@ -19,7 +19,8 @@ static Py_ssize_t offsets[SLOTS];
 static PyTypeObject *secured_type; /* the class that was quickened */
 static PyObject *slow_recv, *slow_recv_into, *slow_sendall, *slow_encrypt, *slow_shake, *slow_end, *slow_stand_for;
 static PyObject *want_read;                                                         /* ssl.SSLWantReadError */
-static PyObject *word_break_off, *word_fail, *word_judge, *word_record, *word_recv, *word_sendall, *word_tell;
+static PyObject *word_break_off, *word_fail, *word_judge, *word_record, *word_recv, *word_sendall, *word_take,
+    *word_tell;
 
 /* What is called on OpenSSL's objects for every message, looked up once: of `type`, which programs cannot change. */
 typedef struct {
@@ -193,14 +194,23 @@ static int see_end(PyObject *const held[]) {
     return call_off(held[INCOMING], WRITE_EOF, NULL);
 }
 
-/* Read by Python's call. */
-static Py_ssize_t read_asking(PyObject *self, PyObject *const held[], char *room, Py_ssize_t size) {
-    PyObject *number = PyLong_FromSsize_t(size);
-    if (number == NULL)
+static bool has_read_ahead(PyObject *self) { return PyBytes_GET_SIZE(*slot(self, AHEAD)) > 0; }
+
+/* Read by Python's call, after `more`, if that is not NULL, was kept in OpenSSL's memory. Another thread may have had
+ * the guard, to end the connection: what it has read ahead then is first. */
+static Py_ssize_t read_asking(PyObject *self, PyObject *const held[], char *room, Py_ssize_t size, PyObject *more) {
+    PyObject *number = PyLong_FromSsize_t(size), *data = NULL;
+    if (number == NULL) {
+        Py_XDECREF(more);
         return FAILED;
+    }
     guard_take(held[GUARD]);
-    PyObject *data = call(held[SSLOBJ], PLAIN_READ, number);
+    int kept = more == NULL ? 0 : call_off(held[INCOMING], WRITE_IN, more);
+    if (kept == 0)
+        data = has_read_ahead(self) ? PyObject_CallMethodOneArg(self, word_take, number)
+                                    : call(held[SSLOBJ], PLAIN_READ, number);
     guard_give_back(held[GUARD]);
+    Py_XDECREF(more);
     Py_DECREF(number);
     if (data == NULL)
         data = ask(self, word_judge);
@@ -214,6 +224,7 @@ static Py_ssize_t read_asking(PyObject *self, PyObject *const held[], char *room
 /* Read out of what is at hand, or of the `got` bytes in `scratch`. */
 static Py_ssize_t read_once(PyObject *self, PyObject *const held[], ssize_t got, Py_ssize_t most, Target *target) {
     SSL *ssl = ssl_of(held[SSLOBJ]);
+    PyObject *more = NULL;
     char *room = room_in(target, &most);
     if (room == NULL)
         return FAILED;
@@ -222,10 +233,10 @@ static Py_ssize_t read_once(PyObject *self, PyObject *const held[], ssize_t got,
         guard_give_back(held[GUARD]);
         if (read != ASK_SSL)
             return read == FEED_SSL ? MORE : read;
-    } else if (got > 0 && keep(held[INCOMING], got) < 0) {
+    } else if (got > 0 && (more = PyBytes_FromStringAndSize(scratch, got)) == NULL) {
         return FAILED;
     }
-    return read_asking(self, held, room, most);
+    return read_asking(self, held, room, most, more);
 }
 
 /* Wait for more, and read out of it. */
@@ -235,11 +246,14 @@ static Py_ssize_t feed(PyObject *self, PyObject *const held[], Py_ssize_t *most,
         return FAILED;
     if (got > 0)
         return read_once(self, held, got, *most += got, target); /* OpenSSL keeps the pieces of a record */
-    if (call_off(held[INCOMING], WRITE_EOF, NULL) < 0)
+    guard_take(held[GUARD]);
+    int ended = call_off(held[INCOMING], WRITE_EOF, NULL);
+    guard_give_back(held[GUARD]);
+    if (ended < 0)
         return FAILED;
     *most += 1;
     char *room = room_in(target, most);
-    return room == NULL ? FAILED : read_asking(self, held, room, *most);
+    return room == NULL ? FAILED : read_asking(self, held, room, *most, NULL);
 }
 
 /* Read at least one byte; 0: the end. */
@@ -278,8 +292,6 @@ static int tell(PyObject *self, PyObject *method, PyObject *argument, PyObject *
     Py_XDECREF(told);
     return told == NULL ? -1 : 0;
 }
-
-static bool has_read_ahead(PyObject *self) { return PyBytes_GET_SIZE(*slot(self, AHEAD)) > 0; }
 
 static PyObject *secured_recv(PyObject *self, PyObject *const *args, Py_ssize_t count, PyObject *names) {
     Target target = {.size = count == 1 && names == NULL && PyLong_CheckExact(args[0]) ? PyLong_AsSsize_t(args[0]) : 0};
@@ -657,6 +669,7 @@ PyObject *quicken(PyObject *module, PyObject *type) {
         {&word_record, "record"},
         {&word_recv, "recv"},
         {&word_sendall, "sendall"},
+        {&word_take, "_take"},
         {&word_tell, "_tell"},
     };
     if (!PyType_Check(type) || slow_recv != NULL) {

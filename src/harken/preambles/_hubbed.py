@@ -149,6 +149,8 @@ class Hubbed(Secured):
             if incoming.pending or incoming.eof or sslobj.pending():
                 try:
                     with self._guard:
+                        if piece := self._take(size):  # another thread has begun to end the connection meanwhile
+                            return give(piece, buffer)
                         read = sslobj.read(size) if buffer is None else sslobj.read(size, buffer)
                     if not read and size:
                         incoming.write_eof()  # it has said close_notify, and may wait for ours: no read waits again
@@ -195,10 +197,11 @@ class Hubbed(Secured):
                 raise
         else:
             data = self._receive()
-        if data:
-            self._incoming.write(data)
-        else:
-            self._incoming.write_eof()
+        with self._guard:
+            if data:
+                self._incoming.write(data)
+            else:
+                self._incoming.write_eof()
 
     def _receive(self) -> bytes:
         try:
@@ -225,13 +228,17 @@ class Hubbed(Secured):
         """Return how many bytes can be read at once, without the descriptor's becoming readable."""
         if self._sslobj is None:
             return 0
+        with self._guard:
+            self._look()
+        return len(self._ahead) or self._sslobj.pending()
+
+    def _look(self) -> None:
+        """Read ahead, if there is nothing yet that can be read at once. With the guard."""
         if not self._ahead and not self._sslobj.pending() and self._incoming.pending:
             try:
-                with self._guard:
-                    self._ahead = self._sslobj.read(PIECE)
+                self._ahead = self._sslobj.read(PIECE)
             except OSError:  # half a record; or an error, which the next read meets again
                 pass
-        return len(self._ahead) or self._sslobj.pending()
 
     def open_reader(self, size: int = -1, /) -> Any:
         """Return a buffered file to read, which a timeout does not end, as it ends ``makefile``'s."""
@@ -417,18 +424,17 @@ class Hubbed(Secured):
         if self._ended or self._sslobj is None:
             return
         self._ended = True
-        self.pending()  # takes what came already: OpenSSL would not forgive data behind our close_notify
-        while more := self._sslobj.pending():
-            with self._guard:
+        with self._guard:  # all of it: who reads in another thread is to find everything in order
+            self._look()  # takes what came already: OpenSSL would not forgive data behind our close_notify
+            while more := self._sslobj.pending():
                 self._ahead += self._sslobj.read(more)
-        fed = self._incoming.read()
-        try:
-            with self._guard:
+            fed = self._incoming.read()
+            try:
                 self._sslobj.shutdown()
-        except OSError:  # the usual: the peer's close_notify has not come
-            pass
-        if fed and not self._incoming.eof:  # eof: its end was fed, and nothing can be written behind that
-            self._incoming.write(fed)
+            except OSError:  # the usual: the peer's close_notify has not come
+                pass
+            if fed and not self._incoming.eof:  # eof: its end was fed, and nothing can be written behind that
+                self._incoming.write(fed)
         self._send_last()
 
     def _send_last(self) -> None:
