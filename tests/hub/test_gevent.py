@@ -239,6 +239,29 @@ with serving(late) as one:
     print(last.get(timeout=20))
 """
 
+BETWEEN = {
+    "sleep": "green.sleep(0.01)",
+    "turn": "green.sleep(0)",
+    "timeout": "self.request.settimeout(0.01), self.request.recv(1)",
+}
+
+WAIT_BETWEEN = """
+class Waits(harken.StreamRequestHandler):
+    def handle(self):
+        word = self.rfile.readline()
+        for _ in range(3):
+            gevent.sleep(0.001)  # it is gevent that goes on with us
+            with contextlib.suppress(TimeoutError):
+                {wait}
+        self.wfile.write(word)
+
+with harken.GreenTCPServer(("127.0.0.1", 0), Waits) as server:
+    loop = gevent.spawn(server.serve_forever, 30)
+    print(ask(server, "in time"))
+    server.shutdown()
+    loop.join()
+"""
+
 UNSEEN = """
 from gevent.event import Event
 ready, go_on = Event(), Event()
@@ -315,6 +338,13 @@ def test_a_timeout_that_is_left_is_over(run_program, kind):
 def test_servers_share_a_thread(run_program, kind):
     """All hubs of gevent's threads are in one; a green thread is its own hub's, whose ever turn was the last."""
     assert run(run_program, "before", SEVERAL, kind) == "True\nb'first\\n' b'second\\n'\nlast True"
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+@pytest.mark.parametrize("wait", BETWEEN)
+def test_what_begins_between_two_turns_ends_in_time(run_program, wait, kind):
+    """A wait in harken after one in gevent, where the hub's turns are 30 s apart."""
+    assert run(run_program, "before", WAIT_BETWEEN.format(wait=BETWEEN[wait]), kind) == "in time"
 
 
 @pytest.mark.parametrize("kind", ["compiled", "fallback"])

@@ -358,7 +358,7 @@ class Hub:
         green = getcurrent()
         if seconds <= 0:
             self._waking[green] = None
-            self._ready.append((self._resume, (green,)))
+            self._make_due(self._resume, (green,))
             got = self.own.switch()
             if type(got) is _Failure:
                 raise got.error

@@ -95,8 +95,6 @@ static PyObject *hub_call_at(PyObject *self, PyObject *const *args, Py_ssize_t c
     PyObject *tuple = rest(args + 2, count - 2);
     PyObject *timer = tuple == NULL ? NULL : timer_new((Hub *)self, deadline, args[1], tuple);
     Py_XDECREF(tuple);
-    if (timer != NULL && !in_turn((Hub *)self))
-        hub_wake((Hub *)self); /* whoever hosts the loop asks for the next deadline then */
     return timer;
 }
 

@@ -76,7 +76,7 @@ int heap_insert(Hub *hub, Node *node) {
         hub->heap_capacity = capacity;
     }
     sift_up(hub, hub->heap_size++, node);
-    return 0;
+    return in_turn(hub) ? 0 : hub_wake(hub); /* whoever hosts the loop asks for the next deadline then */
 }
 
 void heap_remove(Hub *hub, Node *node) {
