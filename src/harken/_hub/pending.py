@@ -48,7 +48,7 @@ class Pending:
 
     def flush(self) -> None:
         """Send it; this may wait, and raise what sending raises. Whoever writes on meanwhile sends it first."""
-        if self._send_some():
+        if self.sock is None or self._send_some():
             return
         if self._waits:
             self._send_all()
