@@ -3,9 +3,9 @@
  * What a green thread has written and not sent: answers that are joined while its reader still holds requests.
  *
  * What was joined is sent before the green thread gives up its turn in any way, so no answer ever waits for the peer; at
- * most one green thread, the running one, has such output, and one buffer a hub is enough. In gevent's loop, where one may
- * wait unseen, nothing is joined. What else may wait to be sent
- * (together.c, flow.c, owed.c) goes from here, too, wherever something is to follow it. */
+ * most one green thread, the running one, has such output, and one buffer a hub is enough. In gevent's loop, where one
+ * may wait unseen, nothing is joined. What else may wait to be sent (together.c, flow.c, owed.c) goes from here, too,
+ * wherever something is to follow it. */
 #include "files.h"
 #include <errno.h>
 #include <sys/socket.h>

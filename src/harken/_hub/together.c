@@ -171,8 +171,8 @@ bool tells_nothing(State *state) {
 }
 
 static bool may_wait(Hub *hub, State *state) {
-    return state->rhythm == STEADY && hub->next_event < hub->event_count && hub->turning && sees_waits(hub) && attached(state) &&
-           state->hub == (PyObject *)hub && tells_nothing(state) && !state->ended;
+    return state->rhythm == STEADY && hub->next_event < hub->event_count && hub->turning && sees_waits(hub) &&
+           attached(state) && state->hub == (PyObject *)hub && tells_nothing(state) && !state->ended;
 }
 
 /* Put an answer off, if it may be: `whole`, or a copy of `data`. 1: done; 0: the caller has to send it; -1. */

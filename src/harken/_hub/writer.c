@@ -45,7 +45,8 @@ static int put(Writer *writer, const char *data, size_t size, PyObject *whole) {
     State *state = state_of(sock);
     bool more = writer->reader != NULL && held(writer->reader) > 0;
     bool mine = hub != NULL && hub->pending_owner == sock; /* what is pending is a green thread's: the running one's */
-    bool joins = size <= PENDING && !state->nonblocking && (mine || (more && hub != NULL && sees_waits(hub) && !in_hub(hub)));
+    bool begins = !mine && more && hub != NULL && sees_waits(hub) && !in_hub(hub);
+    bool joins = size <= PENDING && !state->nonblocking && (mine || begins);
     begin_writing(state);
     if (joins && mine && more && hub->pending_size + size <= PENDING) { /* most answers of a batch */
         append(hub, data, size);
@@ -85,7 +86,9 @@ static ssize_t try_put(Writer *writer, const char *data, size_t size) {
         if ((mine = hub->pending_owner == sock) && hub->pending_size + size > PENDING)
             return 0;
     }
-    if (hub != NULL && (mine || (more && size <= PENDING && hub->pending_owner == NULL && sees_waits(hub) && !in_hub(hub)))) {
+    bool begins = !mine && more && size <= PENDING && hub != NULL && hub->pending_owner == NULL && sees_waits(hub) &&
+                  !in_hub(hub);
+    if (mine || begins) {
         if (join(hub, sock, data, size) < 0)
             return -1;
         Py_XSETREF(hub->pending_keeper, Py_XNewRef(writer->keeper));
@@ -135,19 +138,16 @@ static PyObject *writer_take_back(PyObject *self, PyObject *none) {
 }
 
 static PyObject *writer_write(PyObject *self, PyObject *data) {
-    bool foreign = ((Writer *)self)->foreign;
-    if (PyBytes_CheckExact(data) && foreign)
-        return put_foreign((Writer *)self, data) < 0 ? NULL : PyLong_FromSsize_t(PyBytes_GET_SIZE(data));
-    if (PyBytes_CheckExact(data))
-        return put((Writer *)self, PyBytes_AS_STRING(data), (size_t)PyBytes_GET_SIZE(data), data) < 0
-                   ? NULL
-                   : PyLong_FromSsize_t(PyBytes_GET_SIZE(data));
-    Py_buffer buffer;
-    if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
+    Writer *writer = (Writer *)self;
+    Py_buffer buffer = {.len = PyBytes_CheckExact(data) ? PyBytes_GET_SIZE(data) : -1};
+    PyObject *whole = buffer.len >= 0 ? data : NULL;
+    if (whole != NULL) /* without the detour */
+        buffer.buf = PyBytes_AS_STRING(data);
+    else if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
         return NULL;
     Py_ssize_t size = buffer.len;
-    int result = foreign ? put_foreign((Writer *)self, data) : put((Writer *)self, buffer.buf, (size_t)size, NULL);
-    PyBuffer_Release(&buffer);
+    int result = writer->foreign ? put_foreign(writer, data) : put(writer, buffer.buf, (size_t)size, whole);
+    PyBuffer_Release(&buffer); /* of nothing, for bytes */
     return result < 0 ? NULL : PyLong_FromSsize_t(size);
 }
 
