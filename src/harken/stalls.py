@@ -23,6 +23,7 @@ from harken import events
 from harken.connection import Connection
 from harken.settings import seconds, setting
 from harken.stacks import uncollected
+from harken.unpatched import NativeThread, original, patched
 
 __all__ = ["STALL_AFTER", "Tally", "Watchdog"]
 
@@ -179,24 +180,21 @@ def _of_connection(connection: Connection, arguments: Any) -> tuple[Any, str | N
 class Watchdog:
     """Listens to the beat of one loop; the thread is started by ``start`` and ended by ``stop``."""
 
-    def __init__(
-        self, beat: Beat, *, thread: int, tally: Tally | None = None, send: Callable[[], object] | None = None
-    ) -> None:
-        """Make a watchdog that sleeps.
+    def __init__(self, beat: Beat, *, tally: Tally | None = None, send: Callable[[], object] | None = None) -> None:
+        """Make a watchdog that sleeps, in the thread in which the loop is to run.
 
         Args:
             beat: of the loop.
-            thread: identifier of the thread in which the loop runs.
             tally: counts what is found.
             send: sends, without waiting, what the running green thread has written; called when that goes on.
         """
         self._beat = beat
-        self._loop_thread = thread
+        self._loop_thread: int = original("_thread", "get_ident")()
         self._tally = tally if tally is not None else Tally()
         self._send = send
         self._seen: Sighting | None = None
         self._told = False
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | NativeThread | None = None
         self._starting = threading.Lock()
 
     @property
@@ -211,7 +209,10 @@ class Watchdog:
     def start(self) -> None:
         """Begin to listen; harmless when it does. Any thread."""
         if self._starting.acquire(blocking=False):  # the first, who never gives it back
-            self._thread = threading.Thread(target=self._listen, name="harken-watchdog", daemon=True)
+            if patched():  # a thread of gevent's would keep all waiting, and runs only when they do not
+                self._thread = NativeThread(self._listen)
+            else:
+                self._thread = threading.Thread(target=self._listen, name="harken-watchdog", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:

@@ -1,14 +1,15 @@
-"""Sockets and polls as the kernel has them: what gevent's monkey patching replaced, and the numbers below the enums."""
+"""Sockets, polls and threads as the kernel has them: what gevent's monkey patching replaced, and numbers below enums."""
 
 from __future__ import annotations
 
 import _socket
 import importlib
 import sys
+from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Socket", "family_of", "kind_of", "original", "patched", "proto_of", "rebased"]
+__all__ = ["NativeThread", "Socket", "family_of", "kind_of", "original", "patched", "proto_of", "rebased"]
 
 
 def patched() -> bool:
@@ -23,6 +24,35 @@ def original(module: str, name: str) -> Any:
     if monkey is not None and monkey.is_module_patched(module):
         return monkey.get_original(module, name)
     return getattr(importlib.import_module(module), name)
+
+
+class NativeThread:
+    """A thread of the system's, which the interpreter does not wait for; where gevent's are greenlets, too.
+
+    What it calls may use gevent: that gives it a loop of its own.
+    """
+
+    def __init__(self, target: Callable[[], object]) -> None:
+        """Make a thread that calls ``target`` once it is started."""
+        self._target = target
+        self._ident = 0
+        self._running = original("_thread", "allocate_lock")()
+
+    def start(self) -> None:
+        """Begin."""
+        self._running.acquire()
+        self._ident = original("_thread", "start_new_thread")(self._run, ())
+
+    def _run(self) -> None:
+        try:
+            self._target()
+        finally:
+            self._running.release()
+
+    def join(self, seconds: float) -> None:
+        """Wait until it has ended, at most so long, and keep all of gevent's greenlets waiting; in it, return at once."""
+        if self._ident != original("_thread", "get_ident")() and self._running.acquire(timeout=seconds):
+            self._running.release()
 
 
 def rebased(kind: type, base: type) -> type:

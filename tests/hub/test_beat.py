@@ -30,9 +30,7 @@ class Watched:
         self.told: list[events.Event] = []
         self.tally = Tally()
         self.sent: list[float] = []
-        self.watchdog = Watchdog(
-            stage.hub.beat, thread=threading.get_ident(), tally=self.tally, send=lambda: self.sent.append(time.time())
-        )
+        self.watchdog = Watchdog(stage.hub.beat, tally=self.tally, send=lambda: self.sent.append(time.time()))
         self.watchdog.after = after
         self._unsubscribe = events.subscribe(self.told.append, "stalled")
         self.watchdog.start()
@@ -112,13 +110,13 @@ def test_finds(stage: Any, watched: Watched, stall: Callable[[], None], marker: 
 
 
 DNS = """
-import socket, sys, threading, time
+import socket, sys, time
 silent = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 silent.bind(("127.0.0.1", 53))
 from harken import _hub, events
 from harken.stalls import Watchdog
 hub = _hub.Hub()
-watchdog = Watchdog(hub.beat, thread=threading.get_ident())
+watchdog = Watchdog(hub.beat)
 watchdog.after = 0.1
 events.subscribe(lambda event: print(event.function, event.seconds > 0.5, flush=True), "stalled")
 watchdog.start()
@@ -233,7 +231,7 @@ def test_serves_any_loop(kind: ModuleType) -> None:
     told: list[events.Event] = []
     unsubscribe = events.subscribe(told.append, "stalled")
     beat = kind.Beat()
-    watchdog = Watchdog(beat, thread=threading.get_ident())
+    watchdog = Watchdog(beat)
     watchdog.after = AFTER
     watchdog.start()
     for _ in range(2):
@@ -253,7 +251,7 @@ def test_two_loops_are_told_apart(kind: ModuleType) -> None:
 
     def serve(work: Callable[[], None]) -> None:
         hub = kind.Hub()
-        watchdog = Watchdog(hub.beat, thread=threading.get_ident())
+        watchdog = Watchdog(hub.beat)
         watchdog.after = AFTER
         watchdog.start()
         green = hub.spawn(work)

@@ -6,11 +6,11 @@ moment when that lets go, which is still at the same line.
 
 from __future__ import annotations
 
-import _thread
 from collections.abc import Callable
 from time import monotonic
 
 from harken._hub import LONG_SECONDS, LOOK_SECONDS
+from harken.unpatched import original
 
 __all__ = ["Beat"]
 
@@ -34,7 +34,7 @@ class Beat:
         self._unsent = unsent
         self.forget()
         self._stopped = False
-        self._bell = _thread.allocate_lock()
+        self._bell = original("_thread", "allocate_lock")()
         self._bell.acquire()
         self._suspect = 0.0
         self._told_long = False

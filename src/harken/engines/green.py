@@ -376,12 +376,9 @@ class Engine(Contract):
 
     def _watch_for_stalls(self, hub: Any) -> Watchdog:
         """Start the watchdog, which is needed in any case: it sends what handlers wrote before they compute on."""
-        watchdog = self._watchdog = Watchdog(
-            hub.beat, thread=threading.get_ident(), tally=self._stalls, send=hub.flush_pending_nowait
-        )
+        watchdog = self._watchdog = Watchdog(hub.beat, tally=self._stalls, send=hub.flush_pending_nowait)
         self.refresh()
-        if not patched():  # a thread of gevent's is none, and would keep everybody waiting
-            watchdog.start()
+        watchdog.start()
         return watchdog
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 
 from harken import events
 from harken.observe.log import escape
+from harken.unpatched import patched
 
 __all__ = ["StallReport", "joined", "report_at_exit"]
 
@@ -20,8 +21,9 @@ MOST_SHOWN = 5
 MOST_KEPT = 256
 REMEDY = (
     "give what blocks there to harken.green.offload(), let gevent patch it (python -m gevent.monkey), or take "
-    "--engine thread; --stall-after says from when on it counts"
+    "--engine thread"
 )
+REMEDY_IN_GEVENT = "give what blocks there, which gevent could not patch, to harken.green.offload()"
 
 
 @dataclass(slots=True)
@@ -80,7 +82,8 @@ class StallReport:
             f"{seen.seconds:.2f} s in all, {seen.longest:.2f} s at most"
             for place, seen in worst[:MOST_SHOWN]
         ]
-        return "\n".join((*lines, f"harken: {REMEDY}"))
+        remedy = REMEDY_IN_GEVENT if patched() else REMEDY
+        return "\n".join((*lines, f"harken: {remedy}; --stall-after says from when on it counts"))
 
 
 def joined(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,6 +2,9 @@
 
 Turns are taken in gevent's hub greenlet, which so becomes the own greenlet of harken's hub: a green thread that waits
 in gevent switches there, and gevent switches straight back to it.
+
+So the hub does not see all that keeps it waiting. For the watchdog a round of gevent's loop is one piece of work, but
+for what of it is the hub's own turn.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ class Host:
         """Wait, in a greenlet of gevent's, while the hub is given its turns."""
         self._home = import_module("gevent").get_hub()
         self._over = import_module("gevent.event").Event()
+        self._rounds = _Rounds(self._home.loop, self.stage.hub.beat)
         fd = self.stage.hub.fileno()
         self._watched = fd >= 0
         watcher = self._home.loop.io(fd, _READ) if self._watched else None
@@ -56,6 +60,7 @@ class Host:
         finally:
             self._ended = True
             self._disarm()
+            self._rounds.close()
             if watcher is not None:
                 watcher.stop()
                 watcher.close()
@@ -81,6 +86,7 @@ class Host:
                 self._occupies = True
                 stage.hub.occupy(True)
             news = stage.hub.step(0.0) or self._timer is None
+            self._rounds.resume()
             if news:
                 stage.tick()
                 if stage.until():
@@ -123,6 +129,41 @@ class Host:
         if timer is not None:
             timer.stop()
             timer.close()
+
+
+class _Rounds:
+    """Tells a watchdog when the loop begins a round of callbacks, and when it sleeps. Not with libuv, which has no such news."""
+
+    def __init__(self, loop: Any, beat: Any) -> None:
+        self._beat = beat
+        self._watchers: list[Any] = []
+        self.resume: Callable[[], None] = _nothing
+        """To be called after a turn, which ends with the hub's own leave()."""
+        try:
+            ends = loop.prepare(ref=False, priority=loop.MINPRI)  # after those by which gevent runs what is ready
+        except TypeError:
+            return
+        self._begins = loop.check(ref=False, priority=loop.MAXPRI)
+        self._watchers = [self._begins, ends]
+        ends.start(beat.leave)
+        self._begins.start(self._first)
+
+    def _first(self) -> None:
+        """Watch from here: of a round that is under way already the end may not be told."""
+        self._begins.callback = self.resume = self._beat.enter
+        self._beat.enter()
+
+    def close(self) -> None:
+        """Watch no longer."""
+        for watcher in self._watchers:
+            watcher.stop()
+            watcher.close()
+        self.resume = _nothing
+        self._beat.leave()
+
+
+def _nothing() -> None:
+    pass
 
 
 _guests = 0  # hubs that have turns by gevent, in whatever thread
