@@ -1,4 +1,4 @@
-"""Sockets, polls and threads as the kernel has them: what gevent's monkey patching replaced, and numbers below enums."""
+"""Sockets, polls and threads as the kernel has them: what gevent's monkey patching replaced, numbers below enums."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class NativeThread:
             self._running.release()
 
     def join(self, seconds: float) -> None:
-        """Wait until it has ended, at most so long, and keep all of gevent's greenlets waiting; in it, return at once."""
+        """Wait for its end, at most so long, and keep all of gevent's greenlets waiting; in it, return at once."""
         if self._ident != original("_thread", "get_ident")() and self._running.acquire(timeout=seconds):
             self._running.release()
 

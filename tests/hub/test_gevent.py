@@ -7,38 +7,7 @@ import signal
 import pytest
 import trustme
 
-PROLOGUE = {
-    "before": "from gevent import monkey; monkey.patch_all()\nimport harken\n",
-    "after": "import harken.engines.green, harken.server, harken.green\n"
-    "from gevent import monkey; monkey.patch_all()\nimport harken\n",
-}
-
-SERVE = """
-import contextlib, faulthandler, http.server, os, signal, socket, sys, threading, time, urllib.request
-import gevent, requests
-from harken import green
-faulthandler.dump_traceback_later(40, exit=True)
-
-@contextlib.contextmanager
-def serving(function, server=harken.GreenTCPServer):
-    class Handler(harken.StreamRequestHandler):
-        def handle(self):
-            for line in self.rfile:
-                self.wfile.write(f"{function(self, line.strip().decode())}\\n".encode())
-    with harken.background(server(("127.0.0.1", 0), Handler)) as running:
-        yield running
-
-def ask(server, word="x"):
-    with socket.create_connection(server.server_address, 20) as client, client.makefile("rb") as answers:
-        client.sendall(word.encode() + b"\\n")
-        return answers.readline().strip().decode()
-
-def ask_at_once(server, count=10):
-    began = time.monotonic()
-    asking = [gevent.spawn(ask, server, str(number)) for number in range(count)]
-    gevent.joinall(asking, timeout=20)
-    return [one.value for one in asking], time.monotonic() - began
-"""
+from .patched import PROLOGUE, SERVE, run
 
 LIBRARIES = """
 class Slow(http.server.BaseHTTPRequestHandler):
@@ -262,91 +231,11 @@ with harken.GreenTCPServer(("127.0.0.1", 0), Waits) as server:
     loop.join()
 """
 
-UNSEEN = """
-from gevent.event import Event
-ready, go_on = Event(), Event()
-
-class Lines(harken.StreamRequestHandler):
-    def handle(self):
-        for line in self.rfile:
-            self.wfile.write(line)
-            go_on.wait(20)
-
-class Stream(harken.BaseRequestHandler):
-    def handle(self):
-        ready.wait(20)
-        for _ in range(16):
-            self.request.sendall(self.request.recv(4096))
-        go_on.wait(20)
-
-def look(handler, sent):
-    ready.clear(), go_on.clear()
-    with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), handler)) as server:
-        with socket.create_connection(server.server_address, 10) as client:
-            client.sendall(sent)
-            ready.set()
-            got = b""
-            try:
-                while len(got) < len(sent):
-                    got += client.recv(len(sent) - len(got))
-                    if got == b"first\\n":
-                        break
-            except TimeoutError:
-                pass
-            go_on.set()
-    return got
-
-print(look(Lines, b"first\\nsecond\\n"), len(look(Stream, bytes(16 * 4096))))
-"""
-
-STALLS = """
-from harken import events
-block = monkey.get_original("time", "sleep")
-stalls = []
-events.subscribe(stalls.append, "stalled")
-
-def first(handler, word):
-    block(0.3)
-
-def later(handler, word):
-    time.sleep(0.3)  # gives way
-    block(0.3)
-
-def beside():
-    block(0.3)
-
-def elsewhere(handler, word):
-    gevent.spawn(beside).join()
-
-def computes(handler, word):
-    until = time.monotonic() + 0.3
-    while time.monotonic() < until:
-        pass
-
-for function in first, later, elsewhere, computes, lambda handler, word: time.sleep(0.3):
-    with serving(function) as server:
-        server.configure(stall_after=0.15)
-        ask(server)
-        time.sleep(0.3)  # the loop sleeps, which is no stall
-print(*[event.function for event in stalls])
-print([event.connection is None for event in stalls], all(0.2 < event.seconds < 0.5 for event in stalls))
-"""
-
 OTHERS = """
 with serving(lambda handler, word: time.sleep(0.1) or word, harken.ThreadingTCPServer) as server:
     answers, seconds = ask_at_once(server)
     print(answers == [str(number) for number in range(10)], seconds < 1)
 """
-
-
-def run(run_program, order, text, kind=None, loop=None):
-    """Run a program in a patched process; return its output."""
-    program = PROLOGUE[order] + SERVE + text
-    asked = {"HARKEN_HUB": kind, "GEVENT_LOOP": loop}
-    process = run_program("-W", "ignore", "-c", program, env={name: value for name, value in asked.items() if value})
-    out, errors = process.communicate(timeout=50)
-    assert process.returncode == 0, out + errors
-    return out.strip()
 
 
 @pytest.mark.parametrize("order", PROLOGUE)
@@ -379,33 +268,6 @@ def test_servers_share_a_thread(run_program, kind):
 def test_what_begins_between_two_turns_ends_in_time(run_program, wait, kind):
     """A wait in harken after one in gevent, where the hub's turns are 30 s apart."""
     assert run(run_program, "before", WAIT_BETWEEN.format(wait=BETWEEN[wait]), kind) == "in time"
-
-
-@pytest.mark.parametrize("kind", ["compiled", "fallback"])
-def test_what_was_written_is_sent_before_gevent_waits(run_program, kind):
-    """The hub does not see it when a handler gives up its turn there: nothing is kept for that moment."""
-    assert run(run_program, "before", UNSEEN, kind) == f"b'first\\n' {16 * 4096}"
-
-
-@pytest.mark.parametrize("kind", ["compiled", "fallback"])
-def test_stalls_are_told_of(run_program, kind):
-    """Whatever keeps gevent's loop: a handler before and after a wait of gevent's, another greenlet of the program."""
-    assert run(run_program, "before", STALLS, kind) == (
-        "first later beside computes\n[False, False, True, False] True"
-    )
-
-
-def test_libuv_tells_of_the_hubs_own_turns_alone(run_program):
-    """It has no news of its rounds."""
-    assert run(run_program, "before", STALLS, loop="libuv-cffi") == "first computes\n[False, False] True"
-
-
-def test_the_report_speaks_of_gevent(run_program):
-    """What it cannot patch is not to be given to it, nor to threads, which are its own."""
-    text = STALLS + "from harken.observe import stalls as told\nreport = told.StallReport()\n"
-    text += "report.note(stalls[0])\nprint(report.text())"
-    last = run(run_program, "before", text).splitlines()[-1]
-    assert last.startswith("harken: give what blocks there, which gevent could not patch, to harken.green.offload();")
 
 
 def test_coroutines_run_elsewhere(run_program):

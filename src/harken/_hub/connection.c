@@ -471,6 +471,16 @@ static PyObject *connection_settle(PyObject *self, PyObject *none) {
     return PyBool_FromLong(state_of(self)->owed == NULL);
 }
 
+/* In a green thread of its own. */
+static PyObject *connection_pay(PyObject *self, PyObject *none) {
+    if (settle_to_read(self, state_of(self), true) < 0) {
+        if (!is_outcome())
+            return NULL;
+        PyErr_Clear(); /* likewise */
+    }
+    Py_RETURN_NONE;
+}
+
 /* -- timeouts, kept beside the descriptor ------------------------------------------------------------------------- */
 
 static PyObject *connection_settimeout(PyObject *self, PyObject *seconds) {
@@ -636,6 +646,7 @@ static PyMethodDef connection_methods[] = {
     {"trace", connection_trace, METH_O, "trace(yes): tell harken.tracing what moves, or no more."},
     {"keep_stamps", connection_keep_stamps, METH_NOARGS, "Stamp from now on when calls begin, requests, and what moves."},
     {"stamps", connection_stamps, METH_NOARGS, "(reading, writing, first, moved, received, sent, requests); see harken.stamps."},
+    {"pay", connection_pay, METH_NOARGS, "Send what was written and put off, waiting for the peer to take it."},
     {"settle", connection_settle, METH_NOARGS, "Send what was written and put off; return whether nothing is left."},
     {"settimeout", connection_settimeout, METH_O, "Set the seconds that one operation may take."},
     {"gettimeout", connection_gettimeout, METH_NOARGS, "Return what settimeout() was given."},

@@ -163,6 +163,15 @@ size_t flow_flush_nowait(Hub *hub) {
     return (size_t)sent;
 }
 
+/* What is kept, as one object, and whose it is: the caller's business from now on. NULL with an exception: it is lost. */
+PyObject *flow_take(Hub *hub, PyObject **owner) {
+    Flow flow = take(hub);
+    PyObject *rest = rest_of(&flow, 0);
+    *owner = Py_NewRef(flow.owner);
+    forget(&flow);
+    return rest;
+}
+
 /* Before `self` is closed, or sends in another way. Only the green thread whose stream it is may be kept waiting. */
 int flow_leave(PyObject *self) {
     Hub *hub = holder(self);
@@ -175,7 +184,7 @@ int flow_leave(PyObject *self) {
 
 static bool may_flow(Hub *hub, PyObject *self, State *state) {
     return state->flow == STEADY && tells_nothing(state) && state->owed == NULL && !state->later &&
-           hub->pending_owner != self && hub->turning && sees_waits(hub) && !in_hub(hub);
+           hub->pending_owner != self && hub->turning && !in_hub(hub);
 }
 
 /* Keep a piece, if it is one of a stream. 1: done; 0: the caller has to send it; -1. */

@@ -421,9 +421,6 @@ HIDDEN PyObject *connection_open_reader(PyObject *self, PyObject *const *args, P
 HIDDEN PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize_t count);
 
 /* pending.c */
-/* Whether a green thread cannot give up its turn unseen, so that what it has written may lie until it does. Where others
- * share the thread, it may wait in what is theirs. */
-static inline bool sees_waits(Hub *hub) { return !hub->occupies; }
 /* Whether the running green thread has written what was not sent. */
 static inline bool has_unsent(Hub *hub) {
     return hub->pending_owner != NULL || hub->loose != NULL || hub->flow.owner != NULL;
@@ -434,6 +431,7 @@ HIDDEN int flush_of(PyObject *sock);
 HIDDEN int settle_of(PyObject *sock);
 HIDDEN int flush_to_leave(PyObject *sock);
 HIDDEN size_t flush_pending_nowait(Hub *hub);
+HIDDEN void unsent_unseen(Hub *hub);
 
 /* together.c */
 enum { STEADY = 8, NEVER = 15 }; /* times: few to learn, many for a handler that then does something else; and four bits */
@@ -457,6 +455,7 @@ static inline void send_later(Hub *hub) {
 
 /* owed.c */
 HIDDEN void owe(State *state, PyObject *data, size_t sent);
+HIDDEN void owe_unseen(PyObject *self, State *state, PyObject *data, size_t sent);
 HIDDEN int settle_answers(PyObject *self, State *state);
 HIDDEN int settle_to_read(PyObject *self, State *state, bool waits);
 HIDDEN int settle_now(PyObject *self, State *state);
@@ -470,6 +469,7 @@ HIDDEN int flow_leave(PyObject *self);
 HIDDEN int flow_settle(Hub *hub, PyObject *user);
 HIDDEN int flow_interrupted(Hub *hub);
 HIDDEN size_t flow_flush_nowait(Hub *hub);
+HIDDEN PyObject *flow_take(Hub *hub, PyObject **owner);
 HIDDEN void flow_drop(Hub *hub);
 
 /* awaited.c */

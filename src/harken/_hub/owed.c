@@ -21,6 +21,20 @@ void owe(State *state, PyObject *data, size_t sent) {
     wake_debtor(state);
 }
 
+/* Likewise, where the green thread may wait unseen, in gevent, and nobody wakes it: another one sends the rest. */
+void owe_unseen(PyObject *self, State *state, PyObject *data, size_t sent) {
+    owe(state, data, sent);
+    Hub *hub = (Hub *)state->hub;
+    if (!hub->occupies || state->slot->waiter[READ] != NULL)
+        return;
+    PyObject *pay = PyObject_GetAttrString(self, "pay");
+    PyObject *green = pay == NULL ? NULL : spawn(hub, NULL, pay, NULL, 0);
+    if (green == NULL)
+        PyErr_WriteUnraisable(self);
+    Py_XDECREF(pay);
+    Py_XDECREF(green);
+}
+
 /* Send what is left of an answer that was put off, as far as that does not wait. 1: all of it; 0: not yet; -1. */
 static int pay_some(PyObject *self, State *state) {
     if (!attached(state)) /* it is the parent's, of a process that has forked */
@@ -106,11 +120,18 @@ int settle_to_read(PyObject *self, State *state, bool waits) {
     return 0;
 }
 
+/* Whether the running green thread is the one whose answer is owed. In gevent's loop that may have waited unseen, and any
+ * is taken for it. */
+static bool is_own(PyObject *self) {
+    Hub *hub = hub_here();
+    return hub != NULL && (hub->loose == self || hub->occupies) && !in_hub(hub);
+}
+
 /* Before `self` is closed, or used past its methods. Only the green thread whose answer it is may be kept waiting, as it
  * would have been in sendall(); anybody else finds what there is during a sendall(). -1: an exception that is no outcome
  * of the sending. */
 int settle_now(PyObject *self, State *state) {
-    bool own = hub_here() != NULL && hub_here()->loose == self && !in_hub(hub_here());
+    bool own = is_own(self);
     send_put_off(state);
     if (state->owed == NULL || (own ? pay(self, state, false) : pay_some(self, state)) >= 0)
         return 0;

@@ -3,9 +3,8 @@
  * What a green thread has written and not sent: answers that are joined while its reader still holds requests.
  *
  * What was joined is sent before the green thread gives up its turn in any way, so no answer ever waits for the peer; at
- * most one green thread, the running one, has such output, and one buffer a hub is enough. In gevent's loop, where one
- * may wait unseen, nothing is joined. What else may wait to be sent (together.c, flow.c, owed.c) goes from here, too,
- * wherever something is to follow it. */
+ * most one green thread, the running one, has such output, and one buffer a hub is enough. What else may wait to be sent
+ * (together.c, flow.c, owed.c) goes from here, too, wherever something is to follow it. */
 #include "files.h"
 #include <errno.h>
 #include <sys/socket.h>
@@ -117,6 +116,38 @@ PyObject *take_joined(Hub *hub) {
         Py_CLEAR(hub->pending_keeper);
     }
     return rest;
+}
+
+/* Owe `rest` to the peer of `owner`. Both are given away. */
+static void leave_unseen(Hub *hub, PyObject *rest, PyObject *owner) {
+    State *state = state_of(owner);
+    if (rest == NULL || (!attached(state) && attach(state, hub, socket_fd(owner)) < 0))
+        PyErr_WriteUnraisable(owner);
+    else
+        owe_unseen(owner, state, rest, 0);
+    Py_XDECREF(rest);
+    Py_DECREF(owner);
+}
+
+/* A green thread has given up its turn, and the hub knows nothing of it: in gevent's loop it waits for what is gevent's,
+ * and goes on between turns. What it has written goes, and what the kernel does not take is another one's business. */
+void unsent_unseen(Hub *hub) {
+    PyObject *owner = NULL;
+    if (hub->loose != NULL) {
+        state_of(hub->loose)->rhythm = NEVER; /* the answer goes as the turn ends */
+        Py_CLEAR(hub->loose);
+    }
+    if (hub->flow.owner != NULL) {
+        state_of(hub->flow.owner)->flow = NEVER;
+        flow_flush_nowait(hub);
+    }
+    if (hub->flow.owner != NULL) {
+        PyObject *rest = flow_take(hub, &owner);
+        leave_unseen(hub, rest, owner);
+    }
+    flush_pending_nowait(hub);
+    if ((owner = Py_XNewRef(hub->pending_owner)) != NULL)
+        leave_unseen(hub, take_joined(hub), owner);
 }
 
 /* What a green thread has joined for `sock` goes before what this thread sends, of which that one knows. */

@@ -375,7 +375,7 @@ static PyObject *records_of(PyObject *const held[], const char *plain, Py_ssize_
 static bool joins(PyObject *self, PyObject *inner, size_t size) {
     Hub *hub = hub_here();
     return hub != NULL && (hub->batch == self || hub->pending_owner == inner) && size <= PENDING &&
-           tells_nothing(state_of(inner)) && sees_waits(hub) && !in_hub(hub);
+           tells_nothing(state_of(inner)) && hub->turning && !in_hub(hub);
 }
 
 /* `answer`: not what OpenSSL has to say of its own accord. */

@@ -22,7 +22,8 @@
  *   reset of the peer's, not where others have asked for the descriptor, not where what moves is traced.
  * - What the kernel does not take at once, or refuses, is the green thread's business again (owed.c): it is woken, and
  *   sends the rest or raises before it reads on, as it would have in sendall(). So does whoever uses the connection next.
- * - Nowhere where a green thread may give up its turn by something that the hub knows nothing of: not in gevent's loop.
+ * - In gevent's loop a green thread may also wait unseen. Its answer goes with the others', and none of that connection's
+ *   is put off again: see unsent_unseen().
  * - A handler that goes on computing is told from one that waits by the watchdog, which sends what lies here. */
 #include "hub.h"
 #include <errno.h>
@@ -109,7 +110,7 @@ static void send_one(Later *later) {
         return;
     state->broken |= sent < 0 && errno == ECONNRESET;
     if (attached(state)) /* or it was closed meanwhile */
-        owe(state, later->data, later->sent);
+        owe_unseen(later->owner, state, later->data, later->sent);
 }
 
 /* Somebody may have begun to follow the connection meanwhile. */
@@ -171,8 +172,8 @@ bool tells_nothing(State *state) {
 }
 
 static bool may_wait(Hub *hub, State *state) {
-    return state->rhythm == STEADY && hub->next_event < hub->event_count && hub->turning && sees_waits(hub) &&
-           attached(state) && state->hub == (PyObject *)hub && tells_nothing(state) && !state->ended;
+    return state->rhythm == STEADY && hub->next_event < hub->event_count && hub->turning && attached(state) &&
+           state->hub == (PyObject *)hub && tells_nothing(state) && !state->ended;
 }
 
 /* Put an answer off, if it may be: `whole`, or a copy of `data`. 1: done; 0: the caller has to send it; -1. */

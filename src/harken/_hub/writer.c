@@ -45,7 +45,7 @@ static int put(Writer *writer, const char *data, size_t size, PyObject *whole) {
     State *state = state_of(sock);
     bool more = writer->reader != NULL && held(writer->reader) > 0;
     bool mine = hub != NULL && hub->pending_owner == sock; /* what is pending is a green thread's: the running one's */
-    bool begins = !mine && more && hub != NULL && sees_waits(hub) && !in_hub(hub);
+    bool begins = !mine && more && hub != NULL && hub->turning && !in_hub(hub);
     bool joins = size <= PENDING && !state->nonblocking && (mine || begins);
     begin_writing(state);
     if (joins && mine && more && hub->pending_size + size <= PENDING) { /* most answers of a batch */
@@ -86,7 +86,7 @@ static ssize_t try_put(Writer *writer, const char *data, size_t size) {
         if ((mine = hub->pending_owner == sock) && hub->pending_size + size > PENDING)
             return 0;
     }
-    bool begins = !mine && more && size <= PENDING && hub != NULL && hub->pending_owner == NULL && sees_waits(hub) &&
+    bool begins = !mine && more && size <= PENDING && hub != NULL && hub->pending_owner == NULL && hub->turning &&
                   !in_hub(hub);
     if (mine || begins) {
         if (join(hub, sock, data, size) < 0)

@@ -132,7 +132,7 @@ class Host:
 
 
 class _Rounds:
-    """Tells a watchdog when the loop begins a round of callbacks, and when it sleeps. Not with libuv, which has no such news."""
+    """Tells a watchdog when the loop begins a round of callbacks, and when it sleeps; libuv's has no such news."""
 
     def __init__(self, loop: Any, beat: Any) -> None:
         self._beat = beat
