@@ -30,6 +30,7 @@ from harken.connection import Connection
 from harken.engines import Door, Engine as Contract, Options, Way
 from harken.engines._crew import Crew
 from harken.engines._datagrams import Datagrams
+from harken.engines._loops import Loop, Loops
 from harken.green import aside, release_threads
 from harken.lifecycle import at_exit
 from harken.stalls import Tally, Watchdog
@@ -38,11 +39,6 @@ from harken.unpatched import Socket, patched
 
 __all__ = ["Engine"]
 
-# Seconds between turns when no loop asks for any.
-LONG = 3600.0
-# Seconds between looks of a loop's caller. It is nudged when there is news; but a signal that arrives in the moment
-# between Python's last look and its falling asleep wakes nobody. stdlib's loop wakes as often.
-SIGNAL_SECONDS = 0.5
 # Seconds that a spawn from another thread waits for the start, as Thread.start() does, unless handlers keep the hub.
 START_SECONDS = 0.1
 # Seconds that the hub's thread gets to end once nothing keeps it: it takes a turn.
@@ -77,38 +73,6 @@ class _Job:
             self.engine._jobs.discard(green)
 
 
-class _Loop:
-    """A thread that is in ``run``."""
-
-    def __init__(self, stopped: Callable[[], bool], tick: Callable[[], None], patience: Callable[[], float]) -> None:
-        self.stopped = stopped
-        self.tick = tick
-        self.patience = patience
-        self.error: BaseException | None = None
-        self.over = False
-        self.daemon = threading.current_thread().daemon
-        self._nudge = _thread.allocate_lock()
-        self._nudge.acquire()
-
-    def nudge(self) -> None:
-        """Let it ask whether it is stopped. Any thread, any signal handler."""
-        try:
-            self._nudge.release()
-        except RuntimeError:
-            pass  # nudged already
-
-    def finish(self, error: BaseException | None = None) -> None:
-        """It is over."""
-        self.error = error
-        self.over = True
-        self.nudge()
-
-    def wait(self) -> None:
-        """Wait for the end, by whoever sees it first: a handler that keeps the hub cannot delay it."""
-        while not self.over and not self.stopped():
-            self._nudge.acquire(timeout=SIGNAL_SECONDS)
-
-
 class Engine(Contract):
     """A green thread for each connection, without bound.
 
@@ -125,7 +89,7 @@ class Engine(Contract):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self._doors: dict[int, tuple[Door, Callable[[], bool | None]]] = {}
-        self._loops: list[_Loop] = []
+        self._loops = Loops(on_end=self._distrust)
         self._jobs: set[_Job | greenlet] = set()
         self._lodgers = 0  # handlers that will be started at the first bytes of their connections
         self._awakeners: dict[Callable[..., object], Callable[[Any], None]] = {}
@@ -183,7 +147,7 @@ class Engine(Contract):
     def _serve(self, number: int) -> bool | None:
         """Take one connection from a door, while somebody wants that."""
         with self._turns:
-            self._drop_stopped()
+            self._loops.drop_stopped()
             _, on_readable = self._doors.get(number, (None, None))
             # By EPOLLEXCLUSIVE nobody else was woken for who is at a door that others share: not even at our end.
             if on_readable is None or not (self._loops or self.shares_doors):
@@ -192,8 +156,7 @@ class Engine(Contract):
             try:
                 more = on_readable()
             except BaseException as error:  # noqa: BLE001 - raised again by the loop's caller
-                for loop in self._loops[:1]:
-                    self._finish(loop, error)
+                self._loops.fail(error)
                 return False
             if more:
                 self._tick()  # the hub does it before the next turn
@@ -203,10 +166,10 @@ class Engine(Contract):
 
     def run(self, stopped: Callable[[], bool], tick: Callable[[], None], patience: Callable[[], float]) -> None:
         """Let the hub serve the doors until ``stopped``; see :class:`harken.engines.Engine`."""
-        loop = _Loop(stopped, tick, patience)
+        loop = Loop(stopped, tick, patience)
         try:  # Ctrl-C may come as soon as the hub runs: a loop that stayed in the list would keep it running
             with self._turns, self._guard:
-                self._loops.append(loop)
+                self._loops.add(loop)
                 self._need_hub().wake()
             loop.wait()
         finally:
@@ -217,48 +180,24 @@ class Engine(Contract):
     def wake(self) -> None:
         """Make the hub and every thread in ``run`` take a turn."""
         self._distrust()
-        for loop in list(self._loops):
+        for loop in self._loops:
             loop.nudge()
         hub = self._hub
         if hub is not None:
             hub.wake()
 
-    def _leave(self, loop: _Loop) -> None:
+    def _leave(self, loop: Loop) -> None:
         with self._turns:
-            if loop in self._loops:
-                self._loops.remove(loop)
+            self._loops.discard(loop)
         self.wake()
         if not self._loops and not self._busy:
             self._await_thread(LEAVE_SECONDS)
 
-    def _finish(self, loop: _Loop, error: BaseException | None = None) -> None:
-        if loop in self._loops:
-            self._loops.remove(loop)
-        self._distrust()
-        loop.finish(error)
-
-    def _drop_stopped(self) -> None:
-        for loop in tuple(self._loops):
-            if loop.stopped():
-                self._finish(loop)
-
     def _tick(self) -> None:
         """A turn of the loops; called by the hub once a turn, and after each connection."""
-        if not self._loops:
-            return
-        with self._turns:
-            for loop in tuple(self._loops):
-                if loop.stopped():
-                    self._finish(loop)
-                    continue
-                try:
-                    loop.tick()
-                except BaseException as error:  # noqa: BLE001 - raised again by the loop's caller
-                    self._finish(loop, error)
-
-    def _patience(self) -> float:
-        loops = tuple(self._loops)
-        return loops[0].patience() if len(loops) == 1 else min((loop.patience() for loop in loops), default=LONG)
+        if self._loops:
+            with self._turns:
+                self._loops.tick()
 
     # -- the hub's thread ----------------------------------------------------------------------------------------------
 
@@ -288,7 +227,7 @@ class Engine(Contract):
         for door, _ in list(self._doors.values()):
             self._watch(hub, door)
         self._hub = hub
-        stage = hosts.Stage(hub, self._is_over, self._patience, self._tick, lambda: self.options("loop"))
+        stage = hosts.Stage(hub, self._is_over, self._loops.patience, self._tick, lambda: self.options("loop"))
         return stage, self._watch_for_stalls(hub)
 
     def _run_hub(self, started: Bell) -> None:
@@ -306,8 +245,8 @@ class Engine(Contract):
                 self._hub = None
                 self._jobs.clear()  # what had not begun went with the hub
                 self._lodgers = 0
-            for loop in list(self._loops):
-                self._finish(loop, error)
+            for loop in self._loops:
+                self._loops.finish(loop, error)
         finally:
             watchdog.stop()
             self._close_shortcuts()
@@ -493,7 +432,7 @@ class Engine(Contract):
     def _take_more(self, number: int, take: Callable[[], object]) -> None:
         """Take more datagrams of a door, while somebody wants that; what goes wrong is the next turn's to see."""
         with self._turns:
-            self._drop_stopped()
+            self._loops.drop_stopped()
             if self._loops and number in self._doors and not self._crowds:
                 try:
                     take()
@@ -569,8 +508,9 @@ class Engine(Contract):
     def at_exit(self) -> None:
         """Before the interpreter waits for threads: do for a daemon's loop what would have become of it."""
         with self._turns:
-            for loop in [loop for loop in self._loops if loop.daemon]:
-                self._finish(loop)
+            for loop in self._loops:
+                if loop.daemon:
+                    self._loops.finish(loop)
         if self._thread is None or not self._thread.daemon:
             return  # the interpreter waits for it, and it ends with its last loop and handler
         if not self._are_daemons():
