@@ -73,6 +73,23 @@ with serving(lambda handler, word: green.wait(asyncio.sleep(0.01, word))) as ser
     print(ask(server, "waited"), ask(server, "again"))
 """
 
+HASTY = """
+import asyncio, gc, warnings
+warnings.simplefilter("error")
+sys.unraisablehook = lambda unraisable: print(unraisable.exc_value)
+
+def hasty(handler, word):
+    try:
+        with green.timeout(1e-7):
+            return green.wait(asyncio.sleep(5))
+    except TimeoutError:
+        return "late"
+
+with serving(hasty) as server:
+    print(ask(server), ask(server))
+gc.collect()
+"""
+
 FORK = """
 def fork(handler, word):
     pid = os.fork()
@@ -273,6 +290,11 @@ def test_what_begins_between_two_turns_ends_in_time(run_program, wait, kind):
 def test_coroutines_run_elsewhere(run_program):
     """There is no asyncio loop under the hub, and ``green.wait`` works all the same."""
     assert run(run_program, "before", COROUTINE) == "waited again"
+
+
+def test_a_coroutine_that_is_given_up_at_once_is_closed(run_program):
+    """Also where its loop has to be started first, which waits."""
+    assert run(run_program, "before", HASTY) == "late late"
 
 
 def test_a_handler_may_fork(run_program):

@@ -25,13 +25,16 @@ def wait(awaitable: Awaitable[Any]) -> Any:
         loop = hosts.event_loop()
         if loop is None and _hub.current() is None and asyncio._get_running_loop() is not None:
             raise RuntimeError(_IN_ITS_LOOP)
-    except BaseException:  # a deadline, too, while the hub moves into a loop
+        elsewhere = _shared.loop() if loop is None else None
+    except BaseException:  # a deadline, too, while the hub moves into a loop, or another one starts
         if asyncio.iscoroutine(awaitable):
             awaitable.close()
         raise
     awaitable = _contained(awaitable)
     try:
-        return _wait_elsewhere(awaitable) if loop is None else _wait_beside(asyncio.ensure_future(awaitable, loop=loop))
+        if elsewhere is not None:
+            return _wait_elsewhere(awaitable, elsewhere)
+        return _wait_beside(asyncio.ensure_future(awaitable, loop=loop))
     except _Ending as ending:
         raise ending.reason from None
 
@@ -119,7 +122,7 @@ def _until_done(task: asyncio.Future[Any]) -> None:
         task.remove_done_callback(ring)
 
 
-def _wait_elsewhere(awaitable: Awaitable[Any]) -> Any:
+def _wait_elsewhere(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) -> Any:
     """Wait for what runs in the loop for plain threads."""
     bell = Bell()
     started: list[asyncio.Future[Any]] = []
@@ -142,7 +145,6 @@ def _wait_elsewhere(awaitable: Awaitable[Any]) -> Any:
         for task in started:
             task.cancel()
 
-    loop = _shared.loop()
     loop.call_soon_threadsafe(start, context=contextvars.copy_context())
     try:
         bell.wait()
