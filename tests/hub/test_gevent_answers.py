@@ -149,6 +149,26 @@ with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Lines)) as server
 """
 )
 
+THROWN = """
+from gevent.event import Event
+go = Event()
+
+class Lines(harken.StreamRequestHandler):
+    def handle(self):
+        for line in self.rfile:
+            with contextlib.suppress(TimeoutError), green.timeout(0.01):
+                green.sleep(20)
+            self.wfile.write(line)
+            go.wait(20)
+
+with harken.background(harken.GreenTCPServer(("127.0.0.1", 0), Lines)) as server:
+    with socket.create_connection(server.server_address, 5) as client:
+        client.sendall(b"first\\nsecond\\n")
+        print(client.recv(100))
+        go.set()
+        print(client.recv(100))
+"""
+
 STREAM = (
     FILL
     + """
@@ -221,3 +241,9 @@ def test_answers_to_a_pipeline_are_joined(run_program, kind):
 def test_the_last_piece_of_a_stream_is_sent(run_program, kind):
     """It finds no room, and its handler waits in gevent."""
     assert run(run_program, "before", STREAM, kind).splitlines() == ["True", "True", "b'more'"]
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_what_a_thrown_exception_has_written_is_sent(run_program, kind):
+    """A deadline ends a wait in the hub, and the handler writes and waits in gevent."""
+    assert run(run_program, "before", THROWN, kind).splitlines() == ["b'first\\n'", "b'second\\n'"]

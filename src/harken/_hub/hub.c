@@ -27,8 +27,7 @@ void resume(Hub *hub, PyGreenlet *green, PyObject *value) {
     PyObject *back = PyGreenlet_Switch(green, args, NULL);
     if (back == NULL)
         PyErr_WriteUnraisable((PyObject *)green); /* from a greenlet that harken did not make */
-    if (has_unsent(hub))
-        unsent_unseen(hub);
+    take_back(hub);
     Py_XDECREF(back);
     Py_XDECREF(args);
 }

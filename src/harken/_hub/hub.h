@@ -432,6 +432,11 @@ HIDDEN int settle_of(PyObject *sock);
 HIDDEN int flush_to_leave(PyObject *sock);
 HIDDEN size_t flush_pending_nowait(Hub *hub);
 HIDDEN void unsent_unseen(Hub *hub);
+/* The hub has its turn back from a green thread, which has seen to what it wrote, unless it did not ask the hub to wait. */
+static inline void take_back(Hub *hub) {
+    if (has_unsent(hub))
+        unsent_unseen(hub);
+}
 
 /* together.c */
 enum { STEADY = 8, NEVER = 15 }; /* times: few to learn, many for a handler that then does something else; and four bits */

@@ -76,6 +76,7 @@ static int run_entry(Hub *hub, Entry *entry) {
         PyGreenlet_Throw((PyGreenlet *)entry->target, (PyObject *)Py_TYPE(entry->value), entry->value, NULL);
     if (done == NULL)
         PyErr_WriteUnraisable(entry->target); /* from a greenlet that harken did not make */
+    take_back(hub);
     Py_XDECREF(done);
     return 0;
 }
