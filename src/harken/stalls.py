@@ -241,4 +241,7 @@ class Watchdog:
         if not self._told:
             self._tally.add(self._seen.place)
             self._told = True
-        self._seen.tell(seconds, ongoing=ongoing)
+        try:
+            self._seen.tell(seconds, ongoing=ongoing)
+        except BaseException:  # noqa: BLE001 - a subscriber's SystemExit, or gevent's Timeout: who else would watch?
+            traceback.print_exc()

@@ -47,12 +47,22 @@ class NativeThread:
         try:
             self._target()
         finally:
-            self._running.release()
+            try:
+                _drop_loop()
+            finally:
+                self._running.release()
 
     def join(self, seconds: float) -> None:
         """Wait for its end, at most so long, and keep all of gevent's greenlets waiting; in it, return at once."""
         if self._ident != original("_thread", "get_ident")() and self._running.acquire(timeout=seconds):
             self._running.release()
+
+
+def _drop_loop() -> None:
+    """Give back the loop that gevent has made for this thread, if it has: nobody else will."""
+    hub = importlib.import_module("gevent._hub_local").get_hub_if_exists()
+    if hub is not None:
+        hub.destroy(destroy_loop=True)
 
 
 def rebased(kind: type, base: type) -> type:

@@ -35,6 +35,36 @@ def ask_at_once(server, count=10):
     return [one.value for one in asking], time.monotonic() - began
 """
 
+# What leaves no room for an answer, and what clients do.
+FILL = """
+from gevent.event import Event
+go, full, filled = Event(), Event(), []
+
+def fill(connection):  # its client's kernel says that it has room by acknowledgements, which may be late
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
+    refused = 0
+    while refused < 10:
+        refused += 1
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                filled.append(connection.send(bytes(1000), socket.MSG_DONTWAIT))
+                refused = 0
+        green.sleep(0.01)
+    full.set()
+
+def read(client, count):
+    got = b""
+    with contextlib.suppress(TimeoutError):
+        while len(got) < count and (piece := client.recv(count - len(got))):
+            got += piece
+    return got
+
+def connect(server):
+    client = socket.create_connection(server.server_address, 5)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    return client
+"""
+
 
 def run(run_program, order, text, kind=None, loop=None):
     """Run a program in a patched process; return its output."""

@@ -73,6 +73,35 @@ with serving(lambda handler, word: green.wait(asyncio.sleep(0.01, word))) as ser
     print(ask(server, "waited"), ask(server, "again"))
 """
 
+DUE = """
+wrong = []
+
+def turns():
+    while True:
+        green.sleep()
+
+def unparked():
+    event = green.Event()
+    gevent.get_hub().loop.timer(0.0005).start(event.set)
+    event.wait()
+
+def work(handler, word):
+    for wait in (turns, unparked) * 200:
+        try:
+            with gevent.Timeout(0.0005):
+                wait()
+        except gevent.Timeout:
+            pass
+        try:
+            gevent.sleep(0.001)
+        except BaseException as error:
+            wrong.append(error)
+
+with serving(work) as server:
+    ask(server)
+print(wrong[:1])
+"""
+
 HASTY = """
 import asyncio, gc, warnings
 warnings.simplefilter("error")
@@ -290,6 +319,12 @@ def test_what_begins_between_two_turns_ends_in_time(run_program, wait, kind):
 def test_coroutines_run_elsewhere(run_program):
     """There is no asyncio loop under the hub, and ``green.wait`` works all the same."""
     assert run(run_program, "before", COROUTINE) == "waited again"
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_what_gevent_interrupts_is_due_no_more(run_program, kind):
+    """A green thread that was to go on at the next turn is not resumed in a wait of gevent's."""
+    assert run(run_program, "before", DUE, kind) == "[]"
 
 
 def test_a_coroutine_that_is_given_up_at_once_is_closed(run_program):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .patched import run
+from .patched import FILL, run
 
 UNSEEN = """
 from gevent.event import Event
@@ -41,35 +41,6 @@ def look(handler, sent):
     return got
 
 print(look(Lines, b"first\\nsecond\\n"), len(look(Stream, bytes(16 * 4096))))
-"""
-
-FILL = """
-from gevent.event import Event
-go, full, filled = Event(), Event(), []
-
-def fill(connection):  # its client's kernel says that it has room by acknowledgements, which may be late
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
-    refused = 0
-    while refused < 10:
-        refused += 1
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                filled.append(connection.send(bytes(1000), socket.MSG_DONTWAIT))
-                refused = 0
-        green.sleep(0.01)
-    full.set()
-
-def read(client, count):
-    got = b""
-    with contextlib.suppress(TimeoutError):
-        while len(got) < count and (piece := client.recv(count - len(got))):
-            got += piece
-    return got
-
-def connect(server):
-    client = socket.create_connection(server.server_address, 5)
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-    return client
 """
 
 STUCK = (

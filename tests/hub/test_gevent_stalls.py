@@ -39,6 +39,39 @@ print(*[event.function for event in stalls])
 print([event.connection is None for event in stalls], all(0.2 < event.seconds < 0.5 for event in stalls))
 """
 
+SUBSCRIBERS = """
+from harken import events
+block = monkey.get_original("time", "sleep")
+calls = []
+
+def tell(event):
+    calls.append(event)
+    gevent.sleep(0.001)
+    if ENDS:
+        raise gevent.Timeout
+
+events.subscribe(tell, "stalled")
+sys.stderr = open(os.devnull, "w")
+
+def stall():
+    with serving(lambda handler, word: block(0.1)) as server:
+        server.configure(stall_after=0.05)
+        for _ in range(2):
+            before = len(calls)
+            ask(server)
+            while len(calls) == before:
+                time.sleep(0.01)
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+stall()
+few = descriptors()
+for _ in range(5):
+    stall()
+print(len(calls), descriptors() - few)
+"""
+
 
 @pytest.mark.parametrize("kind", ["compiled", "fallback"])
 def test_stalls_are_told_of(run_program, kind):
@@ -57,3 +90,9 @@ def test_the_report_speaks_of_gevent(run_program):
     text += "report.note(stalls[0])\nprint(report.text())"
     last = run(run_program, "before", text).splitlines()[-1]
     assert last.startswith("harken: give what blocks there, which gevent could not patch, to harken.green.offload();")
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_subscriber_may_use_gevent(run_program, ends):
+    """It gets a loop of its own in the watchdog's thread, which goes with that; what it raises ends nothing."""
+    assert run(run_program, "before", f"ENDS = {ends}\n{SUBSCRIBERS}") == "12 0"

@@ -302,7 +302,18 @@ class Hub:
         if self.pending.sock is not None:
             self.pending.flush()
         self._parked.add(green)
-        got = self.own.switch()
+        return self._give_up(green)
+
+    def _give_up(self, green: greenlet) -> Any:
+        """Let the hub go on; return what it resumes the calling green thread with, or raise what it is to raise."""
+        try:
+            got = self.own.switch()
+        except BaseException:  # of gevent's, which knows nothing of what was due: the next wait may be anything else
+            self._parked.discard(green)
+            due = self._waking.pop(green, None)
+            if type(due) is _Failure:
+                self._make_due(_throw, (green, due.error))
+            raise
         if type(got) is _Failure:
             raise got.error
         return got
@@ -359,9 +370,7 @@ class Hub:
         if seconds <= 0:
             self._waking[green] = None
             self._make_due(self._resume, (green,))
-            got = self.own.switch()
-            if type(got) is _Failure:
-                raise got.error
+            self._give_up(green)
             return
         timer = self.call_at(time.monotonic() + seconds, self.unpark, green)
         try:

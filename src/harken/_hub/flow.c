@@ -206,8 +206,11 @@ int flow_join(PyObject *self, State *state, PyObject *data) {
     }
     if (hub->flow.owner != self && flow_settle(hub, NULL) < 0)
         return -1;
-    if (hub->flow.owner == NULL)
+    if (hub->flow.owner == NULL) {
         hub->flow.owner = Py_NewRef(self);
+        if (hub->occupies)
+            note_debtor(state->slot);
+    }
     state->flowing = true;
     hub->flow.pieces[hub->flow.count++] = Py_NewRef(data);
     hub->flow.bytes += size;

@@ -84,6 +84,7 @@ typedef struct Slot {
     SlotTimer *timer[2];   /* made at the first timeout */
     PyObject *guest, *starter; /* a connection without a green thread, and what is called with it at its first event */
     PyObject *ahead;       /* bytes that were received before the reader went on; see together.c, also for what follows */
+    void *debtor;          /* in gevent's loop, the greenlet whose answer was kept last: never looked into */
     uint32_t generation;   /* tells events of this registration from late ones of a closed descriptor */
     uint32_t want;         /* how many bytes the waiting reader has asked for, if they may be received ahead; or 0 */
     uint32_t owed_from;    /* of its connection's `owed` this was sent */
@@ -98,7 +99,7 @@ typedef struct Slot {
 
 /* One thing to do at the next turn. */
 typedef struct {
-    enum { CALL, SWITCH, THROW } kind;
+    enum { CALL, SWITCH, THROW, NOTHING } kind;
     PyObject *target; /* CALL: a function; else a greenlet */
     PyObject *value;  /* CALL: its arguments; SWITCH: what park() returns, or NULL; THROW: the exception */
 } Entry;
@@ -261,6 +262,7 @@ HIDDEN int enqueue(Hub *hub, int kind, PyObject *target, PyObject *value);
 HIDDEN int run_queue(Hub *hub);
 HIDDEN int is_due(Hub *hub, PyGreenlet *green);
 HIDDEN int make_due(Hub *hub, PyGreenlet *green, PyObject *value);
+HIDDEN void undo_due(Hub *hub);
 HIDDEN int throw_into(Hub *hub, PyGreenlet *green, PyObject *error);
 HIDDEN void end_process(void);
 HIDDEN void queue_clear(Hub *hub, bool abandon);
@@ -460,6 +462,7 @@ static inline void send_later(Hub *hub) {
 
 /* owed.c */
 HIDDEN void owe(State *state, PyObject *data, size_t sent);
+HIDDEN void note_debtor(Slot *slot);
 HIDDEN void owe_unseen(PyObject *self, State *state, PyObject *data, size_t sent);
 HIDDEN int settle_answers(PyObject *self, State *state);
 HIDDEN int settle_to_read(PyObject *self, State *state, bool waits);

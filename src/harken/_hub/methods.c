@@ -114,6 +114,8 @@ static PyObject *hub_park(PyObject *self, PyObject *none) {
     if (must_be_green(hub) < 0)
         return NULL;
     PyObject *got = PyGreenlet_Switch(hub->greenlet, NULL, NULL);
+    if (got == NULL)
+        undo_due(hub);
     if (got != NULL && PyTuple_CheckExact(got) && PyTuple_GET_SIZE(got) == 0)
         Py_SETREF(got, Py_NewRef(Py_None)); /* resumed without a value */
     return got;

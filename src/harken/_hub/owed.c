@@ -21,11 +21,18 @@ void owe(State *state, PyObject *data, size_t sent) {
     wake_debtor(state);
 }
 
-/* Likewise, where the green thread may wait unseen, in gevent, and nobody wakes it: another one sends the rest. */
-void owe_unseen(PyObject *self, State *state, PyObject *data, size_t sent) {
-    owe(state, data, sent);
+/* What the running green thread has written there is kept. */
+void note_debtor(Slot *slot) {
+    PyGreenlet *me = PyGreenlet_GetCurrent();
+    slot->debtor = me;
+    Py_XDECREF(me); /* the running greenlet lives */
+}
+
+/* Let another green thread send the rest, where the one whose answer it is may wait unseen, in gevent, and nobody wakes
+ * it. */
+static void send_by_another(PyObject *self, State *state) {
     Hub *hub = (Hub *)state->hub;
-    if (!hub->occupies || state->slot->waiter[READ] != NULL)
+    if (!hub->occupies || hub->closed || state->slot->waiter[READ] != NULL || state->slot->waiter[WRITE] != NULL)
         return;
     PyObject *pay = PyObject_GetAttrString(self, "pay");
     PyObject *green = pay == NULL ? NULL : spawn(hub, NULL, pay, NULL, 0);
@@ -33,6 +40,23 @@ void owe_unseen(PyObject *self, State *state, PyObject *data, size_t sent) {
         PyErr_WriteUnraisable(self);
     Py_XDECREF(pay);
     Py_XDECREF(green);
+}
+
+void owe_unseen(PyObject *self, State *state, PyObject *data, size_t sent) {
+    owe(state, data, sent);
+    send_by_another(self, state);
+}
+
+/* What waited to send the rest was interrupted: the exception stays. */
+static void leave_owed(PyObject *self, State *state) {
+    if (state->owed == NULL || !attached(state))
+        return;
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    wake_debtor(state);
+    if (!state->nonblocking)
+        send_by_another(self, state);
+    PyErr_Restore(type, error, trace);
 }
 
 /* Send what is left of an answer that was put off, as far as that does not wait. 1: all of it; 0: not yet; -1. */
@@ -88,8 +112,7 @@ static int pay(PyObject *self, State *state, bool reads) {
     while ((done = pay_some(self, state)) == 0 && !others_pay(state, reads)) {
         state->reader_pays = reads;
         if (wait_ready(self, state, WRITE, &deadline, 0) < 0) {
-            if (state->owed != NULL)
-                wake_debtor(state);
+            leave_owed(self, state);
             return -1;
         }
     }
@@ -120,18 +143,21 @@ int settle_to_read(PyObject *self, State *state, bool waits) {
     return 0;
 }
 
-/* Whether the running green thread is the one whose answer is owed. In gevent's loop that may have waited unseen, and any
- * is taken for it. */
-static bool is_own(PyObject *self) {
+/* Whether the running green thread is the one whose answer is owed. In gevent's loop that may have waited unseen. */
+static bool is_own(PyObject *self, State *state) {
     Hub *hub = hub_here();
-    return hub != NULL && (hub->loose == self || hub->occupies) && !in_hub(hub);
+    if (hub == NULL || in_hub(hub))
+        return false;
+    PyGreenlet *me = PyGreenlet_GetCurrent();
+    Py_XDECREF(me);
+    return hub->loose == self || (hub->occupies && attached(state) && state->slot->debtor == me);
 }
 
 /* Before `self` is closed, or used past its methods. Only the green thread whose answer it is may be kept waiting, as it
  * would have been in sendall(); anybody else finds what there is during a sendall(). -1: an exception that is no outcome
  * of the sending. */
 int settle_now(PyObject *self, State *state) {
-    bool own = is_own(self);
+    bool own = is_own(self, state);
     send_put_off(state);
     if (state->owed == NULL || (own ? pay(self, state, false) : pay_some(self, state)) >= 0)
         return 0;

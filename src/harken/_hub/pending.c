@@ -121,7 +121,9 @@ PyObject *take_joined(Hub *hub) {
 /* Owe `rest` to the peer of `owner`. Both are given away. */
 static void leave_unseen(Hub *hub, PyObject *rest, PyObject *owner) {
     State *state = state_of(owner);
-    if (rest == NULL || (!attached(state) && attach(state, hub, socket_fd(owner)) < 0))
+    if (socket_fd(owner) < 0)
+        PyErr_Clear(); /* another thread has closed it */
+    else if (rest == NULL || (!attached(state) && attach(state, hub, socket_fd(owner)) < 0))
         PyErr_WriteUnraisable(owner);
     else
         owe_unseen(owner, state, rest, 0);
@@ -210,8 +212,13 @@ int join(Hub *hub, PyObject *sock, const char *data, size_t size) {
     if (hub->pending_owner == NULL) {
         if (flush_of(sock) < 0) /* so that nothing else is unsent where something is pending */
             return -1;
+        State *state = state_of(sock);
+        if (hub->occupies && !attached(state) && attach(state, hub, socket_fd(sock)) < 0)
+            return -1;
+        if (hub->occupies)
+            note_debtor(state->slot);
         hub->pending_owner = Py_NewRef(sock);
-        state_of(sock)->joined = true;
+        state->joined = true;
     }
     append(hub, data, size);
     return 0;

@@ -61,6 +61,8 @@ static int call(Entry *entry) {
 }
 
 static int run_entry(Hub *hub, Entry *entry) {
+    if (entry->kind == NOTHING)
+        return 0;
     if (entry->kind != SWITCH)
         beat_piece(hub->beat);
     if (entry->kind == CALL)
@@ -143,6 +145,24 @@ int throw_into(Hub *hub, PyGreenlet *green, PyObject *error) {
     return 1;
 }
 
+/* The running green thread was interrupted in its wait. By gevent, perhaps, which knows nothing of what was due to it: it
+ * would be resumed in its next wait, whatever that is for. What was to be raised in it still is. */
+void undo_due(Hub *hub) {
+    PyGreenlet *me = PyGreenlet_GetCurrent();
+    for (size_t i = 0; is_due(hub, me) && i < hub->count; i++) {
+        Entry *entry = entry_at(hub, i);
+        if (entry->target != (PyObject *)me || entry->kind != SWITCH)
+            continue;
+        entry->kind = NOTHING;
+        PyObject *type, *error, *trace;
+        PyErr_Fetch(&type, &error, &trace);
+        if (PyDict_DelItem(hub->due, (PyObject *)me) < 0)
+            PyErr_Clear();
+        PyErr_Restore(type, error, trace);
+    }
+    Py_DECREF(me);
+}
+
 /* Let the others have their turn, if a green thread is running here. */
 int give_way(Hub *hub) {
     hub->budget = TURN_BUDGET;
@@ -156,6 +176,8 @@ int give_way(Hub *hub) {
     if (result < 0)
         return -1;
     PyObject *back = PyGreenlet_Switch(hub->greenlet, NULL, NULL);
+    if (back == NULL)
+        undo_due(hub);
     Py_XDECREF(back);
     return back == NULL ? -1 : 0;
 }

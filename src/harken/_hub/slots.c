@@ -12,6 +12,10 @@
 #define ALL (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET)
 
 Slot *slot_of(Hub *hub, int fd) {
+    if (fd < 0) {
+        fail(EBADF);
+        return NULL;
+    }
     int page = fd / SLOTS_A_PAGE;
     if (page >= hub->page_count) {
         int count = page + 1 > 2 * hub->page_count ? page + 1 : 2 * hub->page_count;
@@ -283,8 +287,10 @@ int slot_wait(Hub *hub, PyGreenlet *me, Slot *slot, int fd, int direction, int64
         late = false;
         Py_DECREF(me);
     }
-    if (back == NULL)
+    if (back == NULL) {
+        undo_due(hub);
         return -1;
+    }
     Py_DECREF(back);
     return late ? timed_out() : 0;
 }

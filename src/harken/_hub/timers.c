@@ -186,6 +186,8 @@ int sleep_until(Hub *hub, int64_t deadline) {
     if (timer == NULL)
         return -1;
     PyObject *woken = PyGreenlet_Switch(hub->greenlet, NULL, NULL);
+    if (woken == NULL)
+        undo_due(hub);
     timer_cancel(timer, NULL);
     Py_DECREF(timer);
     Py_XDECREF(woken);
