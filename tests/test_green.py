@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import queue
 import socket
 import ssl
 import threading
@@ -279,6 +280,27 @@ def test_queue(run):
     assert queue.qsize() == 2
     with pytest.raises(green.Full):
         queue.put(3, timeout=0.01)
+
+
+REFUSED = {
+    "semaphore-none": (lambda: green.Semaphore().release(0), ValueError),
+    "semaphore-timeout": (lambda: green.Semaphore().acquire(False, 1), ValueError),
+    "lock-timeout": (lambda: green.Lock().acquire(False, 1), ValueError),
+    "lock-negative": (lambda: green.Lock().acquire(True, -2), ValueError),
+    "lock-word": (lambda: green.Lock().acquire(True, "x"), TypeError),
+    "queue-get": (lambda: green.Queue().get(timeout=-1), ValueError),
+    "queue-put": (lambda: green.Queue(1).put(1, timeout=-1), ValueError),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_standard_library_refuses(what):
+    """Arguments that make no sense to ``threading`` and ``queue``; a queue that does not wait looks at no timeout."""
+    call, error = REFUSED[what]
+    with pytest.raises(error):
+        call()
+    with pytest.raises(queue.Empty):
+        green.Queue().get(block=False, timeout=-1)
 
 
 def test_queue_from_a_plain_thread(run):

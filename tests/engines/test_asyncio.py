@@ -8,6 +8,7 @@ import functools
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -352,3 +353,16 @@ def test_an_engine_made_by_hand():
     engine.spawn(lambda: seen.append(asyncio._get_running_loop()))
     assert engine.join(time.monotonic() + PATIENCE) == 0
     assert seen == [True, None]
+
+
+@pytest.mark.parametrize(("kind", "handler"), [(harken.GreenTCPServer, Blocking), (harken.AsyncTCPServer, Echo)])
+def test_an_event_loop_that_is_not_there_is_told_at_the_start(monkeypatch, kind, handler):
+    """And not by the first client that needs it."""
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    with kind(LOCAL, handler, loop="uvloop") as refused:
+        with pytest.raises(harken.ConfigError, match="uvloop is not installed"):
+            refused.serve_forever()
+    monkeypatch.setenv("HARKEN_LOOP", "uvlop")
+    with kind(LOCAL, handler) as misspelt:
+        with pytest.raises(harken.ConfigError, match="uvlop"):
+            misspelt.serve_forever()

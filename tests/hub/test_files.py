@@ -332,6 +332,20 @@ def test_they_are_files(pair: tuple[Any, socket.socket]) -> None:
     reader.close()
 
 
+def test_what_they_cannot_do_is_unsupported(pair: tuple[Any, socket.socket]) -> None:
+    """Every method of ``io.BufferedIOBase`` is there, and says so as io's do: a program may try."""
+    connection = pair[0]
+    reader, writer = connection.open_reader(), connection.open_writer()
+    calls = {
+        reader: [("write", b"x"), ("writelines", [b"x"]), ("seek", 0), ("tell",), ("truncate",), ("detach",)],
+        writer: [("read",), ("read1",), ("readinto", bytearray(1)), ("readline",), ("readlines",), ("seek", 0), ("tell",)],
+    }
+    for file, names in calls.items():
+        for name, *args in names:
+            with pytest.raises(io.UnsupportedOperation):
+                getattr(file, name)(*args)
+
+
 def test_a_bounded_reader_reads_no_further_ahead(hub: Any, pair: tuple[Any, socket.socket]) -> None:
     """`size` bytes at once, so what is left is the connection's own."""
     near, far = pair

@@ -404,3 +404,24 @@ def test_a_goodbye_comes_after_the_answers_of_a_turn(engine, how, serving, dial)
         for client in (first, second):
             assert client.recv(100) == b"last"
             assert client.recv(100) == b""
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_nothing_is_read_after_a_broken_record(engine, serving, dial):
+    """The next read finds the end, as on a blocking socket, and does not wait for a peer that says nothing more."""
+    told, done = [], threading.Event()
+
+    class Read(harken.BaseRequestHandler):
+        def handle(self):
+            with pytest.raises(ssl.SSLError, match="MAC|mac"):
+                self.request.recv(5)
+            with contextlib.suppress(OSError):
+                told.append(self.request.recv(5))
+            done.set()
+
+    with serving(engine, Read) as server, dial(server) as client:
+        socket.socket.sendall(client, b"\x17\x03\x03\x00\x20" + bytes(32))
+        assert done.wait(PATIENCE)
+        with pytest.raises(ssl.SSLError, match="(?i)alert"):
+            client.recv(1)
+    assert told == [b""]

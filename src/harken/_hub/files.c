@@ -84,6 +84,17 @@ int file_clear(PyObject *self) {
     return 0;
 }
 
+/* A method of io.BufferedIOBase that makes no sense here. Registered as one, a type has none by itself. */
+PyObject *file_refuse(PyObject *self, PyObject *args, PyObject *names) {
+    PyObject *io = PyImport_ImportModule("io");
+    PyObject *kind = io == NULL ? NULL : PyObject_GetAttrString(io, "UnsupportedOperation");
+    if (kind != NULL)
+        PyErr_SetString(kind, "not supported by a connection's file");
+    Py_XDECREF(kind);
+    Py_XDECREF(io);
+    return NULL;
+}
+
 /* Dropped without close(): like SocketIO, it lets the socket go. */
 void file_finalize(PyObject *self) {
     PyObject *type, *error, *trace;

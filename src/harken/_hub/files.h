@@ -37,6 +37,7 @@ HIDDEN PyObject *file_fileno(PyObject *self, PyObject *none);
 HIDDEN PyObject *file_no(PyObject *self, PyObject *none);
 HIDDEN PyObject *file_yes(PyObject *self, PyObject *none);
 HIDDEN PyObject *file_nothing(PyObject *self, PyObject *none);
+HIDDEN PyObject *file_refuse(PyObject *self, PyObject *args, PyObject *names);
 HIDDEN PyObject *file_enter(PyObject *self, PyObject *none);
 HIDDEN PyObject *file_exit(PyObject *self, PyObject *args);
 HIDDEN PyObject *file_closed(PyObject *self, void *closure);
@@ -48,10 +49,13 @@ HIDDEN void file_finalize(PyObject *self);
 HIDDEN void file_dealloc(PyObject *self);
 HIDDEN int add_file_type(PyObject *module, const char *name, PyTypeObject *type);
 extern HIDDEN PyMemberDef file_members[];
+/* What io.BufferedIOBase has, and cannot be done here. */
+#define REFUSED(name) {name, (PyCFunction)(void (*)(void))file_refuse, METH_VARARGS | METH_KEYWORDS, "io.UnsupportedOperation."},
 #define FILE_METHODS                                                                  \
     {"fileno", file_fileno, METH_NOARGS, "The connection's descriptor."},             \
         {"isatty", file_no, METH_NOARGS, "False."},                                   \
         {"seekable", file_no, METH_NOARGS, "False."},                                 \
+        REFUSED("seek") REFUSED("tell") REFUSED("truncate") REFUSED("detach")         \
         {"close", file_close, METH_NOARGS, "Let the connection go."},                 \
         {"__enter__", file_enter, METH_NOARGS, NULL}, {"__exit__", file_exit, METH_VARARGS, NULL},
 

@@ -65,7 +65,13 @@ class Semaphore:
         self._bells: deque[Bell] = deque()
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        """Take one, waiting at most ``timeout`` seconds; tell whether that was so."""
+        """Take one, waiting at most ``timeout`` seconds; tell whether that was so.
+
+        Raises:
+            ValueError: a timeout for what does not wait.
+        """
+        if not blocking and timeout is not None:
+            raise ValueError("can't specify timeout for non-blocking acquire")
         with self._guard:
             if self._value > 0:
                 self._value -= 1
@@ -83,7 +89,13 @@ class Semaphore:
         return got or not self._withdraw(bell)
 
     def release(self, n: int = 1) -> None:
-        """Give ``n`` back, to those who wait longest. Any thread."""
+        """Give ``n`` back, to those who wait longest. Any thread.
+
+        Raises:
+            ValueError: ``n`` is less than 1.
+        """
+        if n < 1:
+            raise ValueError("n must be one or more")
         for _ in range(n):
             with self._guard:
                 if self._bells:
@@ -112,8 +124,16 @@ class Lock(Semaphore):
         super().__init__(1)
 
     def acquire(self, blocking: bool = True, timeout: float | None = None) -> bool:
-        """Take it, waiting at most ``timeout`` seconds, or without end with None or -1; tell whether that was so."""
-        return super().acquire(blocking, None if timeout == -1 else timeout)
+        """Take it, waiting at most ``timeout`` seconds, or without end with None or -1; tell whether that was so.
+
+        Raises:
+            ValueError: another negative timeout, or one for what does not wait.
+        """
+        if timeout == -1:
+            timeout = None
+        if timeout is not None and timeout < 0:
+            raise ValueError("timeout value must be a non-negative number")
+        return super().acquire(blocking, timeout)
 
     def locked(self) -> bool:
         """Tell whether somebody holds it."""
@@ -160,8 +180,9 @@ class Queue(Generic[T]):
 
         Raises:
             Full: there was no room.
+            ValueError: a negative timeout.
         """
-        if self._room is not None and not self._room.acquire(block, timeout):
+        if self._room is not None and not self._room.acquire(block, _patience(block, timeout)):
             raise Full
         self._items.append(item)
         self._filled.release()
@@ -171,8 +192,9 @@ class Queue(Generic[T]):
 
         Raises:
             Empty: there was none.
+            ValueError: a negative timeout.
         """
-        if not self._filled.acquire(block, timeout):
+        if not self._filled.acquire(block, _patience(block, timeout)):
             raise Empty
         item = self._items.popleft()
         if self._room is not None:
@@ -186,6 +208,13 @@ class Queue(Generic[T]):
     def get_nowait(self) -> T:
         """Take the oldest item out, if there is one."""
         return self.get(block=False)
+
+
+def _patience(block: bool, timeout: float | None) -> float | None:
+    """The seconds that a queue waits; as in ``queue.Queue``, those of a call that does not wait are ignored."""
+    if block and timeout is not None and timeout < 0:
+        raise ValueError("'timeout' must be a non-negative number")
+    return timeout if block else None
 
 
 def _drop(bells: deque[Bell], bell: Bell) -> bool:

@@ -387,6 +387,7 @@ PyObject *connection_open_reader(PyObject *self, PyObject *const *args, Py_ssize
 static PyMethodDef reader_methods[] = {
     FILE_METHODS{"readable", file_yes, METH_NOARGS, "True."},
     {"writable", file_no, METH_NOARGS, "False."},
+    REFUSED("write") REFUSED("writelines")
     {"flush", file_nothing, METH_NOARGS, "Nothing."},
     {"readline", FAST(reader_readline), METH_FASTCALL, "readline(size=-1): one line, or what there is of it."},
     {"readlines", FAST(reader_readlines), METH_FASTCALL, "readlines(hint=-1): lines until the end."},

@@ -198,6 +198,7 @@ PyObject *connection_open_writer(PyObject *self, PyObject *const *args, Py_ssize
 
 static PyMethodDef writer_methods[] = {
     FILE_METHODS{"readable", file_no, METH_NOARGS, "False."},
+    REFUSED("read") REFUSED("read1") REFUSED("readinto") REFUSED("readinto1") REFUSED("readline") REFUSED("readlines")
     {"writable", file_yes, METH_NOARGS, "True."},
     {"offer", writer_offer, METH_O, "offer(data): as write, without waiting; how many bytes were taken, or None: all."},
     {"keep_by", writer_keep_by, METH_O, "keep_by(function): call it with what was offered, joined, and cannot be sent."},

@@ -120,6 +120,16 @@ class Engine(Contract):
         slower = "; the compiled one, which is quicker, was not built" if "compiled" not in _hub.kinds() else ""
         return f"hub: {_hub.kind}{slower if _hub.kind == 'fallback' else ''}"
 
+    def prepare(self, handler: Any) -> None:
+        """See that the event loop that was chosen is there: else the first ``green.wait`` would end the server."""
+        super().prepare(handler)
+        self._check_loop()
+
+    def _check_loop(self) -> None:
+        name = self.options("loop")
+        if name != "asyncio":
+            hosts.loop_factory(name)
+
     # -- doors ---------------------------------------------------------------------------------------------------------
 
     def watch(self, door: Door, on_readable: Callable[[], bool | None]) -> None:

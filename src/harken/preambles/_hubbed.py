@@ -172,6 +172,9 @@ class Hubbed(Secured):
             isinstance(error, ssl.SSLEOFError) and self.suppress_ragged_eofs
         ):
             return b""
+        if isinstance(error, ssl.SSLError):
+            self._send_last()  # OpenSSL's alert
+            self._incoming.write_eof()  # no read may wait for more: OpenSSL has given up
         raise error
 
     def _fail(self, error: Exception) -> None:
