@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import fcntl
 import functools
 import os
@@ -80,6 +81,32 @@ def test_unix(tmp_path):
     """On a Unix path."""
     with harken.background(harken.AsyncUnixStreamServer(str(tmp_path / "s"), Echo)) as server:
         assert ask(server.server_address) == b"hello"
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_datagrams_are_answered_from_the_address_that_was_asked(loop):
+    """On a socket bound to every address, waiting or not; each has a task and a context of its own."""
+    variable = contextvars.ContextVar("variable", default=b"fresh")
+    tasks = set()
+
+    class Told(harken.AsyncRequestHandler):
+        async def handle(self):
+            data, sock = self.request
+            tasks.add(asyncio.current_task())
+            before = variable.get()
+            variable.set(data)
+            if data == b"wait":
+                await asyncio.sleep(0.001)
+            sock.sendto(data + b" " + before, self.client_address)
+
+    with harken.background(harken.AsyncUDPServer(("0.0.0.0", 0), Told, loop=loop)) as server:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.settimeout(PATIENCE)
+            client.connect(("127.0.0.5", server.server_address[1]))
+            for data in (b"at once", b"wait") * 3:
+                client.send(data)
+                assert client.recv(100) == data + b" fresh"
+    assert len(tasks) == 6
 
 
 def test_udp():

@@ -50,8 +50,9 @@ class Engine(Green):
         if self._threads:
             self.refresh()
 
-    def datagrams(self, sock: socket.socket) -> None:
-        """Each datagram has a task, or a thread, of its own."""
+    def datagrams(self, sock: socket.socket) -> Any:
+        """Each datagram has a task of its own, in a green thread, or a thread."""
+        return None if self._threads else super().datagrams(sock)
 
     def refresh(self) -> None:
         """Read ``pool_size`` and ``pool_queue`` anew, as the pool engine does, and ``stall_after``."""
