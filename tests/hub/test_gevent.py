@@ -102,6 +102,28 @@ with serving(work) as server:
 print(wrong[:1])
 """
 
+LOCKED = """
+class Turns:
+    def __init__(self, lock):
+        self.lock, self.entered = lock, 0
+    def __enter__(self):
+        self.lock.acquire()
+        self.entered += 1
+        if self.entered == 3:
+            signal.raise_signal(signal.SIGINT)  # and the lock is held already
+        return self
+    def __exit__(self, *error):
+        self.lock.release()
+
+with harken.GreenTCPServer(("127.0.0.1", 0), harken.StreamRequestHandler) as server:
+    engine = server._harken.engine
+    engine._turns = turns = Turns(engine._turns)
+    try:
+        server.serve_forever(0.01)
+    except KeyboardInterrupt:
+        print("interrupted", turns.entered >= 3)
+"""
+
 HASTY = """
 import asyncio, gc, warnings
 warnings.simplefilter("error")
@@ -353,6 +375,11 @@ def test_ctrl_c_ends_the_loop_and_not_a_handler(run_program):
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=20)
     assert (out, process.returncode) == ("interrupted\n", 0), errors
+
+
+def test_ctrl_c_in_a_turn_leaves_no_lock_behind(run_program):
+    """It comes in the moment in which the loop has taken one."""
+    assert run(run_program, "before", LOCKED) == "interrupted True"
 
 
 def test_the_handler_of_ctrl_c_is_given_back(run_program):

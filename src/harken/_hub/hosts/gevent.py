@@ -193,10 +193,14 @@ def _heed(before: Callable[..., object], after: Callable[..., object]) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt where gevent raises what ends the program: in the main greenlet."""
-    if _hub.current() is None:
+    """Raise KeyboardInterrupt where gevent raises what ends the program: in the main greenlet.
+
+    And not in the midst of a turn, which may have taken a lock at that very moment.
+    """
+    home = import_module("gevent").get_hub()
+    if _hub.current() is None and getcurrent() is not home:
         signal.default_int_handler(number, frame)
-    import_module("gevent").get_hub().handle_system_error(KeyboardInterrupt, KeyboardInterrupt())
+    home.handle_system_error(KeyboardInterrupt, KeyboardInterrupt())
 
 
 def offload(function: Callable[..., Any], *args: Any) -> Any:
