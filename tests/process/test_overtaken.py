@@ -257,6 +257,7 @@ def test_a_worker_that_still_loads_writes_to_the_new_log(service, target, tmp_pa
     wait_for(tmp_path / "loading")
     log.rename(tmp_path / "rotated")
     os.kill(running.pid, signal.SIGUSR1)
+    wait_for(log)  # or the worker might serve before the supervisor has heard of it
     (tmp_path / "go").touch()
     running.wait_answer("two")
     os.kill(running.pid, signal.SIGTERM)
