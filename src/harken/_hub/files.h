@@ -50,7 +50,7 @@ HIDDEN void file_dealloc(PyObject *self);
 HIDDEN int add_file_type(PyObject *module, const char *name, PyTypeObject *type);
 extern HIDDEN PyMemberDef file_members[];
 /* What io.BufferedIOBase has, and cannot be done here. */
-#define REFUSED(name) {name, (PyCFunction)(void (*)(void))file_refuse, METH_VARARGS | METH_KEYWORDS, "io.UnsupportedOperation."},
+#define REFUSED(name) {name, FAST(file_refuse), METH_VARARGS | METH_KEYWORDS, "io.UnsupportedOperation."},
 #define FILE_METHODS                                                                  \
     {"fileno", file_fileno, METH_NOARGS, "The connection's descriptor."},             \
         {"isatty", file_no, METH_NOARGS, "False."},                                   \

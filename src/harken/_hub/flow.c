@@ -208,8 +208,7 @@ int flow_join(PyObject *self, State *state, PyObject *data) {
         return -1;
     if (hub->flow.owner == NULL) {
         hub->flow.owner = Py_NewRef(self);
-        if (hub->occupies)
-            note_debtor(state->slot);
+        note_debtor(hub, state->slot);
     }
     state->flowing = true;
     hub->flow.pieces[hub->flow.count++] = Py_NewRef(data);

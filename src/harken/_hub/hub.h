@@ -99,7 +99,7 @@ typedef struct Slot {
 
 /* One thing to do at the next turn. */
 typedef struct {
-    enum { CALL, SWITCH, THROW, NOTHING } kind;
+    enum { CALL, SWITCH, THROW, NOTHING } kind; /* NOTHING: it was, and is not due any more */
     PyObject *target; /* CALL: a function; else a greenlet */
     PyObject *value;  /* CALL: its arguments; SWITCH: what park() returns, or NULL; THROW: the exception */
 } Entry;
@@ -462,7 +462,7 @@ static inline void send_later(Hub *hub) {
 
 /* owed.c */
 HIDDEN void owe(State *state, PyObject *data, size_t sent);
-HIDDEN void note_debtor(Slot *slot);
+HIDDEN void note_debtor(Hub *hub, Slot *slot);
 HIDDEN void owe_unseen(PyObject *self, State *state, PyObject *data, size_t sent);
 HIDDEN int settle_answers(PyObject *self, State *state);
 HIDDEN int settle_to_read(PyObject *self, State *state, bool waits);

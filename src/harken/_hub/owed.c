@@ -21,8 +21,10 @@ void owe(State *state, PyObject *data, size_t sent) {
     wake_debtor(state);
 }
 
-/* What the running green thread has written there is kept. */
-void note_debtor(Slot *slot) {
+/* What the running green thread has written there is kept. Elsewhere than in gevent's loop `loose` tells whose it is. */
+void note_debtor(Hub *hub, Slot *slot) {
+    if (!hub->occupies)
+        return;
     PyGreenlet *me = PyGreenlet_GetCurrent();
     slot->debtor = me;
     Py_XDECREF(me); /* the running greenlet lives */

@@ -214,9 +214,8 @@ int join(Hub *hub, PyObject *sock, const char *data, size_t size) {
             return -1;
         State *state = state_of(sock);
         if (hub->occupies && !attached(state) && attach(state, hub, socket_fd(sock)) < 0)
-            return -1;
-        if (hub->occupies)
-            note_debtor(state->slot);
+            return -1; /* it may owe, which is its hub's business */
+        note_debtor(hub, state->slot);
         hub->pending_owner = Py_NewRef(sock);
         state->joined = true;
     }

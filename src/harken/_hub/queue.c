@@ -149,17 +149,18 @@ int throw_into(Hub *hub, PyGreenlet *green, PyObject *error) {
  * would be resumed in its next wait, whatever that is for. What was to be raised in it still is. */
 void undo_due(Hub *hub) {
     PyGreenlet *me = PyGreenlet_GetCurrent();
-    for (size_t i = 0; is_due(hub, me) && i < hub->count; i++) {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    for (size_t i = is_due(hub, me) ? 0 : hub->count; i < hub->count; i++) {
         Entry *entry = entry_at(hub, i);
         if (entry->target != (PyObject *)me || entry->kind != SWITCH)
             continue;
         entry->kind = NOTHING;
-        PyObject *type, *error, *trace;
-        PyErr_Fetch(&type, &error, &trace);
         if (PyDict_DelItem(hub->due, (PyObject *)me) < 0)
             PyErr_Clear();
-        PyErr_Restore(type, error, trace);
+        break;
     }
+    PyErr_Restore(type, error, trace);
     Py_DECREF(me);
 }
 

@@ -191,8 +191,7 @@ static int try_later(PyObject *self, State *state, PyObject *whole, const char *
         send_all_later(hub);
     hub->later[hub->later_count++] = (Later){Py_NewRef(self), kept, 0};
     hub->loose = Py_NewRef(self);
-    if (hub->occupies)
-        note_debtor(state->slot);
+    note_debtor(hub, state->slot);
     state->later = true;
     return 1;
 }

@@ -13,6 +13,7 @@ from typing import Any
 from harken.connection import Connection
 from harken.engines import Engine as AnyEngine, Options, is_async
 from harken.engines._crew import Crew
+from harken.engines._datagrams import Datagrams
 from harken.engines.green import Engine as Green
 from harken.errors import ConfigError
 
@@ -50,7 +51,7 @@ class Engine(Green):
         if self._threads:
             self.refresh()
 
-    def datagrams(self, sock: socket.socket) -> Any:
+    def datagrams(self, sock: socket.socket) -> Datagrams | None:
         """Each datagram has a task of its own, in a green thread, or a thread."""
         return None if self._threads else super().datagrams(sock)
 
