@@ -87,11 +87,12 @@ def test_the_format_follows_the_setting(access):
 
 
 def test_a_file_that_was_moved_away_is_opened_anew(access, tmp_path):
-    """Under its name."""
+    """Under its name, and at once, so that who rotates finds it there."""
     log, path = access()
     events.emit("closed", reason="killed")
     path.rename(tmp_path / "access.1")
     log.reopen()
+    assert path.read_text() == ""
     events.emit("closed", reason="shed")
     assert "reason=killed" in (tmp_path / "access.1").read_text()
     assert "reason=shed" in path.read_text()

@@ -151,7 +151,6 @@ def test_a_log_whose_folder_is_gone_is_no_reason_to_stop(run_program, target, tm
     (folder / "a").unlink()
     folder.rmdir()
     process.send_signal(signal.SIGUSR1)
-    process.send_signal(signal.SIGTTIN)
     assert "cannot write the log" in process.stderr.readline()
     folder.mkdir()
     process.send_signal(signal.SIGTERM)

@@ -144,9 +144,12 @@ class _Losing(logging.Handler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
+        if isinstance(error, OSError):
+            self._complain(error)
+        else:
             super().handleError(record)
-            return
+
+    def _complain(self, error: OSError) -> None:
         now = time.monotonic()
         if now - self._complained < COMPLAINT_SECONDS:
             return
@@ -161,7 +164,15 @@ class _Losing(logging.Handler):
 
 
 class _File(_Losing, logging.FileHandler):
-    pass
+    def reopen(self) -> None:
+        self.acquire()
+        try:
+            self.close()
+            self.stream = self._open()
+        except OSError as error:  # the next line tries again
+            self._complain(error)
+        finally:
+            self.release()
 
 
 class _Stream(_Losing, logging.StreamHandler[TextIO]):
@@ -174,12 +185,8 @@ def _formatter(settings: Settings) -> logging.Formatter:
 
 def reopen(handler: logging.Handler) -> None:
     """Open a file anew, after somebody moved it away; a stream stays as it is. Any thread."""
-    if isinstance(handler, logging.FileHandler):
-        handler.acquire()
-        try:
-            handler.close()  # the next line opens it again, under its name
-        finally:
-            handler.release()
+    if isinstance(handler, _File):
+        handler.reopen()
 
 
 class LogObserver:
