@@ -13,6 +13,7 @@ from waiting import wait_until
 import harken
 from harken import events, straight
 from harken.acceptor import MAX_ACCEPT
+from harken.admission import Admission
 from harken.serving import serving_of
 
 PATIENCE = 10.0  # seconds
@@ -275,6 +276,33 @@ def test_a_burst_takes_no_more_than_the_limit_leaves_room_for(server_class: Any)
         client.close()
     assert server.stats()["rejected_total"] == 0
     assert server.stats()["handler_failed_total"] == 0
+
+
+def test_nobody_is_taken_when_the_last_places_were_filled_in_this_moment(
+    server_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process, after this one has looked: they wait in the backlog, and come in later."""
+    asked: list[int] = []
+    plain = Admission.places
+
+    def places(admission: Admission, most: int) -> int:
+        asked.append(most)
+        return 0 if len(asked) == 1 else plain(admission, most)
+
+    monkeypatch.setattr(Admission, "places", places)
+    end = events.subscribe(lambda event: None, "accepted")  # or green threads go another way
+    try:
+        server = server_class(("127.0.0.1", 0), Echo, max_connections=1)
+        clients = [socket.create_connection(server.server_address, PATIENCE) for _ in range(3)]
+        for client in clients:
+            client.sendall(b"hello")
+        with harken.background(server):
+            for client in clients:
+                with client:
+                    assert client.recv(100) == b"hello"
+            assert asked
+    finally:
+        end()
 
 
 def test_a_listener_that_accepts_in_its_own_way_is_asked(server_class: Any) -> None:

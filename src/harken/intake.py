@@ -121,7 +121,7 @@ class Intake:
             return False
         admission = serving.admission
         if admission is not None and admission.full:
-            self._wait_for_room(admission)
+            self.wait_for_room(admission)
             return False
         if self._has_datagrams and self.datagrams.take():
             return False
@@ -133,7 +133,7 @@ class Intake:
         serving = self._serving
         engine, server, admission = serving.engine, serving.server, serving.admission
         if admission is not None and not admission.claim():
-            self._wait_for_room(admission)
+            self.wait_for_room(admission)
             return False
         try:
             taken = server._handle_request_noblock()
@@ -162,7 +162,7 @@ class Intake:
         if not serving.acceptor.paused:
             admission.unhold(serving)
 
-    def _wait_for_room(self, admission: Admission) -> None:
+    def wait_for_room(self, admission: Admission) -> None:
         """As many are inside as may be: leave the door alone until somebody leaves, or make the longest idle leave."""
         serving = self._serving
         admission.hold(serving, serving.wake)

@@ -82,6 +82,9 @@ def take(serving: Serving) -> bool | None:
     if lane is not None:
         return _take_by(lane, serving, places)
     most = MAX_ACCEPT if admission is None else admission.places(MAX_ACCEPT)
+    if admission is not None and not most:  # another process, or loop, has filled the last places just now
+        serving.intake.wait_for_room(admission)
+        return False
     try:
         taken = serving.engine.connection.take(door_of(server.socket), most)
     except OSError as error:

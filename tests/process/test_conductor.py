@@ -39,7 +39,9 @@ def test_a_signal_is_obeyed_in_a_thread(number):
     """Once, while the main thread is in a call that waits; afterwards all is as before."""
     before = signal.getsignal(number)
     obedient = Obedient()
-    with Conductor(obedient).heeding((*SIGNALS, signal.SIGHUP)):
+    conductor = Conductor(obedient)
+    with conductor.heeding((*SIGNALS, signal.SIGHUP)):
+        conductor.begin()
         send(number)
         assert obedient.came.wait(PATIENCE)
     assert obedient.numbers == [number]
@@ -51,7 +53,9 @@ def test_a_signal_is_obeyed_in_a_thread(number):
 def test_the_main_thread_is_interrupted_by_none():
     """Its sleep goes on to its end (PEP 475)."""
     obedient = Obedient()
-    with Conductor(obedient).heeding():
+    conductor = Conductor(obedient)
+    with conductor.heeding():
+        conductor.begin()
         threading.Timer(0.05, send, (signal.SIGTERM,)).start()
         began = time.monotonic()
         time.sleep(0.3)
@@ -63,11 +67,42 @@ def test_a_main_thread_that_does_not_come_back_is_abandoned():
     """``abandon`` raises there, out of whatever keeps it, once."""
     conductor = Conductor(Obedient())
     with conductor.heeding():
+        conductor.begin()
         threading.Timer(0.05, conductor.abandon).start()
         with pytest.raises(Abandoned):
             threading.Event().wait(PATIENCE)
         send(signal.SIGTERM)
         time.sleep(0)
+
+
+def test_what_comes_before_it_begins_is_obeyed_then():
+    """And never when it does not begin: what was to be served failed."""
+    obedient = Obedient()
+    conductor = Conductor(obedient)
+    with conductor.heeding():
+        send(signal.SIGTERM)
+        assert obedient.numbers == []
+        conductor.begin()
+        assert obedient.came.wait(PATIENCE)
+    with conductor.heeding():
+        send(signal.SIGTERM)
+    assert obedient.numbers == [signal.SIGTERM]
+
+
+def test_who_comes_late_is_told_apart():
+    """Of a process that ends then."""
+    late = []
+    before = [(number, signal.getsignal(number)) for number in SIGNALS]
+    conductor = Conductor(Obedient())
+    conductor.afterwards = lambda number, _frame: late.append(number)
+    try:
+        with conductor.heeding():
+            conductor.begin()
+        send(signal.SIGTERM)
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    assert late == [signal.SIGTERM]
 
 
 def test_abandoning_without_heeding_does_nothing():
@@ -94,6 +129,7 @@ def test_a_forked_child_dies_of_signals_as_any_process():
     obedient = Obedient()
     conductor = Conductor(obedient)
     with conductor.heeding():
+        conductor.begin()
         pid = os.fork()
         if pid == 0:
             try:

@@ -169,6 +169,45 @@ def test_signals_that_come_when_all_is_over_change_no_status(service, workers, n
     assert "Traceback" not in log
 
 
+TOLD_LATE = """
+import os, signal
+def told(directory, plain=os.chdir):
+    plain(directory)
+    os.kill(os.getpid(), signal.{name})
+os.chdir = told  # the last step but one of those before the program begins anew
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGQUIT"])
+def test_who_is_told_to_end_while_it_begins_anew_ends(service, target, tmp_path, name):
+    """HUP to a process alone, and TERM when it has drained already."""
+    target.write_text(TOLD_LATE.format(name=name) + target.read_text())
+    running = service("--workers", "0", "--pidfile", str(tmp_path / "pid"))
+    os.kill(running.pid, signal.SIGHUP)
+    status, log = running.end()
+    assert (status, log.count("info    listening")) == (0, 1), log
+    assert not (tmp_path / "pid").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_who_is_told_to_end_before_it_serves_drains(service, target, workers):
+    """TERM while a worker attaches to its listeners; it was "cannot serve a server that is draining"."""
+    attaching = """
+import os, signal, time, harken.serving as serving
+plain = serving.Serving._check_fit
+def told(self):
+    os.kill({pid}, signal.SIGTERM)
+    time.sleep(0.2)  # whoever obeys at once has the time to
+    plain(self)
+serving.Serving._check_fit = told
+"""
+    pid = "os.getpid()" if workers == "0" else "os.getppid()"
+    target.write_text(attaching.format(pid=pid) + target.read_text())
+    status, log = service("--workers", workers).end()
+    assert status == 0, log
+    assert "cannot" not in log
+
+
 def test_workers_that_the_terminal_told_too_end_as_asked(service):
     """Ctrl-C reaches every process of a terminal, and the supervisor tells its workers once more."""
     running = service("--workers", "4")

@@ -261,6 +261,18 @@ def test_signals_are_read_in_order_and_given_back():
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
+def test_a_storm_of_signals_hides_none_of_another_kind():
+    """A thousand, and nobody has read yet."""
+    inbox = Inbox([signal.SIGUSR1, signal.SIGUSR2])
+    try:
+        for _ in range(1000):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert inbox.read() == [signal.SIGUSR1] * 1000 + [signal.SIGUSR2]
+    finally:
+        inbox.close()
+
+
 def test_a_worker_s_time_is_over_by_each_measure():
     """Connections with jitter, age, memory; nothing asked, never."""
     assert recycling.Lifespan(Settings(None, {}, "serve")).over(10**9) is None

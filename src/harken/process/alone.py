@@ -149,9 +149,6 @@ class Alone:
             if self._page is not None:
                 self._page.close()
             self._close_desk()
-            if self._ended:
-                _close(self._kept)
-                self._kept = {}
             if not self._kept:
                 self._pidfile.remove()
         if self._kept:
@@ -160,11 +157,12 @@ class Alone:
 
     def _begin_anew(self) -> None:
         try:
-            handoff.exec_anew(self._kept, self._directory)
+            handoff.exec_anew(self._kept, self._directory, unless=lambda: self._ended)
         except OSError as error:
+            raise HandoffError(f"the program cannot be started anew: {error}") from None
+        finally:
             _close(self._kept)
             self._pidfile.remove()
-            raise HandoffError(f"the program cannot be started anew: {error}") from None
 
     def _ready(self) -> None:
         predecessor = handoff.upgraded_from()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import socket
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+
+from harken.process.signals import wakeup_pipe
 
 __all__ = ["SIGNALS", "Abandoned", "Conductor"]
 
@@ -34,23 +36,22 @@ class Conductor:
             obey: called with each signal's number, in a thread; must not wait.
         """
         self._obey = obey
-        self.last = False
-        """Whether the process ends afterwards, so that signals that still come do nothing."""
+        self.afterwards: Callable[[int, FrameType | None], object] | None = None
+        """What handles signals that come later still, when the process ends then; None: who did before."""
+        self._conductor: threading.Thread | None = None
         self._heeding = False
         self._abandon = False
         self._numbers: Sequence[int] = ()
 
     @contextmanager
     def heeding(self, numbers: Sequence[int] = SIGNALS) -> Iterator[None]:
-        """Heed these signals while the block runs, if that is in the main thread."""
+        """Heed these signals while the block runs, if that is in the main thread; obey them after :meth:`begin`."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        reader, writer = socket.socketpair()
-        writer.setblocking(False)
-        conductor = threading.Thread(target=self._conduct, args=(reader,), name="harken-signals", daemon=True)
-        conductor.start()
-        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        reader, writer = wakeup_pipe()
+        self._conductor = threading.Thread(target=self._conduct, args=(reader,), name="harken-signals", daemon=True)
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self._heeding = True
         self._numbers = numbers
         before = {number: signal.signal(number, self._in_main_thread) for number in numbers}
@@ -58,12 +59,19 @@ class Conductor:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, _ignore if self.last else handler)
+                signal.signal(number, self.afterwards or handler)
             self._heeding = False
             signal.set_wakeup_fd(wakeup)
-            writer.close()
-            conductor.join()
-            reader.close()
+            os.close(writer)
+            if self._conductor.ident is not None:
+                self._conductor.join()
+            self._conductor = None
+            os.close(reader)
+
+    def begin(self) -> None:
+        """Obey, first what has come since the block of :meth:`heeding` began."""
+        if self._conductor is not None:
+            self._conductor.start()
 
     def be_a_child(self) -> None:
         """In a forked child: signals mean what they mean to any process."""
@@ -84,14 +92,10 @@ class Conductor:
             self._abandon = False
             raise Abandoned
 
-    def _conduct(self, reader: socket.socket) -> None:
-        while numbers := reader.recv(64):
+    def _conduct(self, reader: int) -> None:
+        while numbers := os.read(reader, 64):
             for number in numbers:
                 try:
                     self._obey(number)
                 except Exception:  # noqa: BLE001 - the next signal must be obeyed all the same
                     traceback.print_exc()
-
-
-def _ignore(_number: int, _frame: FrameType | None) -> None:
-    """The work is done."""

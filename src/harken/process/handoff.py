@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from harken import transports
@@ -165,12 +165,13 @@ def _command() -> list[str]:
     return [sys.executable, *sys.orig_argv[1:]]
 
 
-def exec_anew(opened: dict[str, list[Listener]], directory: str) -> None:
-    """Put a new copy of this program into this process. Returns only by an error.
+def exec_anew(opened: dict[str, list[Listener]], directory: str, *, unless: Callable[[], bool]) -> None:
+    """Put a new copy of this program into this process. Returns only when it shall end after all.
 
     Args:
         opened: the listeners to keep, by address.
         directory: the working directory in which the program was started.
+        unless: tells whether an operator has ended the program; asked when all handlers of signals have run.
 
     Raises:
         OSError: the program cannot be started any more; nothing has changed.
@@ -180,7 +181,8 @@ def exec_anew(opened: dict[str, list[Listener]], directory: str) -> None:
     environment = dict(os.environ) | {VARIABLE: _bequest(opened, -1)}
     os.chdir(directory)
     signals.hold_back()
-    os.execve(sys.executable, _command(), environment)  # noqa: S606 - there is no shell to want
+    if not unless():
+        os.execve(sys.executable, _command(), environment)  # noqa: S606 - there is no shell to want
 
 
 def _without_watchdog_pid() -> dict[str, str]:

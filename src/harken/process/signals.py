@@ -10,12 +10,11 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-__all__ = ["COMMANDS", "ENDINGS", "MEANINGS", "Early", "Inbox", "Meaning", "blocked", "hold_back"]
+__all__ = ["COMMANDS", "ENDINGS", "MEANINGS", "Early", "Inbox", "Meaning", "blocked", "hold_back", "wakeup_pipe"]
 
 ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 COMMANDS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU, signal.SIGWINCH)
@@ -106,13 +105,30 @@ class Early:
 
 
 def hold_back() -> None:
-    """Just before exec: let commands wait for the new program, which has no handlers yet. Main thread only."""
+    """Just before exec: let commands wait for the new program, which has no handlers yet. Main thread only.
+
+    Those that end have had their handlers called when this returns, and from now on they end the process at once.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, COMMANDS)
+    with blocked():
+        for number in ENDINGS:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _ignore_all() -> None:
-    for number in MEANINGS:
-        signal.signal(number, signal.SIG_IGN)
+    with blocked():  # Python complains with a traceback of one that comes while its handler is taken away
+        for number in MEANINGS:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def wakeup_pipe() -> tuple[int, int]:
+    """Make what signals' numbers are written to: a pipe's reader, and its writer, which never waits.
+
+    It holds 65,536 of them, pipe(7). A pair of sockets holds 278, which a storm of HUPs fills, and TERM would be lost.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    return reader, writer
 
 
 class Inbox:
@@ -124,21 +140,20 @@ class Inbox:
         Args:
             numbers: which signals.
         """
-        self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
-        self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._reader, self._writer = wakeup_pipe()
+        os.set_blocking(self._reader, False)
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._numbers = tuple(numbers)
         self._before = {number: signal.signal(number, _ignore) for number in self._numbers}
 
     def fileno(self) -> int:
         """Return the descriptor that is readable when signals have come."""
-        return self._reader.fileno()
+        return self._reader
 
     def read(self) -> list[int]:
         """Return the numbers of the signals that came, in order."""
         try:
-            return [number for number in self._reader.recv(4096) if number in self._before]
+            return [number for number in os.read(self._reader, 4096) if number in self._before]
         except BlockingIOError:
             return []
 
@@ -151,16 +166,16 @@ class Inbox:
         for number, handler in self._before.items():
             signal.signal(number, _ignore if last else handler)
         signal.set_wakeup_fd(self._wakeup)
-        self._reader.close()
-        self._writer.close()
+        os.close(self._reader)
+        os.close(self._writer)
 
     def leave_to_parent(self) -> None:
         """In a forked child: take the default actions again, and no longer write into the parent's inbox."""
         signal.set_wakeup_fd(-1)
         for number in self._numbers:
             signal.signal(number, signal.SIG_DFL)
-        self._reader.close()
-        self._writer.close()
+        os.close(self._reader)
+        os.close(self._writer)
 
 
 def _ignore(signum: int, frame: object) -> None:

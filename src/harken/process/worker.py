@@ -176,6 +176,7 @@ class Worker:
                 for server in self.servers:
                     attached.enter_context(server.serving.attached())
                     _ = server.serving.admission  # a limit that cannot be loaded is told now
+                self._conductor.begin()  # a drain before would have left nothing to attach to
                 on_ready()
                 self._engine.run(lambda: self._stopping, self._tick, self._patience)
                 self._left_loop = True
@@ -186,8 +187,8 @@ class Worker:
             return self._status
 
     def ends_with_process(self) -> None:
-        """Say that the process ends when ``run`` has returned: signals that come then do nothing."""
-        self._conductor.last = True
+        """Say that the process ends when ``run`` has returned: signals that come then do no more than ``on_told``."""
+        self._conductor.afterwards = self._told_late
 
     def leave(self) -> None:
         """Drain, and make ``run`` return, as SIGTERM does. Any thread."""
@@ -231,6 +232,10 @@ class Worker:
                 self.stop()
         else:
             self.obeys.get(number, _nothing)()  # or a signal of the program's own
+
+    def _told_late(self, number: int, _frame: object) -> None:
+        if number in SIGNALS:
+            self.on_told()
 
     def _hurry(self, reason: str) -> None:
         for server in self.servers:
