@@ -208,6 +208,34 @@ serving.Serving._check_fit = told
     assert "cannot" not in log
 
 
+TOLD_IN_UPGRADE = """
+import contextlib, os, pathlib, signal, subprocess, time
+class Popen(subprocess.Popen):
+    def __init__(self, *args, pass_fds, **options):
+        super().__init__(*args, pass_fds=pass_fds, **options)
+        pathlib.Path("successor").write_text(str(self.pid))
+        os.kill(os.getpid(), signal.SIGTERM)
+        end = time.monotonic() + 10
+        with contextlib.suppress(OSError):
+            while time.monotonic() < end:
+                [os.fstat(fd) for fd in pass_fds[1:]]
+                time.sleep(0.01)
+subprocess.Popen = Popen
+"""
+
+
+def test_who_is_told_to_end_as_its_successor_starts_takes_it_along(service, target, tmp_path):
+    """USR2 to a process alone, and TERM: the listeners are closed when the new program has just begun."""
+    target.write_text(TOLD_IN_UPGRADE + target.read_text())
+    running = service("--workers", "0")
+    os.kill(running.pid, signal.SIGUSR2)
+    status, log = running.end()
+    wait_gone(int((tmp_path / "successor").read_text()))
+    assert status == 0
+    assert "Traceback" not in log
+    assert "upgrade failed" not in log
+
+
 def test_workers_that_the_terminal_told_too_end_as_asked(service):
     """Ctrl-C reaches every process of a terminal, and the supervisor tells its workers once more."""
     running = service("--workers", "4")

@@ -221,7 +221,8 @@ class Alone:
                     return
         except HandoffError as error:
             self._upgrading = False  # before anybody is told, who may ask for the next at once
-            events.emit("upgrade_failed", reason=f"{error}; this one serves on")
+            if not self._leaving.is_set():
+                events.emit("upgrade_failed", reason=f"{error}; this one serves on")
             return
         self._replaced = True
         notify(MAINPID=successor.pid)

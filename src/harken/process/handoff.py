@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 from harken import transports
@@ -219,13 +220,14 @@ class Successor:
                 pass_fds=(writer, *fds),
                 start_new_session=False,
             )
-        except (OSError, subprocess.SubprocessError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError) as error:  # ValueError: of -1, a listener was closed
             os.close(self._pipe)
             raise HandoffError(f"the new program cannot be started: {error}") from None
         finally:
             os.close(writer)
             for listener in _all(opened):
-                listener.set_inheritable(False)
+                with suppress(OSError):  # closed meanwhile: this process was told to end
+                    listener.set_inheritable(False)
 
     @property
     def pid(self) -> int:
