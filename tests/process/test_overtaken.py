@@ -60,6 +60,7 @@ def test_a_reload_overtakes_one_that_fails(service, target, tmp_path):
     wait_for(tmp_path / "loading")
     target.write_text(good.replace('"one"', '"two"'))
     os.kill(running.pid, signal.SIGHUP)
+    running.wait_log(f"worker exited: pid {(tmp_path / 'loading').read_text()}")  # before it can fail
     (tmp_path / "go").touch()
     running.wait_log("reloaded")
     for pid in old:
