@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, ClassVar
 
 from harken import events
@@ -99,6 +99,7 @@ class Alone:
         self._ended = False  # by an operator, who wants no new program
         self._leaving = threading.Event()
         self._upgrading = False
+        self._reload_next = False  # after an upgrade that fails
         self._upgrade_thread: threading.Thread | None = None
         self._watchdog = Watchdog()
         if self._watchdog.interval is not None:
@@ -183,7 +184,10 @@ class Alone:
 
         Not when what it would read anew is wrong: it could not begin, and there would be nobody left to serve.
         """
-        if self._leaving.is_set() or self._upgrading or not self._can_begin_anew():
+        if self._upgrading:
+            self._reload_next = True  # if that fails; or else the successor has all that is to be read anew
+            return
+        if self._leaving.is_set() or not self._can_begin_anew():
             return
         try:
             handoff.may_begin_anew(self._directory)
@@ -222,7 +226,10 @@ class Alone:
         except HandoffError as error:
             self._upgrading = False  # before anybody is told, who may ask for the next at once
             if not self._leaving.is_set():
-                events.emit("upgrade_failed", reason=f"{error}; this one serves on")
+                self._serve_on(str(error))
+            return
+        if self._leaving.is_set():  # told to end in the moment in which it became ready
+            successor.abandon()
             return
         self._replaced = True
         notify(MAINPID=successor.pid)
@@ -230,10 +237,22 @@ class Alone:
             listener.disown()
         if self._page is not None:
             self._page.close()  # the successor has one
+        if self._desk is not None:
+            self._desk.shut()  # who asks from now on means the successor
         self._worker.leave()
+
+    def _serve_on(self, reason: str) -> None:
+        """The successor failed: what it may have taken is ours again, and a HUP that came meanwhile is obeyed now."""
+        events.emit("upgrade_failed", reason=f"{reason}; this one serves on")
+        with suppress(ConfigError):
+            self._pidfile.write()
+        if self._reload_next:
+            self._reload_next = False
+            os.kill(os.getpid(), signal.SIGHUP)
 
     def _tell_why(self) -> None:
         """Tell the service manager why the worker leaves; a successor speaks for itself."""
+        handoff.reclaim()
         if self._kept:
             reloading()
         elif not self._replaced:
@@ -262,7 +281,7 @@ class _Desk:
         self._control = Control(listener, self._selector, self._answer)
         self._waker = Waker()
         self._selector.register(self._waker, selectors.EVENT_READ, self._waker.drain)
-        self._closing = False
+        self._closing = self._shut = False
         self._followers = Followers()
         self._traced: deque[tuple[str, list[Message]]] = deque()
         worker.traces.push = self._push
@@ -272,8 +291,15 @@ class _Desk:
         """Begin to answer."""
         self._thread.start()
 
+    def shut(self) -> None:
+        """Let nobody new ask, and go on to answer those who are here. Any thread."""
+        self._shut = True
+        self._waker.wake()
+
     def _run(self) -> None:
         while not self._closing:
+            if self._shut:
+                self._control.shut()
             for key, _ in self._selector.select(_FLUSH_SECONDS if self._control.waits else None):
                 key.data()
             while self._traced:
@@ -343,9 +369,10 @@ def _twins(opened: dict[str, list[Listener]]) -> dict[str, list[Listener]]:
 
 def _twin(listener: Listener, fd: int) -> Listener:
     path = listener.owned_path
+    twin = Listener.adopt(fd)
+    twin.shared = listener.shared
     listener.disown()
     listener.shared = True  # its drain must leave the socket fit for the new program
-    twin = Listener.adopt(fd)
     twin.url = listener.url
     if path is not None:
         twin.own(path)

@@ -89,7 +89,8 @@ class Child:
     def stop(self, patience: float) -> None:
         """Tell it to stop now, and kill it after ``patience`` seconds."""
         self.leaving = True
-        self.kill_at = time.monotonic() + patience
+        until = time.monotonic() + patience
+        self.kill_at = until if self.kill_at is None else min(self.kill_at, until)
         self.signal(signal.SIGQUIT)
 
     def kill(self, reason: str, patience: float) -> None:

@@ -41,6 +41,7 @@ class Conductor:
         self._conductor: threading.Thread | None = None
         self._heeding = False
         self._abandon = False
+        self._own_terms = 0  # sent by us, to be obeyed by nobody
         self._numbers: Sequence[int] = ()
 
     @contextmanager
@@ -85,6 +86,7 @@ class Conductor:
         main = threading.main_thread().ident
         if self._heeding and main is not None:
             self._abandon = True
+            self._own_terms += 1
             signal.pthread_kill(main, signal.SIGTERM)  # ends what it waits for, too
 
     def _in_main_thread(self, _number: int, _frame: FrameType | None) -> None:
@@ -95,6 +97,9 @@ class Conductor:
     def _conduct(self, reader: int) -> None:
         while numbers := os.read(reader, 64):
             for number in numbers:
+                if number == signal.SIGTERM and self._own_terms:
+                    self._own_terms -= 1
+                    continue
                 try:
                     self._obey(number)
                 except Exception:  # noqa: BLE001 - the next signal must be obeyed all the same

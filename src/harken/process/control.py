@@ -18,11 +18,13 @@ import select
 import selectors
 import socket
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from harken import transports
+from harken.acceptor import FIRST_PAUSE, Verdict, judge
 from harken.listener import AddressInUse, Listener
 from harken.process.channel import Channel, Message
 from harken.settings import Settings, setting, text
@@ -150,13 +152,17 @@ class Control:
         self._selector = selector
         self._ask = ask
         self._clients: set[Client] = set()
+        self._deaf_until: float | None = None
         selector.register(listener, selectors.EVENT_READ, self._accept)
 
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
-            return  # it has gone again
+        except OSError as error:
+            if judge(error) is Verdict.PAUSE:  # no descriptors are left: whoever asks keeps us awake, and waits
+                self._selector.unregister(self._listener)
+                self._deaf_until = time.monotonic() + FIRST_PAUSE
+            return  # or it has gone again
         if len(self._clients) >= MAX_CLIENTS or not _is_trusted(sock):
             sock.close()
             return
@@ -170,11 +176,14 @@ class Control:
 
     @property
     def waits(self) -> bool:
-        """Whether a slow reader has not taken all yet."""
-        return any(client.channel.unsent for client in self._clients)
+        """Whether :meth:`flush` must be called soon: a slow reader has not taken all yet, or nobody new is heard."""
+        return self._deaf_until is not None or any(client.channel.unsent for client in self._clients)
 
     def flush(self) -> None:
-        """Send on what slow readers have not taken yet; called once a turn."""
+        """Send on what slow readers have not taken yet, and listen again after a pause; called once a turn."""
+        if self._deaf_until is not None and time.monotonic() >= self._deaf_until:
+            self._deaf_until = None
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         for client in list(self._clients):
             if client.channel.unsent and not client.channel.flush():
                 self._drop(client)
@@ -184,14 +193,19 @@ class Control:
         self._selector.unregister(client.channel)
         client.gone()
 
+    def shut(self) -> None:
+        """Close the socket, and go on to answer those who are here."""
+        self._deaf_until = None
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(self._listener)
+        self._listener.close()
+
     def close(self) -> None:
         """Hang up on everybody and close the socket."""
         for client in list(self._clients):
             client.channel.flush()
             self._drop(client)
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(self._listener)
-        self._listener.close()
+        self.shut()
 
     def release(self) -> None:
         """In a forked child: let go of what is the parent's."""

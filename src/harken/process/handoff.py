@@ -38,6 +38,7 @@ __all__ = [
     "may_begin_anew",
     "may_leave",
     "probe",
+    "reclaim",
     "tell_predecessor",
     "upgraded_from",
 ]
@@ -49,8 +50,8 @@ READY = b"ready\n"
 class Inherited(NamedTuple):
     """What the predecessor left."""
 
-    listeners: dict[str, list[tuple[int, str | None]]]
-    """By the address as it was typed: descriptors, and the Unix path that goes with each."""
+    listeners: dict[str, list[tuple[int, str | None, bool]]]
+    """By the address as it was typed: descriptors, the Unix path that goes with each, and whether strangers have it."""
     pipe: int
     """Where to say that we are ready; -1 when nobody waits for that."""
     predecessor: int
@@ -60,6 +61,8 @@ class Inherited(NamedTuple):
 _inherited: Inherited | None = None
 # Unix paths that are the predecessor's until we are ready: a successor that fails must leave them where they are.
 _promised: list[tuple[Listener, str]] = []
+# Listeners that the predecessor has as well, and nobody else, until it has gone.
+_lent: list[Listener] = []
 
 
 def _take() -> Inherited:
@@ -70,8 +73,8 @@ def _take() -> Inherited:
         pipe = told.get("pipe", -1)
         if pipe >= 0:
             os.set_inheritable(pipe, False)
-        found = {address: [(fd, path) for fd, path in each] for address, each in told.get("listeners", {}).items()}
-        for fd, _ in (each for several in found.values() for each in several):
+        found = {address: [tuple(each) for each in several] for address, several in told.get("listeners", {}).items()}
+        for fd, *_ in (each for several in found.values() for each in several):
             os.set_inheritable(fd, False)
         _inherited = Inherited(found, pipe, told.get("pid", 0))
     return _inherited
@@ -80,14 +83,14 @@ def _take() -> Inherited:
 def inherited(key: str) -> list[Listener] | None:
     """Take over what the predecessor had under ``key``; None when it had nothing there."""
     entries = _take().listeners.pop(key, None)
-    return None if entries is None else [_adopt(fd, path) for fd, path in entries]
+    return None if entries is None else [_adopt(*entry) for entry in entries]
 
 
 def close_rest() -> None:
     """Close what the predecessor had and nobody asked for: addresses that are not configured any more."""
     left = _take().listeners
     while left:
-        for fd, _ in left.popitem()[1]:
+        for fd, *_ in left.popitem()[1]:
             os.close(fd)
 
 
@@ -118,8 +121,11 @@ def _all(opened: dict[str, list[Listener]]) -> list[Listener]:
     return [listener for several in opened.values() for listener in several]
 
 
-def _adopt(fd: int, path: str | None) -> Listener:
+def _adopt(fd: int, path: str | None, shared: bool = True) -> Listener:
     listener = Listener.adopt(fd)
+    listener.shared = shared or upgraded_from() > 0
+    if listener.shared is not shared:
+        _lent.append(listener)
     listener.url = transports.for_socket(listener).url(listener)
     if path is not None and upgraded_from():
         _promised.append((listener, path))
@@ -128,11 +134,13 @@ def _adopt(fd: int, path: str | None) -> Listener:
     return listener
 
 
+def _entry(listener: Listener) -> tuple[int, str | None, bool]:
+    shared = listener.shared  # before we share it ourselves
+    return listener.share(), listener.owned_path, shared
+
+
 def _bequest(opened: dict[str, list[Listener]], pipe: int) -> str:
-    listeners = {
-        address: [(listener.share(), listener.owned_path) for listener in several]
-        for address, several in opened.items()
-    }
+    listeners = {address: [_entry(listener) for listener in several] for address, several in opened.items()}
     return json.dumps({"listeners": listeners, "pipe": pipe, "pid": os.getpid()})
 
 
@@ -211,6 +219,7 @@ class Successor:
             raise HandoffError(f"the new program cannot be started: {error}") from None
         self.deadline = time.monotonic() + timeout
         self._timeout = timeout
+        self._shared = [(listener, listener.shared) for listener in _all(opened)]
         try:
             fds = [listener.fileno() for listener in _all(opened)]
             self._process = subprocess.Popen(
@@ -249,18 +258,24 @@ class Successor:
         """
         if select.select([self._pipe], [], [], wait)[0]:
             if os.read(self._pipe, len(READY)) == READY:
-                os.close(self._pipe)
+                self._hang_up()
                 return True
             status = self._end()
             raise HandoffError(f"the new program (pid {self.pid}) ended with status {status} before it was ready")
         if time.monotonic() < self.deadline:
             return None
-        self._end()
+        self.abandon()  # at once: it must not get ready now, and take over files that stay ours
         raise HandoffError(f"the new program (pid {self.pid}) was not ready within {self._timeout:g} s and was killed")
+
+    def release(self) -> None:
+        """In a forked child: let go of what is the parent's."""
+        os.close(self._pipe)
 
     def _end(self) -> int:
         """Make sure that it is gone, after a moment to go by itself; return its status."""
-        os.close(self._pipe)
+        self._hang_up()
+        for listener, shared in self._shared:
+            listener.shared = shared
         for number, patience in ((None, 1.0), (signal.SIGTERM, 2.0), (signal.SIGKILL, None)):
             if number is not None:
                 self._process.send_signal(number)
@@ -270,8 +285,13 @@ class Successor:
                 continue
         raise AssertionError("a killed process ends")
 
+    def _hang_up(self) -> None:
+        pipe, self._pipe = self._pipe, -1
+        if pipe >= 0:
+            os.close(pipe)
+
     def abandon(self) -> None:
-        """Kill it: this process stops and takes the attempt back."""
+        """Kill it: this process stops, or waits no longer, and takes the attempt back."""
         self._process.kill()
         self._end()
 
@@ -297,6 +317,13 @@ def tell_predecessor() -> None:
         pass  # it has gone meanwhile; we serve all the same
     os.close(inherited.pipe)
     _inherited = inherited._replace(pipe=-1)
+
+
+def reclaim() -> None:
+    """Before a drain: what the predecessor lent us is ours alone, if it has gone. The process that it started."""
+    if _lent and os.getppid() != _take().predecessor:
+        while _lent:
+            _lent.pop().shared = False
 
 
 def probe(listeners: Iterable[Listener], timeout: float = 5.0) -> None:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, NoReturn
 
 from harken import events, transports
@@ -144,7 +144,11 @@ class Attendant:
                     return
             self._pid = 0
         if not self._pid and time.monotonic() >= self._start_at:
-            self._start()
+            try:
+                self._start()
+            except OSError as error:  # no descriptors, memory or processes left: the service serves on
+                self._start_at = time.monotonic() + RESTART_SECONDS
+                events.emit("worker_failed", reason=f"the page: {error.strerror}", restart_in=RESTART_SECONDS)
         if self._client is not None and self._client.channel.unsent:
             self._client.channel.flush()
 
@@ -154,12 +158,16 @@ class Attendant:
         return self._client is not None and self._client.channel.unsent
 
     def _start(self) -> None:
-        ours, theirs = pair()
-        with blocked():
-            pid = os.fork()
-            if pid == 0:
-                self._let_go()
-                ours.release()
+        with ExitStack() as undo:
+            ours, theirs = pair()
+            undo.callback(ours.close)
+            undo.callback(theirs.close)
+            with blocked():
+                pid = os.fork()
+                undo.pop_all()
+                if pid == 0:
+                    self._let_go()
+                    ours.release()
         if pid == 0:
             _attend(theirs, self._listener, self._token)
         theirs.release()

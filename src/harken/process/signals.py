@@ -50,8 +50,8 @@ MEANINGS: dict[signal.Signals, Meaning] = {
     signal.SIGUSR1: Meaning("open the log files anew, after a rotation; workers do too", _SAME),
     signal.SIGUSR2: Meaning(
         "start a new copy of the program, with the listeners; this one drains once that is ready. A copy that ends, or "
-        "is not ready within `upgrade_timeout` seconds, is killed, and this one serves on. Refused by process 1 of a "
-        "container",
+        "is not ready within `upgrade_timeout` seconds, is killed, and this one serves on; a HUP that came meanwhile "
+        "is obeyed then. Refused by process 1 of a container",
         _SAME,
     ),
     signal.SIGTTIN: Meaning("one worker more", "nothing"),

@@ -10,7 +10,7 @@ import selectors
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from harken import events
@@ -122,6 +122,7 @@ class Supervisor:
         self._announced = False
         self._ending = False
         self._successor: handoff.Successor | None = None
+        self._reload_next = False  # after an upgrade that fails
         self._watchdog = Watchdog()
         self._told = ""  # to the service manager
 
@@ -165,9 +166,8 @@ class Supervisor:
         self._selector.register(self._inbox, selectors.EVENT_READ, self._heed_signals)
         self._early.repeat()
         try:
-            if _CONTROL in self._opened:
-                self._control = Control(self._opened[_CONTROL][0], self._selector, self._asked)
             if not handoff.upgraded_from():  # while we start, the predecessor speaks for the service
+                self._start_control()
                 self._start_page()
             while not self._over():
                 self.workers.reap()
@@ -186,6 +186,10 @@ class Supervisor:
             return CUT if CUT in self.workers.statuses else DRAINED
         finally:
             self._close()
+
+    def _start_control(self) -> None:
+        if _CONTROL in self._opened:
+            self._control = Control(self._opened[_CONTROL][0], self._selector, self._asked)
 
     def _start_page(self) -> None:
         for listener in self._opened.get(self._page_key, ()):
@@ -240,6 +244,8 @@ class Supervisor:
         self._selector.close()
         if self._control is not None:
             self._control.release()
+        if self._successor is not None:
+            self._successor.release()
         if self._attendant is not None:
             self._attendant.release()
         for listener in self._opened.get(self._page_key, ()):
@@ -254,6 +260,8 @@ class Supervisor:
         self._selector.close()
         if self._control is not None:
             self._control.release()
+        if self._successor is not None:
+            self._successor.release()
         self.workers.release()
         for listener in self.listeners:
             listener.disown()
@@ -284,6 +292,7 @@ class Supervisor:
         if predecessor:
             handoff.probe(self.listeners)
             self._pidfile.write(over=predecessor)
+            self._start_control()
             self._start_page()
         for listener in self.listeners:
             events.emit("listening", address=listener.url, engine=engine, server=self)
@@ -364,6 +373,7 @@ class Supervisor:
 
     def _shut_out(self) -> None:
         """Let nobody new come to doors that only our workers share, and let those come in who are on the way."""
+        handoff.reclaim()
         rests = [
             for_socket(listener).shut_out(listener)
             for listener in self.listeners
@@ -381,7 +391,10 @@ class Supervisor:
 
     def reload(self) -> None:
         """Start workers with the code, the settings and the certificates as they are now; then let the old ones go."""
-        if self._ending or self._successor is not None:
+        if self._ending:
+            return
+        if self._successor is not None:
+            self._reload_next = True  # if it fails; or else it has all that is to be read anew
             return
         if self._in_memory:
             self.upgrade()
@@ -420,22 +433,39 @@ class Supervisor:
         self._selector.register(self._successor, selectors.EVENT_READ, lambda: None)
 
     def _follow_upgrade(self) -> None:
-        successor = self._successor
+        successor, self._successor = self._successor, None
         if successor is None:
             return
-        fd = successor.fileno()
+        # Before its pipe is closed: a child that was forked meanwhile has it too, and epoll(7) would still tell of it.
+        self._selector.unregister(successor)
+        if self._ending:
+            successor.abandon()
+            return
         try:
             ready = successor.check()
         except HandoffError as error:
-            events.emit("upgrade_failed", reason=f"{error}; this one serves on")
-            ready = False
-        if ready is None:
+            self._serve_on(str(error))
             return
-        self._selector.unregister(fd)
-        self._successor = None
         if ready:
-            notify(MAINPID=successor.pid)
-            for listener in (listener for several in self._opened.values() for listener in several):
-                listener.disown()
-            self._close_page()  # the successor has one
-            self._drain()
+            self._hand_over(successor.pid)
+        else:
+            self._successor = successor
+            self._selector.register(successor, selectors.EVENT_READ, lambda: None)
+
+    def _serve_on(self, reason: str) -> None:
+        """The successor failed: what it may have taken is ours again, and a HUP that came meanwhile is obeyed now."""
+        events.emit("upgrade_failed", reason=f"{reason}; this one serves on")
+        with suppress(ConfigError):
+            self._pidfile.write()
+        if self._reload_next:
+            self._reload_next = False
+            self.reload()
+
+    def _hand_over(self, pid: int) -> None:
+        notify(MAINPID=pid)
+        for listener in (listener for several in self._opened.values() for listener in several):
+            listener.disown()
+        if self._control is not None:
+            self._control.shut()  # who asks from now on means the successor, as on the page
+        self._close_page()
+        self._drain()

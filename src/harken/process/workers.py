@@ -312,7 +312,8 @@ class Workers:
         self._count(child, status)
         stacks = child.stacks() if child.killed_for else None
         child.close()
-        self.statuses.add(status)
+        if self._ending:
+            self.statuses.add(status)
         reason = child.killed_for or child.trouble or (None if child.leaving else _describe(status))
         failed_to_start = not child.ready and not child.leaving and child.generation > self._proven
         if failed_to_start and self._proven == 0:
@@ -413,7 +414,7 @@ class Workers:
                 self._reloading = False
                 events.emit("reloaded", what=f"code and settings; {ready} new workers")
                 self._on_reloaded()
-        for child in sorted(heirs, key=lambda each: each.born)[: max(0, len(heirs) - self.wanted)]:
+        for child in sorted(heirs, key=lambda each: (each.ready, each.born))[: max(0, len(heirs) - self.wanted)]:
             child.leave(self._patience)
 
     @property
