@@ -121,7 +121,9 @@ class Intake:
             return False
         admission = serving.admission
         if admission is not None and admission.full:
-            self.wait_for_room(admission)
+            # Whoever took the last place asks whether there is more, and nobody may wait. Several loops do not ask so.
+            if serving.shared or self.readable():
+                self.wait_for_room(admission)
             return False
         if self._has_datagrams and self.datagrams.take():
             return False
