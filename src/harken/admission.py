@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from harken import plugins
+from harken.acceptor import WAITING
 from harken.limits import Limit
 from harken.limits.addresses import Addresses
 from harken.limits.alarm import Alarm
@@ -244,12 +245,12 @@ class Admission:
     @property
     def full(self) -> bool:
         """Whether the next connection must stay in the backlog for now."""
-        return self.crowd.full and self.policy in ("wait", "shed")
+        return self.crowd.full and self.policy in WAITING
 
     def places(self, most: int) -> int:
         """How many connections may be taken from the backlog now, at most ``most``; as :meth:`claim`."""
         maximum = self.crowd.maximum
-        if maximum is None or self.policy not in ("wait", "shed"):
+        if maximum is None or self.policy not in WAITING:
             return most
         if self.crowd.near:
             return int(self.reserve())
@@ -257,7 +258,7 @@ class Admission:
 
     def spare(self, most: int) -> int:
         """How many connections may come, at most ``most``, before :attr:`full` must be looked at again."""
-        return self.crowd.spare(most, len(self._members)) if self.policy in ("wait", "shed") else most
+        return self.crowd.spare(most, len(self._members)) if self.policy in WAITING else most
 
     def reserve(self) -> bool:
         """Count a connection before ``admit`` is asked, where several loops accept; tell whether it has a place."""
@@ -272,7 +273,7 @@ class Admission:
         Near the limit it has its place from now on where other processes accept too, or else none of them would wait.
         :meth:`unclaim` gives it back.
         """
-        if self.policy in ("wait", "shed") and self.crowd.near:
+        if self.policy in WAITING and self.crowd.near:
             return self.reserve()
         return not self.full
 
@@ -289,10 +290,15 @@ class Admission:
         return True
 
     def room(self) -> bool:
-        """Tell whether a server that was full may accept again: so many have left, or some place stays free."""
-        if self.crowd.full:
+        """Tell whether a server that was full may accept again: so many have left, or some place stays free.
+
+        Or nobody is left in the backlog any more, by another ``overload``.
+        """
+        if self.full:
             self._free_since = None
             return False
+        if self.policy not in WAITING:
+            return True
         now = time.monotonic()
         self._free_since = now if self._free_since is None else self._free_since
         return self.crowd.low or now - self._free_since >= SETTLE_SECONDS
@@ -311,7 +317,7 @@ class Admission:
     @property
     def patience(self) -> float:
         """Seconds after which to ask for :meth:`room` again, if nobody is woken before."""
-        return SHED_SECONDS if self.crowd.full and not self.crowd.shared else SETTLE_SECONDS
+        return SHED_SECONDS if self.full and not self.crowd.shared else SETTLE_SECONDS
 
     def unhold(self, who: object) -> None:
         """Call no more."""
@@ -323,8 +329,8 @@ class Admission:
             registry.await_ends(change)
 
     def left(self) -> None:
-        """Somebody has left: wake those that wait for room."""
-        if self._held and not self.crowd.full:
+        """Somebody has left, or settings have changed: wake those that wait for room."""
+        if self._held and not self.full:
             for wake in list(self._held.values()):
                 wake()
 

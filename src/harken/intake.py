@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harken import straight
-from harken.acceptor import Readable, refuse, turn_away
+from harken.acceptor import WAITING, Readable, refuse, turn_away
 from harken.datagrams import DatagramIntake
 from harken.lifecycle import State
 from harken.shedding import Shedder
@@ -39,9 +39,14 @@ class Intake:
         self._shed_again = 0.0
 
     def watch(self) -> None:
-        """Watch the door, unless the server is suspended: room in the pool does not end a suspension."""
+        """Watch the door, unless the server is suspended: room in the pool does not end a suspension.
+
+        Nor does a suspension's end, or a drain, end a pause: :meth:`turn` does.
+        """
         serving = self._serving
         state = serving.lifecycle.state
+        if serving.acceptor.paused:
+            return
         if state is State.SERVING or (state is State.DRAINING and not serving.last_loop):
             serving.engine.watch(serving.server, self._accept_ready)
 
@@ -155,7 +160,7 @@ class Intake:
         serving = self._serving
         admission = serving.admission
         if admission is None or not admission.holds(serving):
-            serving.acceptor.turn(room=not serving.engine.full)
+            serving.acceptor.turn(room=not serving.engine.full or serving.settings["overload"] not in WAITING)
             return
         room = admission.room()
         if not room and admission.policy == "shed" and time.monotonic() >= self._shed_again:
@@ -175,7 +180,7 @@ class Intake:
     def _make_room(self) -> bool:
         """The engine is full: do as ``overload`` says. True when a connection may be accepted all the same."""
         policy = self._serving.settings["overload"]
-        if policy in ("reset", "reply"):
+        if policy not in WAITING:
             self._turn_away(policy)
         else:
             if policy == "shed":

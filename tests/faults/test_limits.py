@@ -18,6 +18,7 @@ import pytest
 from waiting import wait_until
 
 import harken
+from harken.closing import Closing
 from harken.errors import ConfigError
 from harken.serving import serving_of
 
@@ -128,6 +129,36 @@ def test_the_limit_changes_on_the_running_server(engine: str) -> None:
             hang_up(third)
             assert receive(fourth, 5) == b"hello"
             hang_up(fourth)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("way", ["suspend", "drain"])
+def test_a_full_servers_door_is_left_alone(engine: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a suspension, or when a drain begins, too: who waits there would wake the loop without end."""
+    with full(engine) as (server, seen, first, _second), connect(server.server_address) as third:
+        third.sendall(b"hello")
+        seen.wait("paused")
+        serving, watched = serving_of(server), []
+        plain = serving.engine.watch
+        monkeypatch.setattr(serving.engine, "watch", lambda *args: (watched.append(args), plain(*args)))
+        if way == "suspend":
+            server.suspend()
+            server.resume()
+        else:
+            Closing(serving).shut_out()
+        assert watched == []
+        hang_up(first)
+        assert receive(third, 5) == b"hello"
+        hang_up(third)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_policy_holds_for_who_waits_already(engine: str) -> None:
+    """Nobody has to leave before it does."""
+    with full(engine) as (server, seen, _first, _second), connect(server.server_address) as third:
+        seen.wait("paused")
+        server.configure(overload="reply", overload_reply=b"full\n")
+        assert receive(third, 100) == b"full\n"
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -54,3 +54,13 @@ def test_overload_wait(told):
             first.close()
             assert second.recv(100) == b"SECOND"
     assert len(named(told, "paused")) == len(named(told, "resumed")) == 1
+
+
+def test_another_policy_holds_for_who_waits_already(told):
+    """With the pool full; no thread has to become free before it does."""
+    with serving(full_pool(), poll_interval=30) as server, connect(server) as first:
+        assert ask(first) == b"HELLO"
+        with connect(server) as second:
+            wait_until(lambda: named(told, "paused"))
+            server.configure(overload="reply", overload_reply=b"busy\n")
+            assert second.recv(100) == b"busy\n"
