@@ -151,17 +151,28 @@ class Admission:
                 self._count(registry, record)
 
     def _count(self, registry: Registry, record: Record) -> None:
+        if not record.opened or not self._misses(record, record.ticket):
+            return  # before it is opened, admit() is about to give it a ticket
         ticket = record.__dict__.pop("ticket", None) or Ticket(self)
         if self.crowd not in ticket.limits:
             self.crowd.count()
             ticket.limits.append(self.crowd)
-        if self._per_peer in self._by_client and self._per_peer not in ticket.limits:
+        if self._counts_peer(record) and self._per_peer not in ticket.limits:
             ticket.peer = ticket.peer or record.peer
             self._per_peer.count(ticket.peer)
             ticket.limits.append(self._per_peer)
         record.ticket = ticket
         if not registry.holds(record) and record.__dict__.pop("ticket", None) is not None:
             ticket.give_back()  # it ended meanwhile, and whoever ended it found no ticket
+
+    def _misses(self, record: Record, ticket: Ticket | None) -> bool:
+        """Whether a limit counts that its ticket lacks."""
+        limits = ticket.limits if ticket is not None else []
+        return self.crowd not in limits or (self._counts_peer(record) and self._per_peer not in limits)
+
+    def _counts_peer(self, record: Record) -> bool:
+        """Whether it counts for its client: while a preamble has yet to tell who that is, it does so for nobody."""
+        return self._per_peer in self._by_client and not record.held
 
     def records(self) -> list[Record]:
         """Return the open connections, of all servers."""

@@ -263,6 +263,29 @@ def test_limits_of_ones_own_are_asked() -> None:
     assert (quota.admitted, quota.released) == (3, 3)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_who_is_being_judged_is_not_counted_by_a_change_of_settings(engine: str) -> None:
+    """It gets its place by the judgement, and has no second one that nobody gives back."""
+    judging, go_on = threading.Event(), threading.Event()
+
+    class Slow(Quota):
+        def admit(self, peer: Any) -> str | None:
+            judging.set()
+            assert go_on.wait(PATIENCE)
+            return super().admit(peer)
+
+    server = make(engine, limits=[Slow()], max_connections=2)
+    with running(server):
+        with connect(server.server_address) as client:
+            assert judging.wait(PATIENCE)
+            server.configure(idle_timeout=100)
+            go_on.set()
+            exchange(client)
+            hang_up(client)
+        wait_until(lambda: not server.connections())
+        wait_until(lambda: serving_of(server).admission.crowd.inside == 0)
+
+
 def test_what_is_no_limit_is_refused() -> None:
     """At construction, by name."""
     with pytest.raises(ConfigError, match="limits"):
