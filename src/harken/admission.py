@@ -6,8 +6,11 @@ numbers hold over all of them. A ticket travels with a connection's record and i
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -31,6 +34,8 @@ __all__ = ["Admission", "Ticket", "wanted"]
 
 # Seconds between looks while all places are taken: with ``overload=shed`` the next one may have to go.
 SHED_SECONDS = 1.0
+# Why a connection is refused that a limit could not judge.
+LIMIT_FAILED = "limit_failed"
 
 _NAMES = (
     "max_connections",
@@ -66,7 +71,10 @@ class Ticket:
     def give_back(self) -> None:
         """Release the limits. The caller sees to it that this happens once: see ``Record.ticket``."""
         for limit in self.limits:
-            limit.release(self.peer)
+            try:
+                limit.release(self.peer)
+            except Exception:  # noqa: BLE001 - a program's own, which must not keep the places of the others
+                _complain(limit, "release")
         self._admission.left()
 
 
@@ -240,7 +248,11 @@ class Admission:
         if peer is not None:
             ticket.peer = peer
         for limit in limits:
-            reason = limit.admit(peer)
+            try:
+                reason = limit.admit(peer)
+            except Exception:  # noqa: BLE001 - a program's own: it costs this connection alone
+                _complain(limit, "admit")
+                return LIMIT_FAILED
             if reason is not None:
                 return reason
             ticket.limits.append(limit)
@@ -364,6 +376,13 @@ class Admission:
     def __iter__(self) -> Iterator[Limit]:
         """The limits, in their order."""
         return iter((self.crowd, self._rate, self._alarm, *self._by_client))
+
+
+def _complain(limit: Limit, method: str) -> None:
+    """Say that a limit of the program's own raised; in its ``except``."""
+    with contextlib.suppress(Exception):  # a stderr that nobody reads any more must not break the server either
+        print(f"harken: {method}() of the limit {type(limit).__name__} raised", file=sys.stderr)
+        traceback.print_exc()
 
 
 def _made(entry: Any) -> Limit:

@@ -286,6 +286,30 @@ def test_who_is_being_judged_is_not_counted_by_a_change_of_settings(engine: str)
         wait_until(lambda: serving_of(server).admission.crowd.inside == 0)
 
 
+@pytest.mark.parametrize("engine", ["inline", *ENGINES])
+def test_a_limit_that_raises_refuses_that_connection_alone(engine: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """It says so, and no place is lost, of its client neither."""
+    quota = Quota()
+    server = make(engine, limits=[quota], max_connections=10, max_connections_per_peer=1)
+    with running(server):
+        quota.fault = ConnectionError("no quota today")
+        for _ in range(3):
+            assert fate(server.server_address) == "reset"
+        quota.fault = None
+        with connect(server.server_address) as client:
+            exchange(client)
+            quota.fault = ConnectionError("no release today")
+            hang_up(client)
+        admission = serving_of(server).admission
+        wait_until(lambda: not server.connections() and admission.crowd.inside == 0)
+        assert server.stats()["rejected_by_reason"] == {"limit_failed": 3}
+        assert admission._per_peer.clients == 0
+    told = capfd.readouterr().err
+    assert told.count("admit() of the limit Quota raised") == 3
+    assert told.count("release() of the limit Quota raised") == 1
+    assert "no quota today" in told
+
+
 def test_what_is_no_limit_is_refused() -> None:
     """At construction, by name."""
     with pytest.raises(ConfigError, match="limits"):
@@ -539,17 +563,24 @@ class Quota:
     def __init__(self) -> None:
         self.admitted = self.released = 0
         self.closed: str | None = None
+        self.fault: Exception | None = None
 
     def admit(self, peer: Any) -> str | None:
         """Admit unless closed."""
         assert peer.address == "127.0.0.1"
+        self._fail()
         self.admitted += self.closed is None
         return self.closed
 
     def release(self, peer: Any) -> None:
         """Count."""
         assert peer.address == "127.0.0.1"
+        self._fail()
         self.released += 1
+
+    def _fail(self) -> None:
+        if self.fault is not None:
+            raise self.fault
 
 
 def make_odd(engine: str, way: str) -> Any:
