@@ -55,6 +55,11 @@ class Intake:
         return self._readable(self._serving.server.fileno())
 
     @property
+    def places(self) -> Admission | None:
+        """Whose places the next one needs; None also where datagrams come, which stay nowhere."""
+        return None if self._has_datagrams else self._serving.admission
+
+    @property
     def bursts(self) -> bool:
         """Whether ``get_request`` may be called again while the door is readable: whether it is our own."""
         return bool(getattr(self._serving.server.get_request, "bursts", False))
@@ -65,7 +70,7 @@ class Intake:
         Raises:
             BlockingIOError: another loop was quicker.
         """
-        admission = self._serving.admission
+        admission = self.places
         with self._lock:
             if (admission is not None and admission.full) or not self.readable():
                 raise BlockingIOError("another thread took the connection")
@@ -124,7 +129,7 @@ class Intake:
         engine = serving.engine
         if engine.full and not self._make_room():
             return False
-        admission = serving.admission
+        admission = self.places
         if admission is not None and admission.full:
             # Whoever took the last place asks whether there is more, and nobody may wait. Several loops do not ask so.
             if serving.shared or self.readable():
@@ -138,7 +143,7 @@ class Intake:
 
     def _take_one(self) -> bool:
         serving = self._serving
-        engine, server, admission = serving.engine, serving.server, serving.admission
+        engine, server, admission = serving.engine, serving.server, self.places
         if admission is not None and not admission.claim():
             self.wait_for_room(admission)
             return False

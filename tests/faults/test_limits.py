@@ -246,6 +246,40 @@ def test_denied_datagrams_are_dropped() -> None:
         assert seen.of("rejected")[0].reason == "deny"
 
 
+@pytest.mark.parametrize("policy", ["wait", "shed"])
+@pytest.mark.parametrize("engine", ["inline", "thread", "pool", "green", "fork"])
+def test_datagrams_need_no_place(engine: str, policy: str) -> None:
+    """Connections that have them all, on another listener of the same service, neither keep them out nor have to go."""
+    server = make("thread", max_connections=1, overload=policy)
+    beside = harken.UDPServer(LOCAL, Answer, engine=engine, max_connections=1, overload=policy)
+    serving_of(beside).share_limits(serving_of(server))
+    with running(server), connect(server.server_address) as client:
+        exchange(client)
+        with running(beside), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            asking.settimeout(PATIENCE)
+            for _ in range(3):
+                asking.sendto(b"a", beside.server_address)
+                assert asking.recv(10) == b"a"
+        exchange(client)
+        hang_up(client)
+
+
+def test_one_datagram_at_a_time_needs_no_place() -> None:
+    """``handle_request`` does not wait for a connection to leave."""
+    server = make("thread", max_connections=1)
+    beside = harken.UDPServer(LOCAL, Answer)
+    beside.timeout = PATIENCE
+    serving_of(beside).share_limits(serving_of(server))
+    with running(server), connect(server.server_address) as client, beside:
+        exchange(client)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            asking.settimeout(PATIENCE)
+            asking.sendto(b"a", beside.server_address)
+            beside.handle_request()
+            assert asking.recv(10) == b"a"
+        hang_up(client)
+
+
 def test_limits_of_ones_own_are_asked() -> None:
     """Any object with the two methods; each admission is released once, also when a later limit refuses."""
     quota = Quota()
