@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +37,8 @@ class Intake:
         self._readable = Readable()
         self._lock = threading.Lock()
         self._shedder = Shedder(lambda: serving.admission.records() if serving.admission else serving.connections)
+        # A handler is free only when one ends that has begun: who waits in the queue may stay there.
+        self._served = Shedder(self._find_served)
         self._shed_again = 0.0
 
     def watch(self) -> None:
@@ -165,21 +168,30 @@ class Intake:
         serving = self._serving
         admission = serving.admission
         if admission is None or not admission.holds(serving):
-            serving.acceptor.turn(room=not serving.engine.full or serving.settings["overload"] not in WAITING)
+            self._turn_for_handlers()
             return
         room = admission.room()
-        if not room and admission.policy == "shed" and time.monotonic() >= self._shed_again:
-            self._shed()
+        if not room and admission.policy == "shed":
+            self._shed_again_if_due(self._shedder)
         serving.acceptor.turn(room=room and not serving.engine.full, again=admission.patience)
         if not serving.acceptor.paused:
             admission.unhold(serving)
+
+    def _turn_for_handlers(self) -> None:
+        """Its part where no handler is free."""
+        serving = self._serving
+        policy, full = serving.settings["overload"], serving.engine.full
+        if full and policy == "shed":
+            self._shed_again_if_due(self._served)
+        again = SHED_SECONDS if policy == "shed" else math.inf
+        serving.acceptor.turn(room=not full or policy not in WAITING, again=again)
 
     def wait_for_room(self, admission: Admission) -> None:
         """As many are inside as may be: leave the door alone until somebody leaves, or make the longest idle leave."""
         serving = self._serving
         admission.hold(serving, serving.wake)
         if admission.policy == "shed":
-            self._shed()
+            self._shed(self._shedder)
         serving.acceptor.hold(f"max_connections ({admission.crowd.maximum}) are open")
 
     def _make_room(self) -> bool:
@@ -189,7 +201,7 @@ class Intake:
             self._turn_away(policy)
         else:
             if policy == "shed":
-                self._shed()
+                self._shed(self._served)
             self._serving.acceptor.hold("no handler is free: pool or max_children in use")
         return False
 
@@ -204,6 +216,16 @@ class Intake:
         refuse(request, reply.encode() if isinstance(reply, str) else reply)
         serving.books.rejected(None, client_address, "overload")
 
-    def _shed(self) -> None:
+    def _shed(self, shedder: Shedder) -> None:
         self._shed_again = time.monotonic() + SHED_SECONDS
-        self._shedder.shed()
+        shedder.shed()
+
+    def _shed_again_if_due(self, shedder: Shedder) -> None:
+        """The last one has not gone in the time that it gets."""
+        if time.monotonic() >= self._shed_again:
+            self._shed(shedder)
+
+    def _find_served(self) -> list[Record]:
+        """The connections whose handler, or preamble, has begun; all where nobody knows, as of a program's own kind."""
+        known = list(self._serving.connections)
+        return [each for each in known if each.thread or each.in_preamble or each.process] or known
