@@ -12,6 +12,7 @@ import pytest
 
 from harken import idle
 from harken.idle import Onlooker
+from harken.records import YOUNG_SECONDS
 
 PATIENCE = 10.0
 
@@ -117,7 +118,7 @@ def test_who_has_just_come_is_busy(pair):
     pair.read()
     assert becomes(pair, False, "is_at_work")
     assert not Onlooker().is_idle(pair.record)
-    pair.record.started -= idle.YOUNG_SECONDS
+    pair.record.started -= YOUNG_SECONDS
     assert becomes(pair, True)
 
 

@@ -2,7 +2,9 @@
 
 import time
 
+from harken.records import YOUNG_SECONDS
 from harken.shedding import Shedder
+from harken.stamps import Stamps
 
 
 class Fake:
@@ -13,7 +15,17 @@ class Fake:
         self.started = started
         self.reason = None
         self.is_open = True
-        self.asked = 0
+        self.asked = self.process = 0
+        self.stamps = None
+        self.received = 1
+
+    def stamped(self):
+        """What else is known."""
+        return self.stamps
+
+    def bytes_moved(self):
+        """What came, and nothing sent."""
+        return self.received, 0
 
     def idle_seconds(self):
         """How long ago ``since`` is."""
@@ -65,6 +77,27 @@ def test_where_the_kernel_tells_no_idle_time_the_oldest_goes():
     records = [Fake(None, started) for started in (3.0, 1.0, 2.0)]
     shedder = Shedder(lambda: records)
     assert shedder.find() is records[1]
+
+
+def test_where_the_kernel_tells_no_idle_time_stamps_do():
+    """The oldest may be the busiest."""
+    records = [Fake(None, started) for started in (1.0, 2.0, 3.0)]
+    for record, moved in zip(records, (9.0, 5.0, 7.0), strict=True):
+        record.stamps = Stamps()
+        record.stamps.moved = moved
+    assert Shedder(lambda: records).find() is records[1]
+
+
+def test_who_has_just_come_is_left_for_a_moment():
+    """Until its first byte, or a second; and nobody busier goes before."""
+    now = time.monotonic()
+    young, busy = Fake(now - 0.3, now - 0.3), Fake(now, now - 10)
+    young.received = 0
+    shedder = Shedder(lambda: [young, busy])
+    assert not shedder.shed()
+    young.started -= YOUNG_SECONDS
+    assert shedder.shed()
+    assert (young.reason, busy.reason) == ("shed", None)
 
 
 def test_nobody_is_found_where_nobody_is():

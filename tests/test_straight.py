@@ -278,6 +278,24 @@ def test_a_burst_takes_no_more_than_the_limit_leaves_room_for(server_class: Any)
     assert server.stats()["handler_failed_total"] == 0
 
 
+def test_who_takes_the_last_place_makes_nobody_leave(server_class: Any) -> None:
+    """With ``overload=shed`` somebody has to go only when the next one waits."""
+    server = server_class(("127.0.0.1", 0), Echo, max_connections=2, overload="shed")
+    clients: list[socket.socket] = []
+    with harken.background(server):
+        for _ in range(2):
+            clients.append(socket.create_connection(server.server_address, PATIENCE))
+            for client in clients:
+                client.sendall(b"hello")
+                assert client.recv(100) == b"hello"
+        clients.append(socket.create_connection(server.server_address, PATIENCE))
+        clients[2].sendall(b"hello")
+        assert clients[2].recv(100) == b"hello"
+        for client in clients:
+            client.close()
+    assert server.stats()["closed_total"]["shed"] == 1
+
+
 def test_nobody_is_taken_when_the_last_places_were_filled_in_this_moment(
     server_class: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,7 @@ from harken.connection import READ_OFF_TURNS
 from harken.settings import choice, setting, text
 from harken.unpatched import Socket, original
 
-__all__ = ["ACCEPT_ERRORS", "Acceptor", "Readable", "Verdict", "judge", "refuse", "turn_away"]
+__all__ = ["ACCEPT_ERRORS", "WAITING", "Acceptor", "Readable", "Verdict", "judge", "refuse", "turn_away"]
 
 # Connections taken in one wake-up, so that open connections and other listeners get their turn.
 # gevent takes 100, redis 10; above some dozens a burst gains nothing more here.
@@ -48,6 +48,8 @@ OVERLOAD = setting(
     "closes the longest idle one; limits by client and by second never wait: they reset, or reply",
     origin="Ranch, gunicorn and gevent leave the connection in the backlog",
 )
+# The policies under which the next one stays in the backlog; the others take it, and turn it away.
+WAITING = ("wait", "shed")
 OVERLOAD_REPLY = setting(
     "overload_reply",
     text(),

@@ -6,13 +6,17 @@ numbers hold over all of them. A ticket travels with a connection's record and i
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from harken import plugins
+from harken.acceptor import WAITING
 from harken.limits import Limit
 from harken.limits.addresses import Addresses
 from harken.limits.alarm import Alarm
@@ -30,6 +34,8 @@ __all__ = ["Admission", "Ticket", "wanted"]
 
 # Seconds between looks while all places are taken: with ``overload=shed`` the next one may have to go.
 SHED_SECONDS = 1.0
+# Why a connection is refused that a limit could not judge.
+LIMIT_FAILED = "limit_failed"
 
 _NAMES = (
     "max_connections",
@@ -65,7 +71,10 @@ class Ticket:
     def give_back(self) -> None:
         """Release the limits. The caller sees to it that this happens once: see ``Record.ticket``."""
         for limit in self.limits:
-            limit.release(self.peer)
+            try:
+                limit.release(self.peer)
+            except Exception:  # noqa: BLE001 - a program's own, which must not keep the places of the others
+                _complain(limit, "release")
         self._admission.left()
 
 
@@ -150,17 +159,28 @@ class Admission:
                 self._count(registry, record)
 
     def _count(self, registry: Registry, record: Record) -> None:
+        if not record.opened or not self._misses(record, record.ticket):
+            return  # before it is opened, admit() is about to give it a ticket
         ticket = record.__dict__.pop("ticket", None) or Ticket(self)
         if self.crowd not in ticket.limits:
             self.crowd.count()
             ticket.limits.append(self.crowd)
-        if self._per_peer in self._by_client and self._per_peer not in ticket.limits:
+        if self._counts_peer(record) and self._per_peer not in ticket.limits:
             ticket.peer = ticket.peer or record.peer
             self._per_peer.count(ticket.peer)
             ticket.limits.append(self._per_peer)
         record.ticket = ticket
         if not registry.holds(record) and record.__dict__.pop("ticket", None) is not None:
             ticket.give_back()  # it ended meanwhile, and whoever ended it found no ticket
+
+    def _misses(self, record: Record, ticket: Ticket | None) -> bool:
+        """Whether a limit counts that its ticket lacks."""
+        limits = ticket.limits if ticket is not None else []
+        return self.crowd not in limits or (self._counts_peer(record) and self._per_peer not in limits)
+
+    def _counts_peer(self, record: Record) -> bool:
+        """Whether it counts for its client: while a preamble has yet to tell who that is, it does so for nobody."""
+        return self._per_peer in self._by_client and not record.held
 
     def records(self) -> list[Record]:
         """Return the open connections, of all servers."""
@@ -228,7 +248,11 @@ class Admission:
         if peer is not None:
             ticket.peer = peer
         for limit in limits:
-            reason = limit.admit(peer)
+            try:
+                reason = limit.admit(peer)
+            except Exception:  # noqa: BLE001 - a program's own: it costs this connection alone
+                _complain(limit, "admit")
+                return LIMIT_FAILED
             if reason is not None:
                 return reason
             ticket.limits.append(limit)
@@ -244,12 +268,12 @@ class Admission:
     @property
     def full(self) -> bool:
         """Whether the next connection must stay in the backlog for now."""
-        return self.crowd.full and self.policy in ("wait", "shed")
+        return self.crowd.full and self.policy in WAITING
 
     def places(self, most: int) -> int:
         """How many connections may be taken from the backlog now, at most ``most``; as :meth:`claim`."""
         maximum = self.crowd.maximum
-        if maximum is None or self.policy not in ("wait", "shed"):
+        if maximum is None or self.policy not in WAITING:
             return most
         if self.crowd.near:
             return int(self.reserve())
@@ -257,7 +281,7 @@ class Admission:
 
     def spare(self, most: int) -> int:
         """How many connections may come, at most ``most``, before :attr:`full` must be looked at again."""
-        return self.crowd.spare(most, len(self._members)) if self.policy in ("wait", "shed") else most
+        return self.crowd.spare(most, len(self._members)) if self.policy in WAITING else most
 
     def reserve(self) -> bool:
         """Count a connection before ``admit`` is asked, where several loops accept; tell whether it has a place."""
@@ -272,7 +296,7 @@ class Admission:
         Near the limit it has its place from now on where other processes accept too, or else none of them would wait.
         :meth:`unclaim` gives it back.
         """
-        if self.policy in ("wait", "shed") and self.crowd.near:
+        if self.policy in WAITING and self.crowd.near:
             return self.reserve()
         return not self.full
 
@@ -289,10 +313,15 @@ class Admission:
         return True
 
     def room(self) -> bool:
-        """Tell whether a server that was full may accept again: so many have left, or some place stays free."""
-        if self.crowd.full:
+        """Tell whether a server that was full may accept again: so many have left, or some place stays free.
+
+        Or nobody is left in the backlog any more, by another ``overload``.
+        """
+        if self.full:
             self._free_since = None
             return False
+        if self.policy not in WAITING:
+            return True
         now = time.monotonic()
         self._free_since = now if self._free_since is None else self._free_since
         return self.crowd.low or now - self._free_since >= SETTLE_SECONDS
@@ -311,7 +340,7 @@ class Admission:
     @property
     def patience(self) -> float:
         """Seconds after which to ask for :meth:`room` again, if nobody is woken before."""
-        return SHED_SECONDS if self.crowd.full and not self.crowd.shared else SETTLE_SECONDS
+        return SHED_SECONDS if self.full and not self.crowd.shared else SETTLE_SECONDS
 
     def unhold(self, who: object) -> None:
         """Call no more."""
@@ -323,8 +352,8 @@ class Admission:
             registry.await_ends(change)
 
     def left(self) -> None:
-        """Somebody has left: wake those that wait for room."""
-        if self._held and not self.crowd.full:
+        """Somebody has left, or settings have changed: wake those that wait for room."""
+        if self._held and not self.full:
             for wake in list(self._held.values()):
                 wake()
 
@@ -347,6 +376,13 @@ class Admission:
     def __iter__(self) -> Iterator[Limit]:
         """The limits, in their order."""
         return iter((self.crowd, self._rate, self._alarm, *self._by_client))
+
+
+def _complain(limit: Limit, method: str) -> None:
+    """Say that a limit of the program's own raised; in its ``except``."""
+    with contextlib.suppress(Exception):  # a stderr that nobody reads any more must not break the server either
+        print(f"harken: {method}() of the limit {type(limit).__name__} raised", file=sys.stderr)
+        traceback.print_exc()
 
 
 def _made(entry: Any) -> Limit:

@@ -19,13 +19,11 @@ import time
 from typing import Any
 
 from harken.connection import tcp_info
-from harken.records import Record
+from harken.records import YOUNG_SECONDS, Record
 from harken.unpatched import Socket
 
-__all__ = ["YOUNG_SECONDS", "Onlooker"]
+__all__ = ["Onlooker"]
 
-# Seconds for which a connection counts as busy after it was accepted, unless its first byte comes sooner.
-YOUNG_SECONDS = 1.0
 # Seconds without a byte after which a handler that waits for its client is taken to be between two messages, rather
 # than within one or in the middle of an exchange: round trips and the pauses of programs are shorter.
 QUIET_SECONDS = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harken import straight
-from harken.acceptor import Readable, refuse, turn_away
+from harken.acceptor import WAITING, Readable, refuse, turn_away
 from harken.datagrams import DatagramIntake
 from harken.lifecycle import State
 from harken.shedding import Shedder
@@ -36,18 +37,30 @@ class Intake:
         self._readable = Readable()
         self._lock = threading.Lock()
         self._shedder = Shedder(lambda: serving.admission.records() if serving.admission else serving.connections)
+        # A handler is free only when one ends that has begun: who waits in the queue may stay there.
+        self._served = Shedder(self._find_served)
         self._shed_again = 0.0
 
     def watch(self) -> None:
-        """Watch the door, unless the server is suspended: room in the pool does not end a suspension."""
+        """Watch the door, unless the server is suspended: room in the pool does not end a suspension.
+
+        Nor does a suspension's end, or a drain, end a pause: :meth:`turn` does.
+        """
         serving = self._serving
         state = serving.lifecycle.state
+        if serving.acceptor.paused:
+            return
         if state is State.SERVING or (state is State.DRAINING and not serving.last_loop):
             serving.engine.watch(serving.server, self._accept_ready)
 
     def readable(self) -> bool:
         """Whether a connection waits at the door."""
         return self._readable(self._serving.server.fileno())
+
+    @property
+    def places(self) -> Admission | None:
+        """Whose places the next one needs; None also where datagrams come, which stay nowhere."""
+        return None if self._has_datagrams else self._serving.admission
 
     @property
     def bursts(self) -> bool:
@@ -60,7 +73,7 @@ class Intake:
         Raises:
             BlockingIOError: another loop was quicker.
         """
-        admission = self._serving.admission
+        admission = self.places
         with self._lock:
             if (admission is not None and admission.full) or not self.readable():
                 raise BlockingIOError("another thread took the connection")
@@ -119,9 +132,11 @@ class Intake:
         engine = serving.engine
         if engine.full and not self._make_room():
             return False
-        admission = serving.admission
+        admission = self.places
         if admission is not None and admission.full:
-            self.wait_for_room(admission)
+            # Whoever took the last place asks whether there is more, and nobody may wait. Several loops do not ask so.
+            if serving.shared or self.readable():
+                self.wait_for_room(admission)
             return False
         if self._has_datagrams and self.datagrams.take():
             return False
@@ -131,7 +146,7 @@ class Intake:
 
     def _take_one(self) -> bool:
         serving = self._serving
-        engine, server, admission = serving.engine, serving.server, serving.admission
+        engine, server, admission = serving.engine, serving.server, self.places
         if admission is not None and not admission.claim():
             self.wait_for_room(admission)
             return False
@@ -153,31 +168,40 @@ class Intake:
         serving = self._serving
         admission = serving.admission
         if admission is None or not admission.holds(serving):
-            serving.acceptor.turn(room=not serving.engine.full)
+            self._turn_for_handlers()
             return
         room = admission.room()
-        if not room and admission.policy == "shed" and time.monotonic() >= self._shed_again:
-            self._shed()
+        if not room and admission.policy == "shed":
+            self._shed_again_if_due(self._shedder)
         serving.acceptor.turn(room=room and not serving.engine.full, again=admission.patience)
         if not serving.acceptor.paused:
             admission.unhold(serving)
+
+    def _turn_for_handlers(self) -> None:
+        """Its part where no handler is free."""
+        serving = self._serving
+        policy, full = serving.settings["overload"], serving.engine.full
+        if full and policy == "shed":
+            self._shed_again_if_due(self._served)
+        again = SHED_SECONDS if policy == "shed" else math.inf
+        serving.acceptor.turn(room=not full or policy not in WAITING, again=again)
 
     def wait_for_room(self, admission: Admission) -> None:
         """As many are inside as may be: leave the door alone until somebody leaves, or make the longest idle leave."""
         serving = self._serving
         admission.hold(serving, serving.wake)
         if admission.policy == "shed":
-            self._shed()
+            self._shed(self._shedder)
         serving.acceptor.hold(f"max_connections ({admission.crowd.maximum}) are open")
 
     def _make_room(self) -> bool:
         """The engine is full: do as ``overload`` says. True when a connection may be accepted all the same."""
         policy = self._serving.settings["overload"]
-        if policy in ("reset", "reply"):
+        if policy not in WAITING:
             self._turn_away(policy)
         else:
             if policy == "shed":
-                self._shed()
+                self._shed(self._served)
             self._serving.acceptor.hold("no handler is free: pool or max_children in use")
         return False
 
@@ -192,6 +216,16 @@ class Intake:
         refuse(request, reply.encode() if isinstance(reply, str) else reply)
         serving.books.rejected(None, client_address, "overload")
 
-    def _shed(self) -> None:
+    def _shed(self, shedder: Shedder) -> None:
         self._shed_again = time.monotonic() + SHED_SECONDS
-        self._shedder.shed()
+        shedder.shed()
+
+    def _shed_again_if_due(self, shedder: Shedder) -> None:
+        """The last one has not gone in the time that it gets."""
+        if time.monotonic() >= self._shed_again:
+            self._shed(shedder)
+
+    def _find_served(self) -> list[Record]:
+        """The connections whose handler, or preamble, has begun; all where nobody knows, as of a program's own kind."""
+        known = list(self._serving.connections)
+        return [each for each in known if each.thread or each.in_preamble or each.process] or known

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harken.preambles.proxy_header import ProxyHeader
     from harken.report import Report
 
-__all__ = ["CHILD_STATUS", "REASONS", "ConnectionInfo", "Record", "Registry"]
+__all__ = ["CHILD_STATUS", "REASONS", "YOUNG_SECONDS", "ConnectionInfo", "Record", "Registry"]
 
 REASONS: dict[str, str] = {
     "handler_returned": "the handler was done",
@@ -49,6 +49,9 @@ REASONS: dict[str, str] = {
     "shed": "it was the longest idle when room was needed, or harken held most for it when memory was",
     "shutdown": "the server stopped at once",
 }
+
+# Seconds for which a connection counts as busy after it was accepted, unless its first byte comes sooner.
+YOUNG_SECONDS = 1.0
 
 # How a forked child tells its parent, by exit status, why the connection ended. 0 and 1 are stdlib's.
 CHILD_STATUS = {

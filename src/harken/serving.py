@@ -479,6 +479,8 @@ class Serving:
         self._refresh_buffers()
         if self.started:
             self.engine.refresh()
+        if self.acceptor.paused:
+            self.wake()  # what it waits for may have changed
         events.emit("configured", server=self.server, changes=dict(changes))
 
     def reload(self) -> bool:

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from harken.records import YOUNG_SECONDS
+
 if TYPE_CHECKING:
     from harken.records import Record
 
@@ -42,8 +44,14 @@ class Shedder:
         return found
 
     def shed(self) -> bool:
-        """Cut that connection; tell whether there was one."""
+        """Cut that connection; tell whether there was one.
+
+        One that has just come is left for a moment; nor does a busier one go in its stead.
+        """
         record = self.find()
+        if record is not None and _is_young(record):
+            self._order.clear()  # it is looked at again with all others
+            return False
         if record is not None:
             record.cut("shed")
         return record is not None
@@ -56,9 +64,7 @@ class Shedder:
     def _entry(self, record: Record) -> tuple[float, float, int, Record] | None:
         if record.reason is not None:
             return None
-        idle = record.idle_seconds()
-        since = record.started if idle is None else time.monotonic() - idle
-        return since, record.started, next(self._numbers), record
+        return _since(record), record.started, next(self._numbers), record
 
     def _next(self) -> Record | None:
         while self._order:
@@ -73,6 +79,25 @@ class Shedder:
             if entry[0] < self._looked_at:
                 heapq.heappush(self._order, entry)
         return None
+
+
+def _since(record: Record) -> float:
+    """Since when it has been idle: as the kernel tells, or else its stamps; where nobody does, since it was opened."""
+    if record.process:  # only its child could ask
+        return record.started
+    idle = record.idle_seconds()
+    if idle is not None:
+        return time.monotonic() - idle
+    stamps = record.stamped()
+    return (stamps.moved if stamps is not None else 0.0) or record.started
+
+
+def _is_young(record: Record) -> bool:
+    """Whether its first byte may be on the way."""
+    if record.process or time.monotonic() - record.started >= YOUNG_SECONDS:
+        return False
+    told = record.bytes_moved()
+    return told is not None and not told[0]
 
 
 # Seconds by which two looks at one idle connection may differ: the kernel counts idle time in ticks of up to 10 ms.

@@ -18,6 +18,7 @@ import pytest
 from waiting import wait_until
 
 import harken
+from harken.closing import Closing
 from harken.errors import ConfigError
 from harken.serving import serving_of
 
@@ -131,6 +132,36 @@ def test_the_limit_changes_on_the_running_server(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("way", ["suspend", "drain"])
+def test_a_full_servers_door_is_left_alone(engine: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a suspension, or when a drain begins, too: who waits there would wake the loop without end."""
+    with full(engine) as (server, seen, first, _second), connect(server.server_address) as third:
+        third.sendall(b"hello")
+        seen.wait("paused")
+        serving, watched = serving_of(server), []
+        plain = serving.engine.watch
+        monkeypatch.setattr(serving.engine, "watch", lambda *args: (watched.append(args), plain(*args)))
+        if way == "suspend":
+            server.suspend()
+            server.resume()
+        else:
+            Closing(serving).shut_out()
+        assert watched == []
+        hang_up(first)
+        assert receive(third, 5) == b"hello"
+        hang_up(third)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_policy_holds_for_who_waits_already(engine: str) -> None:
+    """Nobody has to leave before it does."""
+    with full(engine) as (server, seen, _first, _second), connect(server.server_address) as third:
+        seen.wait("paused")
+        server.configure(overload="reply", overload_reply=b"full\n")
+        assert receive(third, 100) == b"full\n"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_limit_that_is_set_late_counts_who_is_inside(engine: str) -> None:
     """A server that had none gets one while connections are open; when they go each gives its place back."""
     server = make(engine)
@@ -215,6 +246,40 @@ def test_denied_datagrams_are_dropped() -> None:
         assert seen.of("rejected")[0].reason == "deny"
 
 
+@pytest.mark.parametrize("policy", ["wait", "shed"])
+@pytest.mark.parametrize("engine", ["inline", "thread", "pool", "green", "fork"])
+def test_datagrams_need_no_place(engine: str, policy: str) -> None:
+    """Connections that have them all, on another listener of the same service, neither keep them out nor have to go."""
+    server = make("thread", max_connections=1, overload=policy)
+    beside = harken.UDPServer(LOCAL, Answer, engine=engine, max_connections=1, overload=policy)
+    serving_of(beside).share_limits(serving_of(server))
+    with running(server), connect(server.server_address) as client:
+        exchange(client)
+        with running(beside), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            asking.settimeout(PATIENCE)
+            for _ in range(3):
+                asking.sendto(b"a", beside.server_address)
+                assert asking.recv(10) == b"a"
+        exchange(client)
+        hang_up(client)
+
+
+def test_one_datagram_at_a_time_needs_no_place() -> None:
+    """``handle_request`` does not wait for a connection to leave."""
+    server = make("thread", max_connections=1)
+    beside = harken.UDPServer(LOCAL, Answer)
+    beside.timeout = PATIENCE
+    serving_of(beside).share_limits(serving_of(server))
+    with running(server), connect(server.server_address) as client, beside:
+        exchange(client)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+            asking.settimeout(PATIENCE)
+            asking.sendto(b"a", beside.server_address)
+            beside.handle_request()
+            assert asking.recv(10) == b"a"
+        hang_up(client)
+
+
 def test_limits_of_ones_own_are_asked() -> None:
     """Any object with the two methods; each admission is released once, also when a later limit refuses."""
     quota = Quota()
@@ -230,6 +295,53 @@ def test_limits_of_ones_own_are_asked() -> None:
             assert server.stats()["rejected_by_reason"] == {"max_connections": 1, "closing time": 1}
         wait_until(lambda: quota.released == 3)
     assert (quota.admitted, quota.released) == (3, 3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_who_is_being_judged_is_not_counted_by_a_change_of_settings(engine: str) -> None:
+    """It gets its place by the judgement, and has no second one that nobody gives back."""
+    judging, go_on = threading.Event(), threading.Event()
+
+    class Slow(Quota):
+        def admit(self, peer: Any) -> str | None:
+            judging.set()
+            assert go_on.wait(PATIENCE)
+            return super().admit(peer)
+
+    server = make(engine, limits=[Slow()], max_connections=2)
+    with running(server):
+        with connect(server.server_address) as client:
+            assert judging.wait(PATIENCE)
+            server.configure(idle_timeout=100)
+            go_on.set()
+            exchange(client)
+            hang_up(client)
+        wait_until(lambda: not server.connections())
+        wait_until(lambda: serving_of(server).admission.crowd.inside == 0)
+
+
+@pytest.mark.parametrize("engine", ["inline", *ENGINES])
+def test_a_limit_that_raises_refuses_that_connection_alone(engine: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """It says so, and no place is lost, of its client neither."""
+    quota = Quota()
+    server = make(engine, limits=[quota], max_connections=10, max_connections_per_peer=1)
+    with running(server):
+        quota.fault = ConnectionError("no quota today")
+        for _ in range(3):
+            assert fate(server.server_address) == "reset"
+        quota.fault = None
+        with connect(server.server_address) as client:
+            exchange(client)
+            quota.fault = ConnectionError("no release today")
+            hang_up(client)
+        admission = serving_of(server).admission
+        wait_until(lambda: not server.connections() and admission.crowd.inside == 0)
+        assert server.stats()["rejected_by_reason"] == {"limit_failed": 3}
+        assert admission._per_peer.clients == 0
+    told = capfd.readouterr().err
+    assert told.count("admit() of the limit Quota raised") == 3
+    assert told.count("release() of the limit Quota raised") == 1
+    assert "no quota today" in told
 
 
 def test_what_is_no_limit_is_refused() -> None:
@@ -485,17 +597,24 @@ class Quota:
     def __init__(self) -> None:
         self.admitted = self.released = 0
         self.closed: str | None = None
+        self.fault: Exception | None = None
 
     def admit(self, peer: Any) -> str | None:
         """Admit unless closed."""
         assert peer.address == "127.0.0.1"
+        self._fail()
         self.admitted += self.closed is None
         return self.closed
 
     def release(self, peer: Any) -> None:
         """Count."""
         assert peer.address == "127.0.0.1"
+        self._fail()
         self.released += 1
+
+    def _fail(self) -> None:
+        if self.fault is not None:
+            raise self.fault
 
 
 def make_odd(engine: str, way: str) -> Any:

@@ -106,3 +106,17 @@ def test_one_bucket_is_for_all(across):
     assert sum(crowd(across, task)) == 25
     later = MaxAcceptRate(25, lambda: 1.2, across.place(5))
     assert sum(later.admit(None) is None for _ in range(100)) == 5
+
+
+def test_a_child_that_its_process_forks_gives_nothing_back(across):
+    """It inherits what its parent has let in; that leaves once, when the parent says so."""
+    limit = MaxConnections(2, across.place(0))
+    assert [limit.admit(None) for _ in range(2)] == [None, None]
+    pid = os.fork()
+    if pid == 0:
+        limit.release(None)
+        os._exit(0 if limit.admit(None) == "max_connections" else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert across.inside == 2
+    limit.release(None)
+    assert across.inside == 1

@@ -19,9 +19,9 @@ def v6(address):
     return Peer(address, 5000, socket.AF_INET6)
 
 
-def local(uid):
-    """A client on a Unix socket."""
-    return Peer("", 0, socket.AF_UNIX, credentials=Credentials(1, uid, uid))
+def local(uid, address=""):
+    """A client on a Unix socket, which may have bound its own."""
+    return Peer(address, 0, socket.AF_UNIX, credentials=Credentials(1, uid, uid))
 
 
 def test_each_client_has_places_of_its_own():
@@ -42,6 +42,8 @@ def test_each_client_has_places_of_its_own():
         (v4("192.0.2.1"), v4("192.0.2.2"), False),
         (local(1000), local(1000), True),
         (local(1000), local(1001), False),
+        (local(1000, "@one"), local(1000, "@two"), True),
+        (local(1000, "@one"), local(1001, "@one"), False),
     ],
     ids=str,
 )

@@ -3,9 +3,11 @@
 import socket
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken import ProxyHeader
+from harken.serving import serving_of
 
 from .kit import ENGINES, LOCAL, PATIENCE, TRUST, Told, dial, read_end, read_line, serving
 
@@ -60,6 +62,20 @@ def test_each_client_has_its_own_number(engine, tmp_path):
             with dial(server) as other_site:
                 other_site.sendall(header("2001:db8:0:1::1"))
                 assert read_line(other_site)
+
+
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine not in ("inline", "fork")])
+def test_a_change_of_settings_counts_nobody_for_the_proxy(engine, tmp_path):
+    """Who is in its preamble counts for its client, once that is known, and gives that place back."""
+    with serving(engine, "tcp", tmp_path, max_connections_per_peer=1) as server:
+        for number in (1, 2):
+            with dial(server) as client:
+                wait_until(lambda: server.connections())
+                server.configure(idle_timeout=100 + number)
+                client.sendall(header("192.0.2.1"))
+                assert read_line(client)
+            wait_until(lambda: not server.connections())
+        assert serving_of(server).admission._per_peer.clients == 0
 
 
 def asks(server):

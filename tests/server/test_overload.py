@@ -1,11 +1,14 @@
 """A server that is full: each answer to the next client."""
 
+import threading
+
 import pytest
 from waiting import wait_until
 
 import harken
+from harken import intake
 
-from .kit import LOCAL, Upper, ask, connect, named, serving
+from .kit import LOCAL, PATIENCE, Upper, ask, connect, named, serving
 
 
 def full_pool(**settings):
@@ -43,6 +46,39 @@ def test_overload_shed(told):
     assert "shed" in [event.reason for event in named(told, "closed")]
 
 
+def test_who_waits_in_the_queue_is_not_shed():
+    """However long: it has no thread that would be free then."""
+    with serving(harken.PoolTCPServer(LOCAL, Upper, pool_size=1, pool_queue=1, overload="shed")) as server:
+        with connect(server) as first:
+            assert ask(first) == b"HELLO"
+            with connect(server) as second:
+                wait_until(lambda: len(server.connections()) == 2)
+                assert ask(first) == b"HELLO"
+                with connect(server):
+                    assert first.recv(1) == b""
+                    assert ask(second) == b"HELLO"
+
+
+def test_another_is_shed_when_the_first_does_not_go(monkeypatch):
+    """Its handler may be slow to notice."""
+    go_on = threading.Event()
+
+    class Slow(Upper):
+        def handle(self):
+            super().handle()
+            go_on.wait(PATIENCE)
+
+    monkeypatch.setattr(intake, "SHED_SECONDS", 0.05)
+    server = harken.PoolTCPServer(LOCAL, Slow, pool_size=2, pool_queue=0, overload="shed")
+    with serving(server, poll_interval=30), connect(server) as first, connect(server) as second:
+        try:
+            assert [ask(first), ask(second)] == [b"HELLO"] * 2
+            with connect(server):
+                assert [first.recv(1), second.recv(1)] == [b""] * 2
+        finally:
+            go_on.set()
+
+
 def test_overload_wait(told):
     """By default the next client waits in the backlog; one event when that begins and one when it ends."""
     with serving(full_pool()) as server, connect(server) as first:
@@ -54,3 +90,13 @@ def test_overload_wait(told):
             first.close()
             assert second.recv(100) == b"SECOND"
     assert len(named(told, "paused")) == len(named(told, "resumed")) == 1
+
+
+def test_another_policy_holds_for_who_waits_already(told):
+    """With the pool full; no thread has to become free before it does."""
+    with serving(full_pool(), poll_interval=30) as server, connect(server) as first:
+        assert ask(first) == b"HELLO"
+        with connect(server) as second:
+            wait_until(lambda: named(told, "paused"))
+            server.configure(overload="reply", overload_reply=b"busy\n")
+            assert second.recv(100) == b"busy\n"

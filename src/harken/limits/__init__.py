@@ -28,11 +28,15 @@ class Limit(Protocol):
             peer: where it comes from: the real client, when a PROXY header names one.
 
         Returns:
-            None for welcome; else the reason, for the event ``rejected`` and the counters.
+            None for welcome; else the reason, for the event ``rejected`` and the counters. When it raises, that is
+            printed to stderr, and the connection is refused: its reason is ``limit_failed``.
         """
 
     def release(self, peer: Peer) -> None:
-        """A connection that was let in has ended; called once for each. Any thread, at any point: it must not wait."""
+        """A connection that was let in has ended; called once for each. Any thread, at any point: it must not wait.
+
+        What it raises is printed to stderr, and disturbs nobody.
+        """
 
 
 def _are_limits(value: tuple[object, ...]) -> None:

@@ -96,12 +96,15 @@ class Place:
     """One process's. Any thread.
 
     A release may come at any point, also in the middle of an admission, by a garbage collection: hence the RLock.
+    The parent makes it, and whoever uses it first has it. What that process forks writes nothing: it inherits the
+    tickets of connections that stay inside by its parent.
     """
 
     def __init__(self, across: Across, number: int) -> None:
         self.across = across
         self._number = number
         self._guard = threading.RLock()
+        self._user = 0
 
     @property
     def inside(self) -> int:
@@ -119,8 +122,15 @@ class Place:
 
     def add(self, change: int) -> None:
         """So many more are inside by this process, or fewer."""
-        with self._guard:
-            self.across.add(self._number, change)
+        if self._is_used_here():  # asked first: a thread that is not in this child may hold the guard
+            with self._guard:
+                self.across.add(self._number, change)
+
+    def _is_used_here(self) -> bool:
+        """Whether this process is the one that uses it, and not one that it has forked."""
+        pid = os.getpid()
+        self._user = self._user or pid
+        return self._user == pid
 
     def admit(self, maximum: int) -> bool:
         """Let one in, if fewer than ``maximum`` are inside; tell whether.
@@ -128,6 +138,8 @@ class Place:
         It counts before it is asked whether there is room: whoever is held up in between, while others fill the last
         places, has been seen by them. So the number is exact, and who is turned away was so for one that is let in.
         """
+        if not self._is_used_here():
+            return self.across.inside < maximum
         with self._guard:
             self.across.add(self._number, 1)
             if not self.near(maximum):

@@ -35,7 +35,8 @@ def origin_of(peer: Peer) -> object:
             return socket.inet_pton(socket.AF_INET6, peer.address.partition("%")[0])[:_V6_PREFIX_BYTES]
         except OSError:
             return peer.address
-    return peer.address or (peer.credentials.uid if peer.credentials else "")
+    # The user first: on a Unix socket a client may choose its address, and another one each time.
+    return peer.credentials.uid if peer.credentials else peer.address
 
 
 class MaxConnectionsPerPeer:
