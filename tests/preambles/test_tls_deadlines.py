@@ -1,0 +1,46 @@
+"""Deadlines under TLS: what is read counts, and what waits is timed, as on a plain connection."""
+
+import pytest
+
+import harken
+
+from .tls_kit import BESIDE
+
+
+class Taciturn(harken.BaseRequestHandler):
+    """Takes what comes, and never answers."""
+
+    def handle(self):
+        while self.request.recv(100):
+            pass
+
+
+class TaciturnInto(harken.BaseRequestHandler):
+    """As Taciturn, into a buffer."""
+
+    def handle(self):
+        while self.request.recv_into(bytearray(100)):
+            pass
+
+
+class TaciturnTask(harken.AsyncRequestHandler):
+    """As Taciturn, in a task."""
+
+    async def handle(self):
+        while await self.request.recv(100):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("engine", "handler"),
+    [
+        *((engine, handler) for engine in BESIDE if engine != "fork" for handler in (Taciturn, TaciturnInto)),
+        ("asyncio", TaciturnTask),
+    ],
+)
+def test_what_is_received_begins_a_request(engine, handler, serving, dial, closed):
+    """It is counted, and who is not answered in time is timed out."""
+    with serving(engine, handler, handler_timeout=0.5) as server, dial(server) as client:
+        client.sendall(b"half a request")
+        (event,) = closed.wait(1)
+        assert (event.detail, event.requests) == ("handler_timeout", 1)
