@@ -44,3 +44,32 @@ def test_what_is_received_begins_a_request(engine, handler, serving, dial, close
         client.sendall(b"half a request")
         (event,) = closed.wait(1)
         assert (event.detail, event.requests) == ("handler_timeout", 1)
+
+
+class Lines(harken.StreamRequestHandler):
+    """Reads lines."""
+
+    def handle(self):
+        while self.rfile.readline():
+            pass
+
+
+class LinesAfterStartTls(Lines):
+    """As Lines, from the middle of a connection on."""
+
+    def handle(self):
+        self.start_tls()
+        super().handle()
+
+
+@pytest.mark.parametrize(
+    ("limit", "ending"), [("read_timeout", "reason"), ("handler_timeout", "detail")], ids=["read", "handler"]
+)
+@pytest.mark.parametrize("engine", ["thread", "green", "green-asking", "green-fallback"])
+def test_deadlines_hold_after_start_tls(engine, limit, ending, pki, serving, dial, closed):
+    """The connection that goes on under TLS is timed as the one before."""
+    tls = harken.TLS(pki.cert, mode="starttls")
+    with serving(engine, LinesAfterStartTls, tls=tls, **{limit: 0.3}) as server, dial(server) as client:
+        client.sendall(b"half a line")
+        (event,) = closed.wait(1)
+        assert getattr(event, ending) == limit
