@@ -719,3 +719,38 @@ def test_both_hubs_do_the_same(run_program, kind):
     """Timeouts, other tasks, cancelling, on the hub in C and on the one in Python."""
     out, errors = run_program("-c", FALLBACK, env={"HARKEN_HUB": kind}).communicate(timeout=40)
     assert out == f"{kind} b'line\\nabc' [0]\n", errors
+
+
+DRIBBLE = """
+import contextlib, socket, threading
+import harken
+from harken import events
+closed = threading.Event()
+reasons = []
+
+def note(event):
+    reasons.append(event.reason)
+    closed.set()
+
+class Handler(harken.AsyncStreamRequestHandler):
+    async def handle(self):
+        await self.rfile.readline()
+
+events.subscribe(note, "closed")
+with harken.background(harken.AsyncTCPServer(("127.0.0.1", 0), Handler, read_timeout=0.3)) as server:
+    with socket.create_connection(server.server_address, 10) as client:
+        for _ in range(400):
+            with contextlib.suppress(OSError):
+                client.sendall(b".")
+            if closed.wait(0.02):
+                break
+        from harken import _hub
+        print(_hub.kind, reasons)
+"""
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_a_line_that_dribbles_in_is_one_read(run_program, kind):
+    """``read_timeout`` ends it, however often something comes."""
+    out, errors = run_program("-c", DRIBBLE, env={"HARKEN_HUB": kind}).communicate(timeout=40)
+    assert out == f"{kind} ['read_timeout']\n", errors

@@ -1,6 +1,9 @@
 """Deadlines under TLS: what is read counts, and what waits is timed, as on a plain connection."""
 
+import contextlib
+
 import pytest
+from waiting import wait_until
 
 import harken
 
@@ -60,6 +63,36 @@ class LinesAfterStartTls(Lines):
     def handle(self):
         self.start_tls()
         super().handle()
+
+
+class LinesTask(harken.AsyncStreamRequestHandler):
+    """As Lines, in a task."""
+
+    async def handle(self):
+        while await self.rfile.readline():
+            pass
+
+
+def dribble(client, closed):
+    """Send a line without an end, until the connection is closed; return the event that tells."""
+
+    def is_closed():
+        with contextlib.suppress(OSError):
+            client.sendall(b".")
+        return closed.events
+
+    wait_until(is_closed)
+    return closed.events[0]
+
+
+@pytest.mark.parametrize(
+    ("engine", "handler"),
+    [*((engine, Lines) for engine in ("thread", "green", "green-asking", "green-fallback")), ("asyncio", LinesTask)],
+)
+def test_a_line_that_dribbles_in_is_one_read(engine, handler, serving, dial, closed):
+    """``read_timeout`` ends it, however often something comes."""
+    with serving(engine, handler, read_timeout=0.3) as server, dial(server) as client:
+        assert dribble(client, closed).reason == "read_timeout"
 
 
 @pytest.mark.parametrize(

@@ -444,6 +444,7 @@ def files(connection: AsyncConnection) -> tuple[AsyncReader, AsyncWriter]:
         reader = AsyncReader(connection, inner)
         connection._writer = writer = AsyncWriter(connection, reader, compiled.Writer(sock, inner))
         return reader, writer
-    reader = AsyncReader(connection, Reader(sock))
+    # Its own kind, if it has one: that stamps where the connection does.
+    reader = AsyncReader(connection, sock.open_reader() if hasattr(sock, "open_reader") else Reader(sock))
     connection._writer = writer = AsyncWriter(connection, reader)
     return reader, writer
