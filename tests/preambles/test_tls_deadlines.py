@@ -1,6 +1,7 @@
 """Deadlines under TLS: what is read counts, and what waits is timed, as on a plain connection."""
 
 import contextlib
+import socket
 
 import pytest
 from waiting import wait_until
@@ -106,3 +107,19 @@ def test_deadlines_hold_after_start_tls(engine, limit, ending, pki, serving, dia
         client.sendall(b"half a line")
         (event,) = closed.wait(1)
         assert getattr(event, ending) == limit
+
+
+class EndThenRead(harken.BaseRequestHandler):
+    """Ends its side, and reads on."""
+
+    def handle(self):
+        self.request.shutdown(socket.SHUT_WR)
+        self.request.recv(1)
+
+
+@pytest.mark.parametrize("engine", [engine for engine in BESIDE if engine != "fork"])
+def test_read_timeout_holds_after_our_end(engine, serving, dial, closed):
+    """Who has ended its side and reads on does not wait for ever."""
+    with serving(engine, EndThenRead, read_timeout=0.3) as server, dial(server):
+        (event,) = closed.wait(1)
+        assert event.reason == "read_timeout"

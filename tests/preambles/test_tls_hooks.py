@@ -1,5 +1,6 @@
 """Hooks that write under TLS beside a handler that reads."""
 
+import socket
 import ssl
 import threading
 
@@ -102,3 +103,33 @@ def test_a_shared_connection_keeps_its_timeouts(serving, dial):
         client.sendall(b"well")
         assert client.recv(10) == b""
     assert seen == [None, b"well"]
+
+
+@pytest.mark.parametrize("engine", [engine for engine in BESIDE if engine not in ("fork", "asyncio")])
+def test_a_hook_may_end_our_side_while_the_handler_reads(engine, serving, dial_wire, closed, capfd):
+    """``on_drain`` says the last word; the handler reads on, to an end like any other."""
+    read = []
+
+    class Until(harken.BaseRequestHandler):
+        def handle(self):
+            while True:
+                read.append(self.request.recv(100))
+                if not read[-1]:
+                    break
+                self.request.sendall(b"go on")
+
+        def on_drain(self):
+            self.request.sendall(b"bye")
+            self.request.shutdown(socket.SHUT_WR)
+
+    with serving(engine, Until) as server, dial_wire(server) as client:
+        client.send(b"first")
+        assert client.read() == b"go on"
+        drain = threading.Thread(target=server.drain, args=(PATIENCE,))
+        drain.start()
+        assert client.read_all() == b"bye"
+        client.end()
+        drain.join(PATIENCE)
+        closed.wait(1)
+    assert read == [b"first", b""]
+    assert "Traceback" not in capfd.readouterr().err

@@ -15,7 +15,7 @@ from operator import index
 from typing import Any
 
 from harken import _hub
-from harken.preambles._secured import Secured, give
+from harken.preambles._secured import Secured, give, size_of
 from harken.tracing import tell_call
 from harken.unpatched import Socket, family_of, kind_of, proto_of
 
@@ -28,12 +28,6 @@ PIECE = 16384
 SLICE = PIECE + 2048 + 5
 # What is encrypted and sent at once: more records in one system call, for a moment's memory.
 BATCH = 4 * PIECE
-
-
-def _size_of(buffer: Any, asked: int) -> int:
-    """Return how much a read puts in ``buffer``: what was asked for, if that is something and there is room for it."""
-    with memoryview(buffer) as view:
-        return asked if 0 < asked < view.nbytes else view.nbytes
 
 
 class Hubbed(Secured):
@@ -140,7 +134,7 @@ class Hubbed(Secured):
         sslobj, incoming = self._sslobj, self._incoming
         if sslobj is None:
             raise ValueError("Read on closed or unwrapped SSL socket.")
-        size = index(len) if buffer is None else _size_of(buffer, len)
+        size = index(len) if buffer is None else size_of(buffer, len)
         if size < 0:
             raise ValueError("size should not be negative")
         if self._ahead:
@@ -218,10 +212,6 @@ class Hubbed(Secured):
             return self._inner.recv(SLICE, socket.MSG_DONTWAIT)  # type: ignore[no-any-return]
         except OSError:
             return b""
-
-    def _take(self, size: int) -> bytes:
-        piece, self._ahead = self._ahead[:size], self._ahead[size:]
-        return piece
 
     def _plain(self, size: int, flags: int) -> bytes:
         """After ``unwrap``: what came behind the peer's close_notify is first."""
