@@ -10,6 +10,7 @@ import time
 from functools import partial
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken import green
@@ -425,3 +426,47 @@ def test_nothing_is_read_after_a_broken_record(engine, serving, dial):
         with pytest.raises(ssl.SSLError, match="(?i)alert"):
             client.recv(1)
     assert told == [b""]
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["asks", "waits"])
+@pytest.mark.parametrize("engine", HUBS)
+def test_what_a_socket_that_does_not_wait_has_taken_arrives(engine, waits, serving, dial):
+    """And what it could not send whole is to be written again, which may also wait; nothing comes twice."""
+    stream = b"".join(b"%07d\n" % number for number in range(2_000_000))
+    taken, thanked = [], []
+
+    class Push(harken.BaseRequestHandler):
+        def handle(self):
+            request = self.request
+            request.setblocking(False)
+            sent = 0
+            with contextlib.suppress(ssl.SSLWantWriteError):
+                while True:
+                    sent += request.send(stream[sent : sent + 50_000])
+            with pytest.raises(ssl.SSLError, match="bad write retry"):
+                request.send(b"x")
+            taken.append(sent)
+            while not thanked:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    thanked.append(request.recv(100))
+                green.sleep(0.002)
+            request.setblocking(waits)
+            if waits:
+                request.sendall(stream[sent:])
+                return
+            while sent < len(stream):
+                try:
+                    sent += request.send(stream[sent:])
+                except ssl.SSLWantWriteError:
+                    green.sleep(0.002)
+
+    with serving(engine, Push) as server, dial(server) as client:
+        wait_until(lambda: taken)
+        got = bytearray()
+        while len(got) < taken[0]:
+            got += client.recv(taken[0] - len(got))
+        client.sendall(b"thanks")
+        while piece := client.recv(1 << 20):
+            got += piece
+    assert thanked == [b"thanks"]
+    assert got == stream

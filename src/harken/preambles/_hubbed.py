@@ -57,6 +57,8 @@ class Hubbed(Secured):
     do_handshake_on_connect = False
     suppress_ragged_eofs = True
 
+    _begun = 0  # bytes of plain text whose record could not be sent whole without waiting: a write is to be repeated
+
     reader_kind = _hub.Reader  # what open_reader() makes
 
     _inner: Any
@@ -252,11 +254,32 @@ class Hubbed(Secured):
         if self._sslobj is None:
             raise ValueError("Write on closed or unwrapped SSL socket.")
         with memoryview(data) as view, view.cast("B") as plain:
-            most = BATCH if self.gettimeout() == 0.0 else len(plain)
-            for start in range(0, min(len(plain), most), BATCH):
+            if self._begun or self.gettimeout() == 0.0:
+                return self._write_at_once(plain)
+            for start in range(0, len(plain), BATCH):
                 with plain[start : start + BATCH] as piece:
                     self._encrypt(piece)
-            return min(len(plain), most)
+            return len(plain)
+
+    def _write_at_once(self, plain: memoryview) -> int:
+        """Send one record at the most, and return how much it holds, once all of it is with the kernel.
+
+        Until then the same is to be written again, as OpenSSL has it: who was told that it is sent may only wait.
+        """
+        if not plain:
+            return 0
+        if len(plain) < self._begun:
+            raise ssl.SSLError(ssl.SSL_ERROR_SSL, "bad write retry: there is less than what was begun")
+        if self._begun:
+            self._make_way()
+        else:
+            with plain[:PIECE] as piece:
+                self._encrypt(piece)
+                self._begun = len(piece)
+            if self._rest is not None:
+                raise ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)")
+        size, self._begun = self._begun, 0
+        return size
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send all of ``data``, waiting in the hub for room; the timeout bounds each part of 64 KiB."""
@@ -265,6 +288,9 @@ class Hubbed(Secured):
             return
         if flags:
             raise ValueError(f"non-zero flags not allowed in calls to sendall() on {type(self)}")
+        if self._begun or self.gettimeout() == 0.0:
+            self._send_all_at_once(data)
+            return
         if type(data) is bytes and len(data) <= BATCH:
             self._encrypt(data)
             return
@@ -272,6 +298,12 @@ class Hubbed(Secured):
             for start in range(0, len(plain), BATCH):
                 with plain[start : start + BATCH] as piece:
                     self._encrypt(piece)
+
+    def _send_all_at_once(self, data: Any) -> None:
+        with memoryview(data) as view, view.cast("B") as plain:
+            sent = 0
+            while sent < len(plain):
+                sent += self.write(plain[sent:])
 
     def _encrypt(self, plain: Any) -> None:
         """Send at most BATCH bytes."""
