@@ -156,6 +156,16 @@ def test_with_a_timeout_some_is_sent(stage, how):
     assert 0 < sent < BIG
 
 
+@FAMILIES
+def test_who_asks_for_nothing_does_not_wait(stage, family):
+    """As on a socket of the standard library, also where it is known that nothing is there."""
+    connection, far = stage.pair(family)
+    connection.settimeout(PATIENCE / 10)
+    far.sendall(b"hi")
+    assert stage.run(lambda: connection.recv(100)) == [b"hi"]
+    assert stage.run(lambda: (connection.recv(0), connection.recv_into(bytearray()))) == [(b"", 0)]
+
+
 @LENT
 @pytest.mark.parametrize("offset, count", [(0, None), (1000, None), (1000, 5000), (0, 2 * BIG)])
 def test_sendfile(stage, offset, count, lent):
