@@ -470,3 +470,46 @@ def test_what_a_socket_that_does_not_wait_has_taken_arrives(engine, waits, servi
             got += piece
     assert thanked == [b"thanks"]
     assert got == stream
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_after_tls_every_call_waits_in_the_hub(engine, serving, dial, tmp_path):
+    """``unwrap`` gives a plain socket of the hub's; others are served while it waits to read, or sends a file."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(12_000_000))
+    read = []
+
+    class Unwrap(harken.BaseRequestHandler):
+        def handle(self):
+            if self.request.recv(10) == b"other":
+                self.request.sendall(b"served")
+                return
+            plain = self.request.unwrap()
+            plain.settimeout(PATIENCE)
+            buffer = bytearray(10)
+            read.append(plain.recvfrom(10)[0])
+            plain.sendto(b"?", self.client_address)
+            read.append(plain.recv(10, socket.MSG_PEEK))
+            read.append(bytes(buffer[: plain.recvfrom_into(buffer)[0]]))
+            with path.open("rb") as file:
+                read.append(plain.sendfile(file))
+
+    def is_served():
+        with dial(server) as other:
+            other.settimeout(PATIENCE)
+            other.sendall(b"other")
+            return other.recv(10) == b"served"
+
+    with serving(engine, Unwrap) as server, dial(server) as client:
+        client.sendall(b"first")
+        plain = client.unwrap()
+        assert is_served()
+        plain.sendall(b"one")
+        assert plain.recv(1) == b"?"
+        plain.sendall(b"two")
+        wait_until(lambda: len(read) == 3)
+        assert is_served()
+        got = 0
+        while piece := plain.recv(1 << 20):
+            got += len(piece)
+    assert (read, got) == ([b"one", b"two", b"two", 12_000_000], 12_000_000)

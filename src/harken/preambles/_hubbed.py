@@ -217,7 +217,19 @@ class Hubbed(Secured):
 
     def _plain(self, size: int, flags: int) -> bytes:
         """After ``unwrap``: what came behind the peer's close_notify is first."""
-        return self._take(size) if self._ahead else self._inner.recv(size, flags)
+        if self._ahead:
+            return self._ahead[:size] if flags & socket.MSG_PEEK else self._take(size)
+        return self._inner.recv(size, flags)  # type: ignore[no-any-return]
+
+    def recvfrom(self, buflen: int = 1024, flags: int = 0) -> tuple[bytes, Any]:
+        """As ``socket.recvfrom``, waiting in the hub; only after ``unwrap``."""
+        return super().recvfrom(buflen, flags) if self._sslobj is not None else (self._plain(buflen, flags), None)
+
+    def recvfrom_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> tuple[int, Any]:
+        """As ``socket.recvfrom_into``, waiting in the hub; only after ``unwrap``."""
+        if self._sslobj is not None:
+            return super().recvfrom_into(buffer, nbytes, flags)
+        return self.recv_into(buffer, nbytes, flags), None
 
     def pending(self) -> int:
         """Return how many bytes can be read at once, without the descriptor's becoming readable."""
@@ -304,6 +316,15 @@ class Hubbed(Secured):
             sent = 0
             while sent < len(plain):
                 sent += self.write(plain[sent:])
+
+    def sendto(self, data: Any, *args: Any) -> int:
+        """As ``socket.sendto``, waiting in the hub; only after ``unwrap``."""
+        return super().sendto(data, *args) if self._sslobj is not None else self._inner.sendto(data, *args)
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """Send a file or a part of it, waiting in the hub."""
+        plain = self._sslobj is None
+        return self._inner.sendfile(file, offset, count) if plain else super().sendfile(file, offset, count)
 
     def _encrypt(self, plain: Any) -> None:
         """Send at most BATCH bytes."""
