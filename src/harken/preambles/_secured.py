@@ -94,11 +94,16 @@ class Secured(SSLSocket):
 
     def shutdown(self, how: int) -> None:
         """End one side or both. With SHUT_WR the peer is told by close_notify, and its data can still be read."""
+        was_open = self.fileno() >= 0
         if how == socket.SHUT_WR:
             self._end_and_read_on()
         elif how == socket.SHUT_RDWR:
             self._end()
-        Socket.shutdown(self, how)
+        try:
+            Socket.shutdown(self, how)
+        except OSError:
+            if not was_open or self.fileno() >= 0:
+                raise  # else the peer answered our close_notify at once, and the handler has closed all
 
     def part(self) -> None:
         """End our side when nobody will read on."""
@@ -196,7 +201,8 @@ class Secured(SSLSocket):
             with self._turns.one if self._turns is not None else nullcontext():
                 self._end_by(inner)
             self._send_on(outer)
-        if self.record is not None and self.record.reason is not None:
+        record = self.record  # another thread may close the connection
+        if record is not None and record.reason is not None:
             shut(self)  # who cut it in that moment met the pair
 
     def _end_by(self, inner: socket.socket) -> None:
