@@ -719,3 +719,76 @@ def test_both_hubs_do_the_same(run_program, kind):
     """Timeouts, other tasks, cancelling, on the hub in C and on the one in Python."""
     out, errors = run_program("-c", FALLBACK, env={"HARKEN_HUB": kind}).communicate(timeout=40)
     assert out == f"{kind} b'line\\nabc' [0]\n", errors
+
+
+DRIBBLE = """
+import contextlib, socket, threading
+import harken
+from harken import events
+closed = threading.Event()
+reasons = []
+
+def note(event):
+    reasons.append(event.reason)
+    closed.set()
+
+class Handler(harken.AsyncStreamRequestHandler):
+    async def handle(self):
+        await self.rfile.readline()
+
+events.subscribe(note, "closed")
+with harken.background(harken.AsyncTCPServer(("127.0.0.1", 0), Handler, read_timeout=0.3)) as server:
+    with socket.create_connection(server.server_address, 10) as client:
+        for _ in range(400):
+            with contextlib.suppress(OSError):
+                client.sendall(b".")
+            if closed.wait(0.02):
+                break
+        from harken import _hub
+        print(_hub.kind, reasons)
+"""
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_a_line_that_dribbles_in_is_one_read(run_program, kind):
+    """``read_timeout`` ends it, however often something comes."""
+    out, errors = run_program("-c", DRIBBLE, env={"HARKEN_HUB": kind}).communicate(timeout=40)
+    assert out == f"{kind} ['read_timeout']\n", errors
+
+
+CANCELLED_WRITE = """
+import asyncio, socket, sys, threading
+import harken
+BOUND = max(1 << 20, int(sys.argv[1]))
+FIRST, BIG = b"-" * int(sys.argv[1]), b"".join(b"%07d\\n" % number for number in range(2_000_000))
+seen, go = [], threading.Event()
+
+class Handler(harken.AsyncStreamRequestHandler):
+    async def handle(self):
+        self.wfile.write(FIRST)
+        try:
+            async with asyncio.timeout(0.1):
+                await self.wfile.write(BIG)
+        except TimeoutError:
+            seen.append("cancelled")
+        go.set()
+        await self.wfile.write(b"END")
+
+server = harken.AsyncTCPServer(("127.0.0.1", 0), Handler, max_write_buffer=BOUND)
+with harken.background(server), socket.create_connection(server.server_address, 10) as client:
+    go.wait(10)
+    got = bytearray()
+    while part := client.recv(1 << 20):
+        got += part
+from harken import _hub
+print(_hub.kind, seen, len(got), got == FIRST + BIG + b"END")
+"""
+
+
+@pytest.mark.parametrize("ahead", [0, 12_000_000], ids=["next", "behind"])
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_a_cancelled_write_is_sent_all_the_same(run_program, kind, ahead):
+    """Beyond what may be held too, in its turn, and what is written next comes behind it."""
+    process = run_program("-c", CANCELLED_WRITE, str(ahead), env={"HARKEN_HUB": kind})
+    out, errors = process.communicate(timeout=40)
+    assert out == f"{kind} ['cancelled'] {16_000_003 + ahead} True\n", errors

@@ -71,6 +71,8 @@ class Expiry:
         except OSError:
             pass  # the peer has gone, or does not read: there is nobody to be told
         except Exception as error:  # noqa: BLE001 - as a handler's own
+            if _comes_too_late(record, error):
+                return
             self._serving.books.failed(record.request, record.client_address, error)
             self._serving.server.handle_error(record.request, record.client_address)
         finally:
@@ -84,6 +86,15 @@ class Expiry:
         record.cut(record.reason or "killed")
         if record.silent:  # in a child: its slot is wanted, whatever its handler does
             reaper.call_at(time.monotonic() + CHILD_SECONDS, lambda: os._exit(child_status(record)))
+
+
+def _comes_too_late(record: Record, error: Exception) -> bool:
+    """Tell whether a last word failed as nobody can hear it: all is closed already, or the handler is in a write."""
+    if isinstance(error, ValueError):  # as files say it
+        return "closed" in str(error) and (record.cut_already or not record.is_open)
+    from harken._hub import BUSY
+
+    return isinstance(error, RuntimeError) and str(error) == BUSY
 
 
 async def _settle(result: Awaitable[Any]) -> None:

@@ -89,14 +89,12 @@ def _size(result: Any) -> int:
 
 def _reads(kind: type, name: str) -> Callable[..., Any]:
     plain: Any = getattr(kind, name)
-    # SSLSocket.recv() is made of its read(), which counts by itself.
-    counts = name == "read" or not hasattr(kind, "read")
 
     def method(self: Any, *args: Any, **words: Any) -> Any:
         stamps = _stamps_of(self)
         if stamps is None:
             return plain(self, *args, **words)
-        whole = not stamps.reading
+        whole, before = not stamps.reading, stamps.received
         if whole:
             stamps.begin()
         try:
@@ -104,7 +102,8 @@ def _reads(kind: type, name: str) -> Callable[..., Any]:
         finally:
             if whole:
                 stamps.reading = 0.0
-        if counts and (size := _size(result)):
+        # Some kinds make their recv() of their read(), which has counted then; others do not.
+        if stamps.received == before and (size := _size(result)):
             stamps.got(size)
         return result
 

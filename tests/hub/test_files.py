@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from harken._hub.growth import grown
+
 PATIENCE = 10.0  # seconds that anything here may take at most
 
 
@@ -127,6 +129,36 @@ def test_lines_longer_than_any_buffer(hub: Any, pair: tuple[Any, socket.socket])
     assert run(hub, lambda: (reader.readline() == line, len(reader.read())), feed)[0] == (True, 400_000)
     assert reader.readlines() == []
     reader.close()
+
+
+@pytest.mark.parametrize("how", ["read", "readline"])
+def test_who_gives_up_waiting_for_memory_loses_nothing(
+    hub: Any, kind: ModuleType, pair: tuple[Any, socket.socket], how: str
+) -> None:
+    """The next read finds all that had come."""
+    near, far = pair
+    other = hub.adopt(far)
+    data = b"".join(b"%07d " % number for number in range(50_000)) + b"\n"
+    asked: list[int] = []
+
+    def give_up(sock: Any, size: int) -> None:
+        if size and not asked:
+            asked.append(size)
+            raise TimeoutError("no memory")
+
+    def read() -> bytes:
+        with near.open_reader() as reader:
+            with pytest.raises(TimeoutError, match="no memory"):
+                reader.readline() if how == "readline" else reader.read(len(data))
+            return bytes(reader.read(len(data)))
+
+    kind.on_growth(give_up)
+    try:
+        with other:
+            assert run(hub, read, lambda: other.sendall(data))[0] == data
+    finally:
+        kind.on_growth(grown)
+    assert asked
 
 
 def test_a_buffer_that_cannot_be_written_to_takes_nothing(hub: Any, pair: tuple[Any, socket.socket]) -> None:

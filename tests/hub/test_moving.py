@@ -10,6 +10,8 @@ import random
 import socket
 import struct
 import tempfile
+import threading
+import time
 
 import pytest
 
@@ -154,6 +156,16 @@ def test_with_a_timeout_some_is_sent(stage, how):
     assert 0 < sent < BIG
 
 
+@FAMILIES
+def test_who_asks_for_nothing_does_not_wait(stage, family):
+    """As on a socket of the standard library, also where it is known that nothing is there."""
+    connection, far = stage.pair(family)
+    connection.settimeout(PATIENCE / 10)
+    far.sendall(b"hi")
+    assert stage.run(lambda: connection.recv(100)) == [b"hi"]
+    assert stage.run(lambda: (connection.recv(0), connection.recv_into(bytearray()))) == [(b"", 0)]
+
+
 @LENT
 @pytest.mark.parametrize("offset, count", [(0, None), (1000, None), (1000, 5000), (0, 2 * BIG)])
 def test_sendfile(stage, offset, count, lent):
@@ -183,6 +195,26 @@ def test_sendfile_that_fails_leaves_the_file_where_it_stopped(stage):
         thread, got = drain(far, BIG)
         thread.join(PATIENCE)
         assert len(got) == sent
+
+
+def test_the_timeout_bounds_each_wait_of_sendfile(stage):
+    """A peer that takes some now and then has no file cut, however long the whole takes."""
+    connection, far = stage.pair(socket.AF_UNIX)
+    connection.settimeout(1.0)
+
+    def sip():
+        for _ in range(20):
+            time.sleep(0.08)
+            left = BIG // 20
+            while left:
+                left -= len(far.recv(left))
+
+    with tempfile.TemporaryFile() as file:
+        file.truncate(BIG)
+        thread = threading.Thread(target=sip)
+        thread.start()
+        assert stage.run(lambda: connection.sendfile(file)) == [BIG]
+    thread.join(PATIENCE)
 
 
 def test_sendfile_of_what_is_no_file(stage):

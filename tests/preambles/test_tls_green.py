@@ -10,6 +10,7 @@ import time
 from functools import partial
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken import green
@@ -425,3 +426,90 @@ def test_nothing_is_read_after_a_broken_record(engine, serving, dial):
         with pytest.raises(ssl.SSLError, match="(?i)alert"):
             client.recv(1)
     assert told == [b""]
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["asks", "waits"])
+@pytest.mark.parametrize("engine", HUBS)
+def test_what_a_socket_that_does_not_wait_has_taken_arrives(engine, waits, serving, dial):
+    """And what it could not send whole is to be written again, which may also wait; nothing comes twice."""
+    stream = b"".join(b"%07d\n" % number for number in range(2_000_000))
+    taken, thanked = [], []
+
+    class Push(harken.BaseRequestHandler):
+        def handle(self):
+            request = self.request
+            request.setblocking(False)
+            sent = 0
+            with contextlib.suppress(ssl.SSLWantWriteError):
+                while True:
+                    sent += request.send(stream[sent : sent + 50_000])
+            with pytest.raises(ssl.SSLError, match="bad write retry"):
+                request.send(b"x")
+            taken.append(sent)
+            while not thanked:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    thanked.append(request.recv(100))
+                green.sleep(0.002)
+            request.setblocking(waits)
+            if waits:
+                request.sendall(stream[sent:])
+                return
+            while sent < len(stream):
+                try:
+                    sent += request.send(stream[sent:])
+                except ssl.SSLWantWriteError:
+                    green.sleep(0.002)
+
+    with serving(engine, Push) as server, dial(server) as client:
+        wait_until(lambda: taken)
+        got = bytearray()
+        while len(got) < taken[0]:
+            got += client.recv(taken[0] - len(got))
+        client.sendall(b"thanks")
+        while piece := client.recv(1 << 20):
+            got += piece
+    assert thanked == [b"thanks"]
+    assert got == stream
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_after_tls_every_call_waits_in_the_hub(engine, serving, dial, tmp_path):
+    """``unwrap`` gives a plain socket of the hub's; others are served while it waits to read, or sends a file."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(12_000_000))
+    read = []
+
+    class Unwrap(harken.BaseRequestHandler):
+        def handle(self):
+            if self.request.recv(10) == b"other":
+                self.request.sendall(b"served")
+                return
+            plain = self.request.unwrap()
+            plain.settimeout(PATIENCE)
+            buffer = bytearray(10)
+            read.append(plain.recvfrom(10)[0])
+            plain.sendto(b"?", self.client_address)
+            read.append(plain.recv(10, socket.MSG_PEEK))
+            read.append(bytes(buffer[: plain.recvfrom_into(buffer)[0]]))
+            with path.open("rb") as file:
+                read.append(plain.sendfile(file))
+
+    def is_served():
+        with dial(server) as other:
+            other.settimeout(PATIENCE)
+            other.sendall(b"other")
+            return other.recv(10) == b"served"
+
+    with serving(engine, Unwrap) as server, dial(server) as client:
+        client.sendall(b"first")
+        plain = client.unwrap()
+        assert is_served()
+        plain.sendall(b"one")
+        assert plain.recv(1) == b"?"
+        plain.sendall(b"two")
+        wait_until(lambda: len(read) == 3)
+        assert is_served()
+        got = 0
+        while piece := plain.recv(1 << 20):
+            got += len(piece)
+    assert (read, got) == ([b"one", b"two", b"two", 12_000_000], 12_000_000)

@@ -1,5 +1,6 @@
 """Hooks that write under TLS beside a handler that reads."""
 
+import socket
 import ssl
 import threading
 
@@ -102,3 +103,83 @@ def test_a_shared_connection_keeps_its_timeouts(serving, dial):
         client.sendall(b"well")
         assert client.recv(10) == b""
     assert seen == [None, b"well"]
+
+
+@pytest.mark.parametrize("engine", [engine for engine in BESIDE if engine not in ("fork", "asyncio")])
+def test_a_hook_may_end_our_side_while_the_handler_reads(engine, serving, dial_wire, closed, capfd):
+    """``on_drain`` says the last word; the handler reads on, to an end like any other."""
+    read = []
+
+    class Until(harken.BaseRequestHandler):
+        def handle(self):
+            while True:
+                read.append(self.request.recv(100))
+                if not read[-1]:
+                    break
+                self.request.sendall(b"go on")
+
+        def on_drain(self):
+            self.request.sendall(b"bye")
+            self.request.shutdown(socket.SHUT_WR)
+
+    with serving(engine, Until) as server, dial_wire(server) as client:
+        client.send(b"first")
+        assert client.read() == b"go on"
+        drain = threading.Thread(target=server.drain, args=(PATIENCE,))
+        drain.start()
+        assert client.read_all() == b"bye"
+        client.end()
+        drain.join(PATIENCE)
+        closed.wait(1)
+    assert read == [b"first", b""]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+class Unread(harken.StreamRequestHandler):
+    """Writes more than its client ever reads, and would say a last word."""
+
+    told: threading.Event
+
+    def handle(self):
+        """Write until it is ended."""
+        self.wfile.write(DATA * 20)
+
+    def on_timeout(self, which):
+        """Write behind that."""
+        try:
+            self.wfile.write(b"bye")
+        finally:
+            self.told.set()
+
+
+class UnreadTask(harken.AsyncStreamRequestHandler):
+    """As Unread, in a task."""
+
+    told: threading.Event
+
+    async def handle(self):
+        """Write until it is ended."""
+        await self.request.sendall(DATA * 20)
+
+    async def on_timeout(self, which):
+        """Write behind that."""
+        try:
+            await self.wfile.write(b"bye")
+        finally:
+            self.told.set()
+
+
+@pytest.mark.parametrize("limit", ["write_timeout", "idle_timeout"])
+@pytest.mark.parametrize(
+    ("engine", "handler"), [*((engine, Unread) for engine in ("green", "green-fallback")), ("asyncio", UnreadTask)]
+)
+def test_a_last_word_that_nobody_can_hear_is_no_failure(engine, handler, limit, serving, dial, closed, capfd):
+    """The peer does not read: the connection is closed already, or the handler is in the middle of a write."""
+    handler.told = threading.Event()
+    with serving(engine, handler, **{limit: 0.3}) as server, dial(server):
+        assert handler.told.wait(PATIENCE)
+        (event,) = closed.wait(1)
+        assert event.reason == limit
+        stats = server.stats
+    assert stats()["handler_failed_total"] == 0
+    assert "Traceback" not in capfd.readouterr().err

@@ -194,6 +194,36 @@ class AsyncReader:
         self._file.close()
 
 
+class _Loan:
+    """What a handler wrote and waits for: its own memory, from which it is sent piece by piece.
+
+    Attributes:
+        data: what is not sent yet.
+        kept: whether the handler waits no more, so that ``data`` is a copy.
+        over: set when nothing more will be sent of it.
+    """
+
+    def __init__(self, data: Any) -> None:
+        self.data = memoryview(data)
+        self.kept = False
+        self.over = Event()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def first(self) -> bytes:
+        """Return the next piece: a copy, so that nobody holds the handler's memory as it goes away."""
+        return bytes(self.data[:CHUNK])
+
+    def sent(self, size: int) -> None:
+        """So much of it was."""
+        self.data = self.data[size:]
+
+    def keep(self) -> None:
+        """The handler waits no more."""
+        self.data, self.kept = memoryview(bytes(self.data)), True
+
+
 class AsyncWriter:
     """``wfile`` under ``async def handle``.
 
@@ -201,8 +231,8 @@ class AsyncWriter:
     is much. While ``rfile`` holds unread requests, answers are joined; they are sent before the handler's task waits.
 
     Where that much is bounded (``max_write_buffer``, ``max_memory_bytes``), a write of the handler's own task that goes
-    beyond waits until its bytes are sent, whether it is awaited or not. One of any other task cannot wait: the first
-    that goes beyond is kept, and the next finds the connection ended.
+    beyond waits until its bytes are sent, whether it is awaited or not. One of any other task cannot wait, and one that
+    is cancelled does not: the first that goes beyond is kept, and the next finds the connection ended.
     """
 
     def __init__(self, connection: AsyncConnection, reader: AsyncReader, file: Any = None) -> None:
@@ -218,6 +248,7 @@ class AsyncWriter:
         self._joined: list[bytes] = []
         self._joined_size = 0
         self._unsent = bytearray()
+        self._loan: _Loan | None = None  # goes before the unsent
         self._sending = False
         self._error: Exception | None = None
         self._waiting: list[asyncio.Future[None] | Event] = []
@@ -323,38 +354,52 @@ class AsyncWriter:
     def _keep(self, rest: Any, wait: Callable[..., object]) -> None:
         """Leave ``rest`` to a green thread; send it now, by ``wait``, if so much may not be held."""
         bounds = buffers_of(self._connection.socket)
-        size = len(self._unsent) + len(rest)
+        size = self._held + len(rest)
         if bounds is None or not bounds[0].must_wait(size):
             self._unsent += rest
             self._send_on()
             return
-        buffers, record = bounds
         if self._driver.green is getcurrent():
-            wait(self._send_now, rest)
-        elif buffers.must_wait(len(self._unsent)) and not buffers.over:
-            record.abandon("shed", "max_write_buffer")
+            self._lend(rest, wait)
+        else:
+            self._keep_beyond(rest)
+
+    def _keep_beyond(self, rest: Any) -> None:
+        """Hold more than may be held, of a write that cannot wait; the second such ends the connection."""
+        bounds = buffers_of(self._connection.socket)
+        if bounds is not None and bounds[0].must_wait(self._held) and not bounds[0].over:
+            bounds[1].abandon("shed", "max_write_buffer")
         else:
             self._unsent += rest
             self._send_on()
 
-    def _send_now(self, rest: Any) -> None:
-        """Send ``rest`` behind all else, and wait until that is done. In the handler's own green thread."""
+    def _lend(self, rest: Any, wait: Callable[..., object]) -> None:
+        """Send ``rest`` behind all else, and wait, by ``wait``, until that is done: it stays the handler's till then.
+
+        A cancellation ends the waiting alone: a stream that lacks the rest could not be understood.
+        """
+        loan = _Loan(rest)
+        try:
+            wait(self._send_loan, loan)
+        except BaseException:
+            if self._loan is loan:
+                loan.keep()
+                self._count()
+            elif len(loan) and self._error is None:  # it was not its turn yet
+                self._keep_beyond(loan.data)
+            raise
+
+    def _send_loan(self, loan: _Loan) -> None:
+        """Leave a loan to a green thread, and wait until that has sent it. In the handler's own green thread."""
         while self._sending:
             room = Event()
             self._waiting.append(room)
             room.wait()
         if self._error is not None:
             return
-        self._sending = True
-        try:
-            self._connection.socket.sendall(rest)
-        except OSError as error:
-            self._error = error
-        finally:
-            self._sending = False
-            if self._unsent:  # written by other tasks meanwhile
-                self._send_on()
-            self._tell()
+        self._loan = loan
+        self._send_on()
+        loan.over.wait()
 
     def _send_on(self) -> None:
         """See to it that a green thread sends what is unsent."""
@@ -366,6 +411,8 @@ class AsyncWriter:
     def _send_rest(self) -> None:
         """What a green thread does until nothing is left."""
         try:
+            if self._loan is not None:
+                self._pay_back(self._loan)
             while self._unsent:
                 piece = bytes(self._unsent[:CHUNK])
                 self._connection.socket.sendall(piece)
@@ -381,11 +428,30 @@ class AsyncWriter:
             self._count()
             self._tell()
 
+    def _pay_back(self, loan: _Loan) -> None:
+        try:
+            while piece := loan.first():
+                self._connection.socket.sendall(piece)
+                loan.sent(len(piece))
+        finally:
+            self._loan = None
+            loan.over.set()
+
+    @property
+    def _held(self) -> int:
+        """Bytes that are held here: not those that a handler has lent and waits for."""
+        return len(self._unsent) + (len(self._loan) if self._loan is not None and self._loan.kept else 0)
+
+    @property
+    def _left(self) -> int:
+        """Bytes that the kernel has not taken."""
+        return len(self._unsent) + (len(self._loan) if self._loan is not None else 0)
+
     def _count(self) -> None:
         """Say how much is held, where somebody must know."""
         bounds = buffers_of(self._connection.socket)
         if bounds is not None:
-            bounds[0].hold(bounds[1], WRITING, len(self._unsent))
+            bounds[0].hold(bounds[1], WRITING, self._held)
 
     def _tell(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -401,7 +467,7 @@ class AsyncWriter:
         Raises:
             OSError: the peer has gone.
         """
-        if self._error is None and len(self._unsent) <= HIGH_WATER:
+        if self._error is None and self._left <= HIGH_WATER:
             return self._done  # type: ignore[no-any-return]
         return self.sent(HIGH_WATER)
 
@@ -413,7 +479,7 @@ class AsyncWriter:
         """
         if not all_but:
             self._flush()
-        while len(self._unsent) > all_but and self._sending:
+        while self._left > all_but and self._sending:
             room = asyncio.get_running_loop().create_future()
             self._waiting.append(room)
             await room
@@ -444,6 +510,7 @@ def files(connection: AsyncConnection) -> tuple[AsyncReader, AsyncWriter]:
         reader = AsyncReader(connection, inner)
         connection._writer = writer = AsyncWriter(connection, reader, compiled.Writer(sock, inner))
         return reader, writer
-    reader = AsyncReader(connection, Reader(sock))
+    # Its own kind, if it has one: that stamps where the connection does.
+    reader = AsyncReader(connection, sock.open_reader() if hasattr(sock, "open_reader") else Reader(sock))
     connection._writer = writer = AsyncWriter(connection, reader)
     return reader, writer

@@ -144,7 +144,7 @@ class Reader(_File):
             end = self._unread.find(b"\n", self._at)
             there = len(self) if end < 0 else end + 1 - self._at
             piece = self._take(there if limit < 0 else min(there, limit - pieces.size))
-            pieces.add(piece)
+            self._add_or_keep(pieces, piece)
             if piece.endswith(b"\n"):
                 break
         return pieces.take()
@@ -154,7 +154,15 @@ class Reader(_File):
         try:
             return self._fill()
         except BaseException:
-            self._unread, self._at = pieces.take() + self._take(len(self)), 0
+            self.give_back(pieces.take())
+            raise
+
+    def _add_or_keep(self, pieces: _Pieces, piece: bytes) -> None:
+        """Keep one more, which may wait for memory; after a timeout the next read finds it all."""
+        try:
+            pieces.add(piece)
+        except BaseException:
+            self.give_back(pieces.take())
             raise
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -166,7 +174,7 @@ class Reader(_File):
         while pieces.size != size:
             if not len(self) and not self._fill_or_keep(pieces):
                 break
-            pieces.add(self._take(len(self) if size < 0 else min(len(self), size - pieces.size)))
+            self._add_or_keep(pieces, self._take(len(self) if size < 0 else min(len(self), size - pieces.size)))
         return pieces.take()
 
     def read1(self, size: int = -1, /) -> bytes:

@@ -311,6 +311,7 @@ static int send_pieces(PyObject *self, int file, int64_t offset, int64_t most, i
             break;
         if (done > 0) {
             *total += done;
+            deadline = 0; /* the timeout bounds each wait, as where the kernel waits */
             moved(self, state, WRITE, NULL, (size_t)done);
             if (hub_here() != NULL && (hub_here()->budget -= PIECES(done) + 1) < 0 && give_way(hub_here()) < 0)
                 return -1;

@@ -191,6 +191,7 @@ static PyObject *read_straight(Reader *reader, Py_ssize_t size) {
             if (_PyBytes_Resize(&result, room) < 0)
                 return NULL;
             if (tell_growth(reader, had, room) < 0) {
+                put_back(reader, PyBytes_AS_STRING(result), have);
                 Py_DECREF(result);
                 return NULL;
             }

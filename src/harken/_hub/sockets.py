@@ -137,7 +137,7 @@ class Connection(connection.Connection):
         if flags & _WAITALL and not flags & socket.MSG_PEEK and wire.timeout != 0.0:
             return self._recv_whole(bufsize, flags)
         data = None
-        if not wire.dry or flags or wire.timeout == 0.0 or bufsize < 0:
+        if not wire.dry or flags or wire.timeout == 0.0 or bufsize <= 0:
             try:
                 data = _recv(self, bufsize, flags | _DONTWAIT)
             except BlockingIOError:
@@ -190,7 +190,7 @@ class Connection(connection.Connection):
                 target[: len(data)] = data
             return len(data)
         size = None
-        if not wire.dry or flags or wire.timeout == 0.0 or nbytes < 0:
+        if not wire.dry or flags or wire.timeout == 0.0 or nbytes < 0 or not (nbytes or memoryview(buffer).nbytes):
             try:
                 size = _recv_into(self, buffer, nbytes, flags | _DONTWAIT)
             except BlockingIOError:

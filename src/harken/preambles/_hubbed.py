@@ -15,7 +15,7 @@ from operator import index
 from typing import Any
 
 from harken import _hub
-from harken.preambles._secured import Secured, give
+from harken.preambles._secured import Secured, give, size_of
 from harken.tracing import tell_call
 from harken.unpatched import Socket, family_of, kind_of, proto_of
 
@@ -28,12 +28,6 @@ PIECE = 16384
 SLICE = PIECE + 2048 + 5
 # What is encrypted and sent at once: more records in one system call, for a moment's memory.
 BATCH = 4 * PIECE
-
-
-def _size_of(buffer: Any, asked: int) -> int:
-    """Return how much a read puts in ``buffer``: what was asked for, if that is something and there is room for it."""
-    with memoryview(buffer) as view:
-        return asked if 0 < asked < view.nbytes else view.nbytes
 
 
 class Hubbed(Secured):
@@ -62,6 +56,8 @@ class Hubbed(Secured):
     server_hostname: str | None = None
     do_handshake_on_connect = False
     suppress_ragged_eofs = True
+
+    _begun = 0  # bytes of plain text whose record could not be sent whole without waiting: a write is to be repeated
 
     reader_kind = _hub.Reader  # what open_reader() makes
 
@@ -140,7 +136,7 @@ class Hubbed(Secured):
         sslobj, incoming = self._sslobj, self._incoming
         if sslobj is None:
             raise ValueError("Read on closed or unwrapped SSL socket.")
-        size = index(len) if buffer is None else _size_of(buffer, len)
+        size = index(len) if buffer is None else size_of(buffer, len)
         if size < 0:
             raise ValueError("size should not be negative")
         if self._ahead:
@@ -219,13 +215,21 @@ class Hubbed(Secured):
         except OSError:
             return b""
 
-    def _take(self, size: int) -> bytes:
-        piece, self._ahead = self._ahead[:size], self._ahead[size:]
-        return piece
-
     def _plain(self, size: int, flags: int) -> bytes:
         """After ``unwrap``: what came behind the peer's close_notify is first."""
-        return self._take(size) if self._ahead else self._inner.recv(size, flags)
+        if self._ahead:
+            return self._ahead[:size] if flags & socket.MSG_PEEK else self._take(size)
+        return self._inner.recv(size, flags)  # type: ignore[no-any-return]
+
+    def recvfrom(self, buflen: int = 1024, flags: int = 0) -> tuple[bytes, Any]:
+        """As ``socket.recvfrom``, waiting in the hub; only after ``unwrap``."""
+        return super().recvfrom(buflen, flags) if self._sslobj is not None else (self._plain(buflen, flags), None)
+
+    def recvfrom_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> tuple[int, Any]:
+        """As ``socket.recvfrom_into``, waiting in the hub; only after ``unwrap``."""
+        if self._sslobj is not None:
+            return super().recvfrom_into(buffer, nbytes, flags)
+        return self.recv_into(buffer, nbytes, flags), None
 
     def pending(self) -> int:
         """Return how many bytes can be read at once, without the descriptor's becoming readable."""
@@ -262,11 +266,32 @@ class Hubbed(Secured):
         if self._sslobj is None:
             raise ValueError("Write on closed or unwrapped SSL socket.")
         with memoryview(data) as view, view.cast("B") as plain:
-            most = BATCH if self.gettimeout() == 0.0 else len(plain)
-            for start in range(0, min(len(plain), most), BATCH):
+            if self._begun or self.gettimeout() == 0.0:
+                return self._write_at_once(plain)
+            for start in range(0, len(plain), BATCH):
                 with plain[start : start + BATCH] as piece:
                     self._encrypt(piece)
-            return min(len(plain), most)
+            return len(plain)
+
+    def _write_at_once(self, plain: memoryview) -> int:
+        """Send one record at the most, and return how much it holds, once all of it is with the kernel.
+
+        Until then the same is to be written again, as OpenSSL has it: who was told that it is sent may only wait.
+        """
+        if not plain:
+            return 0
+        if len(plain) < self._begun:
+            raise ssl.SSLError(ssl.SSL_ERROR_SSL, "bad write retry: there is less than what was begun")
+        if self._begun:
+            self._make_way()
+        else:
+            with plain[:PIECE] as piece:
+                self._encrypt(piece)
+                self._begun = len(piece)
+            if self._rest is not None:
+                raise ssl.SSLWantWriteError(ssl.SSL_ERROR_WANT_WRITE, "The operation did not complete (write)")
+        size, self._begun = self._begun, 0
+        return size
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """Send all of ``data``, waiting in the hub for room; the timeout bounds each part of 64 KiB."""
@@ -275,6 +300,9 @@ class Hubbed(Secured):
             return
         if flags:
             raise ValueError(f"non-zero flags not allowed in calls to sendall() on {type(self)}")
+        if self._begun or self.gettimeout() == 0.0:
+            self._send_all_at_once(data)
+            return
         if type(data) is bytes and len(data) <= BATCH:
             self._encrypt(data)
             return
@@ -282,6 +310,21 @@ class Hubbed(Secured):
             for start in range(0, len(plain), BATCH):
                 with plain[start : start + BATCH] as piece:
                     self._encrypt(piece)
+
+    def _send_all_at_once(self, data: Any) -> None:
+        with memoryview(data) as view, view.cast("B") as plain:
+            sent = 0
+            while sent < len(plain):
+                sent += self.write(plain[sent:])
+
+    def sendto(self, data: Any, *args: Any) -> int:
+        """As ``socket.sendto``, waiting in the hub; only after ``unwrap``."""
+        return super().sendto(data, *args) if self._sslobj is not None else self._inner.sendto(data, *args)
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """Send a file or a part of it, waiting in the hub."""
+        plain = self._sslobj is None
+        return self._inner.sendfile(file, offset, count) if plain else super().sendfile(file, offset, count)
 
     def _encrypt(self, plain: Any) -> None:
         """Send at most BATCH bytes."""

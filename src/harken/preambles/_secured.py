@@ -51,6 +51,7 @@ class Secured(SSLSocket):
     _closed: bool  # socket.socket's own, with _io_refs
     _io_refs: int
     _ended = False  # our side: close_notify was sent, or nothing can be sent any more
+    _ahead = b""  # what OpenSSL held when our side ended: it comes first
     _turns: Turns | None = None
 
     def share(self) -> None:
@@ -59,11 +60,29 @@ class Secured(SSLSocket):
             self._turns = Turns()
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        """As ``ssl.SSLSocket.read``."""
-        if self._turns is None:
-            return super().read(len, buffer)
+        """As ``ssl.SSLSocket.read``; after our end the peer's is an end like any other."""
         read = super().read
-        return self._turns.take(self, lambda: read(len, buffer))
+        if self._turns is not None:
+            return self._turns.take(self, lambda: self._read_on(read, len, buffer))
+        return self._read_on(read, len, buffer) if self._ended else read(len, buffer)
+
+    def _read_on(self, read: Callable[..., Any], len: int, buffer: Any) -> Any:
+        if self._ahead:
+            return give(self._take(len if buffer is None else size_of(buffer, len)), buffer)
+        try:
+            return read(len, buffer)
+        except ssl.SSLZeroReturnError:
+            if not self._ended:
+                raise
+            return give(b"", buffer)
+
+    def _take(self, size: int) -> bytes:
+        piece, self._ahead = self._ahead[:size], self._ahead[size:]
+        return piece
+
+    def pending(self) -> int:
+        """As ``ssl.SSLSocket.pending``."""
+        return len(self._ahead) or super().pending()
 
     def send(self, data: Any, flags: int = 0) -> int:
         """As ``ssl.SSLSocket.send``."""
@@ -75,11 +94,16 @@ class Secured(SSLSocket):
 
     def shutdown(self, how: int) -> None:
         """End one side or both. With SHUT_WR the peer is told by close_notify, and its data can still be read."""
+        was_open = self.fileno() >= 0
         if how == socket.SHUT_WR:
             self._end_and_read_on()
         elif how == socket.SHUT_RDWR:
             self._end()
-        Socket.shutdown(self, how)
+        try:
+            Socket.shutdown(self, how)
+        except OSError:
+            if not was_open or self.fileno() >= 0:
+                raise  # else the peer answered our close_notify at once, and the handler has closed all
 
     def part(self) -> None:
         """End our side when nobody will read on."""
@@ -172,28 +196,31 @@ class Secured(SSLSocket):
             self._end()
             return
         self._ended = True
-        ahead = b""
-        while more := self._sslobj.pending():  # the rest of a record, which OpenSSL would stumble over
-            ahead += self._sslobj.read(more)
-        timeout, fd = self.gettimeout(), self.fileno()
         with inner, outer:
             outer.setblocking(False)
-            wire = os.dup(fd)
-            try:
-                os.dup2(inner.fileno(), fd, inheritable=False)
-                Socket.settimeout(self, 0.0)
-                self._sslobj.shutdown()
-            except OSError:  # the usual
-                pass
-            finally:
-                os.dup2(wire, fd, inheritable=False)
-                os.close(wire)
-                Socket.settimeout(self, timeout)
+            with self._turns.one if self._turns is not None else nullcontext():
+                self._end_by(inner)
             self._send_on(outer)
-        if self.record is not None and self.record.reason is not None:
+        record = self.record  # another thread may close the connection
+        if record is not None and record.reason is not None:
             shut(self)  # who cut it in that moment met the pair
-        self.__class__ = _HalfClosed
-        self._ahead = ahead
+
+    def _end_by(self, inner: socket.socket) -> None:
+        """Let OpenSSL meet ``inner`` as it says close_notify, and nothing that it would stumble over."""
+        while more := self._sslobj.pending():  # the rest of a record
+            self._ahead += self._sslobj.read(more)
+        timeout, fd = self.gettimeout(), self.fileno()
+        wire = os.dup(fd)
+        try:
+            os.dup2(inner.fileno(), fd, inheritable=False)
+            Socket.settimeout(self, 0.0)
+            self._sslobj.shutdown()
+        except OSError:  # the usual
+            pass
+        finally:
+            os.dup2(wire, fd, inheritable=False)
+            os.close(wire)
+            Socket.settimeout(self, timeout)
 
     def _send_on(self, outer: socket.socket) -> None:
         try:
@@ -214,26 +241,6 @@ class Secured(SSLSocket):
 
     def _let_go(self) -> None:
         super()._real_close()  # type: ignore[misc]
-
-
-class _HalfClosed(Secured):
-    """After our end: what OpenSSL held comes first, and the peer's end is an end like any other."""
-
-    _ahead = b""
-
-    def read(self, len: int = 1024, buffer: Any = None) -> Any:
-        """As ``ssl.SSLSocket.read``."""
-        if self._ahead:
-            piece, self._ahead = self._ahead[:len], self._ahead[len:]
-            return give(piece, buffer)
-        try:
-            return super().read(len, buffer)
-        except ssl.SSLZeroReturnError:
-            return give(b"", buffer)
-
-    def pending(self) -> int:
-        """As ``ssl.SSLSocket.pending``."""
-        return len(self._ahead) or super().pending()
 
 
 class Turns:
@@ -280,6 +287,12 @@ def _wait(fd: int, event: int, deadline: float | None) -> None:
     left = None if deadline is None else deadline - monotonic()
     if (left is not None and left <= 0) or not poll.poll(None if left is None else left * 1000):
         raise TimeoutError("timed out")
+
+
+def size_of(buffer: Any, asked: int) -> int:
+    """Return how much a read puts in ``buffer``: what was asked for, if that is something and there is room for it."""
+    with memoryview(buffer) as view:
+        return asked if 0 < asked < view.nbytes else view.nbytes
 
 
 def give(piece: bytes, buffer: Any) -> bytes | int:
