@@ -142,8 +142,8 @@ def test_one_that_a_limit_refuses_is_on_record() -> None:
         visit(server)
 
 
-def test_a_limit_that_raises_closes_the_connection(capsys: pytest.CaptureFixture[str]) -> None:
-    """handle_error() shows it, and the server goes on."""
+def test_a_limit_that_raises_refuses_the_connection(capsys: pytest.CaptureFixture[str]) -> None:
+    """As one that says no; stderr shows why, and the server goes on."""
 
     class Broken(Turnstile):
         def admit(self, peer: Peer) -> str | None:
@@ -155,8 +155,9 @@ def test_a_limit_that_raises_closes_the_connection(capsys: pytest.CaptureFixture
     with serving(limits=[limit]) as server:
         visit(server)
         limit.open = False
-        with socket.create_connection(server.server_address, PATIENCE) as client:
-            assert client.recv(1) == b""
+        with socket.create_connection(server.server_address, PATIENCE) as client, pytest.raises(ConnectionResetError):
+            client.recv(1)
+        assert server.stats()["rejected_by_reason"] == {"limit_failed": 1}
         limit.open = True
         visit(server)
         assert "broken limit" in capsys.readouterr().err
