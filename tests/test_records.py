@@ -16,8 +16,10 @@ from waiting import wait_until
 from harken import records
 from harken.connection import accept, peer_fault
 from harken.records import REASONS, Registry
+from harken.traffic import traffic
 
 PATIENCE = 5.0  # seconds
+TCP_CLOSE = 7  # of include/net/tcp_states.h
 
 
 class Books(Registry):
@@ -258,6 +260,21 @@ def test_a_peer_that_reset(books, pair):
         wait_until(lambda: peer_fault(taken) == "peer_reset")
     taken.close()
     assert record.reason == "peer_reset"
+
+
+def test_what_was_counted_stays_when_both_sides_have_ended(books, pair):
+    """The kernel counts the peer's FIN as a byte, and tells no more that there was one."""
+    taken, address, client = pair
+    record = books.add(taken, address)
+    books.counts_bytes = True
+    client.sendall(b"12345")
+    assert taken.recv(5, socket.MSG_WAITALL) == b"12345"
+    client.close()
+    wait_until(lambda: peer_fault(taken) == "peer_closed")
+    record.judge(taken)
+    taken.shutdown(socket.SHUT_WR)
+    wait_until(lambda: traffic(taken).state == TCP_CLOSE)
+    assert record.bytes_moved() == (5, 0)
 
 
 def test_a_judgement_leaves_unread_bytes_alone(books, pair):
