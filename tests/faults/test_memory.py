@@ -252,16 +252,19 @@ def test_writers_beyond_the_budget_are_shed() -> None:
             exchange(good)
 
 
-def test_the_budget_is_changed_on_the_running_server() -> None:
+def test_the_budget_is_changed_on_the_running_server(monkeypatch: pytest.MonkeyPatch) -> None:
     """None holds nobody; a number holds those that are open."""
+    monkeypatch.setattr(buffers, "PATIENCE_SECONDS", 600.0)  # nobody is closed meanwhile
     with serving("green", Lines) as (server, seen), client_of(server) as client:
         client.sendall(b"x" * (4 * MIB) + b"\n")
         assert receive(client, 8) == b"4194305\n"
         assert server.stats()["buffered_bytes"] == 0
         server.configure(max_memory_bytes=MIB)
-        client.sendall(b"x" * (4 * MIB))
+        sending = threading.Thread(target=client.sendall, args=(b"x" * (4 * MIB),))
+        sending.start()  # the server reads on only when it may
         assert seen.wait("memory_exceeded")[0].limit == MIB
         server.configure(max_memory_bytes=None)
         seen.wait("memory_recovered")
+        sending.join()
         client.sendall(b"\n")
         assert receive(client, 8) == b"4194305\n"
