@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 from harken import events
@@ -242,10 +242,8 @@ class Alone:
         self._worker.leave()
 
     def _serve_on(self, reason: str) -> None:
-        """The successor failed: what it may have taken is ours again, and a HUP that came meanwhile is obeyed now."""
-        events.emit("upgrade_failed", reason=f"{reason}; this one serves on")
-        with suppress(ConfigError):
-            self._pidfile.write()
+        """The successor failed: a HUP that came meanwhile is obeyed now."""
+        handoff.serve_on(reason, self._pidfile)
         if self._reload_next:
             self._reload_next = False
             os.kill(os.getpid(), signal.SIGHUP)

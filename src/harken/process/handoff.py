@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-from harken import transports
+from harken import events, transports
 from harken.errors import ConfigError, HandoffError
 from harken.listener import Listener
 from harken.process import signals
+from harken.process.pidfile import PidFile
 from harken.transports import BindOptions
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "may_leave",
     "probe",
     "reclaim",
+    "serve_on",
     "tell_predecessor",
     "upgraded_from",
 ]
@@ -317,6 +319,13 @@ def tell_predecessor() -> None:
         pass  # it has gone meanwhile; we serve all the same
     os.close(inherited.pipe)
     _inherited = inherited._replace(pipe=-1)
+
+
+def serve_on(reason: str, pidfile: PidFile) -> None:
+    """Say that an upgrade has failed, and take the PID file back, which the successor may have had for a moment."""
+    events.emit("upgrade_failed", reason=f"{reason}; this one serves on")
+    with suppress(ConfigError):
+        pidfile.write()
 
 
 def reclaim() -> None:

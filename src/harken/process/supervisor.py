@@ -10,7 +10,7 @@ import selectors
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 from harken import events
@@ -453,10 +453,8 @@ class Supervisor:
             self._selector.register(successor, selectors.EVENT_READ, lambda: None)
 
     def _serve_on(self, reason: str) -> None:
-        """The successor failed: what it may have taken is ours again, and a HUP that came meanwhile is obeyed now."""
-        events.emit("upgrade_failed", reason=f"{reason}; this one serves on")
-        with suppress(ConfigError):
-            self._pidfile.write()
+        """The successor failed: a HUP that came meanwhile is obeyed now."""
+        handoff.serve_on(reason, self._pidfile)
         if self._reload_next:
             self._reload_next = False
             self.reload()
