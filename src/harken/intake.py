@@ -58,7 +58,7 @@ class Intake:
         return self._readable(self._serving.server.fileno())
 
     @property
-    def places(self) -> Admission | None:
+    def admission(self) -> Admission | None:
         """Whose places the next one needs; None also where datagrams come, which stay nowhere."""
         return None if self._has_datagrams else self._serving.admission
 
@@ -73,7 +73,7 @@ class Intake:
         Raises:
             BlockingIOError: another loop was quicker.
         """
-        admission = self.places
+        admission = self.admission
         with self._lock:
             if (admission is not None and admission.full) or not self.readable():
                 raise BlockingIOError("another thread took the connection")
@@ -132,7 +132,7 @@ class Intake:
         engine = serving.engine
         if engine.full and not self._make_room():
             return False
-        admission = self.places
+        admission = self.admission
         if admission is not None and admission.full:
             # Whoever took the last place asks whether there is more, and nobody may wait. Several loops do not ask so.
             if serving.shared or self.readable():
@@ -146,7 +146,7 @@ class Intake:
 
     def _take_one(self) -> bool:
         serving = self._serving
-        engine, server, admission = serving.engine, serving.server, self.places
+        engine, server, admission = serving.engine, serving.server, self.admission
         if admission is not None and not admission.claim():
             self.wait_for_room(admission)
             return False

@@ -133,7 +133,7 @@ class BaseServer:
         with self._harken.option("selector")() as selector:
             selector.register(self, 1)  # EVENT_READ
             while True:
-                admission = self._harken.intake.places
+                admission = self._harken.intake.admission
                 if admission is not None and not admission.wait_room(timeout):
                     self.handle_timeout()
                     return
