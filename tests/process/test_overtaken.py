@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pathlib
 import re
 import signal
 import socket
@@ -10,33 +9,10 @@ import subprocess
 import time
 
 import pytest
+from slow_code import SLOW, is_gone
+from waiting import wait_until
 
 PATIENCE = 20.0
-
-SLOW = """
-import os, pathlib, time
-pathlib.Path("loads").write_text(str(os.getpid()))
-pathlib.Path("loads").rename("loading")
-while not pathlib.Path("go").exists():
-    time.sleep(0.01)
-"""
-
-
-def wait_for(path):
-    """Wait until a file is there."""
-    end = time.monotonic() + PATIENCE
-    while not path.exists():
-        assert time.monotonic() < end, f"{path} does not come"
-        time.sleep(0.01)
-
-
-def wait_gone(pid):
-    """Wait until a process is not there any more, or a zombie."""
-    end = time.monotonic() + PATIENCE
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        while pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
-            assert time.monotonic() < end, f"{pid} is still there"
-            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -57,7 +33,7 @@ def test_a_reload_overtakes_one_that_fails(service, target, tmp_path):
     good = target.read_text()
     target.write_text(SLOW + "raise RuntimeError('broken')\n")
     os.kill(running.pid, signal.SIGHUP)
-    wait_for(tmp_path / "loading")
+    wait_until((tmp_path / "loading").exists)
     target.write_text(good.replace('"one"', '"two"'))
     os.kill(running.pid, signal.SIGHUP)
     running.wait_log(f"worker exited: pid {(tmp_path / 'loading').read_text()}")  # before it can fail
@@ -76,7 +52,7 @@ def test_a_failed_reload_leaves_nobody_of_it(service, target, tmp_path):
     good = target.read_text()
     target.write_text(SLOW + good.replace('"one"', '"two"'))
     os.kill(running.pid, signal.SIGHUP)
-    wait_for(tmp_path / "loading")
+    wait_until((tmp_path / "loading").exists)
     target.write_text("def broken(:\n")
     os.kill(running.pid, signal.SIGHUP)
     running.wait_log("upgrade failed")
@@ -115,7 +91,7 @@ def test_a_reload_while_the_new_program_starts_is_heeded_by_it(service, target, 
     good = target.read_text()
     target.write_text(SLOW + good.replace('"one"', '"two"'))
     os.kill(running.pid, signal.SIGHUP)
-    wait_for(tmp_path / "loading")
+    wait_until((tmp_path / "loading").exists)
     target.write_text(good.replace('"one"', '"three"'))
     os.kill(running.pid, signal.SIGHUP)
     (tmp_path / "go").touch()
@@ -139,10 +115,10 @@ def test_an_upgrade_that_hangs_keeps_no_signal_waiting(service, target, tmp_path
     running = service("--workers", workers, "--upgrade-timeout", "600")
     target.write_text(SLOW)
     os.kill(running.pid, signal.SIGUSR2)
-    wait_for(tmp_path / "loading")
+    wait_until((tmp_path / "loading").exists)
     os.kill(running.pid, number)
     assert running.end()[0] == 0
-    wait_gone(int((tmp_path / "loading").read_text()))
+    wait_until(lambda: is_gone(int((tmp_path / "loading").read_text())))
 
 
 def test_a_worker_that_still_loads_leaves_with_its_supervisor(service, target, tmp_path):
@@ -150,9 +126,9 @@ def test_a_worker_that_still_loads_leaves_with_its_supervisor(service, target, t
     running = service("--workers", "1")
     target.write_text(SLOW)
     os.kill(running.pid, signal.SIGHUP)
-    wait_for(tmp_path / "loading")
+    wait_until((tmp_path / "loading").exists)
     os.kill(running.pid, signal.SIGKILL)
-    wait_gone(int((tmp_path / "loading").read_text()))
+    wait_until(lambda: is_gone(int((tmp_path / "loading").read_text())))
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -231,7 +207,7 @@ def test_who_is_told_to_end_as_its_successor_starts_takes_it_along(service, targ
     running = service("--workers", "0")
     os.kill(running.pid, signal.SIGUSR2)
     status, log = running.end()
-    wait_gone(int((tmp_path / "successor").read_text()))
+    wait_until(lambda: is_gone(int((tmp_path / "successor").read_text())))
     assert status == 0
     assert "Traceback" not in log
     assert "upgrade failed" not in log
@@ -308,7 +284,7 @@ def test_a_worker_that_still_loads_bears_every_command(service, target, tmp_path
     old = running.ask()
     target.write_text(SLOW + target.read_text().replace('"one"', '"two"'))
     os.kill(running.pid, signal.SIGHUP)
-    wait_for(tmp_path / "loading")
+    wait_until((tmp_path / "loading").exists)
     os.kill(int((tmp_path / "loading").read_text()), getattr(signal, name))
     assert running.ask() == old
     (tmp_path / "go").touch()
@@ -322,10 +298,10 @@ def test_a_worker_that_still_loads_writes_to_the_new_log(service, target, tmp_pa
     running.ask()
     target.write_text(SLOW + target.read_text().replace('"one"', '"two"'))
     os.kill(running.pid, signal.SIGHUP)
-    wait_for(tmp_path / "loading")
+    wait_until((tmp_path / "loading").exists)
     log.rename(tmp_path / "rotated")
     os.kill(running.pid, signal.SIGUSR1)
-    wait_for(log)  # or the worker might serve before the supervisor has heard of it
+    wait_until(log.exists)  # or the worker might serve before the supervisor has heard of it
     (tmp_path / "go").touch()
     running.wait_answer("two")
     os.kill(running.pid, signal.SIGTERM)

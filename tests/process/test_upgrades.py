@@ -9,33 +9,19 @@ import threading
 import time
 
 import pytest
+from slow_code import SLOW, is_gone
 from waiting import wait_until
 
 from harken.process.control import replies
 
 PATIENCE = 20.0
 
-SLOW = """
-import os, pathlib, time
-pathlib.Path("loads").write_text(str(os.getpid()))
-pathlib.Path("loads").rename("loading")
-while not pathlib.Path("go").exists():
-    time.sleep(0.01)
-"""
 DEAF = 'if data == b"nap\\n": time.sleep(30)\n            if data == b"die'
 
 
 def children(pid):
     """Return the pids of a process's children."""
     return [int(child) for child in pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_gone(pid):
-    """Tell whether a process has ended."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
 
 
 def ask(path, verb, **arguments):
