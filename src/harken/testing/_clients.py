@@ -10,12 +10,15 @@ import os
 import select
 import socket
 import ssl
+import struct
 import threading
 import weakref
 from collections.abc import Iterator, MutableSet
 from contextlib import contextmanager
 
-__all__ = ["opening", "shake"]
+from harken.preambles._secured import Secured
+
+__all__ = ["Client", "SecuredClient", "opening", "reset", "shake"]
 
 _open: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 _forking = threading.RLock()
@@ -26,6 +29,35 @@ def opening() -> Iterator[MutableSet[socket.socket]]:
     """Nobody forks while the block runs; what it puts into the set that it is given is closed in forked children."""
     with _forking:
         yield _open
+
+
+class _Closing:
+    """A socket that is open or closed when the process forks, never between.
+
+    Python notes that a descriptor is gone, lets other threads run, and only then calls close(2). A child that was
+    forked in between would have the connection open and know nothing of it.
+    """
+
+    def close(self) -> None:
+        """As ``socket.socket.close``."""
+        with _forking:
+            super().close()  # type: ignore[misc]
+
+
+class Client(_Closing, socket.socket):
+    """A client's end of a connection."""
+
+
+class SecuredClient(_Closing, Secured):
+    """The same under TLS; it can end its side and read on, as a plain socket can."""
+
+
+def reset(client: socket.socket) -> None:
+    """Close a connection so that the other end gets RST."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with _forking:
+        _socket.socket.close(client)  # without TLS's goodbye
+    client.close()
 
 
 def shake(client: ssl.SSLSocket, patience: float) -> None:

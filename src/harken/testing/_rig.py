@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import _socket
 import contextlib
 import os
 import select
 import socket
 import ssl
-import struct
 import sys
 import tempfile
 import threading
@@ -25,11 +23,11 @@ from harken.serving import serving_of
 from harken.settings import Settings
 from harken.testing._census import Census, wait_until
 from harken.testing._check import DATAGRAMS, Make, expect
-from harken.testing._clients import opening, shake
+from harken.testing._clients import Client, opening, shake
 from harken.testing._obedient import Obedient, ObedientToDatagrams
 from harken.testing._wires import connected, settings_of
 
-__all__ = ["PATIENCE", "Rig", "bounded", "reset", "rig"]
+__all__ = ["PATIENCE", "Rig", "bounded", "rig"]
 
 T = TypeVar("T")
 
@@ -68,13 +66,6 @@ def bounded(what: str, function: Callable[..., T], *args: Any) -> T:
     if thread.is_alive():
         raise AssertionError(f"{what} did not return within {PATIENCE:g} s")
     return outcome.result()
-
-
-def reset(client: socket.socket) -> None:
-    """Close a connection so that the other end gets RST."""
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    _socket.socket.close(client)  # without TLS's goodbye
-    client.close()
 
 
 class Rig:
@@ -210,7 +201,7 @@ class Rig:
         """Connect, and send ``commands``. The check closes the client, or the rig does."""
         listener = self.server.socket
         with opening() as ours:
-            client = socket.socket(listener.family, listener.type)
+            client: socket.socket = Client(listener.family, listener.type)
             ours.add(client)
         self._clients.append(client)
         client.settimeout(PATIENCE)

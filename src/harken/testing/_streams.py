@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from harken.testing._census import wait_until
 from harken.testing._check import STREAMS, EngineCheck, Make, expect, on
-from harken.testing._rig import PATIENCE, Rig, receive, reset, rig
+from harken.testing._clients import reset
+from harken.testing._rig import PATIENCE, Rig, receive, rig
 from harken.testing._wires import WIRES
 
 __all__ = ["CHECKS"]

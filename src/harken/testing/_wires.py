@@ -8,7 +8,7 @@ import ssl
 from typing import Any
 
 from harken.errors import ConfigError
-from harken.preambles._secured import Secured
+from harken.testing._clients import SecuredClient
 
 __all__ = ["WIRES", "connected", "settings_of"]
 
@@ -50,5 +50,5 @@ def _contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
     authority.issue_cert("localhost").configure_cert(server)
     client = ssl.create_default_context()
     authority.configure_trust(client)
-    client.sslsocket_class = Secured  # which can end its side and read on, as a plain socket can
+    client.sslsocket_class = SecuredClient
     return server, client
