@@ -112,8 +112,9 @@ def service(run_program, target):
     """Return a function that starts ``harken serve`` on the handler and waits until it listens."""
 
     def start(*words, bind="tcp://127.0.0.1:0"):
+        words = (*(() if bind is None else ("--bind", bind)), *words)
         process = run_program(
-            "-m", "harken", "serve", f"{target}:Tell", "--bind", bind, *words, stderr=subprocess.PIPE, cwd=target.parent
+            "-m", "harken", "serve", f"{target}:Tell", *words, stderr=subprocess.PIPE, cwd=target.parent
         )
         lines = []
         for line in process.stderr:
@@ -122,7 +123,7 @@ def service(run_program, target):
                 break
         else:
             raise AssertionError("it did not start:\n" + "".join(lines))
-        port = int(found[1].rpartition(":")[2]) if found[1].startswith(("tcp", "udp")) else 0
+        port = int(found[1].rpartition(":")[2]) if found[1].startswith(("tcp", "tls", "udp")) else 0
         return Service(process, port, lines)
 
     return start

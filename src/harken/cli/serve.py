@@ -14,13 +14,18 @@ from harken.cli import options
 from harken.cli.target import load_handler
 from harken.errors import ConfigError
 from harken.observe.stalls import report_at_exit
-from harken.process import service
+from harken.process import inheritance, service
 from harken.settings import Settings
 
 __all__ = ["command"]
 
 
 def _serve(target: str, urls: tuple[str, ...], reload: bool) -> int:
+    with inheritance.beginning():
+        return _begin(target, urls, reload)
+
+
+def _begin(target: str, urls: tuple[str, ...], reload: bool) -> int:
     options.refuse_wrong_values()
     places = options.addresses(urls)
     options.refuse_unsafe_values(places)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from harken import events
 from harken.errors import ConfigError, HandoffError, HarkenError
 from harken.listener import Listener
-from harken.process import handoff, page, privileges
+from harken.process import handoff, inheritance, page, privileges
 from harken.process.answers import alone_status, answer
 from harken.process.channel import Message
 from harken.process.control import Client, Control, open_listener
@@ -75,7 +75,9 @@ class Alone:
         self._directory = os.getcwd()
         self._pidfile = PidFile(self.settings["pidfile"])
         privileges.set_umask(self.settings)
-        self._opened = handoff.listen(addresses, bind_options(self.settings))
+        self._opened = inheritance.listen(
+            addresses, bind_options(self.settings), also=(_CONTROL, page.key_of(self.settings))
+        )
         self._kept: dict[str, list[Listener]] = {}
         listeners = [listener for several in self._opened.values() for listener in several]
         self._desk: _Desk | None = None
@@ -88,7 +90,7 @@ class Alone:
             self._open_control(name)
             undo.callback(self._close_desk)
             undo.callback(self._pidfile.remove)
-            if not handoff.upgraded_from():
+            if not inheritance.upgraded_from():
                 self._pidfile.write()
                 own = (*self._opened.get(_CONTROL, ()), *self._opened.get(page.key_of(self.settings), ()))
                 privileges.give(self.settings, (self._pidfile.path, *(listener.owned_path for listener in own)))
@@ -127,12 +129,11 @@ class Alone:
             serving.offers_page = False
 
     def _open_control(self, name: str) -> None:
-        kept = handoff.inherited(_CONTROL)
+        kept = inheritance.take(_CONTROL)
         opened = kept[0] if kept else open_listener(self.settings, name)
         if opened is not None:
             self._opened[_CONTROL] = [opened]
             self._desk = _Desk(opened, self._worker)
-        handoff.close_rest()
 
     def _close_desk(self) -> None:
         if self._desk is not None:
@@ -158,7 +159,7 @@ class Alone:
 
     def _begin_anew(self) -> None:
         try:
-            handoff.exec_anew(self._kept, self._directory, unless=lambda: self._ended)
+            handoff.exec_anew(self._kept, self._directory, self._pidfile, unless=lambda: self._ended)
         except OSError as error:
             raise HandoffError(f"the program cannot be started anew: {error}") from None
         finally:
@@ -166,7 +167,7 @@ class Alone:
             self._pidfile.remove()
 
     def _ready(self) -> None:
-        predecessor = handoff.upgraded_from()
+        predecessor = inheritance.upgraded_from()
         if predecessor:
             handoff.probe(server.socket for server in self._worker.servers)  # type: ignore[misc]
             self._pidfile.write(over=predecessor)
@@ -174,7 +175,7 @@ class Alone:
             self._desk.start()
         if self._page is not None:
             self._page.start()
-        handoff.tell_predecessor()
+        inheritance.tell_predecessor()
         where = ", ".join(server.serving.address() for server in self._worker.servers)
         notify(READY=1, STATUS=f"one process on {where}", MAINPID=os.getpid())
         self._early.repeat()
@@ -250,7 +251,7 @@ class Alone:
 
     def _tell_why(self) -> None:
         """Tell the service manager why the worker leaves; a successor speaks for itself."""
-        handoff.reclaim()
+        inheritance.reclaim()
         if self._kept:
             reloading()
         elif not self._replaced:

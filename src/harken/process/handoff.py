@@ -4,8 +4,8 @@ Two ways lead to a successor. ``exec`` puts a new program into this process, whi
 to serve. An upgrade starts it beside this one: the successor writes a word into a pipe when it is ready, and only then
 does this process leave; a successor that ends, or says nothing in time, is killed and nothing has happened.
 
-Either way the sockets are inherited and named in one environment variable. The queue of a listener belongs to the
-socket, not to a process: whoever waits in it does not notice who accepts.
+Either way the sockets are inherited and named in one environment variable; ``inheritance`` takes them over. The queue
+of a listener belongs to the socket, not to a process: whoever waits in it does not notice who accepts.
 """
 
 from __future__ import annotations
@@ -20,130 +20,30 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import NamedTuple
 
-from harken import events, transports
+from harken import events
 from harken.errors import ConfigError, HandoffError
 from harken.listener import Listener
 from harken.process import signals
+from harken.process.inheritance import READY, VARIABLE, Entry
 from harken.process.pidfile import PidFile
-from harken.transports import BindOptions
 
-__all__ = [
-    "Inherited",
-    "Successor",
-    "close_rest",
-    "exec_anew",
-    "inherited",
-    "listen",
-    "may_begin_anew",
-    "may_leave",
-    "probe",
-    "reclaim",
-    "serve_on",
-    "tell_predecessor",
-    "upgraded_from",
-]
-
-VARIABLE = "HARKEN_HANDOFF"
-READY = b"ready\n"
-
-
-class Inherited(NamedTuple):
-    """What the predecessor left."""
-
-    listeners: dict[str, list[tuple[int, str | None, bool]]]
-    """By the address as it was typed: descriptors, the Unix path that goes with each, and whether strangers have it."""
-    pipe: int
-    """Where to say that we are ready; -1 when nobody waits for that."""
-    predecessor: int
-    """The pid that waits, or 0."""
-
-
-_inherited: Inherited | None = None
-# Unix paths that are the predecessor's until we are ready: a successor that fails must leave them where they are.
-_promised: list[tuple[Listener, str]] = []
-# Listeners that the predecessor has as well, and nobody else, until it has gone.
-_lent: list[Listener] = []
-
-
-def _take() -> Inherited:
-    """Read the variable once, and remove it: programs started later must not take the descriptors for theirs."""
-    global _inherited
-    if _inherited is None:
-        told = json.loads(os.environ.pop(VARIABLE, "{}"))
-        pipe = told.get("pipe", -1)
-        if pipe >= 0:
-            os.set_inheritable(pipe, False)
-        found = {address: [tuple(each) for each in several] for address, several in told.get("listeners", {}).items()}
-        for fd, *_ in (each for several in found.values() for each in several):
-            os.set_inheritable(fd, False)
-        _inherited = Inherited(found, pipe, told.get("pid", 0))
-    return _inherited
-
-
-def inherited(key: str) -> list[Listener] | None:
-    """Take over what the predecessor had under ``key``; None when it had nothing there."""
-    entries = _take().listeners.pop(key, None)
-    return None if entries is None else [_adopt(*entry) for entry in entries]
-
-
-def close_rest() -> None:
-    """Close what the predecessor had and nobody asked for: addresses that are not configured any more."""
-    left = _take().listeners
-    while left:
-        for fd, *_ in left.popitem()[1]:
-            os.close(fd)
-
-
-def listen(addresses: Iterable[str], options: BindOptions) -> dict[str, list[Listener]]:
-    """Open every address, or take over what the predecessor had there.
-
-    Returns:
-        The listeners by the address as it was typed.
-
-    Raises:
-        ConfigError: an address is wrong; nothing stays open.
-        BindError: an address cannot be had; nothing stays open.
-    """
-    opened: dict[str, list[Listener]] = {}
-    try:
-        for address in addresses:
-            kept = inherited(address)
-            # Extended at once: an address may be given twice, and what is open must be closed if the next fails.
-            opened.setdefault(address, []).extend(transports.listen(address, options) if kept is None else kept)
-    except BaseException:
-        for listener in _all(opened):
-            listener.close()
-        raise
-    return opened
+__all__ = ["Successor", "exec_anew", "may_begin_anew", "may_leave", "probe", "serve_on"]
 
 
 def _all(opened: dict[str, list[Listener]]) -> list[Listener]:
     return [listener for several in opened.values() for listener in several]
 
 
-def _adopt(fd: int, path: str | None, shared: bool = True) -> Listener:
-    listener = Listener.adopt(fd)
-    listener.shared = shared or upgraded_from() > 0
-    if listener.shared is not shared:
-        _lent.append(listener)
-    listener.url = transports.for_socket(listener).url(listener)
-    if path is not None and upgraded_from():
-        _promised.append((listener, path))
-    elif path is not None:
-        listener.own(path)
-    return listener
-
-
-def _entry(listener: Listener) -> tuple[int, str | None, bool]:
+def _entry(listener: Listener) -> Entry:
     shared = listener.shared  # before we share it ourselves
-    return listener.share(), listener.owned_path, shared
+    return Entry(listener.share(), listener.owned_path, shared)
 
 
-def _bequest(opened: dict[str, list[Listener]], pipe: int) -> str:
-    listeners = {address: [_entry(listener) for listener in several] for address, several in opened.items()}
-    return json.dumps({"listeners": listeners, "pipe": pipe, "pid": os.getpid()})
+def _bequest(opened: dict[str, list[Listener]], pipe: int = -1, pidfile: PidFile | None = None) -> str:
+    listeners = {key: [_entry(listener) for listener in several] for key, several in opened.items()}
+    path = str(pidfile.path) if pidfile is not None and pidfile.path is not None else None
+    return json.dumps({"listeners": listeners, "pipe": pipe, "pid": os.getpid(), "pidfile": path})
 
 
 def may_leave() -> None:
@@ -176,12 +76,15 @@ def _command() -> list[str]:
     return [sys.executable, *sys.orig_argv[1:]]
 
 
-def exec_anew(opened: dict[str, list[Listener]], directory: str, *, unless: Callable[[], bool]) -> None:
+def exec_anew(
+    opened: dict[str, list[Listener]], directory: str, pidfile: PidFile, *, unless: Callable[[], bool]
+) -> None:
     """Put a new copy of this program into this process. Returns only when it shall end after all.
 
     Args:
         opened: the listeners to keep, by address.
         directory: the working directory in which the program was started.
+        pidfile: the file that names this process.
         unless: tells whether an operator has ended the program; asked when all handlers of signals have run.
 
     Raises:
@@ -189,7 +92,7 @@ def exec_anew(opened: dict[str, list[Listener]], directory: str, *, unless: Call
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    environment = dict(os.environ) | {VARIABLE: _bequest(opened, -1)}
+    environment = dict(os.environ) | {VARIABLE: _bequest(opened, pidfile=pidfile)}
     os.chdir(directory)
     signals.hold_back()
     if not unless():
@@ -298,41 +201,11 @@ class Successor:
         self._end()
 
 
-def upgraded_from() -> int:
-    """Return the pid of the process that waits for us to be ready, or 0."""
-    inherited = _take()
-    return inherited.predecessor if inherited.pipe >= 0 else 0
-
-
-def tell_predecessor() -> None:
-    """Say that we are ready, if anybody waits for that; then it leaves."""
-    global _inherited
-    inherited = _take()
-    if inherited.pipe < 0:
-        return
-    while _promised:
-        listener, path = _promised.pop()
-        listener.own(path)
-    try:
-        os.write(inherited.pipe, READY)
-    except OSError:
-        pass  # it has gone meanwhile; we serve all the same
-    os.close(inherited.pipe)
-    _inherited = inherited._replace(pipe=-1)
-
-
 def serve_on(reason: str, pidfile: PidFile) -> None:
     """Say that an upgrade has failed, and take the PID file back, which the successor may have had for a moment."""
     events.emit("upgrade_failed", reason=f"{reason}; this one serves on")
     with suppress(ConfigError):
         pidfile.write()
-
-
-def reclaim() -> None:
-    """Before a drain: what the predecessor lent us is ours alone, if it has gone. The process that it started."""
-    if _lent and os.getppid() != _take().predecessor:
-        while _lent:
-            _lent.pop().shared = False
 
 
 def probe(listeners: Iterable[Listener], timeout: float = 5.0) -> None:

@@ -23,7 +23,7 @@ from harken.listener import Listener
 from harken.observe.collector import Collector, add_queues
 from harken.observe.exposition import check_installed
 from harken.observe.figures import Figures
-from harken.process import handoff
+from harken.process import inheritance
 from harken.process.answers import alone_status, answer
 from harken.process.channel import Channel, Message, pair
 from harken.process.control import VERSION, Client, hear
@@ -63,8 +63,7 @@ def open_listener(settings: Settings) -> Listener | None:
         return None
     check_address(url)
     check_installed()
-    kept = handoff.inherited(key_of(settings))
-    return kept[0] if kept else transports.listen(url)[0]
+    return (inheritance.take(key_of(settings), url) or transports.listen(url))[0]
 
 
 def check_address(url: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from harken.engines import suited
-from harken.process import signals
+from harken.process import inheritance, signals
 from harken.process.worker import Worker, fit_handler
 from harken.settings import Settings
 
@@ -35,10 +35,11 @@ def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> int:
         ConfigError: an address, a setting or the handler is wrong; nothing stays open.
         BindError: an address cannot be had.
     """
-    fit_handler(handler)
-    settings = suited(handler, settings)
-    name = getattr(handler, "__name__", type(handler).__name__)
-    return run(lambda: handler, addresses or ("tcp://127.0.0.1:8800",), settings, name=name, in_memory=True)
+    with inheritance.beginning():
+        fit_handler(handler)
+        settings = suited(handler, settings)
+        name = getattr(handler, "__name__", type(handler).__name__)
+        return run(lambda: handler, addresses or ("tcp://127.0.0.1:8800",), settings, name=name, in_memory=True)
 
 
 def run(

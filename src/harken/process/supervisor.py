@@ -19,7 +19,7 @@ from harken.limits.across import Place
 from harken.listener import Listener
 from harken.observe.collector import add_queues
 from harken.observe.figures import Figures
-from harken.process import handoff, page, privileges
+from harken.process import handoff, inheritance, page, privileges
 from harken.process.channel import Message
 from harken.process.commands import Commands
 from harken.process.control import Client, Control, open_listener
@@ -101,7 +101,7 @@ class Supervisor:
             undo.callback(self._close_listeners)
             undo.callback(self._close_page)
             undo.callback(self._close_control)
-            self._opened = handoff.listen(addresses, bind_options(self.settings))
+            self._opened = inheritance.listen(addresses, bind_options(self.settings), also=(_CONTROL, self._page_key))
             self._open_page()
             self._open_control(name)
             undo.callback(self._pidfile.remove)
@@ -132,14 +132,13 @@ class Supervisor:
             self._opened[self._page_key] = [opened]
 
     def _open_control(self, name: str) -> None:
-        kept = handoff.inherited(_CONTROL)
+        kept = inheritance.take(_CONTROL)
         opened = kept[0] if kept else open_listener(self.settings, name)
         if opened is not None:
             self._opened[_CONTROL] = [opened]
-        handoff.close_rest()
 
     def _become(self) -> None:
-        if not handoff.upgraded_from():
+        if not inheritance.upgraded_from():
             self._pidfile.write()
             own = (*self._opened.get(_CONTROL, ()), *self._opened.get(self._page_key, ()))
             privileges.give(self.settings, (self._pidfile.path, *(listener.owned_path for listener in own)))
@@ -166,7 +165,7 @@ class Supervisor:
         self._selector.register(self._inbox, selectors.EVENT_READ, self._heed_signals)
         self._early.repeat()
         try:
-            if not handoff.upgraded_from():  # while we start, the predecessor speaks for the service
+            if not inheritance.upgraded_from():  # while we start, the predecessor speaks for the service
                 self._start_control()
                 self._start_page()
             while not self._over():
@@ -288,7 +287,7 @@ class Supervisor:
         if self._announced:
             return
         self._announced = True
-        predecessor = handoff.upgraded_from()
+        predecessor = inheritance.upgraded_from()
         if predecessor:
             handoff.probe(self.listeners)
             self._pidfile.write(over=predecessor)
@@ -298,7 +297,7 @@ class Supervisor:
             events.emit("listening", address=listener.url, engine=engine, server=self)
         for listener in self._opened.get(self._page_key, ()):
             events.emit("page_opened", address=page.web_address(listener))
-        handoff.tell_predecessor()
+        inheritance.tell_predecessor()
         notify(READY=1, STATUS=self._status, MAINPID=os.getpid())
 
     def _tell_manager(self) -> None:
@@ -373,7 +372,7 @@ class Supervisor:
 
     def _shut_out(self) -> None:
         """Let nobody new come to doors that only our workers share, and let those come in who are on the way."""
-        handoff.reclaim()
+        inheritance.reclaim()
         rests = [
             for_socket(listener).shut_out(listener)
             for listener in self.listeners

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from harken import settings
@@ -108,6 +108,29 @@ class Scheme(Protocol):
         """
 
 
+class Bequeathed(Scheme, Protocol):
+    """What a module may have, for sockets that are handed on from one process to the next."""
+
+    def suits(self, place: Any, sock: socket.socket) -> bool:
+        """Tell whether a socket is bound where an address says, however that was spelled.
+
+        Raises:
+            ConfigError: that can never be had.
+        """
+
+    def take_over(self, place: Any, listener: Listener, *, changed: bool) -> None:
+        """Note on a listener what its address says beyond its socket, as :meth:`bind` does.
+
+        Args:
+            place: what :meth:`parse` returned.
+            listener: bound there.
+            changed: whether the address was another when it was bound.
+
+        Raises:
+            BindError: it cannot be had as the address says now.
+        """
+
+
 class Transport(Scheme, Protocol):
     """What a module must have to know the sockets of a family and type, too."""
 
@@ -200,6 +223,49 @@ def listen(url: str, options: BindOptions | None = None) -> list[Listener]:
     """
     scheme = for_url(url)
     return scheme.bind(scheme.parse(url), options or BindOptions())
+
+
+def is_bound_to(url: str, fd: int) -> bool:
+    """Tell whether a socket is bound where an address says.
+
+    Raises:
+        ConfigError: the address is wrong.
+    """
+    scheme: Any = for_url(url)
+    if not hasattr(scheme, "suits"):
+        return False
+    sock = socket.socket(fileno=fd)
+    try:
+        return bool(scheme.suits(scheme.parse(url), sock))
+    finally:
+        sock.detach()
+
+
+def take_over(url: str, listener: Listener, options: BindOptions | None = None, *, changed: bool = False) -> None:
+    """Make of a socket that another process has bound what :func:`listen` would make of it.
+
+    Args:
+        url: an address.
+        listener: bound there.
+        options: how to bind; what can change on an open socket applies.
+        changed: whether the address was another when it was bound.
+
+    Raises:
+        BindError: it cannot be had as the address says now.
+        ConfigError: the address is wrong.
+    """
+    scheme: Any = for_url(url)
+    place = scheme.parse(url)
+    adjust(listener, options or BindOptions())
+    if hasattr(scheme, "take_over"):
+        scheme.take_over(place, listener, changed=changed)
+
+
+def adjust(listener: Listener, options: BindOptions) -> None:
+    """Give an open socket of somebody else's what can change on it, and its address."""
+    transport = for_socket(listener)
+    transport.tune(listener, replace(options, reuse_address=False, reuse_port=False))
+    listener.url = transport.url(listener)
 
 
 def for_socket(sock: socket.socket) -> Transport:

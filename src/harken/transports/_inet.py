@@ -74,6 +74,16 @@ def bind(place: Place, options: BindOptions, tune: Callable[[socket.socket, Bind
     raise AssertionError("a host has an address or is refused above")
 
 
+def suits(place: Place, sock: socket.socket) -> bool:
+    """Tell whether a socket is bound at ``place``; never at port 0, which is any."""
+    if not place.port or sock.type != _KINDS[place.scheme] or sock.family not in FAMILIES:
+        return False
+    if sock.family == socket.AF_INET6 and bool(place.host) != sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        return False
+    bound = sock.getsockname()[:2]
+    return any(sock.family == family and bound == address[:2] for family, address in _candidates(place))
+
+
 def _candidates(place: Place) -> list[Candidate]:
     """Return what a host stands for, in the order of trying.
 

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import os
 import weakref
-from dataclasses import replace
 from typing import NamedTuple
 
 from harken import transports
@@ -78,9 +77,7 @@ def bind(place: Place, options: BindOptions) -> list[Listener]:
         for fd in _chosen(place):
             listener = _take(fd)
             opened.append(listener)
-            transport = transports.for_socket(listener)
-            transport.tune(listener, replace(options, reuse_address=False, reuse_port=False))
-            listener.url = transport.url(listener)
+            transports.adjust(listener, options)
     except BaseException:
         for listener in opened:
             listener.close()

@@ -12,10 +12,12 @@ from harken.errors import ConfigError
 from harken.transports import BindOptions, _inet, tcp
 
 if TYPE_CHECKING:
+    import socket
+
     from harken.listener import Listener
     from harken.preambles.tls import TLS
 
-__all__ = ["bind", "parse", "schemes"]
+__all__ = ["bind", "parse", "schemes", "suits", "take_over"]
 
 schemes = ("tls",)
 
@@ -52,3 +54,14 @@ def bind(place: TLSPlace, options: BindOptions) -> list[Listener]:
     for listener in listeners:
         listener.tls = place.tls or True
     return listeners
+
+
+def suits(place: TLSPlace, sock: socket.socket) -> bool:
+    """Tell whether a socket is bound there."""
+    return _inet.suits(place.place, sock)
+
+
+def take_over(place: TLSPlace, listener: Listener, *, changed: bool) -> None:
+    """Speak TLS on a socket that was handed on, which knows nothing of it."""
+    listener.tls = place.tls or True
+    listener.url = _inet.url(place.place.scheme, listener)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from harken import settings
 from harken.transports import BindOptions, _filters, _inet
-from harken.transports._inet import Place, describe, parse
+from harken.transports._inet import Place, describe, parse, suits
 
 if TYPE_CHECKING:
     from harken.listener import Listener
 
-__all__ = ["bind", "describe", "parse", "schemes", "shut_out", "tune", "url"]
+__all__ = ["bind", "describe", "parse", "schemes", "shut_out", "suits", "tune", "url"]
 
 schemes = ("udp",)
 

@@ -34,6 +34,8 @@ __all__ = [
     "parse",
     "schemes",
     "shut_out",
+    "suits",
+    "take_over",
     "tune",
     "unlink_if_own",
     "url",
@@ -161,6 +163,11 @@ def _bind_file(listener: Listener, place: Place) -> None:
         os.fchmod(listener.fileno(), place.mode & _OWNER_BITS)
     listener.bind(place.path)
     listener.own(place.path)
+    _set_rights(place)
+
+
+def _set_rights(place: Place) -> None:
+    """Give the file the mode, user and group that its address asks for."""
     # By a descriptor of the file itself: the path may be in a folder where others can swap it for a link.
     fd = os.open(place.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -172,6 +179,28 @@ def _bind_file(listener: Listener, place: Place) -> None:
         os.chmod(itself, place.mode)
     finally:
         os.close(fd)
+
+
+def suits(place: Place, sock: socket.socket) -> bool:
+    """Tell whether a socket is bound there."""
+    if (sock.family, sock.type) != (socket.AF_UNIX, _KINDS[place.scheme]):
+        return False
+    path = os.fsdecode(sock.getsockname())  # an abstract one is bytes
+    return path == place.path or (path[:1] not in ("", "\0") and os.path.abspath(path) == os.path.abspath(place.path))
+
+
+def take_over(place: Place, listener: Listener, *, changed: bool) -> None:
+    """Give the file of a socket that was handed on other rights, if its address asks for others now."""
+    if not changed or place.path.startswith("\0"):
+        return
+    try:
+        _set_rights(place)
+    except FileNotFoundError:
+        pass  # somebody has removed it; whoever looks whether it can be reached will tell
+    except BindError:
+        raise
+    except OSError as error:
+        raise _explain(place, error) from None
 
 
 def _listen(listener: Listener, options: BindOptions) -> None:
