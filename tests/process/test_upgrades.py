@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import resource
 import signal
 import socket
@@ -301,3 +302,71 @@ def test_who_asks_when_there_are_no_descriptors_waits(service, tmp_path, workers
         assert processor_seconds(running.pid) - before < 0.4
         mend()
         assert next(replies(asker, "health", {}, PATIENCE))["result"]["ready"]
+
+
+HUP, USR2 = signal.SIGHUP, signal.SIGUSR2
+
+
+@pytest.mark.parametrize(
+    "workers, orders",
+    [
+        ("0", [USR2, USR2, USR2]),
+        ("0", [HUP, USR2, HUP, HUP]),
+        ("0", [USR2, HUP, USR2]),
+        ("1", [USR2, USR2, USR2]),
+        ("1", [USR2, HUP, USR2]),
+    ],
+)
+@pytest.mark.parametrize("unix", [False, True])
+def test_one_after_the_other(service, target, tmp_path, workers, orders, unix):
+    """Each leaves the socket fit for the next: what it had from its predecessor is not its own to shut."""
+    path, pidfile = tmp_path / "sock", tmp_path / "pid"
+    bind = f"unix:{path}" if unix else "tcp://127.0.0.1:0"
+    running = service("--workers", workers, "--pidfile", str(pidfile), bind=bind)
+
+    def ask():
+        with socket.socket(socket.AF_UNIX if unix else socket.AF_INET) as client:
+            client.settimeout(PATIENCE)
+            client.connect(str(path) if unix else ("127.0.0.1", running.port))
+            return client.recv(100).split()[0].decode()
+
+    word = "one"
+    for turn, order in enumerate(orders):
+        wait_until(lambda word=word: ask() == word)
+        before = int(pidfile.read_text())
+        target.write_text(target.read_text().replace(word, f"w{turn}"))
+        word = f"w{turn}"
+        os.kill(before, order)
+        if order == USR2:
+            wait_until(lambda before=before: is_gone(before))
+            assert int(pidfile.read_text()) != before
+    wait_until(lambda word=word: ask() == word)
+    assert ask() == word
+    last = int(pidfile.read_text())
+    os.kill(last, signal.SIGTERM)
+    wait_until(lambda: is_gone(last))
+    assert not pidfile.exists()
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_upgrade_while_the_last_one_still_drains(service, target, tmp_path, workers):
+    """Three programs have the socket then; the first two leave it to the third."""
+    pidfile = tmp_path / "pid"
+    target.write_text(target.read_text().replace('if data == b"die', DEAF))
+    running = service("--workers", workers, "--pidfile", str(pidfile), "--drain-timeout", "4")
+    with running.connect() as client:
+        client.makefile().readline()
+        client.sendall(b"nap\n")  # keeps the first one for as long as a drain takes
+        pids = [running.pid]
+        for word in ("two", "three"):
+            target.write_text(re.sub('WORD = ".*"', f'WORD = "{word}"', target.read_text()))
+            os.kill(pids[-1], USR2)
+            running.wait_answer(word)
+            wait_until(lambda: int(pidfile.read_text()) not in pids)
+            pids.append(int(pidfile.read_text()))
+        wait_until(lambda: is_gone(pids[1]))
+    wait_until(lambda: is_gone(pids[0]))
+    assert running.ask()[0] == "three"
+    os.kill(pids[2], signal.SIGTERM)
+    wait_until(lambda: is_gone(pids[2]))

@@ -234,8 +234,7 @@ class Alone:
             return
         self._replaced = True
         notify(MAINPID=successor.pid)
-        for listener in (listener for several in self._opened.values() for listener in several):
-            listener.disown()
+        inheritance.hand_on(listener for several in self._opened.values() for listener in several)
         if self._page is not None:
             self._page.close()  # the successor has one
         if self._desk is not None:
@@ -356,6 +355,7 @@ def _twins(opened: dict[str, list[Listener]]) -> dict[str, list[Listener]]:
         OSError: there are no descriptors left; nothing has changed.
     """
     listeners = [listener for several in opened.values() for listener in several]
+    inheritance.reclaim()
     with ExitStack() as undo:
         fds = []
         for listener in listeners:
@@ -363,6 +363,7 @@ def _twins(opened: dict[str, list[Listener]]) -> dict[str, list[Listener]]:
             undo.callback(os.close, fds[-1])
         undo.pop_all()
     twins = iter([_twin(listener, fd) for listener, fd in zip(listeners, fds, strict=True)])
+    inheritance.hand_on(listeners)
     return {address: [next(twins) for _ in several] for address, several in opened.items()}
 
 
@@ -370,7 +371,6 @@ def _twin(listener: Listener, fd: int) -> Listener:
     path = listener.owned_path
     twin = Listener.adopt(fd)
     twin.shared = listener.shared
-    listener.disown()
     listener.shared = True  # its drain must leave the socket fit for the new program
     twin.url = listener.url
     if path is not None:

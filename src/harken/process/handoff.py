@@ -24,7 +24,7 @@ from contextlib import suppress
 from harken import events
 from harken.errors import ConfigError, HandoffError
 from harken.listener import Listener
-from harken.process import signals
+from harken.process import inheritance, signals
 from harken.process.inheritance import READY, VARIABLE, Entry
 from harken.process.pidfile import PidFile
 
@@ -124,6 +124,7 @@ class Successor:
             raise HandoffError(f"the new program cannot be started: {error}") from None
         self.deadline = time.monotonic() + timeout
         self._timeout = timeout
+        inheritance.reclaim()
         self._shared = [(listener, listener.shared) for listener in _all(opened)]
         try:
             fds = [listener.fileno() for listener in _all(opened)]

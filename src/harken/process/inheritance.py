@@ -24,6 +24,7 @@ __all__ = [
     "Entry",
     "Inherited",
     "beginning",
+    "hand_on",
     "listen",
     "reclaim",
     "take",
@@ -205,10 +206,17 @@ def tell_predecessor() -> None:
 
 
 def reclaim() -> None:
-    """Before a drain: what the predecessor lent us is ours alone, if it has gone. The process that it started."""
+    """What the predecessor lent us is ours alone, if it has gone. Before a drain, and before we hand it on."""
     if _lent and os.getppid() != _told().predecessor:
         while _lent:
             _lent.pop().shared = False
+
+
+def hand_on(listeners: Iterable[Listener]) -> None:
+    """Another program has them from now on, and answers for their files: nothing of them is ever ours alone again."""
+    for listener in listeners:
+        listener.disown()
+    _lent.clear()
 
 
 @contextmanager

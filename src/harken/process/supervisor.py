@@ -460,8 +460,7 @@ class Supervisor:
 
     def _hand_over(self, pid: int) -> None:
         notify(MAINPID=pid)
-        for listener in (listener for several in self._opened.values() for listener in several):
-            listener.disown()
+        inheritance.hand_on(listener for several in self._opened.values() for listener in several)
         if self._control is not None:
             self._control.shut()  # who asks from now on means the successor, as on the page
         self._close_page()
