@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Any
 
 from harken.acceptor import Readable
@@ -94,10 +95,15 @@ class Closing:
         return True
 
     def close(self) -> None:
-        """Close the listener, once the loop was asked to end."""
+        """Close the listener, once the loop was asked to end; one on which handlers answer stays open for them."""
         serving = self._serving
         serving.wake()
         # Its poll() would hold the listener's port; a loop that is inside a handler holds nothing, and may stay there.
         serving.left.wait(LEAVE_SECONDS)
+        if getattr(self._listener, "type", None) != socket.SOCK_DGRAM:
+            self.end()
+
+    def end(self) -> None:
+        """Close the listener; no handler answers on it any more."""
         if self._listener is not None:
             self._listener.close()

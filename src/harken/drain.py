@@ -159,6 +159,7 @@ class Drain:
         try:
             self._cut_others()
             self.running = self._await_handlers()
+            self._closing.end()
             self._serving.abandoned = self.running > 0
             self.report = self._report()
             events.emit("drained", server=self._serving.server, report=self.report, running=self.running)
