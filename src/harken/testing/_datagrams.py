@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 
+from harken.testing._census import wait_until
 from harken.testing._check import DATAGRAMS, EngineCheck, Make, expect, on
-from harken.testing._rig import Rig, bounded, rig
+from harken.testing._rig import PATIENCE, Draining, Rig, bounded, rig
 
 __all__ = ["CHECKS"]
 
@@ -46,9 +47,27 @@ def datagram_shutdown(make: Make, transport: str) -> None:
         expect(client.recv(100) == b"later", "a datagram that waited between two serve_forever() was lost")
 
 
+@on(*DATAGRAMS)
+def datagram_drain(make: Make, transport: str) -> None:
+    """A drain waits for handlers, which have the server's socket to answer on until they end."""
+    with rig(make, transport) as tested:
+        client = tested.client()
+        client.send(b"hold")
+        expect(client.recv(100) == b"hold", "a handler did not start")
+        drainer = Draining(tested, PATIENCE)
+        expect(wait_until(lambda: tested.serving.draining), "drain() did not begin")
+        tested.ended_without_door()
+        tested.open_gate()
+        report = drainer.report()
+        expect(drainer.running == 0, f"{drainer.running} handlers were said to run that had ended")
+        expect(report.seconds < PATIENCE / 2, "drain() waited although no handler ran")
+        expect(client.recv(100) == b"let go", "an answer was lost that a handler sent during a drain")
+        expect(tested.server.socket.fileno() < 0, "the socket was not closed at the end of a drain")
+
+
 def _expect_echo(tested: Rig, client: socket.socket) -> None:
     client.send(b"hello")
     expect(client.recv(100) == b"hello", f"a datagram was not answered by {tested.server.server_address!r}")
 
 
-CHECKS: tuple[EngineCheck, ...] = (datagram_echo, datagram_handler_raises, datagram_shutdown)
+CHECKS: tuple[EngineCheck, ...] = (datagram_echo, datagram_handler_raises, datagram_shutdown, datagram_drain)

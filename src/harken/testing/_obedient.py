@@ -77,7 +77,7 @@ class Obedient(BaseRequestHandler):
 
 
 class ObedientToDatagrams(BaseRequestHandler):
-    """Obeys one datagram: ``fail`` raises, everything else is sent back."""
+    """Obeys one datagram: ``fail`` raises, ``hold`` is answered twice, everything else is sent back."""
 
     def handle(self) -> None:
         """Obey."""
@@ -85,6 +85,15 @@ class ObedientToDatagrams(BaseRequestHandler):
         if data == b"fail":
             raise ValueError(DELIBERATE)
         answer(sock, data, self.client_address)
+        if data == b"hold":
+            self._wait_at_gate()
+            answer(sock, b"let go", self.client_address)
+
+    def _wait_at_gate(self) -> None:
+        poller = select.poll()
+        poller.register(self.server.gate, select.POLLIN)
+        while not poller.poll(0):
+            green.sleep(0.01)
 
 
 def answer(sock: Any, data: bytes, address: Any) -> None:

@@ -16,6 +16,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from harken import events
+from harken.drain import DrainReport
 from harken.handlers import BaseRequestHandler
 from harken.mixins import ThreadingMixIn
 from harken.server import TCPServer, UDPServer, UnixDatagramServer, UnixStreamServer
@@ -27,7 +28,7 @@ from harken.testing._clients import Client, opening, shake
 from harken.testing._obedient import Obedient, ObedientToDatagrams
 from harken.testing._wires import connected, settings_of
 
-__all__ = ["PATIENCE", "Rig", "bounded", "rig"]
+__all__ = ["PATIENCE", "Draining", "Rig", "bounded", "rig"]
 
 T = TypeVar("T")
 
@@ -89,6 +90,7 @@ class Rig:
         self._count = 0
         self._errors, self._error_writer = os.pipe()
         os.set_blocking(self._errors, False)
+        self._gate, self._gate_opener = os.pipe()
         self._loops: list[threading.Thread] = []
         self._clients: list[socket.socket] = []
         self._seen: list[events.Event] = []
@@ -134,8 +136,8 @@ class Rig:
             bounded("shutdown()", self.server.shutdown)
             bounded("server_close()", self.server.server_close)
         self.server.socket.close()
-        os.close(self._errors)
-        os.close(self._error_writer)
+        for end in (self._errors, self._error_writer, self._gate, self._gate_opener):
+            os.close(end)
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -153,6 +155,21 @@ class Rig:
     def failed(self) -> None:
         """Note a call of ``handle_error``; any process."""
         os.write(self._error_writer, b".")
+
+    @property
+    def gate(self) -> int:
+        """A descriptor that is readable once :meth:`open_gate` was called; any process."""
+        return self._gate
+
+    def open_gate(self) -> None:
+        """Let handlers that hold go on."""
+        os.write(self._gate_opener, b".")
+
+    def ended_without_door(self) -> None:
+        """Give the loops time to end in a drain, and the door to be closed, whether that is right or wrong."""
+        for loop in self._loops:
+            loop.join(BESIDE_SECONDS)
+        wait_until(lambda: self.server.socket.fileno() < 0, BESIDE_SECONDS)
 
     def failures(self, wanted: int) -> int:
         """Return how often ``handle_error`` was called since the last look, waiting until it was ``wanted`` times."""
@@ -306,6 +323,28 @@ def rig(
     before.expect_no_leaks()
 
 
+class Draining:
+    """A drain under way in a thread."""
+
+    def __init__(self, tested: Rig, timeout: float) -> None:
+        self._tested = tested
+        self._reports: list[DrainReport] = []
+        self._thread = threading.Thread(target=lambda: self._reports.append(tested.server.drain(timeout)), daemon=True)
+        self._thread.start()
+
+    def report(self) -> DrainReport:
+        """Wait for the report."""
+        self._thread.join(2 * PATIENCE)
+        expect(self._reports, "drain() did not return")
+        return self._reports[0]
+
+    @property
+    def running(self) -> int:
+        """How many handlers were left running."""
+        drained = self._tested.serving.under_way
+        return drained.running if drained is not None else 0
+
+
 def receive(client: socket.socket, size: int) -> bytes:
     """Read ``size`` bytes, or to the end if that comes before."""
     data = bytearray()
@@ -319,6 +358,8 @@ def _server_class(transport: str, tested: Rig) -> Any:
 
     class Server(ThreadingMixIn, kind):  # type: ignore[misc, valid-type]
         """A mix-in sends each request to the engine, whichever it is."""
+
+        gate = tested.gate
 
         def handle_error(self, request: Any, client_address: Any) -> None:
             tested.failed()

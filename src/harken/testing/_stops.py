@@ -8,10 +8,9 @@ import signal
 import threading
 import time
 
-from harken.drain import DrainReport
 from harken.testing._census import wait_until
 from harken.testing._check import STREAMS, EngineCheck, Make, expect, on
-from harken.testing._rig import PATIENCE, TURN_SECONDS, Rig, bounded, receive, rig
+from harken.testing._rig import PATIENCE, TURN_SECONDS, Draining, Rig, bounded, receive, rig
 from harken.testing._streams import at_once, expect_end
 from harken.testing._wires import WIRES
 
@@ -173,7 +172,7 @@ def drain_in_time(make: Make, transport: str) -> None:
     """A drain waits for handlers that end in time, and cuts nobody."""
     with rig(make, transport) as tested:
         clients = tested.held(3, "work")
-        drainer = _Drain(tested, PATIENCE)
+        drainer = Draining(tested, PATIENCE)
         expect(wait_until(lambda: tested.serving.draining), "drain() did not begin")
         for client in clients:
             client.close()
@@ -193,7 +192,7 @@ def drain_cuts(make: Make, transport: str) -> None:
         clients = tested.held(3, "work")
         wait_until(lambda: len(tested.of("opened")) >= len(clients), PATIENCE)  # a child's comes by a pipe
         ids = {event.connection for event in tested.of("opened")}
-        drainer = _Drain(tested, CUT_SECONDS)
+        drainer = Draining(tested, CUT_SECONDS)
         report = drainer.report()
         expect(report.cut == len(clients), f"{report.cut} of {len(clients)} connections were reported cut")
         expect({info.id for info in report.connections} == ids, "drain() reported others than it cut")
@@ -202,28 +201,6 @@ def drain_cuts(make: Make, transport: str) -> None:
         for client in clients:
             expect_end(client)
         tested.expect_closed(*["drain_deadline"] * len(clients))
-
-
-class _Drain:
-    """A drain under way in a thread."""
-
-    def __init__(self, tested: Rig, timeout: float) -> None:
-        self._tested = tested
-        self._reports: list[DrainReport] = []
-        self._thread = threading.Thread(target=lambda: self._reports.append(tested.server.drain(timeout)), daemon=True)
-        self._thread.start()
-
-    def report(self) -> DrainReport:
-        """Wait for the report."""
-        self._thread.join(2 * PATIENCE)
-        expect(self._reports, "drain() did not return")
-        return self._reports[0]
-
-    @property
-    def running(self) -> int:
-        """How many handlers were left running."""
-        drained = self._tested.serving.under_way
-        return drained.running if drained is not None else 0
 
 
 CHECKS: tuple[EngineCheck, ...] = (
