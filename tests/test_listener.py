@@ -11,6 +11,7 @@ import pytest
 
 from harken.errors import ConfigError
 from harken.listener import AddressInUse, Listener, note_inode, unlink_if_own
+from harken.transports import listen
 
 
 @pytest.fixture
@@ -179,3 +180,19 @@ def test_bind_errors_are_both_kinds():
     assert (str(error), error.errno) == ("tcp://:1 is in use", errno.EADDRINUSE)
     copy = pickle.loads(pickle.dumps(error))
     assert (type(copy), str(copy), copy.errno) == (AddressInUse, str(error), error.errno)
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6])
+def test_a_socket_that_was_never_bound_is_refused(family):
+    """Datagrams need no listen(), and nobody could send to it."""
+    with socket.socket(family, socket.SOCK_DGRAM) as sock, pytest.raises(ConfigError, match="has no port; call bind"):
+        Listener.adopt(sock.fileno())
+
+
+def test_a_relative_path_is_removed_wherever_the_process_has_gone(tmp_path, monkeypatch):
+    """`chdir` comes after the sockets are bound."""
+    monkeypatch.chdir(tmp_path)
+    (listener,) = listen("unix:sock")
+    monkeypatch.chdir("/")
+    listener.close()
+    assert not (tmp_path / "sock").exists()

@@ -185,8 +185,8 @@ def test_a_wrong_value_names_setting_value_and_source(operator, monkeypatch):
     monkeypatch.setenv("HARKEN_BACKLOG", "many")
     with pytest.raises(ConfigError, match=r"backlog = 'many' \(environment HARKEN_BACKLOG\) is not a whole number"):
         _ = Settings(object())["backlog"]
-    operator.flags["backlog"] = "0"
-    with pytest.raises(ConfigError, match=r"backlog = '0' \(flag --backlog\) is below the smallest value allowed, 1"):
+    operator.flags["backlog"] = "-1"
+    with pytest.raises(ConfigError, match=r"backlog = '-1' \(flag --backlog\) is below the smallest value allowed, 0"):
         _ = Settings(object())["backlog"]
     with pytest.raises(ConfigError, match=r"pool_size = -1 \(keyword argument\) is below"):
         Settings(object(), {"pool_size": -1})
@@ -209,6 +209,28 @@ def test_a_class_attribute_of_another_type_is_the_programs_own(declare, value):
     """A subclass may call its own things by the name of a setting."""
     declare("patience", settings.count(), 1)
     assert Settings(type("Owner", (), {"patience": value})())["patience"] == 1
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("engine", "diesel"),
+        ("lifetime", -1),
+        ("max_connections", 0),
+        ("proxy", "http://proxy:1"),
+        ("metrics", "statsd"),
+        ("allow", ["alice"]),
+        ("deny", ("bob",)),
+        ("alarm_connections", 0),
+    ],
+)
+def test_a_class_attribute_that_is_not_allowed_is_the_programs_own_where_it_knows_of_no_settings(operator, name, value):
+    """Under `harken run`; elsewhere it is a mistake, which is told."""
+    owner = type("Owner", (), {name: value})()
+    with pytest.raises(harken.ConfigError, match=f"{name} = "):
+        _ = Settings(owner)[name]
+    operator.unaware = True
+    assert Settings(owner)[name] == REGISTRY[name].default
 
 
 def test_an_instance_attribute_is_the_programs_own(declare):
@@ -288,6 +310,18 @@ def test_a_changed_default_of_stdlibs_counts_for_all(monkeypatch):
     """``TCPServer.request_queue_size = 77`` holds for every server made later."""
     monkeypatch.setattr(TCPServer, "request_queue_size", 77)
     assert Settings(UDPServer.__new__(UDPServer))["backlog"] == 77
+
+
+@pytest.mark.parametrize("value, backlog", [(0, 0), (1, 1), (-1, None)])
+def test_a_queue_may_be_as_small_as_the_kernel_makes_it(value, backlog):
+    """listen(2) takes 0; the socket module makes 0 of what is less, which nobody means."""
+
+    class Small(harken.ThreadingTCPServer):
+        request_queue_size = value
+
+    with Small(("127.0.0.1", 0), None) as server:
+        found = serving_of(server).settings["backlog"]
+        assert found == (backlog if backlog is not None else REGISTRY["backlog"].default)
 
 
 def test_the_class_attributes_are_stdlibs():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socketserver
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,18 @@ from http import server as again
 print(again is server)
 """
     assert python(code) == ["False"] * 4 + ["True"] * 5 + ["False", "harken", "True"]
+
+
+def test_all_of_it_is_what_was_there_before():
+    """`from socketserver import *` overwrites no name of the program's that socketserver would not have."""
+    code = "from harken import standin\nstandin.install()\nserve = start = events = green = 1\n"
+    names = python(
+        code
+        + "from socketserver import *\nprint(serve, start, events, green, *sorted(n for n in globals() if n[0] != '_'))"
+    )
+    assert names[:4] == ["1"] * 4
+    assert set(socketserver.__all__) <= set(names)
+    assert not {"background", "testing", "Peer", "TLS", "GreenMixIn", "PoolTCPServer"} & set(names)
 
 
 def test_modules_of_others_keep_what_they_have(tmp_path):

@@ -375,3 +375,34 @@ def test_a_thread_that_cannot_be_started_costs_its_connection_alone(
 def refuse(thread: threading.Thread) -> None:
     """Fail as the system does at its bound."""
     raise RuntimeError("no more threads")
+
+
+@pytest.mark.parametrize("engine", ["thread", "pool", "green", "asyncio", "inline"])
+def test_a_server_without_a_socket_is_not_asked_for_one(engine: str) -> None:
+    """BaseServer with hooks of its own: what is readable need be no listener."""
+    served: list[Any] = []
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+    class Note(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            served.append((self.request, self.client_address))
+
+    class Letters(harken.ThreadingMixIn, harken.BaseServer):
+        def fileno(self) -> int:
+            return near.fileno()
+
+        def get_request(self) -> Any:
+            return near.recv(10), ("me", 0)
+
+    with near, far:
+        server = Letters(("nowhere", 1), Note, engine=engine)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        far.send(b"one")
+        wait_until(lambda: len(served) == 1)
+        far.send(b"two")
+        wait_until(lambda: len(served) == 2)
+        server.shutdown()
+        thread.join(PATIENCE)
+        server.server_close()
+    assert served == [(b"one", ("me", 0)), (b"two", ("me", 0))]

@@ -53,6 +53,10 @@ class Intake:
         if state is State.SERVING or (state is State.DRAINING and not serving.last_loop):
             serving.engine.watch(serving.server, self._accept_ready)
 
+    def after_fork(self) -> None:
+        """In a child: another loop may have had the lock."""
+        self._lock = threading.Lock()
+
     def readable(self) -> bool:
         """Whether a connection waits at the door."""
         return self._readable(self._serving.server.fileno())

@@ -186,6 +186,8 @@ class Listener(socket.socket):
         try:
             if probe.type != socket.SOCK_DGRAM and not probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise ConfigError(f"fd {fd} is a socket that does not listen; call listen() before passing it")
+            if probe.family in (socket.AF_INET, socket.AF_INET6) and not probe.getsockname()[1]:
+                raise ConfigError(f"fd {fd} is a socket that has no port; call bind() before passing it")
         finally:
             probe.detach()
         listener = cls(fileno=fd)
@@ -204,7 +206,7 @@ class Listener(socket.socket):
 
     def own(self, path: str) -> None:
         """Answer for the file at ``path``: :meth:`close` in this process removes it if it is still the same inode."""
-        self.owned_path = path
+        self.owned_path = os.path.abspath(path)  # the working directory may change
         self._inode = note_inode(path)
         self._owner_pid = os.getpid()
 

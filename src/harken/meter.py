@@ -16,9 +16,15 @@ from harken.traffic import since_handshake
 
 __all__ = ["METRICS", "METRICS_TOKEN", "SAMPLED", "SECONDS", "Histogram", "Meter"]
 
+
+def _can_carry_page(url: str) -> None:
+    if not url.startswith(("tcp:", "unix:")):
+        raise ValueError("is no address for a page; take tcp://HOST:PORT or unix:/PATH")
+
+
 METRICS = setting(
     "metrics",
-    text(optional=True),
+    text(optional=True, test=_can_carry_page),
     None,
     meaning="the address, `tcp://…` or `unix:…`, of a page of its own: `/metrics` for Prometheus, `/health/live`, "
     "`/health/ready`, and a live view for people",

@@ -6,6 +6,7 @@ it, in which thread it runs, when, and what its failure does.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import threading
@@ -566,10 +567,12 @@ if hasattr(socket, "AF_UNIX"):
         path = server.server_address
         unix.claim(path)
         bind()
-        vars(server)["_harken_inode"] = note_inode(path)
+        vars(server)["_harken_inode"] = note_inode(path), os.getpid()
 
     def _unlink_path(server: TCPServer) -> None:
-        unlink_if_own(server.server_address, vars(server).pop("_harken_inode", None))
+        inode, process = vars(server).pop("_harken_inode", (None, 0))
+        if process == os.getpid():  # a child that lets go of the listener leaves it to the parent
+            unlink_if_own(server.server_address, inode)
 
     class UnixStreamServer(TCPServer):
         """A server of stream connections on a Unix path.

@@ -97,6 +97,7 @@ class Serving:
         """This process's among several over which limits hold; given before any connection comes."""
         self.guard = threading.RLock()
         self._loop_count = 0
+        _servings.add(self)
 
     # -- what engines and handlers ask ---------------------------------------------------------------------------------
 
@@ -346,6 +347,24 @@ class Serving:
                 "max_connections_per_peer; take another engine, or let the proxy limit its clients"
             )
 
+    def after_fork(self) -> None:
+        """In a child: the loops of other threads stayed in the parent. Whoever forked may run one, and goes on."""
+        self.loops.intersection_update({threading.get_ident()})
+        self._loop_count = len(self.loops)
+        self.shared = False
+        self.guard = threading.RLock()
+        self.intake.after_fork()
+        if self.loops:
+            return
+        self.acceptor.close()
+        self.ready.clear()
+        self.left.set()
+        if self.lifecycle.state in (State.SERVING, State.SUSPENDED):
+            self.lifecycle.move("stop")
+        shut_down = vars(self.server).get("_BaseServer__is_shut_down")
+        if isinstance(shut_down, Latch):
+            shut_down.set()
+
     def run(self, stopped: Callable[[], bool], interval: float) -> None:
         """Serve until ``stopped``, turning at least every ``interval`` seconds."""
         with self.attached(), Interrupts(self.wake) as interrupts:
@@ -535,6 +554,17 @@ class RunningSide:
     def __get__(self, server: object | None, owner: type) -> Serving | RunningSide:
         return self if server is None else serving_of(server)
 
+
+_servings: weakref.WeakSet[Serving] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for serving in list(_servings):
+        serving.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 _interrupted: weakref.WeakSet[Serving] = weakref.WeakSet()
 

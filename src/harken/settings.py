@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ __all__ = ["REGISTRY", "Kind", "Operator", "Setting", "Settings", "Value", "oper
 Profile = Literal["drop-in", "serve", "private"]
 UNSET: Any = type("Unset", (), {"__repr__": lambda _self: "UNSET", "__bool__": lambda _self: False})()
 
+_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
 _SIZES = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
@@ -76,7 +78,7 @@ class Kind:
             raise ValueError(f"is below the smallest value allowed, {self.minimum:g}")
         if self.maximum is not None and value is not None and value > self.maximum:
             raise ValueError(f"is above the largest value allowed, {self.maximum}")
-        if self.test is not None:
+        if self.test is not None and value is not None:
             self.test(value)
         return tuple(value) if isinstance(value, list) else value
 
@@ -115,7 +117,7 @@ class Kind:
 
     def _is_path(self, value: object) -> bool:
         """A dotted path (``package.module:Name``) stands for a plug-in of the user's own."""
-        return isinstance(value, str) and ":" in value
+        return isinstance(value, str) and _PATH.fullmatch(value) is not None
 
     def describe(self) -> str:
         """Name the values allowed, for messages and for the reference."""
@@ -161,9 +163,9 @@ def listing(*, optional: bool = False, test: Callable[[Any], object] | None = No
     return Kind("list", (tuple, list), optional=optional, test=test)
 
 
-def text(*, optional: bool = False) -> Kind:
+def text(*, optional: bool = False, test: Callable[[Any], object] | None = None) -> Kind:
     """Any text."""
-    return Kind("text", (str, bytes), optional=optional)
+    return Kind("text", (str, bytes), optional=optional, test=test)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,12 +328,15 @@ class Operator:
         file: values by name.
         path: of the file.
         defaults: what a command takes in place of a default, when nobody has said anything.
+        unaware: whether programs run here that know nothing of settings, so that an attribute that does not fit is
+            their own.
     """
 
     flags: dict[str, Any] = field(default_factory=dict)
     file: dict[str, Any] = field(default_factory=dict)
     path: str = ""
     defaults: dict[str, Any] = field(default_factory=dict)
+    unaware: bool = False
 
     def load(self, path: str | Path) -> None:
         """Read settings from a TOML file.
@@ -458,6 +463,7 @@ class Settings:
 
         Programs give their servers attributes of the same names for reasons of their own (``engine``, ``workers``,
         ``user``), so an instance attribute counts only under stdlib's names, and a value of another type is theirs.
+        So is any that is not allowed, under stdlib's names and where programs know nothing of settings.
         """
         for name in filter(None, (declared.name, declared.stdlib)):
             late = name == declared.stdlib
@@ -469,7 +475,11 @@ class Settings:
                 continue
             if late and found == declared.stdlib_default and where.startswith(_OWN):
                 continue
-            return Value(declared.read(found, where), where)
+            try:
+                return Value(declared.read(found, where), where)
+            except ConfigError:
+                if not late and not operator.unaware:
+                    raise
         return None
 
 

@@ -33,9 +33,16 @@ def install() -> None:
     """
     old = sys.modules.get(REPLACED)
     sys.modules[REPLACED] = harken
+    settings.operator.unaware = True
+    harken.__all__ = [name for name in harken.__all__ if _is_old(name)]  # what `from socketserver import *` gives
     if old is not None and old is not harken:
         for name in _built_on(old):
             _forget(name)
+
+
+def _is_old(name: str) -> bool:
+    """Whether a name is of socketserver's kind: others would overwrite what a program has under them."""
+    return name.endswith(("Server", "MixIn", "RequestHandler")) and not name.startswith(("Async", "Green", "Pool"))
 
 
 def _built_on(old: ModuleType) -> list[str]:

@@ -66,9 +66,10 @@ def is_straight(serving: Serving) -> bool:
         if len(_seen) >= _MOST_SEEN:
             _seen.clear()
         _seen[kind] = (hooks, straight)
+    if not straight or not _own_names.isdisjoint(vars(server)):
+        return False  # whoever has hooks of its own need not even have a socket
     known_client = serving.entry is None or not serving.entry.tells_client
-    plain = known_client and is_plain_door(server.socket, serving.engine.connection)
-    return straight and plain and _own_names.isdisjoint(vars(server))
+    return known_client and is_plain_door(server.socket, serving.engine.connection)
 
 
 def take(serving: Serving) -> bool | None:

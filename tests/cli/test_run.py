@@ -88,6 +88,24 @@ def test_a_program_sees_what_it_sees_under_python(python, write, tmp_path, words
     assert json.loads(result.stdout) == expected
 
 
+def test_a_compiled_program(python, write, tmp_path):
+    """`python prog.pyc` runs what was compiled, also where the source is gone."""
+    import py_compile
+
+    source = write("prog.py", "import socketserver, sys\nprint(socketserver.__name__, __file__, sys.argv)\n")
+    py_compile.compile(source, tmp_path / "prog.pyc")
+    source.unlink()
+    result = python("-m", "harken", "run", "prog.pyc", "-x")
+    assert (result.stdout, result.stderr) == (f"harken {tmp_path / 'prog.pyc'} ['prog.pyc', '-x']\n", "")
+
+
+@pytest.mark.parametrize("words", [("prog.py",), ("-m", "prog")])
+def test_a_program_may_read_its_annotations(python, write, words):
+    """Also before it has any."""
+    write("prog.py", "print(__annotations__)\nx: int = 1\nprint(sorted(__annotations__))\n")
+    assert python("-m", "harken", "run", *words).stdout == python(*words).stdout == "{}\n['x']\n"
+
+
 def test_socketserver_is_harken(python, write):
     """``import socketserver``, in the program and in the library modules that it imports, gives harken."""
     write(
@@ -184,6 +202,7 @@ def test_threads_that_outlive_the_last_line_still_have_their_main(python, write)
     [
         (("prgo.py",), "harken: no script 'prgo.py'; did you mean 'prog.py'?", 1),
         (("-m", "prgo"), "harken: no module named 'prgo'; did you mean 'prog'?", 1),
+        (("-m", ".prog"), "harken: '.prog' is a relative name; name the module from its top package on", 1),
         (("-m", "http.servr"), "harken: no module named 'http.servr'; did you mean 'http.server'?", 1),
         (("-m", "json"), "harken: 'json' is a package without a __main__, so it cannot be run", 1),
         (("-m", "sys"), "harken: 'sys' is not made of Python code, so it cannot be run", 1),

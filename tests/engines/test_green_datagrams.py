@@ -456,6 +456,45 @@ def test_a_handler_that_forks_answers_once() -> None:
             client.recv(10)
 
 
+ENDS = {
+    "_exit": lambda: os._exit(7),
+    "kill": lambda: os.kill(os.getpid(), 9),
+    "exec": lambda: os.execv(sys.executable, [sys.executable, "-c", "raise SystemExit(7)"]),
+}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
+def test_an_order_to_end_is_confirmed(end: Callable[[], None]) -> None:
+    """What a handler has answered is on its way before it ends or replaces the process."""
+
+    class Obey(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request[1].sendto(b"as you say", self.client_address)
+            end()
+
+    with harken.GreenUDPServer(LOCAL, Obey) as server, clients(server.server_address) as (client,):
+        pid = os.fork()
+        if pid == 0:
+            server.serve_forever()
+            os._exit(1)
+        client.send(b"end")
+        assert client.recv(20) == b"as you say"
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (7, -9)
+
+
+def test_several_answers_to_the_last_of_a_batch_join() -> None:
+    """Its first goes at once, whatever comes; the others together, in their order."""
+
+    class Count(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            for number in range(100):
+                self.request[1].sendto(b"%d" % number, self.client_address)
+
+    with harken.background(harken.GreenUDPServer(LOCAL, Count)) as server, clients(server.server_address) as (client,):
+        client.send(b"x")
+        assert [int(client.recv(10)) for _ in range(100)] == list(range(100))
+
+
 def test_a_socket_with_a_sendto_of_its_own_keeps_it() -> None:
     """A program's socket class is not gone around."""
     sent: list[bytes] = []

@@ -88,6 +88,13 @@ def test_by_name_and_by_number(doors, activated):
     assert not said[1].startswith(f"{unix} 4 ")  # a second listener for the same socket has a descriptor of its own
 
 
+def test_a_number_that_no_descriptor_has(doors, activated):
+    """However large: it is told as a descriptor, and not as a name."""
+    for number in (99, 99999999999):
+        (said,) = activated(doors, f"fd://{number}")
+        assert said == f"ConfigError: fd {number} is not open; was it passed to this process?"
+
+
 def test_passed_to_another_process(doors, activated):
     """LISTEN_PID must be one's own; the error says whose it is."""
     for url in ("systemd:", "fd://web", "fd://3"):
@@ -100,7 +107,7 @@ def test_a_name_that_was_not_passed(doors, activated):
     (said,) = activated(doors, "fd://wbe", names="web:admin:x")
     assert said == "ConfigError: 'fd://wbe': no passed socket is called 'wbe'; did you mean 'web'?"
     (said,) = activated(doors, "fd://nothing", names="web:admin:x")
-    assert said.endswith("known are admin, web, x")
+    assert said.endswith("known are 'admin', 'web', 'x'")
 
 
 def test_names_that_do_not_fit(doors, activated):

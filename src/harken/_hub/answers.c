@@ -2,8 +2,8 @@
  *
  * Answers to datagrams.
  *
- * They join while the handler that they are of runs: sendto() on the batch's socket with the very address that the
- * handler was given costs no system call. They are sent when the batch is done, when a handler waits, before the socket
+ * They join while the handlers of a batch run: sendto() on the batch's socket with the very address that the handler was
+ * given costs no system call. They are sent with the first one to the batch's last datagram, when the batch is done, when a handler waits, before the socket
  * is closed or gets another option, and by the watchdog when a handler computes on. Anything else that is sent goes at
  * once, after what was joined.
  *
@@ -151,8 +151,11 @@ static PyObject *has_waited(Batch *batch) {
     return known;
 }
 
-/* Let the answer wait for others. 1: it does; 0: it has to go at once; -1: an exception. */
-static int join(Batch *batch, PyObject *data, PyObject *address) {
+/* Let the answer wait for others; `*size` is its own. 1: it does; 0: it has to be sent; -1: an exception.
+ *
+ * The first one to the last datagram of a batch has nobody to wait for. It takes the others along at once: the handler of
+ * a quiet server may be about to end or to replace the process, by an order to do so that it has confirmed. */
+static int join(Batch *batch, PyObject *data, PyObject *address, Py_ssize_t *size) {
     if (!batch->joins || batch->current < 0 || !PyObject_CheckBuffer(data) || has_waited(batch))
         return 0;
     Piece *piece = &batch->pieces[batch->current];
@@ -169,8 +172,13 @@ static int join(Batch *batch, PyObject *data, PyObject *address) {
         send_answers(batch, false);
     if (batch->answer_count == 0)
         batch->oldest = coarse_ns();
+    *size = PyBytes_GET_SIZE(bytes);
     batch->answers[batch->answer_count] = (Answer){bytes, batch->current};
     count_answers(batch, batch->answer_count + 1);
+    bool first = !batch->answered;
+    batch->answered = true;
+    if (first && batch->at == batch->count)
+        send_answers(batch, false);
     return 1;
 }
 
@@ -240,10 +248,10 @@ static PyObject *answers_sendto(PyObject *self, PyObject *const *args, Py_ssize_
     if (batch == NULL)
         return PyObject_Vectorcall(base_sendto, all, (size_t)count + 1, NULL);
     if (count == 2) {
-        int joined = join(batch, args[0], args[1]);
+        Py_ssize_t size = 0;
+        int joined = join(batch, args[0], args[1], &size);
         if (joined != 0)
-            return joined < 0 ? NULL : PyLong_FromSsize_t(PyBytes_GET_SIZE(
-                                           batch->answers[batch->answer_count - 1].data));
+            return joined < 0 ? NULL : PyLong_FromSsize_t(size);
     }
     send_answers(batch, false);
     long flags = count == 2 ? 0 : PyLong_AsLong(args[1]);

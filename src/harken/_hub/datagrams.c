@@ -192,6 +192,7 @@ static int serve_left(Batch *batch) {
     long turn = ++batch->turn;
     while (batch->at < batch->count) {
         int place = batch->current = batch->at++;
+        batch->answered = false;
         beat_piece(hub->beat);
         int result = serve_piece(batch, place);
         if (hub->lent) { /* a handler forked, this is the child: what was joined is the parent's to send */

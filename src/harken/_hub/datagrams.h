@@ -74,6 +74,7 @@ typedef struct Batch {
     int count, at; /* pieces that are there, and the first that is not served */
     /* Who serves. */
     int current;       /* the one whose handler runs; -1: none, or it waits */
+    bool answered;     /* it has answered: of a batch's last datagram only the first answer is sent at once */
     long turn;         /* counts who serves: a handler that finds another number has waited */
     PyObject *idle;    /* list: green threads for the next batch */
     PyGreenlet *active; /* borrowed: the one that serves */

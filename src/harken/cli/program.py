@@ -11,7 +11,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, SourcelessFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
@@ -54,9 +54,13 @@ def run_script(path: str, arguments: Sequence[str]) -> None:
 
 def _run_file(path: str) -> None:
     module = ModuleType("__main__")
-    module.__dict__.update(__file__=path, __cached__=None, __spec__=None, __package__=None)
-    module.__loader__ = loader = SourceFileLoader("__main__", path)
-    _execute(module, lambda: loader.source_to_code(loader.get_data(path), path))
+    module.__dict__.update(__file__=path, __cached__=None, __spec__=None, __package__=None, __annotations__={})
+    if path.endswith(".pyc"):
+        module.__loader__ = compiled = SourcelessFileLoader("__main__", path)
+        _execute(module, lambda: compiled.get_code("__main__"))
+    else:
+        module.__loader__ = loader = SourceFileLoader("__main__", path)
+        _execute(module, lambda: loader.source_to_code(loader.get_data(path), path))
 
 
 def run_module(name: str, arguments: Sequence[str]) -> None:
@@ -93,6 +97,8 @@ def _is_archive(path: str) -> bool:
 
 
 def _find_runnable(name: str) -> ModuleSpec:
+    if name.startswith("."):
+        raise NotRunnable(f"{name!r} is a relative name; name the module from its top package on")
     spec = _find_spec(name)
     if spec.submodule_search_locations is not None:
         spec = _find_spec(f"{name}.__main__", f"{name!r} is a package without a __main__, so it cannot be run")
@@ -114,7 +120,8 @@ def _find_spec(name: str, otherwise: str = "") -> ModuleSpec:
 def _run_spec(spec: ModuleSpec) -> None:
     loader: Any = spec.loader
     module = ModuleType("__main__")
-    module.__dict__.update(__file__=spec.origin, __cached__=spec.cached, __spec__=spec, __package__=spec.parent)
+    about: dict[str, Any] = {"__cached__": spec.cached, "__spec__": spec, "__package__": spec.parent, "__annotations__": {}}
+    module.__dict__.update(about, __file__=spec.origin)
     module.__loader__ = loader
     _execute(module, lambda: loader.get_code(spec.name))
 

@@ -72,9 +72,6 @@ def check_address(url: str) -> None:
     Raises:
         ConfigError: it cannot carry a page.
     """
-    scheme = url.partition(":")[0]
-    if scheme not in ("tcp", "unix"):
-        raise ConfigError(f"metrics = {url!r} is no address for a page; take tcp://HOST:PORT or unix:/PATH")
     transports.for_url(url).parse(url)
 
 

@@ -28,7 +28,7 @@ _SWITCH = settings.Kind("flag", (bool, int), minimum=0)
 
 settings.setting(
     "backlog",
-    settings.count(1, maximum=(1 << 31) - 1),  # a C int
+    settings.count(maximum=(1 << 31) - 1),  # a C int
     max(128, socket.SOMAXCONN),
     serve=4096,
     unit="connections",

@@ -61,7 +61,7 @@ def parse(url: str) -> Place:
         return Place(url)
     if not what or not rest.startswith("//") or "/" in what or "?" in what:
         raise ConfigError(f"{url!r} names no descriptor; write fd://3, or fd://NAME as in FileDescriptorName=")
-    if what.isascii() and what.isdecimal() and len(what) < 10:  # a C int
+    if what.isascii() and what.isdecimal():
         return Place(url, fd=int(what))
     return Place(url, name=what)
 
@@ -91,12 +91,13 @@ def _chosen(place: Place) -> list[int]:
         return [place.fd]
     if not known:
         raise ConfigError(
-            f"{place.url!r}: no socket was passed to this process (LISTEN_FDS is not set); start it from a .socket unit"
+            f"{place.url!r}: no socket was passed to this process (LISTEN_FDS is not set, or 0); start it from a "
+            ".socket unit"
         )
     names = sorted({each.name for each in known})
     chosen = [each.fd for each in known if each.name == place.name or not place.name]
     if not chosen:
-        close = nearest(place.name, names) or "; known are " + ", ".join(names)
+        close = nearest(place.name, names) or "; known are " + ", ".join(map(repr, names))
         raise ConfigError(f"{place.url!r}: no passed socket is called {place.name!r}{close}")
     return chosen
 
