@@ -54,7 +54,8 @@ def run_script(path: str, arguments: Sequence[str]) -> None:
 
 def _run_file(path: str) -> None:
     module = ModuleType("__main__")
-    module.__dict__.update(__file__=path, __cached__=None, __spec__=None, __package__=None, __annotations__={})
+    module.__dict__.update(__file__=path, __cached__=None, __spec__=None, __package__=None)
+    module.__annotations__ = {}
     if path.endswith(".pyc"):
         module.__loader__ = compiled = SourcelessFileLoader("__main__", path)
         _execute(module, lambda: compiled.get_code("__main__"))
@@ -120,8 +121,8 @@ def _find_spec(name: str, otherwise: str = "") -> ModuleSpec:
 def _run_spec(spec: ModuleSpec) -> None:
     loader: Any = spec.loader
     module = ModuleType("__main__")
-    about: dict[str, Any] = {"__cached__": spec.cached, "__spec__": spec, "__package__": spec.parent, "__annotations__": {}}
-    module.__dict__.update(about, __file__=spec.origin)
+    module.__dict__.update(__file__=spec.origin, __cached__=spec.cached, __spec__=spec, __package__=spec.parent)
+    module.__annotations__ = {}
     module.__loader__ = loader
     _execute(module, lambda: loader.get_code(spec.name))
 
