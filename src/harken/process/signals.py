@@ -45,7 +45,8 @@ MEANINGS: dict[signal.Signals, Meaning] = {
         "load code, settings and certificates anew: the old workers drain once as many new ones are ready; when the "
         "new code does not start, the old ones stay. A program that calls `harken.serve()` itself has its code in "
         "memory: there it is USR2",
-        "drain, then become the new program, with the same pid; who connects meanwhile waits in the backlog",
+        "drain, then become the new program, with the same pid; who connects meanwhile waits in the backlog. A program "
+        "that cannot begin ends, with status 1",
     ),
     signal.SIGUSR1: Meaning("open the log files anew, after a rotation; workers do too", _SAME),
     signal.SIGUSR2: Meaning(
