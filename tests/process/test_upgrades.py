@@ -107,17 +107,16 @@ def test_a_successor_that_is_too_late_takes_nothing_over(service, target, tmp_pa
     words = ("--workers", workers, "--control", str(paths[1]), "--pidfile", str(paths[2]), "--upgrade-timeout", "1")
     running = service(*words, bind=f"unix:{paths[0]}")
     running.workers(int(workers))
-    late = """
+    code = """
 import os, pathlib, time
 if "HARKEN_HANDOFF" in os.environ or pathlib.Path("first").exists():
-    pathlib.Path("successor").write_text(str(os.getpid()))
     time.sleep(1.2)  # between the timeout and what is more than enough to end
 """
     (tmp_path / "first").touch()
-    target.write_text(late + target.read_text())
+    target.write_text(code + target.read_text())
     os.kill(running.pid, signal.SIGUSR2)
-    running.wait_log("upgrade failed")
-    wait_until(lambda: is_gone(int((tmp_path / "successor").read_text())))
+    late = int(running.wait_log(r"upgrade failed: reason the new program \(pid (\d+)\) was not ready")[1])
+    wait_until(lambda: is_gone(late))
     assert [path.exists() for path in paths] == [True, True, True]
     assert int(paths[2].read_text()) == running.pid
     with socket.socket(socket.AF_UNIX) as client:
