@@ -1,5 +1,6 @@
 """Warnings that repeat are counted, and the count is told."""
 
+import os
 import threading
 
 from harken.observe.repeats import BURST, MOST_KINDS, Repeats
@@ -43,3 +44,32 @@ def test_kinds_that_a_stranger_makes_up_do_not_fill_the_memory():
     assert written == MOST_KINDS + BURST
     repeats.close()
     assert told == [(("rejected",), 90)]
+
+
+def test_a_forked_child_counts_anew_and_ends_its_windows_itself():
+    """It has neither the thread that would end its parent's window, nor the count, nor the lock that another held."""
+    repeats = Repeats(lambda *_each: None)
+    while repeats.admit(("reload_failed",)):
+        pass
+    with repeats._lock:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_count_in_child(repeats))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert not repeats.admit(("reload_failed",))
+    repeats.close()
+
+
+def _count_in_child(repeats):
+    told, over = [], threading.Event()
+    repeats._tell = lambda *each: (told.append(each), over.set())
+    repeats._window = 0.05
+    ready = threading.Event()
+
+    def count():
+        written = sum(repeats.admit(("reload_failed",)) for _ in range(BURST + 3))
+        if written == BURST and over.wait(PATIENCE):
+            ready.set()
+
+    threading.Thread(target=count, daemon=True).start()
+    return 0 if ready.wait(2 * PATIENCE) and told == [(("reload_failed",), 3)] else 1

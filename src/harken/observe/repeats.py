@@ -5,7 +5,9 @@ A client that is turned away a thousand times a second must not fill the disk, n
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable
 
 __all__ = ["BURST", "WINDOW_SECONDS", "Repeats"]
@@ -31,6 +33,10 @@ class Repeats:
         """
         self._tell = tell
         self._window = window
+        self._begin()
+        _all.add(self)
+
+    def _begin(self) -> None:
         self._lock = threading.Lock()
         self._seen: dict[Kind, int] = {}
         self._timer: threading.Timer | None = None
@@ -62,3 +68,15 @@ class Repeats:
         if timer is not None:
             timer.cancel()
         self._turn()
+
+
+_all: weakref.WeakSet[Repeats] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """A child counts anew: what was seen is its parent's to tell, and the thread that ends the window stayed there."""
+    for repeats in _all:
+        repeats._begin()
+
+
+os.register_at_fork(after_in_child=_after_fork)
