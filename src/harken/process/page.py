@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, NoReturn
 
 from harken import events, transports
@@ -428,8 +429,7 @@ def offer(serving: Serving) -> Callable[[], None]:
 
     def leave() -> None:
         with _guard:
-            local.collector.bury(serving)
-            local.servers.remove(serving.server)
+            local.collector.leave(serving, partial(local.servers.remove, serving.server))
             over = not local.servers
             if over:
                 del _offered[key]
