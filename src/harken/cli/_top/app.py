@@ -255,7 +255,7 @@ class Top(App[None]):
         name = f"{columns.CONNECTIONS[0].text(row).plain}, {row['id']}"
         closed = await self._do(f"Close {name}?", "kill", connection=row["id"])
         if closed is not None:
-            self.notify(f"closed {name}" if closed else f"{name} has gone already")
+            self.notify(f"closed {name}" if closed else f"{name} has gone already", markup=False)
 
     @work
     async def action_suspend(self) -> None:
