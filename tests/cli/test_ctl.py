@@ -103,6 +103,25 @@ def test_connections_are_listed_filtered_and_closed(running):
         assert two.recv(100) == b"still here"
 
 
+def test_a_client_s_name_cannot_leave_its_place(run_program, tmp_path):
+    """Of a Unix socket it is the client's to choose: neither a row of its own nor orders to the terminal."""
+    (tmp_path / "app.py").write_text(APP)
+    address, control = tmp_path / "app.sock", tmp_path / "ctl.sock"
+    words = ("--bind", f"unix:{address}", "--control", str(control), "--workers", "0")
+    process = run_program("-m", "harken", "serve", "app:Echo", *words, cwd=tmp_path)
+    assert "listening" in process.stderr.readline()
+    running = Running(process, 0, control, run_program)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.bind(f"\0{os.getpid()}\x1b]0;owned\x07\nFORGED".encode() + b"\xff")
+        client.connect(str(address))
+        assert client.recv(100) == b"hello\n"
+        name = f"{os.getpid()}\\x1b]0;owned\\x07\\x0aFORGED\\udcff"
+        _, line = running.ctl("connections").splitlines()
+        assert name in line
+        (line,) = [line for line in running.ctl("stacks").splitlines() if "connection" in line and "owned" in line]
+        assert name in line
+
+
 def test_a_live_setting_changes_and_others_are_refused(running):
     """With one line that says why."""
     running.ctl("set", "drain-timeout", "0.5")

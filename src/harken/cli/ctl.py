@@ -183,10 +183,10 @@ def _stack_lines(found: list[dict[str, Any]]) -> list[str]:
     lines = []
     for each in found:
         sort = next(name for name in ("thread", "green", "task") if name in each)
-        whose = f", connection {each['connection']} of {each['peer']}" if "connection" in each else ""
+        whose = f", connection {each['connection']} of {escape(each['peer'])}" if "connection" in each else ""
         since = f", open for {each['seconds']:.1f} s" if "connection" in each else ""
-        lines.append(f"process {each['process']}, {_SORTS[sort]}{each[sort]}{whose}{since}")
-        lines += "".join(each["stack"]).rstrip("\n").split("\n")
+        lines.append(f"process {each['process']}, {_SORTS[sort]}{escape(each[sort])}{whose}{since}")
+        lines += map(escape, "".join(each["stack"]).rstrip("\n").split("\n"))
         lines.append("")
     return lines
 
@@ -240,7 +240,7 @@ def _hex_lines(data: bytes) -> list[str]:
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
-    """Lay rows out in columns, with a head."""
-    words = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    """Lay rows out in columns, with a head. What peers chose cannot harm the terminal, nor be a row of its own."""
+    words = [columns, *([escape(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(line[at]) for line in words) for at in range(len(columns))]
     return ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in words]
