@@ -1,7 +1,9 @@
 """The page of ``metrics``: who is shown what, and who may do what."""
 
+import contextlib
 import http.client
 import json
+import select
 import socket
 import threading
 
@@ -9,6 +11,7 @@ import pytest
 
 from harken import transports
 from harken.errors import ConfigError
+from harken.observe import page
 from harken.observe.page import Page
 from harken.observe.view import VIEW
 from harken.observe.viewers import MAX_VIEWERS
@@ -255,3 +258,32 @@ def test_garbage_is_refused_in_one_answer(site):
     with socket.create_connection(site.address, PATIENCE) as client:
         client.sendall(b"\x16\x03\x01 nonsense of no protocol at all\r\n\r\n")
         assert b"400" in client.makefile("rb").read()
+
+
+def test_a_head_that_dribbles_has_one_deadline(site, monkeypatch):
+    """However little is sent at a time, and however often."""
+    monkeypatch.setattr(page, "HEAD_SECONDS", 0.2)
+    with socket.create_connection(site.address, PATIENCE) as client:
+        client.sendall(b"GET /metrics HTTP/1.1\r\n")
+        for _ in range(99):  # as many headers as http.client takes
+            client.sendall(b"a: b\r\n")
+            if select.select([client], [], [], 0.05)[0]:
+                break
+        else:
+            pytest.fail("it was listened to all the while")
+        with contextlib.suppress(ConnectionResetError):  # what was sent after the end
+            assert client.recv(1) == b""
+
+
+def test_those_who_say_nothing_keep_nobody_out(monkeypatch):
+    """When there is no room the longest idle goes."""
+    monkeypatch.setitem(page._LIMITS, "max_connections", 2)
+    site = Site(None)
+    idle = [socket.create_connection(site.address, PATIENCE) for _ in range(2)]
+    for client in idle:
+        client.sendall(b"GET /metrics HTTP/1.1\r\n")
+    assert [site.status("/health/live") for _ in range(3)] == [200, 200, 200]
+    assert idle[0].recv(1) == b""
+    for client in idle:
+        client.close()
+    site.page.close()

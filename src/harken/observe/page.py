@@ -13,7 +13,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from functools import cached_property, partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -29,23 +29,23 @@ from harken.observe.exposition import expose
 from harken.observe.figures import Figures
 from harken.observe.view import VIEW
 from harken.observe.viewers import Viewers
+from harken.reaper import reaper
 from harken.server import BaseServer, TCPServer
 from harken.serving import serving_of
 
 __all__ = ["Page", "Source"]
 
-# Bounds of those who connect: a few Prometheus servers, probes and people. Each read of a request has its seconds.
+# Bounds of those who connect: a few Prometheus servers, probes and people. When there are more, the longest idle goes.
 _LIMITS: dict[str, Any] = {
     "engine": "thread",
     "max_connections": 64,
-    "overload": "reset",
-    "read_timeout": 10.0,
+    "overload": "shed",
     "write_timeout": 10.0,
 }
+# Seconds from connecting to the end of a request's head, however it dribbles in.
+HEAD_SECONDS = 10.0
 # Connections that the live view shows: more than a person reads, and a browser draws them within a few milliseconds.
 MOST_CONNECTIONS = 500
-# Bytes of a request's body; nobody needs any.
-MAX_BODY_BYTES = 4096
 # Seconds that answers which are under way get to notice that the page closes.
 LEAVE_SECONDS = 1.0
 # Headers of proxies: whoever sends one speaks for somebody else, who may be anywhere.
@@ -144,9 +144,25 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """One request a connection: it then holds no thread."""
-        with suppress(OSError):  # the client has gone, or was too slow
+        self._bell = reaper.call_at(time.monotonic() + HEAD_SECONDS, self._cut)
+        try:
             super().handle_one_request()
+        except OSError:
+            pass  # the client has gone, or was too slow
+        finally:
+            reaper.cancel(self._bell)
         self.close_connection = True
+
+    def _cut(self) -> None:
+        record = self.server._harken.connections.find(self.request)
+        if record is not None:
+            record.cut("read_timeout")
+
+    def parse_request(self) -> bool:
+        """Read the rest of the head; tell whether it can be answered."""
+        understood = super().parse_request()
+        reaper.cancel(self._bell)
+        return understood
 
     # -- what is asked for ---------------------------------------------------------------------------------------------
 
