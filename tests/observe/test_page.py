@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from harken import transports
-from harken.errors import ConfigError
+from harken.errors import ConfigError, LifecycleError
 from harken.observe import page
 from harken.observe.page import Page
 from harken.observe.view import VIEW
@@ -258,6 +258,42 @@ def test_garbage_is_refused_in_one_answer(site):
     with socket.create_connection(site.address, PATIENCE) as client:
         client.sendall(b"\x16\x03\x01 nonsense of no protocol at all\r\n\r\n")
         assert b"400" in client.makefile("rb").read()
+
+
+@pytest.mark.parametrize(
+    "path, headers, status",
+    [
+        ("http://[", {"Host": "localhost"}, 400),
+        ("/events", {"Host": "["}, 403),
+        ("/events", {"Origin": "http://["}, 403),
+        ("/metrics", {"Accept": "text/plain; version=a.b"}, 200),
+        ("/metrics", {"Accept": "application/openmetrics-text; version=1.0.0; escaping=zz"}, 200),
+        ("/metrics", {"Accept": ";;;===,"}, 200),
+    ],
+)
+def test_nonsense_in_a_head_is_answered(site, path, headers, status, capfd):
+    """A peer's fault is no fault of ours: no traceback tells of it."""
+    assert site.status(path, **headers) == status
+    assert capfd.readouterr().err == ""
+
+
+def test_what_nobody_foresaw_is_told_once(site, capfd):
+    """The log is not the clients' to fill."""
+    site.source.health = None
+    for _ in range(2):
+        with pytest.raises(http.client.RemoteDisconnected):
+            site.ask("/health/ready")
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_a_question_that_is_refused_is_told(site, monkeypatch):
+    """As one that nobody answers."""
+
+    def refuse(verb, **_arguments):
+        raise LifecycleError(f"no {verb} while it ends")
+
+    monkeypatch.setattr(site.source, "ask", refuse)
+    assert site.status("/metrics") == 503
 
 
 def test_a_head_that_dribbles_has_one_deadline(site, monkeypatch):

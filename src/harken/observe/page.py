@@ -14,11 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from functools import cached_property, partial
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from harken.connection import peer_fault
 from harken.errors import HarkenError
@@ -118,6 +118,7 @@ class _Server(ThreadingMixIn, TCPServer):
     daemon_threads = True
     block_on_close = False
     unobserved = True  # harken's own: no event tells of it
+    _told = False
 
     def __init__(self, listener: Listener, page: Page) -> None:
         BaseServer.__init__(self, listener.getsockname(), _Handler)
@@ -125,6 +126,12 @@ class _Server(ThreadingMixIn, TCPServer):
         self.socket = listener
         self.page = page
         self.local = listener.url.startswith("unix:")
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """What nobody foresaw is told once: whoever can connect could repeat it."""
+        if not self._told:
+            self._told = True
+            super().handle_error(request, client_address)
 
     def end(self) -> None:
         serving = self._harken
@@ -162,6 +169,12 @@ class _Handler(BaseHTTPRequestHandler):
         """Read the rest of the head; tell whether it can be answered."""
         understood = super().parse_request()
         reaper.cancel(self._bell)
+        if understood:
+            try:
+                self._path = urlsplit(self.path).path
+            except ValueError as error:  # no such host, say
+                self.send_error(HTTPStatus.BAD_REQUEST, explain=str(error))
+                return False
         return understood
 
     # -- what is asked for ---------------------------------------------------------------------------------------------
@@ -189,10 +202,6 @@ class _Handler(BaseHTTPRequestHandler):
         connection = self._connection_to("kill")
         self._answer(self._unknown if connection is None else partial(self._kill, connection))
 
-    @cached_property
-    def _path(self) -> str:
-        return urlsplit(self.path).path
-
     def _connection_to(self, verb: str) -> str | None:
         """Return the connection of ``/connections/ID/VERB``; None when another path or verb was asked for."""
         parts = self._path.split("/")
@@ -201,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, answer: Callable[[], None]) -> None:
         try:
             answer()
-        except TimeoutError:
+        except (TimeoutError, HarkenError):
             self._tell(HTTPStatus.SERVICE_UNAVAILABLE, "the server does not answer\n")
 
     def _unknown(self) -> None:
@@ -300,7 +309,7 @@ class _Handler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             return False
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             return False
         return self._has_token or self.server.local or _is_number_or_localhost(host)
 
@@ -332,8 +341,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
+def _split(url: str) -> SplitResult:
+    """Take a URL apart; one that is none has no parts."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
 def _is_number_or_localhost(host: str) -> bool:
-    name = urlsplit("//" + host).hostname or ""
+    name = _split("//" + host).hostname or ""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:
