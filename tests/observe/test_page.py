@@ -172,6 +172,8 @@ def test_events_come_one_after_the_other(site):
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Origin": "https://evil.example"}, 403),
         ({"X-Forwarded-For": "192.0.2.1"}, 403),  # a proxy on this machine speaks for another
+        ({"X-Real-IP": "192.0.2.1"}, 403),
+        ({"x-forwarded-host": "service.example"}, 403),
         ({"X-Forwarded-For": "192.0.2.1", **BEARER}, 200),
         ({"X-Forwarded-For": "192.0.2.1", "Authorization": "Bearer wrong"}, 403),
     ],
@@ -187,6 +189,8 @@ def test_connections_are_shown_to_this_machine_or_by_the_token(site, headers, st
     "headers, status",
     [
         (BEARER, 200),
+        ({"Authorization": f"bearer {TOKEN}"}, 200),
+        ({"Authorization": f"Basic xBearer {TOKEN}"}, 403),
         ({}, 403),
         ({"Authorization": "Bearer " + TOKEN[:-1]}, 403),
         ({"Authorization": "Bearer ä"}, 403),

@@ -48,8 +48,9 @@ HEAD_SECONDS = 10.0
 MOST_CONNECTIONS = 500
 # Seconds that answers which are under way get to notice that the page closes.
 LEAVE_SECONDS = 1.0
-# Headers of proxies: whoever sends one speaks for somebody else, who may be anywhere.
-_FORWARDED = ("Forwarded", "X-Forwarded-For", "Via")
+# Headers of proxies, beside X-Forwarded-…: whoever sends one speaks for somebody else, who may be anywhere.
+_FORWARDED = {"forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "client-ip", "true-client-ip"}
+_FORWARDED |= {"cf-connecting-ip", "x-original-forwarded-for"}
 
 
 class Source(Protocol):
@@ -280,8 +281,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _has_token(self) -> bool:
         """Whether the request knows the token. The comparison takes as long whatever is wrong."""
         token = self.server.page.token
-        _, _, given = self.headers.get("Authorization", "").partition("Bearer ")
-        return token is not None and hmac.compare_digest(given.strip().encode(), token.encode())
+        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+        return (
+            token is not None
+            and scheme.lower() == "bearer"
+            and hmac.compare_digest(given.strip().encode(), token.encode())
+        )
 
     @property
     def _may_act(self) -> bool:
@@ -294,7 +299,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def _is_near(self) -> bool:
-        if any(name in self.headers for name in _FORWARDED):
+        names = {name.lower() for name in self.headers}
+        if names & _FORWARDED or any(name.startswith("x-forwarded") for name in names):
             return False
         return self.server.local or ipaddress.ip_address(self.client_address[0].partition("%")[0]).is_loopback
 
