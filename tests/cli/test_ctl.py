@@ -130,6 +130,12 @@ def test_a_live_setting_changes_and_others_are_refused(running):
     assert "is not a number of seconds" in running.ctl("set", "drain_timeout", "soon", status=1)
 
 
+@pytest.mark.parametrize("name", ["verb", "ctx", "sock", "worker", "self"])
+def test_no_name_of_a_setting_is_taken_for_something_else(running, name):
+    """Whatever words the code uses by itself: it is an unknown setting, in one line."""
+    assert f"unknown setting {name!r}" in running.ctl("set", name, "x", status=1)
+
+
 def test_the_log_follows_its_level(running):
     """What was too little before is logged from now on, by every process that serves."""
     running.ctl("set", "log_level", "debug")

@@ -39,7 +39,7 @@ class Group(click.Group):
         return super().parse_args(ctx, args)
 
 
-def _ask(ctx: click.Context, verb: str, **arguments: Any) -> Any:
+def _ask(ctx: click.Context, verb: str, /, **arguments: Any) -> Any:
     with asking.connected(asking.find_socket(ctx.obj["socket"])) as sock:
         return asking.ask(sock, verb, **arguments)
 
