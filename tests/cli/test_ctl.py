@@ -8,8 +8,10 @@ import socket
 import subprocess
 
 import pytest
+from waiting import wait_until
 
 from harken.cli import asking
+from harken.process import control
 
 SECONDS = 20.0
 
@@ -221,6 +223,21 @@ def test_bytes_in_hexadecimal_and_a_trace_that_is_ended(running):
         assert line.endswith("6  again\\n\n")
         process.send_signal(signal.SIGINT)
         assert process.wait(SECONDS) == 0
+
+
+def test_whoever_traces_cannot_name_the_trace(running):
+    """It would not find its way to them, nor its end when they hang up."""
+    with running.connect():
+        (found,) = running.json("connections")
+        for _ in range(2):
+            wait_until(lambda: traced(running, {"connection": found["id"], "token": "mine"}))
+
+
+def traced(running, arguments):
+    """Begin a trace and hang up; tell whether it began."""
+    with asking.connected(str(running.path)) as sock:
+        told = next(control.replies(sock, "trace", arguments, SECONDS))
+        return "result" in told and told["result"]["begin"]
 
 
 def test_a_connection_that_is_not_there_cannot_be_traced(running):
