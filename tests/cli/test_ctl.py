@@ -264,6 +264,20 @@ def test_workers_are_added(running):
     assert len(running.json("status")["workers"]) == 3
 
 
+def test_workers_that_leave_are_shown_while_they_serve(running):
+    """A drain is looked into, too: nobody is ready, and one has a client still."""
+    if running.json("status")["supervisor"] is None:
+        return
+    with running.connect() as client:
+        running.ctl("drain")
+        wait_until(
+            lambda: [(each["leaving"], each["open"]) for each in running.json("status")["workers"]] == [(True, 1)]
+        )
+        assert "0 of 2 workers, 1 leaving" in running.ctl("status")
+        client.sendall(b"still served")
+        assert client.recv(100) == b"still served"
+
+
 def test_the_socket_is_its_owners_alone(running):
     """Mode 0600."""
     assert running.path.stat().st_mode & 0o777 == 0o600

@@ -16,7 +16,7 @@ from harken.errors import ConfigError
 from harken.networks import Networks
 from harken.observe.log import escape
 
-__all__ = ["command", "peer_text", "trace_lines"]
+__all__ = ["command", "peer_text", "trace_lines", "workers_text"]
 
 ORDERS: dict[str, tuple[str, bool]] = {
     "idle": ("idle_seconds", True),
@@ -69,11 +69,18 @@ def status(ctx: click.Context) -> None:
 def _status_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     if found["supervisor"]:
-        lines.append(f"supervisor {found['supervisor']}, {len(found['workers'])} of {found['wanted']} workers")
-        lines += table(found["workers"], ("pid", "generation", "ready", "open", "accepted", "rss"))
+        lines.append(f"supervisor {found['supervisor']}, {workers_text(found)}")
+        lines += table(found["workers"], ("pid", "generation", "ready", "leaving", "open", "accepted", "rss"))
     rows = [server | {"closed_total": sum(server["closed_total"].values())} for server in found["servers"]]
     shown = ("address", "engine", "state", "open", "accepted_total", "rejected_total", "handler_failed_total")
     return lines + table(rows, shown)
+
+
+def workers_text(found: dict[str, Any]) -> str:
+    """Return how many workers serve, of how many, and how many leave meanwhile."""
+    leaving = sum(each["leaving"] for each in found["workers"])
+    ready = sum(each["ready"] and not each["leaving"] for each in found["workers"])
+    return f"{ready} of {found['wanted']} workers" + (f", {leaving} leaving" if leaving else "")
 
 
 @command.command(help="The open connections.")

@@ -98,11 +98,12 @@ class Commands:
                         "pid": child.pid,
                         "generation": child.generation,
                         "ready": child.ready,
+                        "leaving": child.leaving,
                         "open": child.row.open,
                         "accepted": child.row.accepted,
                         "rss": resident_bytes(child.pid),
                     }
-                    for child in workers.staying
+                    for child in workers.all
                 ],
                 "wanted": workers.wanted,
                 "servers": reply["result"],

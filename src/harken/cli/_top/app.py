@@ -18,6 +18,7 @@ from harken.cli._top.service import Look, Rates, Service
 from harken.cli._top.table import MOST_ROWS, Table
 from harken.cli._top.words import size
 from harken.cli.asking import Refused
+from harken.cli.ctl import workers_text
 
 __all__ = ["Top"]
 
@@ -290,8 +291,11 @@ def _head(look: Look) -> str:
     addresses = "  ".join(f"{each['address']} {each['engine']} {each['state']}" for each in status["servers"])
     paused = "paused at a limit" if any(each["paused"] for each in status["servers"]) else ""
     ready = "" if look.health["ready"] else f"not ready: {look.health['reason']}"
-    workers = f"{len(status['workers'])} of {status['wanted']} workers"
-    who = f"supervisor {status['supervisor']}, {workers}" if status["supervisor"] is not None else "no workers"
+    who = (
+        f"supervisor {status['supervisor']}, {workers_text(status)}"
+        if status["supervisor"] is not None
+        else "no workers"
+    )
     return "  ".join(filter(None, [addresses, who, paused, ready]))
 
 
