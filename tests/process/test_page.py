@@ -394,6 +394,16 @@ def test_wrong_addresses_are_refused(values, message):
         page.open_listener(Settings(None, values, "serve"))
 
 
+@pytest.mark.parametrize(
+    "url, opened",
+    [("tcp://127.0.0.1:0", "http://127.0.0.1:"), ("tcp://[::1]:0", "http://[::1]:"), ("tcp://:0", "http://localhost:")],
+)
+def test_the_address_that_is_told_can_be_opened(url, opened):
+    """Also where the page is at every address of the machine."""
+    with page.open_listener(Settings(None, {"metrics": url})) as listener:
+        assert page.web_address(listener) == f"{opened}{listener.getsockname()[1]}/"
+
+
 def test_tokens_that_can_be_guessed_are_refused(tmp_path):
     """A missing file, a short word; a good one is read without its line's end."""
     path = tmp_path / "token"

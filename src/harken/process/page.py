@@ -81,7 +81,10 @@ def check_address(url: str) -> None:
 
 def web_address(listener: Listener) -> str:
     """Return what people type into a browser, or the path where browsers do not go."""
-    return listener.url.replace("tcp://", "http://", 1) + ("/" if listener.url.startswith("tcp:") else "")
+    scheme, _, where = listener.url.partition("://")
+    if scheme != "tcp":
+        return listener.url
+    return f"http://{'localhost' if where.startswith(':') else ''}{where}/"  # every address, and no name for it
 
 
 def read_token(settings: Settings) -> str | None:
