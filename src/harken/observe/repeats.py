@@ -5,6 +5,7 @@ A client that is turned away a thousand times a second must not fill the disk, n
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
@@ -77,6 +78,13 @@ def _after_fork() -> None:
     """A child counts anew: what was seen is its parent's to tell, and the thread that ends the window stayed there."""
     for repeats in _all:
         repeats._begin()
+
+
+@atexit.register
+def _at_exit() -> None:
+    """Tell what was left out of windows that nobody will end."""
+    for repeats in _all:
+        repeats.close()
 
 
 os.register_at_fork(after_in_child=_after_fork)
