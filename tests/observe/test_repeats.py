@@ -2,6 +2,7 @@
 
 import os
 import threading
+from queue import SimpleQueue
 
 from harken.observe.repeats import BURST, MOST_KINDS, Repeats
 
@@ -46,30 +47,46 @@ def test_kinds_that_a_stranger_makes_up_do_not_fill_the_memory():
     assert told == [(("rejected",), 90)]
 
 
-def test_a_forked_child_counts_anew_and_ends_its_windows_itself():
-    """It has neither the thread that would end its parent's window, nor the count, nor the lock that another held."""
-    repeats = Repeats(lambda *_each: None)
+def test_a_forked_child_counts_with_its_parent():
+    """What one has seen is seen by the other, in either direction."""
+    told = []
+    repeats = Repeats(lambda *each: told.append(each), window=3600.0)
+    for _ in range(BURST - 1):
+        assert repeats.admit(("handler_failed", "ValueError"))
+    pid = os.fork()
+    if pid == 0:
+        os._exit([repeats.admit(("handler_failed", "ValueError")) for _ in range(3)] != [True, False, False])
+    assert os.waitpid(pid, 0)[1] == 0
+    assert not repeats.admit(("handler_failed", "ValueError"))
+    repeats.close()
+    assert told == [(("handler_failed", "ValueError"), 3)]
+
+
+def test_a_forked_child_ends_windows_itself():
+    """It has neither the thread that would end its parent's window, nor the one that holds the lock."""
+    repeats = Repeats(lambda *_each: None, window=3600.0)
     while repeats.admit(("reload_failed",)):
         pass
     with repeats._lock:
         pid = os.fork()
         if pid == 0:
             os._exit(_count_in_child(repeats))
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert not repeats.admit(("reload_failed",))
+    assert os.waitpid(pid, 0)[1] == 0
     repeats.close()
 
 
 def _count_in_child(repeats):
-    told, over = [], threading.Event()
-    repeats._tell = lambda *each: (told.append(each), over.set())
+    told = SimpleQueue()
+    repeats._tell = lambda *_each: told.put(threading.current_thread())
     repeats._window = 0.05
-    ready = threading.Event()
+    ended = threading.Event()
 
     def count():
-        written = sum(repeats.admit(("reload_failed",)) for _ in range(BURST + 3))
-        if written == BURST and over.wait(PATIENCE):
-            ready.set()
+        while repeats.admit(("reload_failed",)):  # in the window that was begun before
+            pass
+        while told.get(timeout=PATIENCE) is threading.current_thread():
+            pass
+        ended.set()
 
     threading.Thread(target=count, daemon=True).start()
-    return 0 if ready.wait(2 * PATIENCE) and told == [(("reload_failed",), 3)] else 1
+    return not ended.wait(2 * PATIENCE)

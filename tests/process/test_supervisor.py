@@ -489,10 +489,11 @@ def test_the_rate_holds_over_all_workers(service):
     assert elapsed < PATIENCE
 
 
-def test_who_ends_tells_what_its_log_left_out(service, target):
-    """A worker's window is not over when it has to go."""
+@pytest.mark.parametrize("engine", ["thread", "fork"])
+def test_who_ends_tells_what_its_log_left_out(service, target, engine):
+    """A worker's window is not over when it has to go; and it is one with those of the children that it forks."""
     target.write_text("import harken\nclass Tell(harken.BaseRequestHandler):\n    def handle(self):\n        1 / 0\n")
-    served = service("--workers", "1")
+    served = service("--workers", "1", "--engine", engine)
     served.workers(1)
     for _ in range(13):
         with served.connect() as client:
