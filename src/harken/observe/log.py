@@ -205,7 +205,7 @@ class LogObserver:
         name = kind[0]
         what = " ".join(kind).replace("_", " ")
         self.logger.log(
-            _LEVELS[name],
+            _LEVELS.get(name, logging.WARNING),  # two processes that noted a new kind at once may have mixed it up
             "%s",
             f"{what}: … {count:,} more like this in {WINDOW_SECONDS:g} s",
             extra={"event": name, "fields": {"left_out": count}},
