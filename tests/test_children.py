@@ -5,6 +5,8 @@ import socket
 import threading
 from types import SimpleNamespace
 
+from waiting import wait_until
+
 import harken
 from harken.children import _Child
 from harken.tally import Tally
@@ -66,11 +68,11 @@ def test_one_loop_at_a_time_hears_of_a_child():
     serving = SimpleNamespace(
         deadlines=None,
         entry=object(),
-        books=SimpleNamespace(meter=None),
+        books=SimpleNamespace(meter=None, failed_elsewhere=lambda _times: None),
         connections=SimpleNamespace(hand_over=lambda *_: None, child_ended=lambda *_: None),
         engine=SimpleNamespace(spawn=lambda *_, done: 1, watch=lambda *_: None, unwatch=lambda _: None),
     )
-    child = _Child(serving, Tally(), SimpleNamespace(held=False, moved=None, requests=None))
+    child = _Child(serving, Tally(), SimpleNamespace(held=False, moved=None, requests=None, started=0.0))
     child.start(lambda: 0)
     hear, heard = child._report.hear, []
 
@@ -86,3 +88,37 @@ def test_one_loop_at_a_time_hears_of_a_child():
     other[0].join(PATIENCE)
     assert heard == [threading.get_ident()]
     assert not child._report.open
+
+
+class Fail(harken.BaseRequestHandler):
+    """Raises once it is asked to."""
+
+    def handle(self):
+        """Of a connection or a datagram."""
+        if not isinstance(self.request, tuple):
+            self.request.recv(100)
+        raise ValueError("a handler's own fault")
+
+
+def test_what_handlers_raise_in_children_is_counted(capfd):
+    """Of connections and of datagrams, beside how long they took."""
+    with harken.background(harken.ForkingTCPServer(("127.0.0.1", 0), Fail)) as server:
+        server._harken.books.measure()
+        for _ in range(2):
+            with socket.create_connection(server.server_address, PATIENCE) as client:
+                client.sendall(b"1")
+                client.recv(1)
+        wait_until(lambda: server.stats()["closed_total"] == {"handler_failed": 2})
+        assert figures(server) == (2, 2)
+    with harken.background(harken.ForkingUDPServer(("127.0.0.1", 0), Fail)) as server:
+        server._harken.books.measure()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.sendto(b"1", server.server_address)
+            wait_until(lambda: server.stats()["accepted_total"] == 1 and not server._harken.engine.children)
+        wait_until(lambda: figures(server) == (1, 1))
+    assert capfd.readouterr().err.count("\nValueError: a handler's own fault") == 3
+
+
+def figures(server):
+    """How often its handlers raised, and how many of them have ended."""
+    return server.stats()["handler_failed_total"], sum(server._harken.books.meter.handler.counts)

@@ -1,5 +1,7 @@
 """Events: subscribing, unsubscribing, and observers that break."""
 
+import os
+import threading
 import time
 
 import pytest
@@ -101,6 +103,59 @@ def test_an_observer_may_unsubscribe_while_it_is_told(seen):
     events.emit("opened")
     assert seen.count("once") == 1
     assert len(seen) == 3
+
+
+class Meeting(dict):
+    """Subscribers, of which the reader of one name is met by somebody else before it writes."""
+
+    def __init__(self, known, meet):
+        super().__init__(known)
+        self._meet = meet
+
+    def __getitem__(self, name):
+        """Read one name's, and let the other come once."""
+        found = super().__getitem__(name)
+        meet, self._meet = self._meet, lambda: None
+        meet()
+        return found
+
+
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["in another thread", "in a signal handler"])
+def test_of_changes_that_meet_none_is_lost(seen, monkeypatch, elsewhere):
+    """Neither of two threads, nor of a thread and a signal handler that comes in between."""
+    others = []
+
+    def subscribe_another():
+        other = threading.Thread(target=lambda: others.append(events.subscribe(seen.append, "opened")))
+        others.append(other)
+        if elsewhere:
+            other.start()
+            other.join(0.2)  # it must wait for us
+        else:
+            other.run()
+
+    monkeypatch.setattr(events, "subscribers", Meeting(events.subscribers, subscribe_another))
+    end = events.subscribe(seen.append, "opened")
+    if elsewhere:
+        others[0].join()
+    events.emit("opened")
+    assert len(seen) == 2
+    end()
+    others[1]()
+    events.emit("opened")
+    assert len(seen) == 2
+
+
+def test_a_child_that_is_forked_in_the_midst_of_a_change_can_make_others():
+    """The thread that makes it stayed in the parent."""
+    with events._changes._lock:
+        pid = os.fork()
+        if pid == 0:
+            other = threading.Thread(target=lambda: events.subscribe(print, "opened"), daemon=True)
+            other.start()
+            other.join(10.0)
+            os._exit(other.is_alive())
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 def test_fields_are_attributes_and_absent_ones_are_none():

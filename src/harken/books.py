@@ -190,6 +190,10 @@ class Books:
         if events.subscribers["handler_failed"]:
             self._tell("handler_failed", record, client_address, error=error)
 
+    def failed_elsewhere(self, times: int) -> None:
+        """A handler raised so often in a child, which has told of it."""
+        self._counts["handler_failed"] += times
+
     def alarm(self, open_now: int) -> None:
         """``alarm_connections`` are open."""
         events.emit("alarm", server=self._server, open=open_now)

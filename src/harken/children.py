@@ -74,9 +74,9 @@ class Children:
             serving.server.socket.close()
         if record is not None:
             self._herald.listen(partial(self._say_goodbye, record))
+        failed_before = serving.books.counts["handler_failed"]  # by then, in the parent
         function(request, client_address)
-        if record is not None:
-            self._tally.tell(place, record)
+        self._tally.tell(place, record, serving.books.counts["handler_failed"] - failed_before)
         return child_status(record)
 
     def _say_goodbye(self, record: Record, jitter: float) -> None:
@@ -102,6 +102,7 @@ class _Child:
         self._serving = serving
         self._tally = tally
         self._record = record
+        self._begun = record.started if record is not None else time.monotonic()
         self._known = threading.RLock()
         self._limits = serving.deadlines.limits if serving.deadlines is not None else dict.fromkeys(DEADLINES)
         self._report = Report(record, self._opened) if serving.entry is not None and record is not None else None
@@ -145,10 +146,10 @@ class _Child:
         record, books = self._record, self._serving.books
         with self._known:
             self._told()
-            self._tally.give_back(self.place, record)
+            books.failed_elsewhere(self._tally.give_back(self.place, record))
+            if books.meter is not None:
+                books.meter.handled(self._begun)
             if record is not None:
-                if books.meter is not None:
-                    books.meter.handled(record.started)
                 self._tell_reason(record, status)
             self._serving.connections.child_ended(record, status)
 

@@ -7,9 +7,12 @@ Nobody listening costs one truth test: callers write ``if events.subscribers["op
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +83,42 @@ Callback = Callable[[Event], object]
 
 subscribers: dict[str, tuple[Callback, ...]] = dict.fromkeys(NAMES, ())
 
+
+class _Changes:
+    """Changes of :data:`subscribers`, one after the other: of two at once one would be lost. Any thread.
+
+    A signal handler may come in the midst of a change that its own thread makes. It neither waits for that, nor comes
+    in between: it leaves its change to it.
+    """
+
+    def __init__(self) -> None:
+        self._wanted: deque[Callable[[], None]] = deque()
+        self._lock = threading.RLock()
+        self._busy = False
+
+    def make(self, change: Callable[[], None]) -> None:
+        """Make one."""
+        self._wanted.append(change)
+        with self._lock:
+            while self._wanted and not self._busy:
+                self._busy = True
+                try:
+                    while self._wanted:
+                        self._wanted.popleft()()
+                finally:
+                    self._busy = False
+
+    def forget(self) -> None:
+        """Forget who was in the midst of one: in a forked child, where that thread is not."""
+        self._lock = threading.RLock()
+        self._busy = False
+
+
+_changes = _Changes()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_changes.forget)
+
 # Set by the log observer: what handlers raise is written to the log, and handle_error need not print it too.
 logged = False
 
@@ -104,23 +143,24 @@ def subscribe(callback: Callback, *names: str) -> Callable[[], None]:
         if name not in NAMES:
             raise ConfigError(f"no event is called {name!r}{nearest(name, NAMES)}")
     wanted = names or tuple(NAMES)
-    for name in wanted:
-        subscribers[name] = (*subscribers[name], callback)
 
     ended = False
 
-    def unsubscribe() -> None:
-        nonlocal ended
-        if ended:
-            return
-        ended = True
+    def begin() -> None:
         for name in wanted:
+            subscribers[name] = (*subscribers[name], callback)
+
+    def end() -> None:
+        nonlocal ended
+        for name in wanted if not ended else ():
             rest = list(subscribers[name])
             if callback in rest:
                 rest.remove(callback)
             subscribers[name] = tuple(rest)
+        ended = True
 
-    return unsubscribe
+    _changes.make(begin)
+    return lambda: _changes.make(end)
 
 
 def emit(name: str, **fields: Any) -> None:

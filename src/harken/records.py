@@ -47,7 +47,7 @@ REASONS: dict[str, str] = {
     "drained": "it left when the server drained",
     "drain_deadline": "it was cut when the drain's time was over",
     "shed": "it was the longest idle when room was needed, or harken held most for it when memory was",
-    "shutdown": "the server stopped at once",
+    "shutdown": "the server stopped at once; in `/metrics` also: the worker that served it was killed",
 }
 
 # Seconds for which a connection counts as busy after it was accepted, unless its first byte comes sooner.

@@ -92,6 +92,7 @@ class Serving:
         if engine is not None:
             self.engine = engine
         self._packet_size = (-1, 0)
+        self._address = ""  # as the socket told it when it was last open
         self._shared: Serving | None = None
         self.place: Place | None = None
         """This process's among several over which limits hold; given before any connection comes."""
@@ -209,9 +210,10 @@ class Serving:
         if url:
             return str(url)
         try:
-            return for_socket(listener).url(listener)
+            self._address = for_socket(listener).url(listener)
         except (OSError, AttributeError, ValueError):
-            return str(getattr(self.server, "server_address", "?"))
+            pass  # closed, or no socket yet
+        return self._address or str(getattr(self.server, "server_address", "?"))
 
     @cached_property
     def admission(self) -> Admission | None:

@@ -14,8 +14,8 @@ __all__ = ["Tally"]
 
 # Children at once for which there is a place; those beyond tell nothing. Memory is taken as it is used.
 MAX_PLACES = 16384
-_PLACE = struct.Struct("=qqq")  # bytes that came, bytes sent, requests; -1 for what nobody counts
-_NOTHING = (-1, -1, -1)
+_PLACE = struct.Struct("=qqqq")  # bytes that came, bytes sent, requests (-1 for what nobody counts); exceptions
+_NOTHING = (-1, -1, -1, 0)
 
 
 class Tally:
@@ -38,21 +38,29 @@ class Tally:
         self._write(place, _NOTHING)
         return place
 
-    def tell(self, place: int, record: Record) -> None:
-        """Tell what was counted on a connection; in the child, at its end."""
-        if place >= 0:
-            received, sent = record.moved or (-1, -1)
-            self._write(place, (received, sent, -1 if record.requests is None else record.requests))
+    def tell(self, place: int, record: Record | None, failures: int) -> None:
+        """Tell what was counted on a connection, or of a datagram; in the child, at its end.
 
-    def give_back(self, place: int, record: Record | None) -> None:
-        """The child has ended, or was not forked: note what it told."""
+        Args:
+            place: the child's.
+            record: the connection's; a datagram has none.
+            failures: exceptions out of handlers.
+        """
+        if place >= 0:
+            received, sent = (record and record.moved) or (-1, -1)
+            requests = record.requests if record is not None else None
+            self._write(place, (received, sent, -1 if requests is None else requests, failures))
+
+    def give_back(self, place: int, record: Record | None) -> int:
+        """The child has ended, or was not forked: note what it told, and return its exceptions."""
         if place < 0:
-            return
-        received, sent, requests = _PLACE.unpack_from(self._memory, place * _PLACE.size)
+            return 0
+        received, sent, requests, failures = _PLACE.unpack_from(self._memory, place * _PLACE.size)
         self._free.append(place)
         if record is not None:
             record.moved = (received, sent) if received >= 0 else record.moved
             record.requests = requests if requests >= 0 else record.requests
+        return int(failures)
 
-    def _write(self, place: int, numbers: tuple[int, int, int]) -> None:
+    def _write(self, place: int, numbers: tuple[int, int, int, int]) -> None:
         _PLACE.pack_into(self._memory, place * _PLACE.size, *numbers)

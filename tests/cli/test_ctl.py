@@ -8,8 +8,10 @@ import socket
 import subprocess
 
 import pytest
+from waiting import wait_until
 
 from harken.cli import asking
+from harken.process import control
 
 SECONDS = 20.0
 
@@ -103,12 +105,37 @@ def test_connections_are_listed_filtered_and_closed(running):
         assert two.recv(100) == b"still here"
 
 
+def test_a_client_s_name_cannot_leave_its_place(run_program, tmp_path):
+    """Of a Unix socket it is the client's to choose: neither a row of its own nor orders to the terminal."""
+    (tmp_path / "app.py").write_text(APP)
+    address, control = tmp_path / "app.sock", tmp_path / "ctl.sock"
+    words = ("--bind", f"unix:{address}", "--control", str(control), "--workers", "0")
+    process = run_program("-m", "harken", "serve", "app:Echo", *words, cwd=tmp_path)
+    assert "listening" in process.stderr.readline()
+    running = Running(process, 0, control, run_program)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.bind(f"\0{os.getpid()}\x1b]0;owned\x07\nFORGED".encode() + b"\xff")
+        client.connect(str(address))
+        assert client.recv(100) == b"hello\n"
+        name = f"{os.getpid()}\\x1b]0;owned\\x07\\x0aFORGED\\udcff"
+        _, line = running.ctl("connections").splitlines()
+        assert name in line
+        (line,) = [line for line in running.ctl("stacks").splitlines() if "connection" in line and "owned" in line]
+        assert name in line
+
+
 def test_a_live_setting_changes_and_others_are_refused(running):
     """With one line that says why."""
     running.ctl("set", "drain-timeout", "0.5")
     assert "cannot change while the server runs" in running.ctl("set", "backlog", "5", status=1)
     assert "unknown setting 'drain_timeuot'" in running.ctl("set", "drain_timeuot", "5", status=1)
     assert "is not a number of seconds" in running.ctl("set", "drain_timeout", "soon", status=1)
+
+
+@pytest.mark.parametrize("name", ["verb", "ctx", "sock", "worker", "self"])
+def test_no_name_of_a_setting_is_taken_for_something_else(running, name):
+    """Whatever words the code uses by itself: it is an unknown setting, in one line."""
+    assert f"unknown setting {name!r}" in running.ctl("set", name, "x", status=1)
 
 
 def test_the_log_follows_its_level(running):
@@ -198,6 +225,21 @@ def test_bytes_in_hexadecimal_and_a_trace_that_is_ended(running):
         assert process.wait(SECONDS) == 0
 
 
+def test_whoever_traces_cannot_name_the_trace(running):
+    """It would not find its way to them, nor its end when they hang up."""
+    with running.connect():
+        (found,) = running.json("connections")
+        for _ in range(2):
+            wait_until(lambda: traced(running, {"connection": found["id"], "token": "mine"}))
+
+
+def traced(running, arguments):
+    """Begin a trace and hang up; tell whether it began."""
+    with asking.connected(str(running.path)) as sock:
+        told = next(control.replies(sock, "trace", arguments, SECONDS))
+        return "result" in told and told["result"]["begin"]
+
+
 def test_a_connection_that_is_not_there_cannot_be_traced(running):
     """Status 1, and a word why."""
     assert "no connection 'nobody-1' is open" in running.ctl("trace", "nobody-1", status=1)
@@ -220,6 +262,20 @@ def test_workers_are_added(running):
     while "worker started" not in running.process.stderr.readline():
         pass
     assert len(running.json("status")["workers"]) == 3
+
+
+def test_workers_that_leave_are_shown_while_they_serve(running):
+    """A drain is looked into, too: nobody is ready, and one has a client still."""
+    if running.json("status")["supervisor"] is None:
+        return
+    with running.connect() as client:
+        running.ctl("drain")
+        wait_until(
+            lambda: [(each["leaving"], each["open"]) for each in running.json("status")["workers"]] == [(True, 1)]
+        )
+        assert "0 of 2 workers, 1 leaving" in running.ctl("status")
+        client.sendall(b"still served")
+        assert client.recv(100) == b"still served"
 
 
 def test_the_socket_is_its_owners_alone(running):

@@ -15,6 +15,8 @@ from contextlib import ExitStack
 
 import pytest
 from textual.events import Paste
+from textual.widgets import Static
+from textual.widgets._toast import Toast
 
 from harken.cli import asking
 from harken.cli._top import columns
@@ -81,12 +83,12 @@ def start(run_program, tmp_path):
     return lambda *words: Running(run_program, tmp_path, *words)
 
 
-def watch(path, act, size=(100, 30)):
-    """Run ``act(see)`` beside a view of the server at ``path``."""
+def watch(path, act, size=(100, 30), notifications=False):
+    """Run ``act(see)`` beside a view of the server at ``path``; textual's pilot shows notifications if asked alone."""
 
     async def run():
         top = Top(path)
-        async with top.run_test(size=size) as pilot:
+        async with top.run_test(size=size, notifications=notifications) as pilot:
             await act(See(top, pilot))
 
     asyncio.run(run())
@@ -159,6 +161,28 @@ def test_a_connection_appears_and_is_closed_by_keys(start, workers):
             assert client.recv(100) == b""
 
     watch(running.path, act)
+
+
+def test_a_name_that_looks_like_markup_is_a_name(start, tmp_path):
+    """A client of a Unix socket chooses its own: in the table, in the question and in the answer."""
+    path = tmp_path / "app.sock"
+    running = start("--bind", f"unix:{path}")
+
+    async def act(see):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.bind(f"\0{os.getpid()}[/red]b\x1b[2J")
+            client.connect(str(path))
+            name = f"{os.getpid()}[/red]b\\x1b[2J"
+            (line,) = await see.until_lines(1)
+            assert name in line
+            await see.press("k")
+            await see.until(lambda: isinstance(see.top.screen, Confirm), "the question")
+            assert name in str(see.top.screen.query_one(Static).render())
+            await see.press("y")
+            await see.until(lambda: see.top.screen.query(Toast), "the answer")
+            assert name in str(see.top.screen.query_one(Toast).render())
+
+    watch(running.path, act, notifications=True)
 
 
 def test_connections_are_sorted_and_the_chosen_one_stays_chosen(start):

@@ -1,14 +1,17 @@
 """The page of ``metrics``: who is shown what, and who may do what."""
 
+import contextlib
 import http.client
 import json
+import select
 import socket
 import threading
 
 import pytest
 
 from harken import transports
-from harken.errors import ConfigError
+from harken.errors import ConfigError, LifecycleError
+from harken.observe import page
 from harken.observe.page import Page
 from harken.observe.view import VIEW
 from harken.observe.viewers import MAX_VIEWERS
@@ -169,6 +172,8 @@ def test_events_come_one_after_the_other(site):
         ({"Sec-Fetch-Site": "cross-site"}, 403),
         ({"Origin": "https://evil.example"}, 403),
         ({"X-Forwarded-For": "192.0.2.1"}, 403),  # a proxy on this machine speaks for another
+        ({"X-Real-IP": "192.0.2.1"}, 403),
+        ({"x-forwarded-host": "service.example"}, 403),
         ({"X-Forwarded-For": "192.0.2.1", **BEARER}, 200),
         ({"X-Forwarded-For": "192.0.2.1", "Authorization": "Bearer wrong"}, 403),
     ],
@@ -184,6 +189,8 @@ def test_connections_are_shown_to_this_machine_or_by_the_token(site, headers, st
     "headers, status",
     [
         (BEARER, 200),
+        ({"Authorization": f"bearer {TOKEN}"}, 200),
+        ({"Authorization": f"Basic xBearer {TOKEN}"}, 403),
         ({}, 403),
         ({"Authorization": "Bearer " + TOKEN[:-1]}, 403),
         ({"Authorization": "Bearer ä"}, 403),
@@ -255,3 +262,68 @@ def test_garbage_is_refused_in_one_answer(site):
     with socket.create_connection(site.address, PATIENCE) as client:
         client.sendall(b"\x16\x03\x01 nonsense of no protocol at all\r\n\r\n")
         assert b"400" in client.makefile("rb").read()
+
+
+@pytest.mark.parametrize(
+    "path, headers, status",
+    [
+        ("http://[", {"Host": "localhost"}, 400),
+        ("/events", {"Host": "["}, 403),
+        ("/events", {"Origin": "http://["}, 403),
+        ("/metrics", {"Accept": "text/plain; version=a.b"}, 200),
+        ("/metrics", {"Accept": "application/openmetrics-text; version=1.0.0; escaping=zz"}, 200),
+        ("/metrics", {"Accept": ";;;===,"}, 200),
+    ],
+)
+def test_nonsense_in_a_head_is_answered(site, path, headers, status, capfd):
+    """A peer's fault is no fault of ours: no traceback tells of it."""
+    assert site.status(path, **headers) == status
+    assert capfd.readouterr().err == ""
+
+
+def test_what_nobody_foresaw_is_told_once(site, capfd):
+    """The log is not the clients' to fill."""
+    site.source.health = None
+    for _ in range(2):
+        with pytest.raises(http.client.RemoteDisconnected):
+            site.ask("/health/ready")
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_a_question_that_is_refused_is_told(site, monkeypatch):
+    """As one that nobody answers."""
+
+    def refuse(verb, **_arguments):
+        raise LifecycleError(f"no {verb} while it ends")
+
+    monkeypatch.setattr(site.source, "ask", refuse)
+    assert site.status("/metrics") == 503
+
+
+def test_a_head_that_dribbles_has_one_deadline(site, monkeypatch):
+    """However little is sent at a time, and however often."""
+    monkeypatch.setattr(page, "HEAD_SECONDS", 0.2)
+    with socket.create_connection(site.address, PATIENCE) as client:
+        client.sendall(b"GET /metrics HTTP/1.1\r\n")
+        for _ in range(99):  # as many headers as http.client takes
+            client.sendall(b"a: b\r\n")
+            if select.select([client], [], [], 0.05)[0]:
+                break
+        else:
+            pytest.fail("it was listened to all the while")
+        with contextlib.suppress(ConnectionResetError):  # what was sent after the end
+            assert client.recv(1) == b""
+
+
+def test_those_who_say_nothing_keep_nobody_out(monkeypatch):
+    """When there is no room the longest idle goes."""
+    monkeypatch.setitem(page._LIMITS, "max_connections", 2)
+    site = Site(None)
+    idle = [socket.create_connection(site.address, PATIENCE) for _ in range(2)]
+    for client in idle:
+        client.sendall(b"GET /metrics HTTP/1.1\r\n")
+    assert [site.status("/health/live") for _ in range(3)] == [200, 200, 200]
+    assert idle[0].recv(1) == b""
+    for client in idle:
+        client.close()
+    site.page.close()

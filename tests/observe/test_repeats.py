@@ -1,6 +1,8 @@
 """Warnings that repeat are counted, and the count is told."""
 
+import os
 import threading
+from queue import SimpleQueue
 
 from harken.observe.repeats import BURST, MOST_KINDS, Repeats
 
@@ -43,3 +45,48 @@ def test_kinds_that_a_stranger_makes_up_do_not_fill_the_memory():
     assert written == MOST_KINDS + BURST
     repeats.close()
     assert told == [(("rejected",), 90)]
+
+
+def test_a_forked_child_counts_with_its_parent():
+    """What one has seen is seen by the other, in either direction."""
+    told = []
+    repeats = Repeats(lambda *each: told.append(each), window=3600.0)
+    for _ in range(BURST - 1):
+        assert repeats.admit(("handler_failed", "ValueError"))
+    pid = os.fork()
+    if pid == 0:
+        os._exit([repeats.admit(("handler_failed", "ValueError")) for _ in range(3)] != [True, False, False])
+    assert os.waitpid(pid, 0)[1] == 0
+    assert not repeats.admit(("handler_failed", "ValueError"))
+    repeats.close()
+    assert told == [(("handler_failed", "ValueError"), 3)]
+
+
+def test_a_forked_child_ends_windows_itself():
+    """It has neither the thread that would end its parent's window, nor the one that holds the lock."""
+    repeats = Repeats(lambda *_each: None, window=3600.0)
+    while repeats.admit(("reload_failed",)):
+        pass
+    with repeats._lock:
+        pid = os.fork()
+        if pid == 0:
+            os._exit(_count_in_child(repeats))
+    assert os.waitpid(pid, 0)[1] == 0
+    repeats.close()
+
+
+def _count_in_child(repeats):
+    told = SimpleQueue()
+    repeats._tell = lambda *_each: told.put(threading.current_thread())
+    repeats._window = 0.05
+    ended = threading.Event()
+
+    def count():
+        while repeats.admit(("reload_failed",)):  # in the window that was begun before
+            pass
+        while told.get(timeout=PATIENCE) is threading.current_thread():
+            pass
+        ended.set()
+
+    threading.Thread(target=count, daemon=True).start()
+    return not ended.wait(2 * PATIENCE)

@@ -48,3 +48,21 @@ def test_counts_of_the_dead_stay(slate):
     assert ledger.total([child]).number("harken_accepted_total", tuple(where)) == 4
     ledger.bury(child)
     assert ledger.total([]).plain() == plain[:1]
+
+
+def test_what_the_dead_had_open_is_closed(slate):
+    """On each listener as many as had opened; who ended properly has left nothing to be closed."""
+    one, two = ["tcp://127.0.0.1:1"], ["tcp://127.0.0.1:2"]
+    plain = [
+        ["harken_connections_opened_total", one, [9]],
+        ["harken_connections_opened_total", two, [3]],
+        ["harken_connections_closed_total", [*one, "peer_closed"], [4]],
+        ["harken_connections_closed_total", [*one, "shutdown"], [1]],
+        ["harken_connections_closed_total", [*two, "peer_closed"], [3]],
+    ]
+    slate.write(json.dumps(plain).encode())
+    ledger = Ledger()
+    ledger.bury(SimpleNamespace(slate=slate))
+    total = ledger.total([])
+    assert total.number("harken_connections_closed_total", (*one, "shutdown")) == 5
+    assert total.number("harken_connections_closed_total", (*two, "shutdown")) == 0

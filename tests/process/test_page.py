@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken.errors import ConfigError
@@ -258,6 +259,62 @@ def test_servers_of_one_program_share_a_page(free_port):
         wait_closed(free_port, 2)
 
 
+@pytest.mark.parametrize("daemons", [False, True])
+def test_connections_that_outlive_their_server_are_counted_to_their_end(free_port, daemons):
+    """Whether server_close() waits for them or not: the page is another server's, and stays."""
+    address, go_on = f"tcp://127.0.0.1:{free_port}", threading.Event()
+
+    class Slow(harken.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(10)
+            assert go_on.wait(PATIENCE)
+            self.request.sendall(b"at last")
+
+    with harken.background(harken.ThreadingTCPServer(("127.0.0.1", 0), Echo, metrics=address)):
+        closed = harken.ThreadingTCPServer(("127.0.0.1", 0), Slow, metrics=address)
+        closed.daemon_threads = daemons
+        listener = closed._harken.address()
+        serving = threading.Thread(target=closed.serve_forever)
+        serving.start()
+        with socket.create_connection(closed.server_address, PATIENCE) as client:
+            client.sendall(b"12345")
+            wait_until(lambda: labelled(free_port, "harken_received_bytes_total", listener) == 5)
+            closing = threading.Thread(target=closed.server_close)
+            closing.start()
+            wait_until(lambda: closed._harken._leave_page is None)
+            assert labelled(free_port, "harken_connections_open", listener) == 1
+            go_on.set()
+            assert client.recv(10) == b"at last"
+            closing.join(PATIENCE)
+        wait_closed(free_port, 1)
+        serving.join(PATIENCE)
+        assert labelled(free_port, "harken_connections_opened_total", listener) == 1
+        assert labelled(free_port, "harken_sent_bytes_total", listener) == 7
+
+
+def test_a_drained_server_keeps_its_name(free_port):
+    """Its socket is closed before its connections have ended: they count under the address that it had."""
+    address = f"tcp://127.0.0.1:{free_port}"
+    with harken.background(harken.ThreadingTCPServer(("127.0.0.1", 0), Echo, metrics=address)) as server:
+        listener = server._harken.address()
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            client.sendall(b"1")
+            assert client.recv(1) == b"1"
+            drain = threading.Thread(target=server.drain, args=(PATIENCE,))
+            drain.start()
+            wait_until(lambda: server.socket.fileno() < 0)
+            assert labelled(free_port, "harken_connections_open", listener) == 1
+        drain.join(PATIENCE)
+
+
+def labelled(port, name, listener):
+    """What one listener has counted; None where the page does not know it."""
+    lines = [
+        line for line in fetch(port, "/metrics")[1].splitlines() if line.startswith(f'{name}{{listener="{listener}"')
+    ]
+    return float(lines[0].rsplit(" ", 1)[1]) if lines else None
+
+
 def wait_closed(port, count):
     """Wait until so many connections have closed, on all listeners."""
     end = time.monotonic() + PATIENCE
@@ -335,6 +392,16 @@ def test_wrong_addresses_are_refused(values, message):
     """In one line that says what would be right."""
     with pytest.raises(ConfigError, match=message):
         page.open_listener(Settings(None, values, "serve"))
+
+
+@pytest.mark.parametrize(
+    "url, opened",
+    [("tcp://127.0.0.1:0", "http://127.0.0.1:"), ("tcp://[::1]:0", "http://[::1]:"), ("tcp://:0", "http://localhost:")],
+)
+def test_the_address_that_is_told_can_be_opened(url, opened):
+    """Also where the page is at every address of the machine."""
+    with page.open_listener(Settings(None, {"metrics": url})) as listener:
+        assert page.web_address(listener) == f"{opened}{listener.getsockname()[1]}/"
 
 
 def test_tokens_that_can_be_guessed_are_refused(tmp_path):

@@ -487,3 +487,18 @@ def test_the_rate_holds_over_all_workers(service):
         client.close()
     assert 20 <= len(inside) <= most
     assert elapsed < PATIENCE
+
+
+@pytest.mark.parametrize("engine", ["thread", "fork"])
+def test_who_ends_tells_what_its_log_left_out(service, target, engine):
+    """A worker's window is not over when it has to go; and it is one with those of the children that it forks."""
+    target.write_text("import harken\nclass Tell(harken.BaseRequestHandler):\n    def handle(self):\n        1 / 0\n")
+    served = service("--workers", "1", "--engine", engine)
+    served.workers(1)
+    for _ in range(13):
+        with served.connect() as client:
+            client.recv(1)
+    served.process.terminate()
+    _, log = served.end()
+    assert log.count("\n    ZeroDivisionError") == 10
+    assert "… 3 more like this" in log

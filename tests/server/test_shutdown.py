@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken.server import TCPServer
@@ -130,6 +131,7 @@ def test_two_threads_may_serve_one_server():
         threads = [threading.Thread(target=server.serve_forever, daemon=True) for _ in range(2)]
         for thread in threads:
             thread.start()
+        wait_until(lambda: len(server._harken.loops) == 2)  # one that comes after shutdown() would serve on
         for _ in range(20):
             with connect(server) as client:
                 assert int(client.recv(100)) in {thread.ident for thread in threads}

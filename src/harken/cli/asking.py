@@ -72,7 +72,7 @@ def connected(path: str) -> Iterator[socket.socket]:
             raise Refused(f"cannot talk to {path!r}: {error.strerror or error}") from None
 
 
-def ask(sock: socket.socket, verb: str, **arguments: Any) -> Any:
+def ask(sock: socket.socket, verb: str, /, **arguments: Any) -> Any:
     """Ask over a connection and return the answer.
 
     Raises:

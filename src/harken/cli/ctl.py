@@ -16,7 +16,7 @@ from harken.errors import ConfigError
 from harken.networks import Networks
 from harken.observe.log import escape
 
-__all__ = ["command", "peer_text", "trace_lines"]
+__all__ = ["command", "peer_text", "trace_lines", "workers_text"]
 
 ORDERS: dict[str, tuple[str, bool]] = {
     "idle": ("idle_seconds", True),
@@ -39,7 +39,7 @@ class Group(click.Group):
         return super().parse_args(ctx, args)
 
 
-def _ask(ctx: click.Context, verb: str, **arguments: Any) -> Any:
+def _ask(ctx: click.Context, verb: str, /, **arguments: Any) -> Any:
     with asking.connected(asking.find_socket(ctx.obj["socket"])) as sock:
         return asking.ask(sock, verb, **arguments)
 
@@ -69,11 +69,18 @@ def status(ctx: click.Context) -> None:
 def _status_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     if found["supervisor"]:
-        lines.append(f"supervisor {found['supervisor']}, {len(found['workers'])} of {found['wanted']} workers")
-        lines += table(found["workers"], ("pid", "generation", "ready", "open", "accepted", "rss"))
+        lines.append(f"supervisor {found['supervisor']}, {workers_text(found)}")
+        lines += table(found["workers"], ("pid", "generation", "ready", "leaving", "open", "accepted", "rss"))
     rows = [server | {"closed_total": sum(server["closed_total"].values())} for server in found["servers"]]
     shown = ("address", "engine", "state", "open", "accepted_total", "rejected_total", "handler_failed_total")
     return lines + table(rows, shown)
+
+
+def workers_text(found: dict[str, Any]) -> str:
+    """Return how many workers serve, of how many, and how many leave meanwhile."""
+    leaving = sum(each["leaving"] for each in found["workers"])
+    ready = sum(each["ready"] and not each["leaving"] for each in found["workers"])
+    return f"{ready} of {found['wanted']} workers" + (f", {leaving} leaving" if leaving else "")
 
 
 @command.command(help="The open connections.")
@@ -183,10 +190,10 @@ def _stack_lines(found: list[dict[str, Any]]) -> list[str]:
     lines = []
     for each in found:
         sort = next(name for name in ("thread", "green", "task") if name in each)
-        whose = f", connection {each['connection']} of {each['peer']}" if "connection" in each else ""
+        whose = f", connection {each['connection']} of {escape(each['peer'])}" if "connection" in each else ""
         since = f", open for {each['seconds']:.1f} s" if "connection" in each else ""
-        lines.append(f"process {each['process']}, {_SORTS[sort]}{each[sort]}{whose}{since}")
-        lines += "".join(each["stack"]).rstrip("\n").split("\n")
+        lines.append(f"process {each['process']}, {_SORTS[sort]}{escape(each[sort])}{whose}{since}")
+        lines += map(escape, "".join(each["stack"]).rstrip("\n").split("\n"))
         lines.append("")
     return lines
 
@@ -240,7 +247,7 @@ def _hex_lines(data: bytes) -> list[str]:
 
 
 def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[str]:
-    """Lay rows out in columns, with a head."""
-    words = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    """Lay rows out in columns, with a head. What peers chose cannot harm the terminal, nor be a row of its own."""
+    words = [columns, *([escape(row.get(column, "")) for column in columns] for row in rows)]
     widths = [max(len(line[at]) for line in words) for at in range(len(columns))]
     return ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in words]

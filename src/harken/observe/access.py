@@ -14,7 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 from harken import events
-from harken.observe.log import escape, open_log, reopen
+from harken.observe.log import escape
+from harken.observe.outlet import open_log, reopen
 from harken.settings import Settings, setting, text
 
 __all__ = ["AccessLog"]

@@ -18,6 +18,7 @@ from harken.traffic import accept_queue
 from harken.transports import for_socket
 
 if TYPE_CHECKING:
+    from harken.engines import Engine
     from harken.serving import Serving
 
 __all__ = ["Collector", "Slate", "add_queues"]
@@ -56,6 +57,8 @@ class Collector:
         self._lock = threading.Lock()
         self._known = Figures()
         self._gone = Figures()
+        self._leaving: list[Serving] = []  # closed, while their connections may still end
+        self._quiet: set[Serving] = set()  # those of them that had none open at the last look
         self._over = threading.Event()
         self.stalls = StallReport()
         self._unsubscribe: Callable[[], None] = _nothing
@@ -70,11 +73,10 @@ class Collector:
         with self._lock:
             figures = Figures()
             figures.take(self._gone)
-            servings = list(self._servings())
+            servings = [*self._servings(), *self._leaving]
             for serving in servings:
                 self._add_server(figures, serving, thorough=thorough)
-            engines = {id(serving.engine): serving.engine for serving in servings if serving.started}
-            figures.add("harken_stalls_total", (), sum(sum(engine.stalls.values()) for engine in engines.values()))
+            figures.add("harken_stalls_total", (), sum(sum(each.stalls.values()) for each in _engines(servings)))
             figures.add("harken_threads", (), threading.active_count())
             figures.add("harken_memory_bytes", (), resident_bytes())
             times = os.times()
@@ -84,12 +86,28 @@ class Collector:
                 self._slate.write(json.dumps(figures.plain()).encode())
             return figures
 
-    def bury(self, serving: Serving) -> None:
-        """One of the servers goes: keep what lasts of its figures."""
+    def leave(self, serving: Serving, forget: Callable[[], object]) -> None:
+        """One of the servers is closed: what its connections do until they have ended counts still.
+
+        Args:
+            serving: its running side.
+            forget: takes it from those that are asked each time, before anybody collects again.
+        """
         with self._lock:
-            figures = Figures()
-            self._add_server(figures, serving, thorough=False)
-            self._gone.take(figures, lasting=True)
+            forget()
+            self._leaving.append(serving)
+
+    def _bury(self) -> None:
+        """Of servers that have gone keep what lasts of their figures: one look late, for ends that are being booked."""
+        with self._lock:
+            for serving in [each for each in self._leaving if each in self._quiet and not each.connections]:
+                self._leaving.remove(serving)
+                figures = Figures()
+                self._add_server(figures, serving, thorough=False)
+                for engine in _engines([serving]) - _engines([*self._servings(), *self._leaving]):
+                    figures.add("harken_stalls_total", (), sum(engine.stalls.values()))
+                self._gone.take(figures, lasting=True)
+            self._quiet = {each for each in self._leaving if not each.connections}
 
     def _add_server(self, figures: Figures, serving: Serving, *, thorough: bool) -> None:
         books, where = serving.books, (serving.address(),)
@@ -141,6 +159,7 @@ class Collector:
     def _run(self) -> None:
         while not self._over.wait(LOOK_SECONDS):
             self._ask_loops()
+            self._bury()
             if self._slate is not None:
                 self.collect(thorough=False)
 
@@ -148,9 +167,14 @@ class Collector:
         """Ask each loop for a turn, once for all servers that share it."""
         engines = set()
         for serving in self._servings():
-            if serving.started and id(serving.engine) not in engines:
-                engines.add(id(serving.engine))
+            if serving.started and serving.engine not in engines:
+                engines.add(serving.engine)
                 serving.ask_turn()
+
+
+def _engines(servings: Iterable[Serving]) -> set[Engine]:
+    """Those of servers that have one, each once."""
+    return {serving.engine for serving in servings if serving.started}
 
 
 def add_queues(figures: Figures, listeners: Iterable[socket.socket]) -> None:

@@ -40,8 +40,12 @@ def expose(figures: Figures, accept: str) -> tuple[bytes, str]:
 
     registry = CollectorRegistry()
     registry.register(_Collector(figures))
-    encode, content_type = choose_encoder(accept)
-    return encode(registry), content_type
+    try:
+        encode, content_type = choose_encoder(accept)
+        return encode(registry), content_type
+    except Exception:  # noqa: BLE001 - the library reads the header trustingly: what makes no sense asks for nothing
+        encode, content_type = choose_encoder("")
+        return encode(registry), content_type
 
 
 class _Collector:

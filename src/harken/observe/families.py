@@ -73,7 +73,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "harken_received_bytes_total",
             "counter",
-            "bytes that came on connections, on the wire; not of datagrams, nor where a child serves",
+            "bytes that came on connections, on the wire, where a child serves those that have ended; not of datagrams",
             _BY_LISTENER,
         ),
         Family("harken_sent_bytes_total", "counter", "bytes that handlers sent on connections, likewise", _BY_LISTENER),

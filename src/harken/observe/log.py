@@ -14,15 +14,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any
 
 from harken import events
-from harken.errors import ConfigError
+from harken.observe.outlet import open_log, reopen
 from harken.observe.repeats import WINDOW_SECONDS, Repeats
 from harken.settings import Settings, choice, operator, setting, text
 
-__all__ = ["LogObserver", "attach_if_asked", "escape", "open_log", "reopen"]
+__all__ = ["LogObserver", "attach_if_asked", "escape"]
 
 LOG_LEVEL = setting(
     "log_level",
@@ -58,9 +57,6 @@ _LEVELS |= dict.fromkeys(
 _LEVELS |= dict.fromkeys(("paused", "stalled", "truncated", "alarm", "timed_out", "rejected"), logging.WARNING)
 _LEVELS |= {"memory_exceeded": logging.WARNING, "memory_recovered": logging.INFO, "preamble_failed": logging.INFO}
 _LEVELS |= dict.fromkeys(("accepted", "opened", "closed", "configured"), logging.DEBUG)
-
-# Seconds between two words about a log that cannot be written.
-COMPLAINT_SECONDS = 60.0
 
 # The settings that a running log follows.
 _FOLLOWED = ("log_level", "log_format")
@@ -119,74 +115,8 @@ def attach_if_asked() -> None:
         LogObserver(Settings(None)).attach()
 
 
-def open_log(path: str | None, stream: TextIO) -> logging.Handler:
-    """Return what writes lines to a file, or to ``stream`` without a path.
-
-    Raises:
-        ConfigError: the file cannot be opened.
-    """
-    try:
-        return _File(path) if path else _Stream(stream)
-    except OSError as error:
-        raise ConfigError(f"the log {path!r} cannot be opened: {error.strerror}") from None
-
-
-class _Losing(logging.Handler):
-    """Serving is worth more than its log: what cannot be written is lost, and stderr says so now and then."""
-
-    _complained = float("-inf")
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            super().emit(record)
-        except OSError:  # a file that was to be opened anew
-            self.handleError(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        if isinstance(error, OSError):
-            self._complain(error)
-        else:
-            super().handleError(record)
-
-    def _complain(self, error: OSError) -> None:
-        now = time.monotonic()
-        if now - self._complained < COMPLAINT_SECONDS:
-            return
-        self._complained = now
-        name = getattr(self, "baseFilename", "a stream")
-        with suppress(Exception):  # stderr may be what cannot be written to
-            print(f"harken: cannot write the log to {name}: {error.strerror}; lines are lost", file=sys.stderr)
-
-    def close(self) -> None:
-        with suppress(OSError):  # what is still to be written
-            super().close()
-
-
-class _File(_Losing, logging.FileHandler):
-    def reopen(self) -> None:
-        self.acquire()
-        try:
-            self.close()
-            self.stream = self._open()
-        except OSError as error:  # the next line tries again
-            self._complain(error)
-        finally:
-            self.release()
-
-
-class _Stream(_Losing, logging.StreamHandler[TextIO]):
-    pass
-
-
 def _formatter(settings: Settings) -> logging.Formatter:
     return _JSONFormatter() if settings["log_format"] == "json" else _TextFormatter()
-
-
-def reopen(handler: logging.Handler) -> None:
-    """Open a file anew, after somebody moved it away; a stream stays as it is. Any thread."""
-    if isinstance(handler, _File):
-        handler.reopen()
 
 
 class LogObserver:
@@ -275,7 +205,7 @@ class LogObserver:
         name = kind[0]
         what = " ".join(kind).replace("_", " ")
         self.logger.log(
-            _LEVELS[name],
+            _LEVELS.get(name, logging.WARNING),  # two processes that noted a new kind at once may have mixed it up
             "%s",
             f"{what}: … {count:,} more like this in {WINDOW_SECONDS:g} s",
             extra={"event": name, "fields": {"left_out": count}},

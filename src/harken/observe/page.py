@@ -13,12 +13,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
-from functools import cached_property, partial
+from contextlib import closing
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from harken.connection import peer_fault
 from harken.errors import HarkenError
@@ -29,27 +29,28 @@ from harken.observe.exposition import expose
 from harken.observe.figures import Figures
 from harken.observe.view import VIEW
 from harken.observe.viewers import Viewers
+from harken.reaper import reaper
 from harken.server import BaseServer, TCPServer
 from harken.serving import serving_of
 
 __all__ = ["Page", "Source"]
 
-# Bounds of those who connect: a few Prometheus servers, probes and people. Each read of a request has its seconds.
+# Bounds of those who connect: a few Prometheus servers, probes and people. When there are more, the longest idle goes.
 _LIMITS: dict[str, Any] = {
     "engine": "thread",
     "max_connections": 64,
-    "overload": "reset",
-    "read_timeout": 10.0,
+    "overload": "shed",
     "write_timeout": 10.0,
 }
+# Seconds from connecting to the end of a request's head, however it dribbles in.
+HEAD_SECONDS = 10.0
 # Connections that the live view shows: more than a person reads, and a browser draws them within a few milliseconds.
 MOST_CONNECTIONS = 500
-# Bytes of a request's body; nobody needs any.
-MAX_BODY_BYTES = 4096
 # Seconds that answers which are under way get to notice that the page closes.
 LEAVE_SECONDS = 1.0
-# Headers of proxies: whoever sends one speaks for somebody else, who may be anywhere.
-_FORWARDED = ("Forwarded", "X-Forwarded-For", "Via")
+# Headers of proxies, beside X-Forwarded-…: whoever sends one speaks for somebody else, who may be anywhere.
+_FORWARDED = {"forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "client-ip", "true-client-ip"}
+_FORWARDED |= {"cf-connecting-ip", "x-original-forwarded-for"}
 
 
 class Source(Protocol):
@@ -118,6 +119,7 @@ class _Server(ThreadingMixIn, TCPServer):
     daemon_threads = True
     block_on_close = False
     unobserved = True  # harken's own: no event tells of it
+    _told = False
 
     def __init__(self, listener: Listener, page: Page) -> None:
         BaseServer.__init__(self, listener.getsockname(), _Handler)
@@ -125,6 +127,12 @@ class _Server(ThreadingMixIn, TCPServer):
         self.socket = listener
         self.page = page
         self.local = listener.url.startswith("unix:")
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """What nobody foresaw is told once: whoever can connect could repeat it."""
+        if not self._told:
+            self._told = True
+            super().handle_error(request, client_address)
 
     def end(self) -> None:
         serving = self._harken
@@ -144,9 +152,31 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """One request a connection: it then holds no thread."""
-        with suppress(OSError):  # the client has gone, or was too slow
+        self._bell = reaper.call_at(time.monotonic() + HEAD_SECONDS, self._cut)
+        try:
             super().handle_one_request()
+        except OSError:
+            pass  # the client has gone, or was too slow
+        finally:
+            reaper.cancel(self._bell)
         self.close_connection = True
+
+    def _cut(self) -> None:
+        record = self.server._harken.connections.find(self.request)
+        if record is not None:
+            record.cut("read_timeout")
+
+    def parse_request(self) -> bool:
+        """Read the rest of the head; tell whether it can be answered."""
+        understood = super().parse_request()
+        reaper.cancel(self._bell)
+        if understood:
+            try:
+                self._path = urlsplit(self.path).path
+            except ValueError as error:  # no such host, say
+                self.send_error(HTTPStatus.BAD_REQUEST, explain=str(error))
+                return False
+        return understood
 
     # -- what is asked for ---------------------------------------------------------------------------------------------
 
@@ -173,10 +203,6 @@ class _Handler(BaseHTTPRequestHandler):
         connection = self._connection_to("kill")
         self._answer(self._unknown if connection is None else partial(self._kill, connection))
 
-    @cached_property
-    def _path(self) -> str:
-        return urlsplit(self.path).path
-
     def _connection_to(self, verb: str) -> str | None:
         """Return the connection of ``/connections/ID/VERB``; None when another path or verb was asked for."""
         parts = self._path.split("/")
@@ -185,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, answer: Callable[[], None]) -> None:
         try:
             answer()
-        except TimeoutError:
+        except (TimeoutError, HarkenError):
             self._tell(HTTPStatus.SERVICE_UNAVAILABLE, "the server does not answer\n")
 
     def _unknown(self) -> None:
@@ -255,8 +281,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _has_token(self) -> bool:
         """Whether the request knows the token. The comparison takes as long whatever is wrong."""
         token = self.server.page.token
-        _, _, given = self.headers.get("Authorization", "").partition("Bearer ")
-        return token is not None and hmac.compare_digest(given.strip().encode(), token.encode())
+        scheme, _, given = self.headers.get("Authorization", "").partition(" ")
+        return (
+            token is not None
+            and scheme.lower() == "bearer"
+            and hmac.compare_digest(given.strip().encode(), token.encode())
+        )
 
     @property
     def _may_act(self) -> bool:
@@ -269,7 +299,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     @property
     def _is_near(self) -> bool:
-        if any(name in self.headers for name in _FORWARDED):
+        names = {name.lower() for name in self.headers}
+        if names & _FORWARDED or any(name.startswith("x-forwarded") for name in names):
             return False
         return self.server.local or ipaddress.ip_address(self.client_address[0].partition("%")[0]).is_loopback
 
@@ -284,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
         origin = self.headers.get("Origin")
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             return False
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             return False
         return self._has_token or self.server.local or _is_number_or_localhost(host)
 
@@ -316,8 +347,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
+def _split(url: str) -> SplitResult:
+    """Take a URL apart; one that is none has no parts."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
+
+
 def _is_number_or_localhost(host: str) -> bool:
-    name = urlsplit("//" + host).hostname or ""
+    name = _split("//" + host).hostname or ""
     if name == "localhost" or name.endswith(".localhost"):
         return True
     try:

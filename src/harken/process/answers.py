@@ -148,7 +148,7 @@ def _health(worker: Served) -> dict[str, Any]:
     }
 
 
-def _configure(worker: Served, **changes: Any) -> None:
+def _configure(worker: Served, /, **changes: Any) -> None:
     worker.configure(changes)
 
 

@@ -66,7 +66,7 @@ class Commands:
             if error is not None or not result:
                 workers.followers.refuse(token, error or f"no connection {connection!r} is open")
 
-        workers.ask("trace", {"connection": connection, "token": token, **arguments}, answered)
+        workers.ask("trace", {**arguments, "connection": connection, "token": token}, answered)
 
     def _pass_on(self, verb: str, arguments: dict[str, Any], done: Callable[..., object]) -> None:
         workers = self._supervisor.workers
@@ -98,11 +98,12 @@ class Commands:
                         "pid": child.pid,
                         "generation": child.generation,
                         "ready": child.ready,
+                        "leaving": child.leaving,
                         "open": child.row.open,
                         "accepted": child.row.accepted,
                         "rss": resident_bytes(child.pid),
                     }
-                    for child in workers.staying
+                    for child in workers.all
                 ],
                 "wanted": workers.wanted,
                 "servers": reply["result"],

@@ -7,6 +7,7 @@ import os
 import struct
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,9 @@ class Ledger:
 
     def bury(self, child: Child) -> None:
         """A worker has ended: keep what lasts of its figures."""
-        self._gone.take(_figures(child), lasting=True)
+        figures = _figures(child)
+        _close_all(figures)
+        self._gone.take(figures, lasting=True)
 
     def total(self, children: Iterable[Child]) -> Figures:
         """Return the figures of those that were and those that are."""
@@ -74,6 +77,18 @@ class Ledger:
         for child in children:
             total.take(_figures(child))
         return total
+
+
+def _close_all(figures: Figures) -> None:
+    """What a worker that was killed had open has ended with it, and it could not say so itself."""
+    missing = Counter[str]()
+    for name, labels, numbers in figures:
+        if name == "harken_connections_opened_total":
+            missing[labels[0]] += int(numbers[0])
+        elif name == "harken_connections_closed_total":
+            missing[labels[0]] -= int(numbers[0])
+    for listener, number in (+missing).items():
+        figures.add("harken_connections_closed_total", (listener, "shutdown"), number)
 
 
 def _figures(child: Child) -> Figures:

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, NoReturn
 
 from harken import events, transports
@@ -77,7 +78,10 @@ def check_address(url: str) -> None:
 
 def web_address(listener: Listener) -> str:
     """Return what people type into a browser, or the path where browsers do not go."""
-    return listener.url.replace("tcp://", "http://", 1) + ("/" if listener.url.startswith("tcp:") else "")
+    scheme, _, where = listener.url.partition("://")
+    if scheme != "tcp":
+        return listener.url
+    return f"http://{'localhost' if where.startswith(':') else ''}{where}/"  # every address, and no name for it
 
 
 def read_token(settings: Settings) -> str | None:
@@ -425,8 +429,7 @@ def offer(serving: Serving) -> Callable[[], None]:
 
     def leave() -> None:
         with _guard:
-            local.collector.bury(serving)
-            local.servers.remove(serving.server)
+            local.collector.leave(serving, partial(local.servers.remove, serving.server))
             over = not local.servers
             if over:
                 del _offered[key]

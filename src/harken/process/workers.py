@@ -130,6 +130,11 @@ class Workers:
         return len(self._children)
 
     @property
+    def all(self) -> list[Child]:
+        """The workers, those that leave among them."""
+        return list(self._children.values())
+
+    @property
     def staying(self) -> list[Child]:
         """The workers of the newest generation that are not leaving."""
         return [

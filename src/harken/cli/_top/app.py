@@ -18,6 +18,7 @@ from harken.cli._top.service import Look, Rates, Service
 from harken.cli._top.table import MOST_ROWS, Table
 from harken.cli._top.words import size
 from harken.cli.asking import Refused
+from harken.cli.ctl import workers_text
 
 __all__ = ["Top"]
 
@@ -255,7 +256,7 @@ class Top(App[None]):
         name = f"{columns.CONNECTIONS[0].text(row).plain}, {row['id']}"
         closed = await self._do(f"Close {name}?", "kill", connection=row["id"])
         if closed is not None:
-            self.notify(f"closed {name}" if closed else f"{name} has gone already")
+            self.notify(f"closed {name}" if closed else f"{name} has gone already", markup=False)
 
     @work
     async def action_suspend(self) -> None:
@@ -290,8 +291,11 @@ def _head(look: Look) -> str:
     addresses = "  ".join(f"{each['address']} {each['engine']} {each['state']}" for each in status["servers"])
     paused = "paused at a limit" if any(each["paused"] for each in status["servers"]) else ""
     ready = "" if look.health["ready"] else f"not ready: {look.health['reason']}"
-    workers = f"{len(status['workers'])} of {status['wanted']} workers"
-    who = f"supervisor {status['supervisor']}, {workers}" if status["supervisor"] is not None else "no workers"
+    who = (
+        f"supervisor {status['supervisor']}, {workers_text(status)}"
+        if status["supervisor"] is not None
+        else "no workers"
+    )
     return "  ".join(filter(None, [addresses, who, paused, ready]))
 
 

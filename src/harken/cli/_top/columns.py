@@ -32,7 +32,7 @@ def _waits_for(row: Row) -> Any:
 
 
 def _state(row: Row) -> str:
-    return row.get("state") or ("ready" if row["ready"] else "starting")
+    return row.get("state") or ("leaving" if row["leaving"] else "ready" if row["ready"] else "starting")
 
 
 def _value(row: Row) -> Any:
