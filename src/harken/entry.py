@@ -41,6 +41,8 @@ def entry_of(serving: Serving) -> Entry | None:
             raise ConfigError("tls is for streams: this server takes datagrams, which would go in plain text")
         return None
     wanted = preambles.resolve(serving.settings, listener)
+    if serving.settings.profile == "drop-in":  # where there are several listeners, one of them is enough
+        preambles.refuse_plain_text(serving.settings, [listener])
     if not wanted:
         return None
     preambles.arm()

@@ -439,6 +439,13 @@ class Settings:
             or self._default(declared)
         )
 
+    def named(self, prefix: str) -> list[Setting]:
+        """Return the settings whose names begin so, and that operator, keywords or environment give a value."""
+        variables = [name.removeprefix("HARKEN_").lower() for name in os.environ if name.startswith("HARKEN_")]
+        named = {*operator.flags, *operator.file, *variables, *self._keywords}
+        wanted = [REGISTRY[name] for name in sorted(named) if name.startswith(prefix) and name in declare_all()]
+        return [declared for declared in wanted if self[declared.name] is not None]
+
     def _default(self, declared: Setting) -> Value:
         if self.profile == "drop-in" and declared.name in operator.defaults:
             return Value(operator.defaults[declared.name], "default of the command")

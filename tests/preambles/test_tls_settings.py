@@ -5,13 +5,14 @@ import os
 import shutil
 import ssl
 import subprocess
+import types
 
 import pytest
 
 import harken
 from harken import events
 from harken.errors import ConfigError
-from harken.preambles.tls import TLS, certificates_of
+from harken.preambles.tls import TLS, certificates_of, declared
 from harken.settings import Settings, operator
 from harken.testing import serve
 
@@ -199,7 +200,8 @@ def test_words_come_in_several_spellings():
     parsed = TLS.parse("cert=a.pem&key=b.pem&alpn=h2,x&verify=optional&ca=c.pem&min_version=1.3&mode=optional")
     assert (parsed.cert, parsed.key, parsed.alpn, parsed.ca) == ("a.pem", "b.pem", ("h2", "x"), "c.pem")
     assert (parsed.verify, parsed.min_version, parsed.mode) == ("optional", "1.3", "optional")
-    assert str(parsed) == "cert=a.pem&key=b.pem&ca=c.pem&alpn=h2,x&verify=optional&mode=optional"
+    assert str(parsed) == "cert=a.pem&key=b.pem&ca=c.pem&alpn=h2,x&verify=optional&min_version=1.3&mode=optional"
+    assert str(TLS("c", sni={"b.example": "d"}, min_version="1.2")) == "cert=c&min_version=1.2&sni=b.example"
 
 
 @pytest.mark.parametrize("text", ["", "cert", "crt=a", "cert=a&cert=b", "key=a", "cert="])
@@ -224,6 +226,127 @@ def test_tls_addresses(pki, dial):
         assert client.recv(1) == b"x"
     with pytest.raises(ConfigError, match="needs a certificate"), serve(Echo, "tls://127.0.0.1:0"):
         pass
+
+
+@pytest.fixture
+def said():
+    """What the operator says, as flags; taken back in the end."""
+    yield operator.flags
+    operator.flags.clear()
+
+
+def listener_with(tls):
+    """As the socket of an address under TLS."""
+    return types.SimpleNamespace(tls=tls)
+
+
+FURTHER = {"tls_ca": "ca.pem", "tls_alpn": ("h2",), "tls_min_version": "1.3", "tls_sni": ("b.example=b.pem",)}
+
+
+@pytest.mark.parametrize("owner", ["address", "setting", "program"])
+def test_what_a_tls_does_not_say_the_settings_do(owner, said):
+    """Whoever asks clients for certificates by a flag means all that is served, whoever names the certificate."""
+    tls = TLS("a.pem")
+    if owner == "setting":
+        said["tls"] = tls
+    values = Settings(None, FURTHER | ({"tls": tls} if owner == "program" else {}), "serve")
+    found = declared(values, listener_with(tls) if owner == "address" else None)
+    assert (found.cert, found.ca, found.verify) == ("a.pem", "ca.pem", "required")
+    assert (found.alpn, found.min_version, found.sni) == (("h2",), "1.3", {"b.example": ("b.pem", None)})
+
+
+@pytest.mark.parametrize("owner", ["address", "setting", "program"])
+def test_what_a_tls_says_stands_above_the_settings(owner, said):
+    """But for what an operator says to a program."""
+    tls = TLS("a.pem", ca="own.pem", verify="optional", min_version="1.2")
+    if owner == "setting":
+        said["tls"] = tls
+    said["tls_verify"] = "required"
+    values = Settings(None, FURTHER | ({"tls": tls} if owner == "program" else {}), "serve")
+    found = declared(values, listener_with(tls) if owner == "address" else None)
+    assert found.verify == ("required" if owner == "program" else "optional")
+    assert (found.ca, found.min_version) == ("own.pem", "1.2")
+
+
+def test_a_tls_that_says_all_is_loaded_once():
+    """It is the same object, which servers share."""
+    tls = TLS("a.pem")
+    assert declared(Settings(None, {"tls": tls}), None) is tls
+    assert declared(Settings(None, {"tls_min_version": "1.2"}), listener_with(tls)) is tls
+
+
+def test_a_programs_context_is_its_own(said):
+    """An operator who asks for more than it does is told, and not left in the belief."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    values = Settings(None, {"tls": context})
+    assert declared(values) is context
+    said["tls_verify"] = "required"
+    with pytest.raises(ConfigError, match=r"tls_verify \(flag --tls-verify\): the program has an ssl.SSLContext"):
+        declared(values)
+
+
+@pytest.mark.parametrize("mode", ["optional", "starttls"])
+def test_an_address_of_tls_is_always_so(mode, pki, dial):
+    """The setting is for the plain addresses beside it; the address itself may say otherwise."""
+    words = {"tls_cert": str(pki.cert), "tls_mode": mode}
+    with serve(Echo, "tls://127.0.0.1:0", "tcp://127.0.0.1:0", **words) as served:
+        with dial(served.server) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+        with plain(served.server) as client:
+            client.sendall(b"hello\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert b"hello" not in client.recv(100)
+        with plain(served.servers[1]) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+    address = f"tls://127.0.0.1:0?cert={pki.cert}&mode={mode}"
+    with serve(Echo, address) as served, plain(served.server) as client:
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+
+
+@pytest.mark.parametrize("word", ["tls_ca", "tls_key", "tls_sni", "tls_password", "tls_alpn"])
+def test_words_without_a_certificate_are_refused(word):
+    """Else all would go in plain text, and nobody say so."""
+    given = {word: ["x=y"] if word == "tls_sni" else "x"}
+    with pytest.raises(ConfigError, match=rf"{word} \(keyword argument\) needs a certificate"):
+        with serve(Echo, "tcp://127.0.0.1:0", **given):
+            pass
+    with pytest.raises(ConfigError, match=rf"{word} \(keyword argument\) needs a certificate"):
+        harken.TCPServer(LOCAL, Echo, **given)
+
+
+def test_words_are_fine_where_another_address_has_a_certificate(pki, said):
+    """A service may have plain addresses beside those under TLS."""
+    said["tls_min_version"] = "1.3"
+    with (
+        serve(Echo, "tcp://127.0.0.1:0", f"tls://127.0.0.1:0?cert={pki.cert}") as served,
+        plain(served.server) as client,
+    ):
+        client.sendall(b"x")
+        assert client.recv(1) == b"x"
+
+
+def test_datagrams_alone_are_not_under_tls(pki):
+    """They would go in plain text."""
+    for words in ({"tls_cert": str(pki.cert)}, {"tls": harken.TLS(pki.cert)}):
+        with pytest.raises(ConfigError, match="TLS is for streams"), serve(Echo, "udp://127.0.0.1:0", **words):
+            pass
+    with serve(Echo, "udp://127.0.0.1:0", "tcp://127.0.0.1:0", tls_cert=str(pki.cert)) as served:
+        assert served.url.startswith("udp://")
+
+
+@pytest.mark.parametrize("engine", ["thread", "green"])
+def test_clients_show_certificates_whatever_name_they_ask_for(engine, pki, serving, dial):
+    """The authorities are the same for all names."""
+    tls = harken.TLS(pki.cert, ca=pki.ca, sni={"other.example": pki.other})
+    with serving(engine, Certified, tls=tls) as server:
+        for name in ("localhost", "other.example"):
+            with dial(server, name, cert=pki.client) as client:
+                assert b"ann@example.org" in client.recv(1000)
+            with contextlib.suppress(OSError), dial(server, name) as client:
+                assert client.recv(1000) == b""
 
 
 def test_settings_one_by_one(pki, serving, dial):

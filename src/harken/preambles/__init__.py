@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from _socket import SOCK_STREAM
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -20,7 +21,7 @@ from harken.settings import Kind, choice, listing, seconds, setting, text
 if TYPE_CHECKING:
     from harken.settings import Settings
 
-__all__ = ["PREAMBLES", "Module", "Preamble", "resolve"]
+__all__ = ["PREAMBLES", "Module", "Preamble", "refuse_plain_text", "resolve"]
 
 setting(
     "preamble_timeout",
@@ -176,6 +177,28 @@ def resolve(values: Settings, listener: Any) -> tuple[Preamble, ...]:
         for name, asking in PREAMBLES.items()
         if _asks(listener, name) or any(values[each] not in (None, "off") for each in asking)
     )
+
+
+def refuse_plain_text(values: Settings, listeners: Iterable[Any]) -> None:
+    """See to it that what is said of TLS means something: whoever says it does not expect plain text.
+
+    Args:
+        values: the settings of what listens.
+        listeners: all of its sockets.
+
+    Raises:
+        ConfigError: nothing speaks TLS there.
+    """
+    doors = list(listeners)
+    streams = [door for door in doors if getattr(door, "type", SOCK_STREAM) == SOCK_STREAM]
+    secured = values["tls"] is not None or values["tls_cert"] is not None
+    if (secured and streams) or any(_asks(door, "tls") for door in streams) or not doors:
+        return
+    for declared in values.named("tls"):
+        said = f"{declared.name} ({values.find(declared.name).source})"
+        if not streams:
+            raise ConfigError(f"{said}: TLS is for streams, and datagrams would go in plain text")
+        raise ConfigError(f"{said} needs a certificate, or all goes in plain text; set tls_cert, or give a tls:// one")
 
 
 def _asks(listener: object, name: str) -> bool:

@@ -136,9 +136,6 @@ def _load(tls: TLS) -> ssl.SSLContext:
     """
     password = _passphrase(tls)
     context = _context(tls, tls.cert, tls.key, password)
-    if tls.ca is not None:
-        _load_authorities(context, tls.ca)
-    context.verify_mode = _VERIFY[str(tls.verify)]
     if tls.sni:
         others = {name: _context(tls, cert, key, password) for name, (cert, key) in tls.sni.items()}
         context.sni_callback = _chooser(others)
@@ -156,6 +153,9 @@ def _context(tls: TLS, cert: File, key: File | None, password: Callable[[], str 
             context.set_alpn_protocols(list(tls.alpn))
         except (ssl.SSLError, UnicodeError) as error:
             raise ConfigError(f"TLS alpn={list(tls.alpn)!r}: a protocol's name is 1 to 255 ASCII bytes") from error
+    if tls.ca is not None:
+        _load_authorities(context, tls.ca)
+    context.verify_mode = _VERIFY[str(tls.verify)]
     _load_pair(context, cert, key, password)
     return context
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from harken import settings
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TLS", "File", "declared"]
 
+# What a TLS may leave to the settings of these names, `tls_ca` and so on. A key goes with its certificate.
+_WORDS = ("ca", "verify", "alpn", "sni", "min_version", "password", "mode")
 MODES = ("always", "optional", "starttls")
 VERIFY = ("auto", "none", "optional", "required")
 VERSIONS = ("1.2", "1.3")
@@ -127,10 +129,11 @@ class TLS:
         alpn: protocols offered by ALPN, the preferred one first.
         sni: further certificates by the name that the client asks for (``*.example.org`` is every name of one label
             more): a file, or a pair of certificate and key. Everything else is the same for all names.
-        min_version: ``1.2`` or ``1.3``, or an ``ssl.TLSVersion``.
+        min_version: ``1.2`` (as None) or ``1.3``, or an ``ssl.TLSVersion``.
         password: of the keys: a file that holds it, a function that returns it, or bytes.
-        mode: ``always``, ``optional`` (plain text too, told apart by the first byte), or ``starttls`` (plain text until
-            a handler calls ``start_tls()``).
+        mode: ``always`` (as None), ``optional`` (plain text too, told apart by the first byte), or ``starttls`` (plain
+            text until a handler calls ``start_tls()``).
+        given: the words that were given, and so are not the settings' to say.
     """
 
     cert: File
@@ -139,9 +142,10 @@ class TLS:
     verify: str | bool | None = None
     alpn: Sequence[str] = ()
     sni: Mapping[str, Any] = field(default_factory=dict)
-    min_version: Any = "1.2"
+    min_version: Any = None
     password: Password | None = field(default=None, repr=False)
-    mode: str = "always"
+    mode: str | None = None
+    given: frozenset[str] = field(default=frozenset(), init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Bring the values into one shape.
@@ -150,8 +154,10 @@ class TLS:
             ConfigError: one of them can never be.
         """
         put = object.__setattr__
+        put(self, "given", frozenset(name for name in _WORDS if getattr(self, name) not in (None, (), [], {}, "auto")))
         put(self, "verify", _verify(self.verify, self.ca))
-        put(self, "min_version", _version(self.min_version))
+        put(self, "min_version", _version(self.min_version or VERSIONS[0]))
+        put(self, "mode", self.mode or MODES[0])
         put(self, "alpn", (self.alpn,) if isinstance(self.alpn, str) else tuple(self.alpn))
         put(self, "sni", {name.lower().rstrip("."): _pair(name, files) for name, files in dict(self.sni).items()})
         if self.mode not in MODES:
@@ -163,9 +169,11 @@ class TLS:
             raise ConfigError(f"TLS needs a certificate: {self.cert!r} is not the path of a PEM file")
 
     def __str__(self) -> str:
-        """Return it as ``--tls`` takes it, without the passphrase."""
+        """Return it as ``--tls`` takes it, with the names of ``sni`` besides, and without the passphrase."""
         words: dict[str, Any] = {"cert": self.cert, "key": self.key, "ca": self.ca, "alpn": ",".join(self.alpn)}
-        words |= {"verify": self.verify if self.ca else None, "mode": None if self.mode == "always" else self.mode}
+        words |= {"verify": self.verify if self.ca else None}
+        words |= {name: getattr(self, name) for name in ("min_version", "mode") if name in self.given}
+        words["sni"] = ",".join(self.sni)
         return "&".join(f"{name}={value}" for name, value in words.items() if value)
 
     @classmethod
@@ -181,7 +189,7 @@ class TLS:
             pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True)
         except ValueError:
             raise ConfigError(f"TLS options are NAME=VALUE, joined by '&': {text!r} is not") from None
-        known = {each.name for each in fields(cls)} - {"sni"}
+        known = {"cert", "key", *_WORDS} - {"sni"}
         words: dict[str, Any] = {}
         for name, value in pairs:
             if name not in known:
@@ -240,34 +248,61 @@ def _pair(name: str, files: Any) -> tuple[File, File | None]:
 def declared(values: Settings, listener: Any = None) -> TLS | ssl.SSLContext:
     """Return what a server's address and settings say: the address above the settings, ``tls`` above ``tls_cert``.
 
-    What the operator says (flags, environment, file) stands above what the program says.
+    What the operator says (flags, environment, file) stands above what the program says. What a :class:`TLS` does not
+    say, the settings of its words do; but an address that is one of TLS is always so, unless it says a mode itself.
 
     Raises:
         ConfigError: nothing names a certificate, or a value is wrong.
     """
     own = getattr(listener, "tls", None)
     if isinstance(own, TLS):
-        return _with_password(own, values)
-    whole, cert = values.find("tls"), values.find("tls_cert")
-    above = settings.operator.find(settings.REGISTRY["tls_cert"]) and not settings.operator.find(
-        settings.REGISTRY["tls"]
-    )
-    if whole.value is not None and not above:
-        return _with_password(whole.value, values) if isinstance(whole.value, TLS) else whole.value
-    if cert.value is None:
+        return _completed(own, values, mode=own.mode)
+    found = _of_settings(values, mode=MODES[0] if own is not None else None)
+    if found is None:
         raise ConfigError("a TLS address needs a certificate: add ?cert=FILE&key=FILE to it, or set --tls-cert")
-    words = {each.name: values[f"tls_{each.name}"] for each in fields(TLS)}
-    words["alpn"] = words["alpn"] or ()
-    words["sni"] = dict(map(_read_sni, words["sni"] or ()))
-    return TLS(**words)
+    return found
 
 
-def _with_password(tls: TLS, values: Settings) -> TLS:
-    return tls if tls.password is not None or values["tls_password"] is None else _lend(tls, values["tls_password"])
+def _of_settings(values: Settings, mode: str | None) -> TLS | ssl.SSLContext | None:
+    whole, cert = values.find("tls"), values.find("tls_cert")
+    operator, registry = settings.operator, settings.REGISTRY
+    above = operator.find(registry["tls_cert"]) and not operator.find(registry["tls"])
+    if whole.value is None or above:
+        if cert.value is None:
+            return None
+        return _completed(TLS(cert.value, values["tls_key"]), values, mode=mode)
+    if isinstance(whole.value, TLS):
+        return _completed(whole.value, values, mode=mode, programs=not operator.find(registry["tls"]))
+    for name in _WORDS:
+        found = operator.find(registry[f"tls_{name}"])
+        if found is not None and name not in ("password", "mode"):
+            raise ConfigError(
+                f"tls_{name} ({found.source}): the program has an ssl.SSLContext of its own, which that cannot change; "
+                "set tls_cert, to take its place"
+            )
+    return whole.value  # type: ignore[no-any-return]
 
 
-def _lend(tls: TLS, password: Any) -> TLS:
-    return replace(tls, password=password)
+def _completed(tls: TLS, values: Settings, *, mode: str | None, programs: bool = False) -> TLS:
+    """Add what the settings say, where it says nothing; the operator is heard also where a program says something."""
+    said = {name: values.find(f"tls_{name}") for name in _WORDS}
+    words: dict[str, Any] = {}
+    for name, found in said.items():
+        operators = programs and settings.operator.find(settings.REGISTRY[f"tls_{name}"]) is not None
+        if _is_said(found) and (operators or name not in tls.given):
+            words[name] = found.value
+    if mode is not None:
+        words["mode"] = mode
+    if all(getattr(tls, name) == value for name, value in words.items()):
+        return tls  # the same one: its certificates are loaded once
+    if "sni" in words:
+        words["sni"] = dict(map(_read_sni, words["sni"] or ()))
+    kept = {name: getattr(tls, name) for name in tls.given}
+    return TLS(tls.cert, tls.key, **kept | words)
+
+
+def _is_said(found: settings.Value) -> bool:
+    return found.value is not None and not found.source.startswith("default")
 
 
 def _read_sni(text: str) -> tuple[str, Any]:

@@ -47,4 +47,5 @@ def make(values: Settings, listener: Any) -> Handshake:
     tls = declared(values, listener)
     certificates = certificates_of(tls)
     nodelay = values["nodelay"] is not False and not inherits_nodelay(listener)
-    return Handshake(certificates, getattr(tls, "mode", "always"), nodelay=nodelay)
+    mode = tls.mode if isinstance(tls, TLS) else values["tls_mode"] if getattr(listener, "tls", None) is None else None
+    return Handshake(certificates, mode or "always", nodelay=nodelay)

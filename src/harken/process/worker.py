@@ -20,6 +20,7 @@ from harken.errors import ConfigError
 from harken.handlers import BaseRequestHandler
 from harken.listener import Listener
 from harken.observe.collector import Collector
+from harken.preambles import refuse_plain_text
 from harken.process.conductor import SIGNALS, Abandoned, Conductor
 from harken.process.traces import Traces
 from harken.server import BaseServer, TCPServer, UDPServer
@@ -130,6 +131,7 @@ class Worker:
                 _ = server.serving.entry  # a certificate that cannot be read is told now
                 if server is not self.servers[0]:
                     server.serving.share_limits(self.servers[0].serving)
+            refuse_plain_text(self.settings, (server.socket for server in self.servers))
             undo.pop_all()
 
     def _option(self, name: str) -> Any:

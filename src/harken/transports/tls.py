@@ -1,7 +1,8 @@
 """TLS over TCP: ``tls://HOST:PORT?cert=FILE&key=FILE``.
 
 Without ``cert`` the certificate is that of the settings. The other words are those of :class:`harken.TLS`: ``ca``,
-``verify``, ``alpn``, ``min_version``, ``password``, ``mode``. Everything else is as in ``tcp://``.
+``verify``, ``alpn``, ``min_version``, ``password``, ``mode``; what they do not say the settings do, but for the mode,
+which is ``always``. Everything else is as in ``tcp://``.
 """
 
 from __future__ import annotations
