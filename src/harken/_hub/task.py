@@ -23,7 +23,7 @@ from harken import _hub
 from harken._hub import hosts
 from harken.errors import ConfigError
 
-__all__ = ["Task", "aside", "drive", "own", "sweep", "tasks"]
+__all__ = ["Task", "aside", "drive", "of_hub", "own", "sweep", "tasks"]
 
 tasks: set[int] = set()
 """By identity, the tasks that green threads run now. Without any there is nothing to sweep after a turn."""
@@ -78,11 +78,19 @@ class Task(asyncio.Future[Any]):
             self.exception()  # it is raised here as well: nobody need be told that it was not looked at
             raise
         finally:
-            tasks.discard(id(self))
-            _unregister_task(self)  # type: ignore[arg-type]
+            self.forget()
             self.driver.release()
         asyncio.Future.set_result(self, result)
         return result
+
+    def forget(self) -> None:
+        """It goes on no more: nobody is to wait for it at the end of the loop."""
+        tasks.discard(id(self))
+        _unregister_task(self)  # type: ignore[arg-type]
+
+    def is_of(self, hub: Any) -> bool:
+        """Tell whether its green thread is this hub's."""
+        return self._hub is hub
 
     def _run(self) -> Any:
         driver = self.driver
@@ -228,6 +236,11 @@ def sweep(loop: asyncio.AbstractEventLoop) -> None:
     current = asyncio.current_task(loop)
     if current is not None:
         _leave_task(loop, current)
+
+
+def of_hub(hub: Any, loop: asyncio.AbstractEventLoop) -> list[Task]:
+    """Return the tasks that green threads of ``hub`` run in ``loop`` and that have not ended."""
+    return [task for task in asyncio.all_tasks(loop) if isinstance(task, Task) and task.is_of(hub)]
 
 
 def own() -> Task | None:

@@ -144,8 +144,10 @@ class Started:
             await asyncio.to_thread(self._thread.join)
             await asyncio.to_thread(self._worker.close)
         finally:
-            self._leave()
-            self._over.set()
+            try:
+                await self._leave()
+            finally:
+                self._over.set()
         return DrainReport.of_all(reports)
 
     def _stop(self) -> None:
