@@ -11,6 +11,7 @@ import threading
 
 import pytest
 from talking import PATIENCE, talk
+from waiting import wait_until
 
 import harken
 
@@ -129,6 +130,39 @@ def test_nothing_is_lost_whenever_another_tasks_read_is_cancelled(source):
 
     data = bytes(range(256))
     assert talk(handle, data)[0] == data
+
+
+@pytest.mark.parametrize("source, ahead", [("request", b""), ("rfile", b""), ("rfile", b"ahead")])
+@pytest.mark.parametrize("turns", range(8))
+def test_whoever_reads_next_gets_what_came_for_a_cancelled_task(source, ahead, turns):
+    """By ``request`` or by ``rfile``, and behind what that has read ahead."""
+    clients = []
+
+    async def handle(self):
+        await self.rfile.readline()
+        task = asyncio.create_task(self.request.recv(100))
+        await asyncio.to_thread(wait_until, lambda: self.request.waits_for() == "reading")
+        clients[0].sendall(b"first")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        expected = ahead + b"first" + b"second"
+        with contextlib.suppress(asyncio.CancelledError):
+            assert await task == b"first"
+            expected = ahead + b"second"
+        clients[0].sendall(b"second")
+        read = self.request.recv if source == "request" else self.rfile.read
+        got = b""
+        while len(got) < len(expected):
+            got += await read(4)
+        return got == expected
+
+    def say(client):
+        clients.append(client)
+        client.sendall(b"line\n" + ahead)
+        return client.recv(1)
+
+    assert talk(handle, say) == (True, b"")
 
 
 def test_the_timeout_of_the_class():

@@ -41,14 +41,15 @@ class AsyncConnection:
         socket: the connection below.
     """
 
-    __slots__ = ("_driver", "_left_over", "_recv", "_sendall", "_writer", "socket")
+    __slots__ = ("_driver", "_left_over", "_reader", "_recv", "_sendall", "_writer", "socket")
 
     def __init__(self, sock: Any, driver: Any) -> None:
         self.socket = sock
         self._driver = driver
         self._recv = sock.recv
         self._sendall = sock.sendall
-        self._left_over = b""  # received for a task that was cancelled before it got it
+        self._left_over = b""  # received for a task that was cancelled before it got it; the reader's, if there is one
+        self._reader: Any = None
         self._writer: AsyncWriter | None = None
 
     def recv(self, bufsize: int) -> Awaitable[bytes]:
@@ -57,8 +58,7 @@ class AsyncConnection:
         Raises:
             OSError: as on a socket; TimeoutError after its timeout.
         """
-        receive = self._recv_left_over if self._left_over else self._recv
-        return self._driver.wait(self, receive, bufsize)  # type: ignore[no-any-return]
+        return self._driver.wait(self, self._recv, bufsize)  # type: ignore[no-any-return]
 
     def sendall(self, data: Any) -> Awaitable[None]:
         """Send all of ``data``, behind what was written to ``wfile``.
@@ -83,16 +83,28 @@ class AsyncConnection:
 
     def _give_back(self, result: Any) -> None:
         """Keep what was received for a task that was cancelled; nothing was sent for one that asked for that."""
-        if result:
+        if not result:
+            return
+        if self._reader is None or self._reader.closed:
             self._left_over = result + self._left_over
+        elif self._recv == self._recv_left_over:  # which took it from there
+            self._reader.give_back(result)
+        else:
+            self._reader.add(result)
+        self._recv = self._recv_left_over
 
     def _recv_left_over(self, bufsize: int) -> bytes:
-        if not self._left_over:
-            received: bytes = self._recv(bufsize)
-            return received
+        """Receive what was kept, and what the reader had read ahead of it."""
         if bufsize < 0:
             raise ValueError("negative buffersize in recv")  # the socket's words
-        data, self._left_over = self._left_over[:bufsize], self._left_over[bufsize:]
+        data: bytes
+        if self._left_over:
+            data, self._left_over = self._left_over[:bufsize], self._left_over[bufsize:]
+        elif self._reader is not None and len(self._reader):
+            data = self._reader.read1(bufsize)
+        else:
+            self._recv = self.socket.recv
+            data = self._recv(bufsize)
         return data
 
     def shutdown(self, how: int) -> None:
@@ -550,11 +562,12 @@ def files(connection: AsyncConnection) -> tuple[AsyncReader, AsyncWriter]:
         from importlib import import_module
 
         compiled = import_module("harken._hub.compiled")
-        inner = compiled.Reader(sock)
+        connection._reader = inner = compiled.Reader(sock)
         reader = AsyncReader(connection, inner)
         connection._writer = writer = AsyncWriter(connection, reader, compiled.Writer(sock, inner))
         return reader, writer
     # Its own kind, if it has one: that stamps where the connection does.
-    reader = AsyncReader(connection, sock.open_reader() if hasattr(sock, "open_reader") else Reader(sock))
+    connection._reader = sock.open_reader() if hasattr(sock, "open_reader") else Reader(sock)
+    reader = AsyncReader(connection, connection._reader)
     connection._writer = writer = AsyncWriter(connection, reader)
     return reader, writer
