@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from harken import connection
-from harken._hub import TURN_BYTES, TURN_OPERATIONS
+from harken._hub import BUSY, TURN_BYTES, TURN_OPERATIONS
 from harken._hub.files import Reader, Writer
 from harken._hub.pending import flush_of
 from harken._hub.wire import PIECE_SHIFT, Wire, give_way, here, wait
@@ -54,6 +54,8 @@ def _waiting(name: str, write: bool, flags_at: int) -> Callable[..., Any]:
 
     def method(self: Connection, *args: Any) -> Any:
         wire = self._wire
+        if write and wire.writer is not None:
+            self._refuse_to_part()
         flush_of(self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
@@ -219,6 +221,8 @@ class Connection(connection.Connection):
         look at the number. With one it is some, as on Python's sockets.
         """
         wire = self._wire
+        if wire.writer is not None:
+            self._refuse_to_part()
         flush_of(self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
@@ -244,11 +248,23 @@ class Connection(connection.Connection):
             BlockingIOError: there is none.
         """
         wire = self._wire
+        if wire.writer is not None:
+            self._refuse_to_part()
         sent: int = _send(self, data, _DONTWAIT)
         wire.spent += 1 + (sent >> PIECE_SHIFT)
         if wire.traced:
             tell_call(self, "send", (data,), sent)
         return sent
+
+    def _refuse_to_part(self) -> None:
+        """Another green thread waits to send the rest of its bytes: none are to come between.
+
+        Raises:
+            RuntimeError: this is a stream, where they would; and the rest is not what was joined, which goes first.
+        """
+        pending = self._wire.pending
+        if kind_of(self) == socket.SOCK_STREAM and (pending is None or pending.sock is not self):
+            raise RuntimeError(BUSY)
 
     def _blocks(self, flags: int) -> bool:
         """Whether a socket of the standard library would block in send(2)."""
@@ -272,6 +288,8 @@ class Connection(connection.Connection):
     def sendall(self, data: Any, flags: int = 0, /) -> None:
         """Send all of ``data``, waiting in the hub for room; ``timeout`` bounds the whole."""
         wire = self._wire
+        if wire.writer is not None:
+            self._refuse_to_part()
         flush_of(self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
@@ -340,6 +358,8 @@ class Connection(connection.Connection):
 
     def _send_part(self, file: int, offset: int, size: int) -> int:
         wire = self._wire
+        if wire.writer is not None:
+            self._refuse_to_part()
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
 
