@@ -325,3 +325,16 @@ def test_another_handlers_connection():
             first.sendall(b"\n")
             assert first.recv(1) == b""
     assert outcome[0] is True
+
+
+def test_start_tls_is_refused_by_name():
+    """And says what there is instead."""
+
+    async def handle(self):
+        self.start_tls()
+
+    outcome = talk(handle)[0]
+    assert isinstance(outcome, harken.LifecycleError)
+    assert str(outcome).startswith(
+        "start_tls() needs a handler with a plain `def handle`; serve an async one on tls://"
+    )
