@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from greenlet import getcurrent
 
@@ -128,6 +128,9 @@ class AsyncConnection:
                 raise RuntimeError(f"{verb.__name__}() would overtake what wfile holds; `await request.sendall(data)`")
             self._driver.call(writer.wait_until_sent)
         return verb(*args, **words)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(f"cannot pickle {type(self).__name__!r} object")  # a socket's words, for copies too
 
     def __repr__(self) -> str:
         return f"<AsyncConnection of {self.socket!r}>"

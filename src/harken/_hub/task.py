@@ -60,6 +60,7 @@ class Task(asyncio.Future[Any]):
         self._coro = coroutine
         self._name = f"harken-{next(_numbers)}"
         self._requests = 0
+        self._message: Any = None  # of the last request
         self._fut_waiter: Any = None  # asyncio's name, which anyio reads
         tasks.add(id(self))
         _register_task(self)  # type: ignore[arg-type]
@@ -98,7 +99,7 @@ class Task(asyncio.Future[Any]):
         while True:
             if driver.must_cancel:
                 driver.must_cancel = False
-                error = asyncio.CancelledError()
+                error = self.cancelled_error()
             driver.enter()
             try:
                 waited = self._coro.send(None) if error is None else self._coro.throw(error)
@@ -139,7 +140,7 @@ class Task(asyncio.Future[Any]):
             return error
         waited.add_done_callback(self._wake)
         self._fut_waiter = waited
-        if self.driver.must_cancel and waited.cancel():
+        if self.driver.must_cancel and waited.cancel(msg=self._message):
             self.driver.must_cancel = False
         try:
             while not waited.done():
@@ -168,10 +169,15 @@ class Task(asyncio.Future[Any]):
         if self._fut_waiter is not None:
             if self._fut_waiter.cancel(msg=msg):
                 return True
-        elif self.driver.in_call and self._hub.throw(self.driver.green, asyncio.CancelledError()):
+        elif self.driver.in_call and self._hub.throw(self.driver.green, _cancelled(msg)):
             return True
         self.driver.must_cancel = True
+        self._message = msg
         return True
+
+    def cancelled_error(self) -> asyncio.CancelledError:
+        """Return what is raised where it waits next, once it was cancelled."""
+        return _cancelled(self._message)
 
     @property
     def _must_cancel(self) -> bool:  # asyncio's name, which anyio reads
@@ -229,6 +235,10 @@ class Task(asyncio.Future[Any]):
     def __repr__(self) -> str:
         state = "finished" if self.done() else "cancelling" if self._requests else "pending"
         return f"<Task {state} name={self._name!r} coro={getattr(self._coro, '__qualname__', self._coro)!s}>"
+
+
+def _cancelled(message: Any) -> asyncio.CancelledError:
+    return asyncio.CancelledError() if message is None else asyncio.CancelledError(message)
 
 
 def sweep(loop: asyncio.AbstractEventLoop) -> None:
