@@ -563,6 +563,24 @@ def test_one_that_is_dropped_gives_its_descriptor_back(stage):
     assert far.recv(10) == b""
 
 
+def test_nobody_resizes_what_is_received_into(stage):
+    """As with a socket that blocks, whose call holds the buffer."""
+    connection, far = stage.pair()
+    buffer = bytearray(10)
+
+    def other():
+        while connection.waits_for() != "reading":
+            stage.hub.sleep(0)
+        try:
+            with pytest.raises(BufferError):
+                buffer.clear()
+        finally:
+            far.sendall(b"data")
+
+    assert stage.run(lambda: connection.recv_into(buffer), other) == [4, None]
+    assert bytes(buffer[:4]) == b"data"
+
+
 @FAMILIES
 @pytest.mark.parametrize("verb, data", [("sendall", b"2"), ("send", b"2"), ("sendmsg", [b"2"])])
 def test_nobody_sends_into_what_is_half_sent(stage, family, verb, data):

@@ -199,7 +199,8 @@ class Connection(connection.Connection):
                 if wire.timeout == 0.0 or flags & _DONTWAIT:
                     raise
         if size is None:
-            size = _wait_and_retry(wire, False, lambda: _recv_into(self, buffer, nbytes, flags | _DONTWAIT))
+            with memoryview(buffer):  # which nobody is to resize meanwhile
+                size = _wait_and_retry(wire, False, lambda: _recv_into(self, buffer, nbytes, flags | _DONTWAIT))
         wire.spent += 1 + (size >> PIECE_SHIFT)
         if 0 < size < (nbytes or memoryview(buffer).nbytes) and not flags and not wire.wet:
             wire.dry = True
