@@ -37,6 +37,10 @@ _SENDFILE_BYTES = TURN_BYTES
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
 
+# Seconds that the standard library's sockets take at most: it counts nanoseconds in 63 bits.
+_LONGEST_TIMEOUT = 2.0**63 / 1e9
+
+
 def _wait_and_retry(wire: Wire, write: bool, call: Callable[[], Any]) -> Any:
     """Wait, then ``call()``, until that does not raise BlockingIOError; the timeout holds for all of it."""
     deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
@@ -465,6 +469,8 @@ class Connection(connection.Connection):
             value = value + 0.0  # what is no number is a TypeError
             if not value >= 0.0:
                 raise ValueError("Timeout value out of range")
+            if value > _LONGEST_TIMEOUT:
+                raise OverflowError("timeout is too large")
         self._wire.timeout = value
         self._show_flags()
 
