@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import os
 import queue
 import socket
 import ssl
@@ -112,9 +113,32 @@ def test_a_spawned_thread_that_raises_is_joined_too(run, monkeypatch):
 @pytest.mark.parametrize("use", [lambda: green.spawn(print), lambda: green.timeout(1).__enter__()])
 def test_outside_a_green_thread_it_says_so(use):
     """One clear line with the remedy."""
-    with pytest.raises(RuntimeError, match="needs a green thread around it"):
+    with pytest.raises(
+        RuntimeError, match="needs a green thread around it: call it in a handler on the green engine, and"
+    ):
         use()
     assert green.current() is None
+
+
+def test_in_a_forked_child_it_says_so(run):
+    """Which is no green thread any more."""
+    read, write = os.pipe()
+
+    def act():
+        pid = os.fork()
+        if pid == 0:
+            try:
+                green.spawn(print)
+            except RuntimeError as error:
+                os.write(write, str(error).encode())
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        os.close(write)
+        with open(read) as file:
+            return file.read()
+
+    assert run(act)[0].endswith("in no child that such a handler has forked")
 
 
 def test_in_a_plain_thread_the_rest_blocks():
@@ -333,6 +357,19 @@ def test_timeout_ends_any_wait(run):
     assert isinstance(outcome, TimeoutError)
     assert str(outcome) == "not done within 0.02 s"
     assert unharmed is True
+
+
+@pytest.mark.parametrize("seconds", [None, "1"])
+def test_a_timeout_is_a_number(run, seconds):
+    """Anything else is told at once."""
+
+    def act():
+        with green.timeout(seconds):
+            pass
+
+    error = run(act)[0]
+    assert isinstance(error, TypeError)
+    assert str(error) == f"green.timeout() takes seconds, not {seconds!r}"
 
 
 def test_timeouts_nest(run):

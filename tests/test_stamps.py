@@ -9,6 +9,7 @@ import types
 import pytest
 
 from harken import _hub
+from harken._hub import fallback
 from harken.connection import Connection
 from harken.stamps import Stamps, plain_kind, stamp
 
@@ -26,6 +27,17 @@ def pair():
     stamp(connection, record)
     with connection, far:
         yield connection, record.stamps, far
+
+
+def test_what_is_sent_as_far_as_there_is_room_is_an_answer():
+    """``try_send`` of the hub in Python, by which async handlers write."""
+    near, far = socket.socketpair()
+    with _hub.adopt(near, fallback.Connection) as connection, far:
+        record = types.SimpleNamespace(stamps=None, reason="test", successor=None, _registry=REGISTRY)
+        connection.record = record
+        stamp(connection, record)
+        assert connection.try_send(b"abc") == 3
+        assert (record.stamps.answered, record.stamps.sent, record.stamps.writing) == (True, 3, 0.0)
 
 
 def test_its_class_changes_in_nothing_else(pair):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable
-from typing import Any
+from typing import Any, NoReturn
 
 from harken import preambles
 from harken._hub.awaited import AsyncConnection, files
 from harken._hub.task import drive
 from harken.entry import refuse_unentered
+from harken.errors import LifecycleError
 from harken.expiry import introduce
 from harken.handlers import BaseRequestHandler
 
@@ -77,6 +78,17 @@ class AsyncRequestHandler(BaseRequestHandler):
 
     def finish(self) -> Any:
         """Clean up. May be overridden, also by ``async def``. Called even when ``handle`` raised."""
+
+    def start_tls(self, tls: Any = None) -> NoReturn:
+        """Not for async handlers.
+
+        Raises:
+            LifecycleError: always.
+        """
+        raise LifecycleError(
+            "start_tls() needs a handler with a plain `def handle`; serve an async one on tls://, "
+            "or by TLS(…, mode='optional') on one port with plain text"
+        )
 
     def call_hook(self, name: str) -> None:
         """Call a hook that runs beside ``handle``, and wait for it if it is to be waited for. In a green thread."""

@@ -174,13 +174,17 @@ class Drain:
         self._serving.cut(reason)
         self._serving.connections.nudge()
 
+    def shorten(self, timeout: float) -> None:
+        """Cut what is left in ``timeout`` seconds at the latest. Any thread."""
+        self.deadline = min(self.deadline, time.monotonic() + timeout)
+        self._serving.connections.nudge()
+
     def join(self, timeout: float, own: Iterable[Record]) -> DrainReport:
         """Wait for its end with somebody else, who may be more in a hurry. The thread that drains does not wait."""
         own = set(own)
         self._joined += bool(own)
         self._own |= own
-        self.deadline = min(self.deadline, time.monotonic() + timeout)
-        self._serving.connections.nudge()
+        self.shorten(timeout)
         self.over.wait()
         return self.report or self._report()
 

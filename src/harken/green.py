@@ -1,8 +1,9 @@
 """Green threads, for handlers on the green engine: any number of them take turns in one thread.
 
-All of it may also be used in a plain thread, which it simply blocks, but for ``spawn`` and ``timeout``. ``Event``,
-``Lock``, ``Semaphore`` and ``Queue`` work between green threads, between plain ones, and from one kind to the other.
-Context variables are each green thread's own; ``threading.local`` is shared by all of a thread.
+All of it may also be used in a plain thread, which it simply blocks, but for ``spawn`` and ``timeout``; a child that a
+green thread has forked is such a thread. ``Event``, ``Lock``, ``Semaphore`` and ``Queue`` work between green threads,
+between plain ones, and from one kind to the other. Context variables are each green thread's own; ``threading.local``
+is shared by all of a thread.
 """
 
 from __future__ import annotations
@@ -134,6 +135,7 @@ def timeout(seconds: float) -> Iterator[None]:
     Raises:
         DeadlineExceeded: in the block, after ``seconds``; it is a TimeoutError.
         RuntimeError: this is no green thread.
+        TypeError: ``seconds`` is no number.
     """
     timer = _Timeout(_need("timeout"), seconds)
     try:
@@ -148,8 +150,12 @@ class _Timeout:
     def __init__(self, hub: Any, seconds: float) -> None:
         self._hub = hub
         self._green = getcurrent()
+        try:
+            deadline = time.monotonic() + seconds
+        except TypeError:
+            raise TypeError(f"green.timeout() takes seconds, not {seconds!r}") from None
         self._error = DeadlineExceeded(f"not done within {seconds:g} s")
-        self._timer = hub.call_at(time.monotonic() + seconds, self._fire)
+        self._timer = hub.call_at(deadline, self._fire)
 
     def _fire(self) -> None:
         if not self._hub.throw(self._green, self._error):
@@ -306,5 +312,8 @@ def _places(address: str | tuple[str, int]) -> tuple[list[tuple[int, Any]], str 
 def _need(what: str) -> Any:
     hub = _hub.current()
     if hub is None:
-        raise RuntimeError(f"green.{what}() needs a green thread around it: call it in a handler on the green engine")
+        raise RuntimeError(
+            f"green.{what}() needs a green thread around it: call it in a handler on the green engine, "
+            "and in no child that such a handler has forked"
+        )
     return hub

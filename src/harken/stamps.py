@@ -135,7 +135,7 @@ def _named(method: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 _READS = ("recv", "recv_into", "recvfrom", "recvfrom_into", "recvmsg", "recvmsg_into", "read")
-_WRITES = ("send", "sendall", "sendto", "sendmsg", "sendfile", "write")
+_WRITES = ("send", "sendall", "sendto", "sendmsg", "sendfile", "try_send", "write")
 
 
 class _Reader(io.BufferedReader):

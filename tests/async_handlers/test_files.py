@@ -11,6 +11,7 @@ import threading
 
 import pytest
 from talking import PATIENCE, talk
+from waiting import wait_until
 
 import harken
 
@@ -129,6 +130,39 @@ def test_nothing_is_lost_whenever_another_tasks_read_is_cancelled(source):
 
     data = bytes(range(256))
     assert talk(handle, data)[0] == data
+
+
+@pytest.mark.parametrize("source, ahead", [("request", b""), ("rfile", b""), ("rfile", b"ahead")])
+@pytest.mark.parametrize("turns", range(8))
+def test_whoever_reads_next_gets_what_came_for_a_cancelled_task(source, ahead, turns):
+    """By ``request`` or by ``rfile``, and behind what that has read ahead."""
+    clients = []
+
+    async def handle(self):
+        await self.rfile.readline()
+        task = asyncio.create_task(self.request.recv(100))
+        await asyncio.to_thread(wait_until, lambda: self.request.waits_for() == "reading")
+        clients[0].sendall(b"first")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        expected = ahead + b"first" + b"second"
+        with contextlib.suppress(asyncio.CancelledError):
+            assert await task == b"first"
+            expected = ahead + b"second"
+        clients[0].sendall(b"second")
+        read = self.request.recv if source == "request" else self.rfile.read
+        got = b""
+        while len(got) < len(expected):
+            got += await read(4)
+        return got == expected
+
+    def say(client):
+        clients.append(client)
+        client.sendall(b"line\n" + ahead)
+        return client.recv(1)
+
+    assert talk(handle, say) == (True, b"")
 
 
 def test_the_timeout_of_the_class():
@@ -298,3 +332,110 @@ def test_a_peer_that_has_gone_is_told_where_it_is_awaited():
         reset.set()
 
     assert talk(handle, say)[0] == "done"
+
+
+MUCH = 20_000_000  # bytes: no kernel takes so many at once
+
+
+def later(go_on):
+    """Return what a client gets that reads once ``go_on`` is set."""
+
+    def client_of(client):
+        client.sendall(b"line\n")
+        assert go_on.wait(PATIENCE)
+        got = bytearray()
+        while part := client.recv(1 << 20):
+            got += part
+        return bytes(got)
+
+    return client_of
+
+
+def fill(self):
+    """Write more than the kernel takes for now."""
+    self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    self.wfile.write(bytes(MUCH))
+
+
+def empty_soon(self, go_on):
+    """Let the client go on in the loop's next turn."""
+
+    def widen():
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        go_on.set()
+
+    asyncio.get_running_loop().call_soon(widen)
+
+
+class OnlyHandle(harken.AsyncStreamRequestHandler):
+    """Its ``wfile`` may have been closed by ``handle``, so that ``finish`` has nothing to wait for."""
+
+    def finish(self):
+        """Leave it."""
+
+
+@pytest.mark.parametrize("how", [socket.SHUT_WR, socket.SHUT_RDWR])
+@pytest.mark.parametrize("closed", [False, True])
+def test_shutdown_comes_behind_what_was_written(how, closed):
+    """Also when ``wfile`` was closed before; it does not wait, and what is written after it is told so."""
+    go_on = threading.Event()
+
+    async def handle(self):
+        await self.rfile.readline()
+        fill(self)
+        empty_soon(self, go_on)
+        if closed:
+            self.wfile.close()
+        self.request.shutdown(socket.SHUT_WR)
+        self.request.shutdown(how)
+        assert not go_on.is_set()
+        await self.wfile.drain()
+        if not closed:
+            self.wfile.write(b"more")
+            with pytest.raises(BrokenPipeError):
+                await self.wfile.sent()
+        return await self.rfile.read()
+
+    outcome, got = talk(handle, later(go_on), base=OnlyHandle if closed else harken.AsyncStreamRequestHandler)
+    assert (outcome, got.count(0), len(got)) == (b"", MUCH, MUCH)
+
+
+def test_shutdown_where_nothing_is_held_back():
+    """It is the socket's."""
+
+    async def handle(self):
+        self.wfile.write(b"all")
+        self.request.shutdown(socket.SHUT_WR)
+        return await self.rfile.read()
+
+    def say(client):
+        got = client.recv(10) + client.recv(10)
+        client.sendall(b"bye")
+        client.shutdown(socket.SHUT_WR)
+        return got
+
+    assert talk(handle, say) == (b"bye", b"all")
+
+
+@pytest.mark.parametrize("verb, data", [("send", b"end"), ("sendmsg", [b"end"])])
+def test_other_verbs_that_send_come_behind_what_was_written(verb, data):
+    """In the handler's own task they wait; in another one they cannot, and say what can."""
+    go_on = threading.Event()
+
+    async def handle(self):
+        await self.rfile.readline()
+        fill(self)
+
+        async def beside():
+            getattr(self.request, verb)(data)
+
+        beside_it = asyncio.create_task(beside())
+        empty_soon(self, go_on)
+        sent = getattr(self.request, verb)(data)
+        assert go_on.is_set()
+        with pytest.raises(RuntimeError, match=f"{verb}.. would overtake what wfile holds; `await request.sendall"):
+            await beside_it
+        return sent
+
+    outcome, got = talk(handle, later(go_on))
+    assert (outcome, len(got), got[-3:]) == (3, MUCH + 3, b"end")

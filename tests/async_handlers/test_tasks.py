@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import copy
+import pickle
 import socket
 import sys
 import threading
@@ -85,23 +87,23 @@ def test_a_failing_task_group_cancels_the_read():
     assert talk(handle, lambda client: client.recv(1))[0] == 0
 
 
-@pytest.mark.parametrize("waiting", ["recv", "sleep", "running"])
+@pytest.mark.parametrize("waiting", ["recv", "sleep", "running", "running and sleep"])
 def test_cancel(waiting):
-    """Wherever it waits; a cancelled handler is no error."""
+    """Wherever it waits, with the message; a cancelled handler is no error."""
     failures = []
     unsubscribe = harken.events.subscribe(failures.append, "handler_failed")
 
     class Handler(harken.AsyncRequestHandler):
         async def handle(self):
             task = asyncio.current_task()
-            if waiting == "running":
-                task.cancel()
+            if waiting.startswith("running"):
+                task.cancel("why")
             else:
-                asyncio.get_running_loop().call_later(0.02, task.cancel)
+                asyncio.get_running_loop().call_later(0.02, task.cancel, "why")
             try:
-                await (asyncio.sleep(PATIENCE) if waiting == "sleep" else self.request.recv(1))
-            except asyncio.CancelledError:
-                seen.append((task.cancelling(), task))
+                await (asyncio.sleep(PATIENCE) if waiting.endswith("sleep") else self.request.recv(1))
+            except asyncio.CancelledError as error:
+                seen.append((task.cancelling(), task, error.args))
                 raise
 
     seen = []
@@ -111,6 +113,7 @@ def test_cancel(waiting):
     unsubscribe()
     assert seen[0][0] == 1
     assert seen[0][1].cancelled()
+    assert seen[0][2] == ("why",)
     assert failures == []
 
 
@@ -325,3 +328,27 @@ def test_another_handlers_connection():
             first.sendall(b"\n")
             assert first.recv(1) == b""
     assert outcome[0] is True
+
+
+def test_start_tls_is_refused_by_name():
+    """And says what there is instead."""
+
+    async def handle(self):
+        self.start_tls()
+
+    outcome = talk(handle)[0]
+    assert isinstance(outcome, harken.LifecycleError)
+    assert str(outcome).startswith(
+        "start_tls() needs a handler with a plain `def handle`; serve an async one on tls://"
+    )
+
+
+def test_the_connection_is_not_copied():
+    """As a socket is not: the two would hold back bytes from one another."""
+
+    async def handle(self):
+        for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot pickle 'AsyncConnection' object"):
+                attempt(self.request)
+
+    assert talk(handle)[0] is None

@@ -19,6 +19,7 @@ import pytest
 from greenlet import getcurrent
 
 from harken import connection as plain, records
+from harken._hub import BUSY
 from harken.errors import DeadlineExceeded
 
 from .kit import BIG, FAMILIES, LENT, PATIENCE, drain, later
@@ -360,11 +361,11 @@ def test_nonblocking(stage):
     far.close()
 
 
-@pytest.mark.parametrize("value", [-1, float("nan"), "1"])
+@pytest.mark.parametrize("value", [-1, float("nan"), "1", float("inf"), 1e20])
 def test_wrong_timeouts_are_refused(stage, value):
     """As on any socket, and nothing has changed."""
     connection, _ = stage.pair()
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises((ValueError, TypeError, OverflowError)):
         connection.settimeout(value)
     assert connection.gettimeout() is None
 
@@ -560,6 +561,54 @@ def test_one_that_is_dropped_gives_its_descriptor_back(stage):
         gc.collect()
     assert gone() is None
     assert far.recv(10) == b""
+
+
+def test_nobody_resizes_what_is_received_into(stage):
+    """As with a socket that blocks, whose call holds the buffer."""
+    connection, far = stage.pair()
+    buffer = bytearray(10)
+
+    def other():
+        while connection.waits_for() != "reading":
+            stage.hub.sleep(0)
+        try:
+            with pytest.raises(BufferError):
+                buffer.clear()
+        finally:
+            far.sendall(b"data")
+
+    assert stage.run(lambda: connection.recv_into(buffer), other) == [4, None]
+    assert bytes(buffer[:4]) == b"data"
+
+
+@FAMILIES
+@pytest.mark.parametrize("verb, data", [("sendall", b"2"), ("send", b"2"), ("sendmsg", [b"2"])])
+def test_nobody_sends_into_what_is_half_sent(stage, family, verb, data):
+    """A second green thread that tries is told before its bytes go; in Python, also if there is room."""
+    connection, far = stage.pair(family)
+
+    def make_room():
+        got = 0
+        far.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                got += len(far.recv(BIG))
+        far.settimeout(PATIENCE)
+        return got
+
+    def second():
+        while connection.waits_for() != "writing":
+            stage.hub.sleep(0)
+        got = make_room() if stage.kind.KIND == "fallback" else 0
+        try:
+            getattr(connection, verb)(data)
+        except RuntimeError as error:
+            return str(error), drain(far, BIG - got)
+        return "sent", drain(far, BIG - got)
+
+    first, (second, (reader, rest)) = stage.run(lambda: connection.sendall(b"1" * BIG), second)
+    reader.join(PATIENCE)
+    assert (first, second, b"2" in rest) == (None, BUSY, False)
 
 
 # -- for who looks on from outside -----------------------------------------------------------------------------------

@@ -133,6 +133,52 @@ def test_drain_waits_cuts_and_closes():
     assert len(report.connections) == 1
 
 
+class Stays(Async):
+    """Answers once, and never ends by itself."""
+
+    async def handle(self):
+        """Answer."""
+        await self.rfile.readline()
+        await self.wfile.write(b"1\n")
+        await asyncio.get_running_loop().create_future()
+
+
+async def by_drain(server):
+    """By a later drain, which is shorter."""
+    return await server.drain(0)
+
+
+async def by_close(server):
+    """At once."""
+    await server.close()
+
+
+async def by_cancelling(server):
+    """As ``asyncio.run`` and its like do it to who serves for ever."""
+    serving = asyncio.create_task(server.serve_forever())
+    await asyncio.sleep(0)
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+
+
+@pytest.mark.parametrize("stop", [by_close, by_drain, by_cancelling])
+def test_who_is_in_a_hurry_ends_a_drain(stop):
+    """One that is under way, and would wait for its connections much longer."""
+
+    async def main():
+        server = await harken.start(Stays, "tcp://127.0.0.1:0")
+        _, writer = await ask(server.server_address)
+        drain = asyncio.create_task(server.drain(1000))
+        await asyncio.sleep(0)
+        await stop(server)
+        report = await drain
+        writer.close()
+        return report.cut
+
+    assert run("asyncio", main()) == 1
+
+
 def test_two_servers_in_one_loop():
     """Each with a hub of its own; a handler of one asks the other."""
 

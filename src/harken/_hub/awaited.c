@@ -27,7 +27,7 @@ typedef struct {
 } Wait;
 
 static PyTypeObject *Driver_Type, *Wait_Type;
-static PyObject *enter_task, *leave_task, *cancelled_error, *sweep, *elsewhere_name;
+static PyObject *enter_task, *leave_task, *sweep, *elsewhere_name;
 
 /* -- asyncio ------------------------------------------------------------------------------------------------------ */
 
@@ -45,8 +45,7 @@ static int know_asyncio(void) {
         return 0;
     Py_XSETREF(enter_task, from("asyncio", "_enter_task"));
     Py_XSETREF(leave_task, from("asyncio", "_leave_task"));
-    Py_XSETREF(cancelled_error, from("asyncio", "CancelledError"));
-    if (enter_task == NULL || leave_task == NULL || cancelled_error == NULL)
+    if (enter_task == NULL || leave_task == NULL)
         return -1;
     sweep = from("harken._hub.task", "sweep");
     return sweep == NULL ? -1 : 0;
@@ -97,7 +96,10 @@ static int flush(Driver *driver) {
 static PyObject *call(Driver *driver, PyObject *function, PyObject *const *args, size_t count) {
     if (driver->must_cancel) {
         driver->must_cancel = 0;
-        PyErr_SetNone(cancelled_error);
+        PyObject *error = PyObject_CallMethod(driver->task, "cancelled_error", NULL);
+        if (error != NULL)
+            PyErr_SetObject((PyObject *)Py_TYPE(error), error);
+        Py_XDECREF(error);
         return NULL;
     }
     if (flush(driver) < 0 || leave(driver) < 0)

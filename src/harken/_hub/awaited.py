@@ -7,9 +7,12 @@ task of the loop (a task group's, say) a green thread does it meanwhile.
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 from greenlet import getcurrent
 
@@ -27,6 +30,8 @@ __all__ = ["AsyncConnection", "AsyncReader", "AsyncWriter"]
 CHUNK = 65536
 # Bytes that the peer has not taken, beyond which drain() waits until it has: asyncio's high-water mark.
 HIGH_WATER = 65536
+# What sends, or gives away what sends, and is not awaited.
+_SENDING = frozenset({"detach", "send", "sendfile", "sendmsg", "sendto"})
 
 
 class AsyncConnection:
@@ -36,14 +41,15 @@ class AsyncConnection:
         socket: the connection below.
     """
 
-    __slots__ = ("_driver", "_left_over", "_recv", "_sendall", "_writer", "socket")
+    __slots__ = ("_driver", "_left_over", "_reader", "_recv", "_sendall", "_writer", "socket")
 
     def __init__(self, sock: Any, driver: Any) -> None:
         self.socket = sock
         self._driver = driver
         self._recv = sock.recv
         self._sendall = sock.sendall
-        self._left_over = b""  # received for a task that was cancelled before it got it
+        self._left_over = b""  # received for a task that was cancelled before it got it; the reader's, if there is one
+        self._reader: Any = None
         self._writer: AsyncWriter | None = None
 
     def recv(self, bufsize: int) -> Awaitable[bytes]:
@@ -52,8 +58,7 @@ class AsyncConnection:
         Raises:
             OSError: as on a socket; TimeoutError after its timeout.
         """
-        receive = self._recv_left_over if self._left_over else self._recv
-        return self._driver.wait(self, receive, bufsize)  # type: ignore[no-any-return]
+        return self._driver.wait(self, self._recv, bufsize)  # type: ignore[no-any-return]
 
     def sendall(self, data: Any) -> Awaitable[None]:
         """Send all of ``data``, behind what was written to ``wfile``.
@@ -78,24 +83,54 @@ class AsyncConnection:
 
     def _give_back(self, result: Any) -> None:
         """Keep what was received for a task that was cancelled; nothing was sent for one that asked for that."""
-        if result:
+        if not result:
+            return
+        if self._reader is None or self._reader.closed:
             self._left_over = result + self._left_over
+        elif self._recv == self._recv_left_over:  # which took it from there
+            self._reader.give_back(result)
+        else:
+            self._reader.add(result)
+        self._recv = self._recv_left_over
 
     def _recv_left_over(self, bufsize: int) -> bytes:
-        if not self._left_over:
-            received: bytes = self._recv(bufsize)
-            return received
+        """Receive what was kept, and what the reader had read ahead of it."""
         if bufsize < 0:
             raise ValueError("negative buffersize in recv")  # the socket's words
-        data, self._left_over = self._left_over[:bufsize], self._left_over[bufsize:]
+        data: bytes
+        if self._left_over:
+            data, self._left_over = self._left_over[:bufsize], self._left_over[bufsize:]
+        elif self._reader is not None and len(self._reader):
+            data = self._reader.read1(bufsize)
+        else:
+            self._recv = self.socket.recv
+            data = self._recv(bufsize)
         return data
+
+    def shutdown(self, how: int) -> None:
+        """As ``socket.shutdown``, once what was written to ``wfile`` is sent; it does not wait for that."""
+        if how != socket.SHUT_RD and self._writer is not None and self._writer.holds_back():
+            self._writer.shut_down_later(how)
+        else:
+            self.socket.shutdown(how)
 
     def close(self) -> None:
         """Close the connection; whoever waits for it gets OSError."""
         self.socket.close()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.socket, name)
+        found = getattr(self.socket, name)
+        return found if self._writer is None or name not in _SENDING else partial(self._behind, self._writer, found)
+
+    def _behind(self, writer: AsyncWriter, verb: Any, *args: Any, **words: Any) -> Any:
+        if writer.holds_back():
+            if self._driver.green is not getcurrent():
+                raise RuntimeError(f"{verb.__name__}() would overtake what wfile holds; `await request.sendall(data)`")
+            self._driver.call(writer.wait_until_sent)
+        return verb(*args, **words)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(f"cannot pickle {type(self).__name__!r} object")  # a socket's words, for copies too
 
     def __repr__(self) -> str:
         return f"<AsyncConnection of {self.socket!r}>"
@@ -251,6 +286,7 @@ class AsyncWriter:
         self._loan: _Loan | None = None  # goes before the unsent
         self._sending = False
         self._error: Exception | None = None
+        self._shut: int | None = None  # how to shut the connection down once all is sent
         self._waiting: list[asyncio.Future[None] | Event] = []
         self.closed = False
 
@@ -301,6 +337,10 @@ class AsyncWriter:
         elif driver.before_wait != self._flush:  # of another connection, to which this handler writes too
             self._flush()
 
+    def shut_down_later(self, how: int) -> None:
+        """Shut the connection down once what is held back is sent."""
+        self._shut = how if self._shut is None else max(self._shut, how)  # both ways is the highest
+
     def holds_back(self) -> bool:
         """Tell whether something that was written cannot be sent at once; what can be, is."""
         self._flush()
@@ -320,6 +360,8 @@ class AsyncWriter:
 
     def _send(self, data: Any) -> None:
         """Send what can be sent without waiting, and leave the rest to a green thread."""
+        if self._error is None and self._shut is not None:
+            self._error = BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
         if self._error is not None:
             return
         sent = 0
@@ -391,15 +433,19 @@ class AsyncWriter:
 
     def _send_loan(self, loan: _Loan) -> None:
         """Leave a loan to a green thread, and wait until that has sent it. In the handler's own green thread."""
-        while self._sending:
-            room = Event()
-            self._waiting.append(room)
-            room.wait()
+        self.wait_until_sent()
         if self._error is not None:
             return
         self._loan = loan
         self._send_on()
         loan.over.wait()
+
+    def wait_until_sent(self) -> None:
+        """Wait until nothing is held back. In a green thread."""
+        while self._sending:
+            room = Event()
+            self._waiting.append(room)
+            room.wait()
 
     def _send_on(self) -> None:
         """See to it that a green thread sends what is unsent."""
@@ -423,10 +469,22 @@ class AsyncWriter:
         except Exception as error:  # noqa: BLE001 - told where somebody waits for the peer
             self._error = error
             self._unsent.clear()
+        else:
+            self._shut_down()
         finally:
             self._sending = False
             self._count()
+            if self.closed:
+                self._connection._writer = None
             self._tell()
+
+    def _shut_down(self) -> None:
+        how, self._shut = self._shut, None
+        if how is not None:
+            try:
+                self._connection.socket.shutdown(how)
+            except OSError:
+                pass  # the peer was quicker
 
     def _pay_back(self, loan: _Loan) -> None:
         try:
@@ -493,7 +551,8 @@ class AsyncWriter:
         """Write no more. What was written before is sent; the connection stays open."""
         self._flush()
         self.closed = True
-        self._connection._writer = None
+        if not self._sending:
+            self._connection._writer = None
         self._offer = None
         if self._file is not None:
             self._file.close()
@@ -506,11 +565,12 @@ def files(connection: AsyncConnection) -> tuple[AsyncReader, AsyncWriter]:
         from importlib import import_module
 
         compiled = import_module("harken._hub.compiled")
-        inner = compiled.Reader(sock)
+        connection._reader = inner = compiled.Reader(sock)
         reader = AsyncReader(connection, inner)
         connection._writer = writer = AsyncWriter(connection, reader, compiled.Writer(sock, inner))
         return reader, writer
     # Its own kind, if it has one: that stamps where the connection does.
-    reader = AsyncReader(connection, sock.open_reader() if hasattr(sock, "open_reader") else Reader(sock))
+    connection._reader = sock.open_reader() if hasattr(sock, "open_reader") else Reader(sock)
+    reader = AsyncReader(connection, connection._reader)
     connection._writer = writer = AsyncWriter(connection, reader)
     return reader, writer

@@ -492,6 +492,10 @@ static PyObject *connection_settimeout(PyObject *self, PyObject *seconds) {
         PyErr_SetString(PyExc_ValueError, "Timeout value out of range");
         return NULL;
     }
+    if (value > 0x1p63 / 1e9) { /* as in the standard library, which counts nanoseconds */
+        PyErr_SetString(PyExc_OverflowError, "timeout is too large");
+        return NULL;
+    }
     if (settle_of(self) < 0) /* what was said before has no such timeout */
         return NULL;
     state->timeout = value;

@@ -38,7 +38,7 @@ class Driver:
         """
         if self.must_cancel:
             self.must_cancel = False
-            raise asyncio.CancelledError
+            raise self._task.cancelled_error()
         self.flush()
         self.leave()
         self.in_call = True

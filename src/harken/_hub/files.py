@@ -188,6 +188,10 @@ class Reader(_File):
         """Put back what was read last."""
         self._unread, self._at = data + self._take(len(self)), 0
 
+    def add(self, data: bytes, /) -> None:
+        """Put behind what is held what somebody else received after it."""
+        self._unread, self._at = self._take(len(self)) + data, 0
+
     def readinto(self, buffer: Any, /) -> int:
         """Fill ``buffer``."""
         with _writable(buffer) as view, view.cast("B") as target:

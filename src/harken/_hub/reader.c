@@ -356,6 +356,16 @@ static PyObject *reader_give_back(PyObject *self, PyObject *data) {
     return result < 0 ? NULL : Py_NewRef(Py_None);
 }
 
+/* Put behind what is held what somebody else received after it. */
+static PyObject *reader_add(PyObject *self, PyObject *data) {
+    if (!PyBytes_Check(data)) {
+        PyErr_SetString(PyExc_TypeError, "bytes are needed");
+        return NULL;
+    }
+    Py_ssize_t size = PyBytes_GET_SIZE(data);
+    return size > 0 && keep((Reader *)self, PyBytes_AS_STRING(data), size) < 0 ? NULL : Py_NewRef(Py_None);
+}
+
 static PyObject *reader_readinto(PyObject *self, PyObject *target) { return read_into(self, target, false); }
 static PyObject *reader_readinto1(PyObject *self, PyObject *target) { return read_into(self, target, true); }
 
@@ -394,6 +404,7 @@ static PyMethodDef reader_methods[] = {
     {"readlines", FAST(reader_readlines), METH_FASTCALL, "readlines(hint=-1): lines until the end."},
     {"read", FAST(reader_read), METH_FASTCALL, "read(size=-1): so many bytes, or all until the end."},
     {"give_back", reader_give_back, METH_O, "give_back(data): put back what was read last."},
+    {"add", reader_add, METH_O, "add(data): put behind what is held what somebody else received after it."},
     {"read1", FAST(reader_read1), METH_FASTCALL, "read1(size=-1): what is there, or comes first."},
     {"readinto", reader_readinto, METH_O, "readinto(buffer): fill it."},
     {"readinto1", reader_readinto1, METH_O, "readinto1(buffer): what is there, or comes first."},

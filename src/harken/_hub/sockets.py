@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from harken import connection
-from harken._hub import TURN_BYTES, TURN_OPERATIONS
+from harken._hub import BUSY, TURN_BYTES, TURN_OPERATIONS
 from harken._hub.files import Reader, Writer
 from harken._hub.pending import flush_of
 from harken._hub.wire import PIECE_SHIFT, Wire, give_way, here, wait
@@ -37,6 +37,10 @@ _SENDFILE_BYTES = TURN_BYTES
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05
 
 
+# Seconds that the standard library's sockets take at most: it counts nanoseconds in 63 bits.
+_LONGEST_TIMEOUT = 2.0**63 / 1e9
+
+
 def _wait_and_retry(wire: Wire, write: bool, call: Callable[[], Any]) -> Any:
     """Wait, then ``call()``, until that does not raise BlockingIOError; the timeout holds for all of it."""
     deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
@@ -54,6 +58,8 @@ def _waiting(name: str, write: bool, flags_at: int) -> Callable[..., Any]:
 
     def method(self: Connection, *args: Any) -> Any:
         wire = self._wire
+        if write and wire.writer is not None:
+            self._refuse_to_part()
         flush_of(self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
@@ -197,7 +203,8 @@ class Connection(connection.Connection):
                 if wire.timeout == 0.0 or flags & _DONTWAIT:
                     raise
         if size is None:
-            size = _wait_and_retry(wire, False, lambda: _recv_into(self, buffer, nbytes, flags | _DONTWAIT))
+            with memoryview(buffer):  # which nobody is to resize meanwhile
+                size = _wait_and_retry(wire, False, lambda: _recv_into(self, buffer, nbytes, flags | _DONTWAIT))
         wire.spent += 1 + (size >> PIECE_SHIFT)
         if 0 < size < (nbytes or memoryview(buffer).nbytes) and not flags and not wire.wet:
             wire.dry = True
@@ -219,6 +226,8 @@ class Connection(connection.Connection):
         look at the number. With one it is some, as on Python's sockets.
         """
         wire = self._wire
+        if wire.writer is not None:
+            self._refuse_to_part()
         flush_of(self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
@@ -244,11 +253,23 @@ class Connection(connection.Connection):
             BlockingIOError: there is none.
         """
         wire = self._wire
+        if wire.writer is not None:
+            self._refuse_to_part()
         sent: int = _send(self, data, _DONTWAIT)
         wire.spent += 1 + (sent >> PIECE_SHIFT)
         if wire.traced:
             tell_call(self, "send", (data,), sent)
         return sent
+
+    def _refuse_to_part(self) -> None:
+        """Another green thread waits to send the rest of its bytes: none are to come between.
+
+        Raises:
+            RuntimeError: this is a stream, where they would; and the rest is not what was joined, which goes first.
+        """
+        pending = self._wire.pending
+        if kind_of(self) == socket.SOCK_STREAM and (pending is None or pending.sock is not self):
+            raise RuntimeError(BUSY)
 
     def _blocks(self, flags: int) -> bool:
         """Whether a socket of the standard library would block in send(2)."""
@@ -272,6 +293,8 @@ class Connection(connection.Connection):
     def sendall(self, data: Any, flags: int = 0, /) -> None:
         """Send all of ``data``, waiting in the hub for room; ``timeout`` bounds the whole."""
         wire = self._wire
+        if wire.writer is not None:
+            self._refuse_to_part()
         flush_of(self)
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
@@ -340,6 +363,8 @@ class Connection(connection.Connection):
 
     def _send_part(self, file: int, offset: int, size: int) -> int:
         wire = self._wire
+        if wire.writer is not None:
+            self._refuse_to_part()
         if wire.spent > TURN_OPERATIONS:
             give_way(wire)
 
@@ -444,6 +469,8 @@ class Connection(connection.Connection):
             value = value + 0.0  # what is no number is a TypeError
             if not value >= 0.0:
                 raise ValueError("Timeout value out of range")
+            if value > _LONGEST_TIMEOUT:
+                raise OverflowError("timeout is too large")
         self._wire.timeout = value
         self._show_flags()
 

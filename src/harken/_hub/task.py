@@ -23,7 +23,7 @@ from harken import _hub
 from harken._hub import hosts
 from harken.errors import ConfigError
 
-__all__ = ["Task", "aside", "drive", "own", "sweep", "tasks"]
+__all__ = ["Task", "aside", "drive", "of_hub", "own", "sweep", "tasks"]
 
 tasks: set[int] = set()
 """By identity, the tasks that green threads run now. Without any there is nothing to sweep after a turn."""
@@ -60,6 +60,7 @@ class Task(asyncio.Future[Any]):
         self._coro = coroutine
         self._name = f"harken-{next(_numbers)}"
         self._requests = 0
+        self._message: Any = None  # of the last request
         self._fut_waiter: Any = None  # asyncio's name, which anyio reads
         tasks.add(id(self))
         _register_task(self)  # type: ignore[arg-type]
@@ -78,11 +79,19 @@ class Task(asyncio.Future[Any]):
             self.exception()  # it is raised here as well: nobody need be told that it was not looked at
             raise
         finally:
-            tasks.discard(id(self))
-            _unregister_task(self)  # type: ignore[arg-type]
+            self.forget()
             self.driver.release()
         asyncio.Future.set_result(self, result)
         return result
+
+    def forget(self) -> None:
+        """It goes on no more: nobody is to wait for it at the end of the loop."""
+        tasks.discard(id(self))
+        _unregister_task(self)  # type: ignore[arg-type]
+
+    def is_of(self, hub: Any) -> bool:
+        """Tell whether its green thread is this hub's."""
+        return self._hub is hub
 
     def _run(self) -> Any:
         driver = self.driver
@@ -90,7 +99,7 @@ class Task(asyncio.Future[Any]):
         while True:
             if driver.must_cancel:
                 driver.must_cancel = False
-                error = asyncio.CancelledError()
+                error = self.cancelled_error()
             driver.enter()
             try:
                 waited = self._coro.send(None) if error is None else self._coro.throw(error)
@@ -131,7 +140,7 @@ class Task(asyncio.Future[Any]):
             return error
         waited.add_done_callback(self._wake)
         self._fut_waiter = waited
-        if self.driver.must_cancel and waited.cancel():
+        if self.driver.must_cancel and waited.cancel(msg=self._message):
             self.driver.must_cancel = False
         try:
             while not waited.done():
@@ -160,10 +169,15 @@ class Task(asyncio.Future[Any]):
         if self._fut_waiter is not None:
             if self._fut_waiter.cancel(msg=msg):
                 return True
-        elif self.driver.in_call and self._hub.throw(self.driver.green, asyncio.CancelledError()):
+        elif self.driver.in_call and self._hub.throw(self.driver.green, _cancelled(msg)):
             return True
         self.driver.must_cancel = True
+        self._message = msg
         return True
+
+    def cancelled_error(self) -> asyncio.CancelledError:
+        """Return what is raised where it waits next, once it was cancelled."""
+        return _cancelled(self._message)
 
     @property
     def _must_cancel(self) -> bool:  # asyncio's name, which anyio reads
@@ -223,11 +237,20 @@ class Task(asyncio.Future[Any]):
         return f"<Task {state} name={self._name!r} coro={getattr(self._coro, '__qualname__', self._coro)!s}>"
 
 
+def _cancelled(message: Any) -> asyncio.CancelledError:
+    return asyncio.CancelledError() if message is None else asyncio.CancelledError(message)
+
+
 def sweep(loop: asyncio.AbstractEventLoop) -> None:
     """Whatever task is current in ``loop`` has given up its turn: it is current no more."""
     current = asyncio.current_task(loop)
     if current is not None:
         _leave_task(loop, current)
+
+
+def of_hub(hub: Any, loop: asyncio.AbstractEventLoop) -> list[Task]:
+    """Return the tasks that green threads of ``hub`` run in ``loop`` and that have not ended."""
+    return [task for task in asyncio.all_tasks(loop) if isinstance(task, Task) and task.is_of(hub)]
 
 
 def own() -> Task | None:

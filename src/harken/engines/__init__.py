@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -71,6 +71,10 @@ class Door(Protocol):
 
 # inspect.CO_COROUTINE; importing inspect costs more than all of `import harken`.
 _CO_COROUTINE = 0x80
+
+
+async def _nothing() -> None:
+    """End what was not begun."""
 
 
 def is_async(handler: Any) -> bool:
@@ -342,13 +346,13 @@ class Engine(ABC):
         """Whether the calling thread is one of the engine's own in which doors are watched (*any thread*)."""
         return False
 
-    def move_in(self) -> Callable[[], None]:
+    def move_in(self) -> Callable[[], Awaitable[None]]:
         """Run handlers in the asyncio loop that runs in this thread, if this engine has a loop for them.
 
         Returns:
-            What ends that; to be called in this thread when nothing is served any more.
+            What ends that; to be awaited in this loop when nothing is served any more.
         """
-        return lambda: None
+        return _nothing
 
     @classmethod
     def remark(cls) -> str:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,8 @@ __all__ = ["Engine"]
 START_SECONDS = 0.1
 # Seconds that the hub's thread gets to end once nothing keeps it: it takes a turn.
 LEAVE_SECONDS = 1.0
+# The same where it is to leave although handlers are under way: coroutines get a second to clean up, see hosts/asyncio.
+LEAVE_BUSY_SECONDS = 2.0
 
 _numbers = itertools.count(1)
 # The handler for whom a plain thread does something; see Engine.aside.
@@ -262,7 +264,7 @@ class Engine(Contract):
             self._close_shortcuts()
             self._ring()
 
-    def move_in(self) -> Callable[[], None]:
+    def move_in(self) -> Callable[[], Awaitable[None]]:
         """Let the hub be a guest in the loop of this thread; see :class:`harken.engines.Engine`."""
         from harken._hub.hosts.asyncio import Lodger
 
@@ -271,16 +273,18 @@ class Engine(Contract):
             stage, watchdog = self._make_hub()
             lodger = Lodger(stage)
 
-        def leave() -> None:
-            with self._guard:
-                self._hub = self._thread = None
-                self._ident = 0
-                self._moved_in = False
-                self._lodgers = 0  # they go with the hub
-            lodger.leave()
-            watchdog.stop()
-            self._close_shortcuts()
-            self._ring()
+        async def leave() -> None:
+            try:
+                await lodger.leave()
+            finally:
+                with self._guard:
+                    self._hub = self._thread = None
+                    self._ident = 0
+                    self._moved_in = False
+                    self._lodgers = 0  # they go with the hub
+                watchdog.stop()
+                self._close_shortcuts()
+                self._ring()
 
         return leave
 
@@ -528,7 +532,7 @@ class Engine(Contract):
                 self._await_end(None)
         self._leaving = True
         self.wake()
-        self._await_thread(LEAVE_SECONDS)
+        self._await_thread(LEAVE_BUSY_SECONDS)
         if self._watchdog is not None:
             self._watchdog.stop()  # a handler that keeps the hub still is told of
 

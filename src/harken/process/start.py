@@ -56,6 +56,7 @@ class Started:
         self.server_address = worker.servers[0].server_address
         self._stopping = False
         self._report: asyncio.Task[DrainReport] | None = None
+        self._drains: list[Drain] = []
         # It waits for the end, and accepts where the engine has no loop of its own.
         self._thread = threading.Thread(target=self._serve, name="harken-start", daemon=True)
         self._error: BaseException | None = None
@@ -119,32 +120,38 @@ class Started:
     async def drain(self, timeout: float | None = None) -> DrainReport:
         """Serve what has arrived, close the listeners, wait for open connections, cut what is left.
 
+        When a drain is under way, wait for its end, which comes no later than asked for here.
+
         Args:
             timeout: seconds to wait; None takes the setting ``drain_timeout``.
         """
         import asyncio
 
+        seconds = self._worker.settings["drain_timeout"] if timeout is None else timeout
         if self._report is None:
-            seconds = self._worker.settings["drain_timeout"] if timeout is None else timeout
-            self._report = asyncio.ensure_future(self._end(seconds))
+            servings = [server.serving for server in self._servers]
+            self._drains = [Drain(serving, seconds, serving.own_records()) for serving in servings]
+            self._report = asyncio.ensure_future(self._end(self._drains))
+        for each in self._drains:
+            each.shorten(seconds)
         return await asyncio.shield(self._report)
 
     async def close(self) -> None:
-        """Stop now: cut every connection."""
+        """Stop now, a drain too: cut every connection."""
         await self.drain(0.0)
 
-    async def _end(self, seconds: float) -> DrainReport:
+    async def _end(self, drains: list[Drain]) -> DrainReport:
         """Drain in a thread: the loop goes on, and its handlers with it."""
         import asyncio
 
-        servings = [server.serving for server in self._servers]
-        drains = [Drain(serving, seconds, serving.own_records()) for serving in servings]
         try:
-            reports = await asyncio.to_thread(run, drains, self._stop)
-            await asyncio.to_thread(self._thread.join)
+            try:
+                reports = await asyncio.to_thread(run, drains, self._stop)
+                await asyncio.to_thread(self._thread.join)
+            finally:
+                await self._leave()  # before the servers close, which looks whether handlers are left
             await asyncio.to_thread(self._worker.close)
         finally:
-            self._leave()
             self._over.set()
         return DrainReport.of_all(reports)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from asyncio import _enter_task, _leave_task
+from dataclasses import replace
 from typing import Any
 
 from harken._hub import hosts
 from harken._hub.hosts import Stage, loop_factory
-from harken._hub.task import sweep, tasks
+from harken._hub.task import of_hub, sweep, tasks
 
 __all__ = ["Guest", "Host", "Lodger"]
 
@@ -17,6 +19,8 @@ __all__ = ["Guest", "Host", "Lodger"]
 LATE_SECONDS = 0.0005
 # Seconds between turns on a system that has neither epoll nor kqueue, where nothing tells that the hub has work.
 POLL_SECONDS = 0.005
+# Seconds that coroutines get to clean up once they are cancelled, since the hub ends: as a cut handler gets to notice.
+CLEANUP_SECONDS = 1.0
 
 
 class Guest:
@@ -131,7 +135,8 @@ class Host:
             await guest.over
         finally:
             guest.leave()
-            self.stage.hub.close()  # while the loop runs: green threads that are left may be inside coroutines
+            await _finish(self.stage, self.loop)
+            _close(self.stage.hub, self.loop)  # while the loop runs: what is left may be inside coroutines
 
     def move(self) -> bool:
         """It is there, or will be at once."""
@@ -160,10 +165,45 @@ class Lodger:
         """It is there already."""
         return True
 
-    def leave(self) -> None:
-        """Take no more turns; green threads that are left are ended."""
+    async def leave(self) -> None:
+        """Take no more turns; coroutines that are left are cancelled, and other green threads ended."""
         self._guest.leave()
-        hosts.leave(self.stage.hub)
-        if not self._guest.over.done():
-            self._guest.over.set_result(None)
-        self._guest.over.exception()  # looked at
+        try:
+            await _finish(self.stage, self.loop)
+        finally:
+            _close(self.stage.hub, self.loop)
+            hosts.leave(self.stage.hub)
+            if not self._guest.over.done():
+                self._guest.over.set_result(None)
+            self._guest.over.exception()  # looked at
+
+
+async def _finish(stage: Stage, loop: asyncio.AbstractEventLoop) -> None:
+    """Cancel the coroutines that green threads run, and give the hub turns until they have ended; not for ever."""
+    left = of_hub(stage.hub, loop)
+    for task in left:
+        task.cancel()
+        task.add_done_callback(lambda _: stage.hub.wake())
+    guest = Guest(replace(stage, until=lambda: all(task.done() for task in left)), loop)
+    guest.enter()
+    try:
+        await asyncio.wait([guest.over], timeout=CLEANUP_SECONDS)
+    finally:
+        guest.leave()
+        if guest.over.done():
+            guest.over.exception()  # looked at
+
+
+def _close(hub: Any, loop: asyncio.AbstractEventLoop) -> None:
+    """Close the hub from within a task, as none: coroutines that are left become the current one as they end."""
+    current = asyncio.current_task(loop)
+    if current is not None:
+        _leave_task(loop, current)
+    try:
+        hub.close()
+    finally:
+        for task in of_hub(hub, loop):
+            task.forget()
+        sweep(loop)
+        if current is not None:
+            _enter_task(loop, current)
