@@ -1,10 +1,11 @@
-"""Standard streams that are closed: they cost output, and not the service."""
+"""Standard streams that are closed, or that cannot be written: they cost output, and not the service."""
 
 import os
 import signal
 import socket
 from pathlib import Path
 
+import pytest
 from waiting import wait_until
 
 PATIENCE = 20.0
@@ -27,6 +28,8 @@ class Tell(harken.BaseRequestHandler):
         self.request.sendall(" ".join(places).encode())
 """
 
+BUFFERED = {"PYTHONUNBUFFERED": ""}
+
 
 def close(*fds):
     """Return what closes descriptors in a process that starts."""
@@ -45,6 +48,21 @@ def word(port):
             return client.recv(100) or None
     except ConnectionRefusedError:
         return None
+
+
+@pytest.fixture
+def printing(target):
+    """Let the handler print, into a buffer that is written later."""
+    code = target.read_text()
+    target.write_text(code.replace("    def handle(self):\n", "    def handle(self):\n        print('handled')\n"))
+    return target
+
+
+@pytest.fixture
+def full():
+    """A stdout on a disk that is full, for a process whose output is buffered."""
+    with open("/dev/full", "wb") as stream:
+        yield {"stdout": stream, "env": BUFFERED}
 
 
 def test_closed_descriptors_lead_nowhere(run_program, target, free_port):
@@ -79,3 +97,60 @@ def test_a_program_of_ones_own_without_stdout_begins_anew(run_program, tmp_path,
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(PATIENCE) == 0
     assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.usefixtures("printing")
+def test_a_reload_that_cannot_write_its_output_begins_anew(service, full):
+    """A handler has printed, the disk is full: the output is lost, one line says so, and who comes is served."""
+    running = service("--workers", "0", **full)
+    running.ask()
+    os.kill(running.pid, signal.SIGHUP)
+    running.wait_log("listening: address", 2)
+    assert running.ask() == ("one", running.pid)
+    assert running.said("harken: cannot write to stdout: No space left on device; output is lost")
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.end()[0] == 0
+
+
+@pytest.mark.usefixtures("printing")
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_output_that_cannot_be_written_is_no_failed_end(service, full, workers):
+    """The status is that of the drain, and there is one line for it, no traceback."""
+    running = service("--workers", workers, **full)
+    running.ask()
+    os.kill(running.pid, signal.SIGTERM)
+    status, log = running.end()
+    assert status == 0
+    assert log.count("cannot write to stdout: No space left on device") == 1
+    assert "Traceback" not in log
+    assert "Exception ignored" not in log
+
+
+@pytest.mark.usefixtures("printing")
+def test_a_reader_of_stdout_that_has_gone_is_no_failed_end(service):
+    """As of a full disk."""
+    reader, writer = os.pipe()
+    running = service("--workers", "0", stdout=writer, env=BUFFERED)
+    os.close(writer)
+    os.close(reader)
+    running.ask()
+    os.kill(running.pid, signal.SIGTERM)
+    status, log = running.end()
+    assert status == 0
+    assert log.count("cannot write to stdout: Broken pipe") == 1
+
+
+def test_a_command_that_cannot_write_its_output_has_failed(run_program, full):
+    """With status 1, not with that of the interpreter."""
+    process = run_program("-m", "harken", "--help", **full)
+    assert process.wait(PATIENCE) == 1
+    assert "Exception ignored" not in process.stderr.read()
+
+
+def test_the_output_of_an_old_program_is_its_own_affair(run_program, tmp_path, full):
+    """``harken run`` ends with the status that ``python`` ends with."""
+    program = tmp_path / "old.py"
+    program.write_text("print('hello')")
+    ours, plain = run_program("-m", "harken", "run", program, **full), run_program(program, **full)
+    assert ours.wait(PATIENCE) == plain.wait(PATIENCE) != 0
+    assert ours.stderr.read() == plain.stderr.read()

@@ -7,6 +7,7 @@ that does the work and returns it: such work runs when click has finished, since
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import sys
 import traceback
@@ -106,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             stderr, after the traceback of the user's own code where that is what failed.
     """
     streams.open_missing()
+    atexit.register(streams.settle)  # first, so that it runs last
     words = sys.argv[1:] if arguments is None else list(arguments)
     outcome = _attempt(lambda: root.main(words, prog_name="harken", standalone_mode=False))
     sys.exit(outcome() if callable(outcome) else outcome)

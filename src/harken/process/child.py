@@ -228,7 +228,7 @@ def _end(status: int) -> NoReturn:
         # The order of Py_FinalizeEx: threads that are not daemons, then exit functions, then what is buffered.
         getattr(threading, "_shutdown", lambda: None)()
         atexit._run_exitfuncs()
-        streams.flush()
+        streams.settle()
     except BaseException:  # noqa: BLE001 - nobody is left to hear of it
         traceback.print_exc()
     os._exit(status)

@@ -1,11 +1,13 @@
-"""The standard streams of a process, which may be closed."""
+"""The standard streams of a process: that they lead somewhere, and that output which cannot be written ends nothing."""
 
 from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
+from typing import TextIO
 
-__all__ = ["flush", "open_missing"]
+__all__ = ["flush", "open_missing", "settle"]
 
 
 def open_missing() -> None:
@@ -23,8 +25,37 @@ def open_missing() -> None:
                 setattr(sys, name, open(fd, mode, errors="backslashreplace", closefd=False))  # noqa: SIM115
 
 
-def flush() -> None:
-    """Write what stdout and stderr still hold, where there are any."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+def flush() -> list[TextIO]:
+    """Write what stdout and stderr still hold; say in a line what cannot be written, which is lost.
+
+    Returns:
+        The streams that cannot be written.
+    """
+    failed = []
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            continue
+        try:
             stream.flush()
+        except ValueError:
+            pass  # it is closed, and holds nothing
+        except OSError as error:
+            failed.append(stream)
+            with suppress(Exception):  # stderr may be what cannot be written to
+                print(f"harken: cannot write to {name}: {error.strerror}; output is lost", file=sys.stderr)
+    return failed
+
+
+def settle() -> None:
+    """Flush for the last time: what cannot be written leads nowhere from now on.
+
+    The interpreter flushes once more when it ends, and a failure would become its exit status, 120.
+    """
+    for stream in flush():
+        with suppress(OSError, ValueError):  # a stream of the program's own that is no file
+            fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.dup2(fd, stream.fileno())
+            finally:
+                os.close(fd)
