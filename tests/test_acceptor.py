@@ -184,6 +184,30 @@ def test_one_event_when_it_begins_and_one_when_it_ends(door, clock, told):
     assert not door.acceptor.troubled
 
 
+def test_who_was_taken_in_vain_is_no_recovery(door, clock, told):
+    """No thread could be started: the door pauses, longer each time, until one can, with two events in all."""
+    for pause in (0.1, 0.2, 0.4):
+        door.acceptor.starved(RuntimeError("can't start new thread"))
+        door.acceptor.starved(RuntimeError("can't start new thread"))  # the next of a burst
+        door.acceptor.settle(taken=True)
+        assert door.acceptor.paused
+        assert door.acceptor.patience(60.0) == pytest.approx(pause)
+        clock.now += pause
+        door.acceptor.turn(room=True)
+    assert [(event.name, event.reason) for event in told] == [("paused", "can't start new thread")]
+    assert door.done == ["pause", "resume"] * 3
+    door.acceptor.settle(taken=True)
+    assert [event.name for event in told] == ["paused", "resumed"]
+    assert not door.acceptor.troubled
+
+
+def test_at_a_door_that_is_to_close_nobody_waits_for_a_thread(door, told):
+    """A drain is not held up: who finds none is lost."""
+    door.acceptor.last = True
+    door.acceptor.starved(RuntimeError("can't start new thread"))
+    assert (door.done, told, door.acceptor.paused, door.acceptor.troubled) == ([], [], False, False)
+
+
 def test_an_accept_that_takes_nothing_is_no_recovery(door, told):
     """The trouble lasts until a connection is taken."""
     door.acceptor.failed(EMFILE)

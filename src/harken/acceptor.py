@@ -8,6 +8,9 @@ kernel memory (PAUSE). The connection then stays in the queue and the listener s
 tries again spins at 100 % CPU: we stop watching the listener for a while that doubles. And because clients that hang
 in the queue would learn nothing until then, one descriptor is kept in reserve: it is given back, the queue is accepted
 and reset with it, and it is taken again. Only a listener that is none (FAIL) ends the loop, loudly.
+
+Where no thread and no process can be started the accept went well, and whoever was taken is lost: for the others the
+door pauses in the same way, and they wait in the queue.
 """
 
 from __future__ import annotations
@@ -153,6 +156,7 @@ class Acceptor:
         self._again = math.inf
         self._exhausted = False
         self._shed = 0
+        self._in_vain = False
         self.fatal: OSError | None = None
         self.last = False
         """Whether the door is to close: nobody found there means that nobody is left, or that others will care."""
@@ -166,7 +170,7 @@ class Acceptor:
     def open(self) -> None:
         """Forget earlier trouble and take the reserved descriptor; called when a loop begins to watch the door."""
         self.fatal = None
-        self.troubled = self._exhausted = self.paused = self.last = self.emptied = False
+        self.troubled = self._exhausted = self.paused = self.last = self.emptied = self._in_vain = False
         self._take_reserve()
 
     def _take_reserve(self) -> None:
@@ -192,8 +196,17 @@ class Acceptor:
         if self.fatal is not None:
             error, self.fatal = self.fatal, None
             raise error
-        if taken:
+        in_vain, self._in_vain = self._in_vain, False
+        if taken and not in_vain:
             self._recovered()
+
+    def starved(self, error: Exception) -> None:
+        """No thread or process could be started for whom was taken: let the next ones wait in the queue for a while."""
+        if self.last:
+            return  # the door is to close, and nobody may wait
+        self._in_vain = True
+        if not self.paused:
+            self._rest(error)
 
     def failed(self, error: OSError) -> bool:
         """Deal with an error of ``get_request``; never raises. Returns False: no connection was taken."""
@@ -246,13 +259,14 @@ class Acceptor:
 
     def _exhaust(self, error: OSError) -> None:
         self._shed += self._shed_queue()
+        self._rest(error)
+
+    def _rest(self, error: Exception) -> None:
+        """Pause, longer each time until an accept has come to something."""
         if not self._exhausted:
             self._exhausted = self.troubled = True
             self._delay = FIRST_PAUSE
-            self._begin(
-                time.monotonic() + self._delay,
-                f"{errno.errorcode.get(error.errno or 0, error.errno)}: {error.strerror}",
-            )
+            self._begin(time.monotonic() + self._delay, _words(error))
             return
         self._delay = min(LONGEST_PAUSE, self._delay * 2)
         self._until = time.monotonic() + self._delay
@@ -291,6 +305,12 @@ class Acceptor:
             pass  # another thread was quicker to take the descriptor
         self._take_reserve()
         return shed
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{errno.errorcode.get(error.errno or 0, error.errno)}: {error.strerror}"
+    return str(error)
 
 
 class Readable:

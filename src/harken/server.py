@@ -220,7 +220,11 @@ class BaseServer:
         if serving.entry is not None:
             serve = partial(_enter, self, serve)
         if engine.in_child:
-            serving.children.serve(serve, request, client_address)
+            try:
+                serving.children.serve(serve, request, client_address)
+            except OSError as error:
+                serving.acceptor.starved(error)
+                raise
             self.close_request(request)
         else:
             if type(request) is not engine.connection:  # a program accepted it by itself
@@ -228,7 +232,11 @@ class BaseServer:
                 if request is not accepted:
                     serving.books.moved(accepted, request)
             lazy = serving.entry is None and getattr(getattr(self, "RequestHandlerClass", None), "lazy", False)
-            (engine.spawn_on_data if lazy else engine.spawn)(serve, request, client_address)
+            try:
+                (engine.spawn_on_data if lazy else engine.spawn)(serve, request, client_address)
+            except RuntimeError as error:
+                serving.acceptor.starved(error)
+                raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Serve one request where the engine runs handlers: its thread, its child. May be overridden."""

@@ -95,12 +95,12 @@ def take(serving: Serving) -> bool | None:
         acceptor.found_empty()
         if admission is not None:
             admission.unclaim()
-    if acceptor.troubled:
-        acceptor.settle(taken=bool(taken))
     if taken and len(taken[0][1]) > 2:
         taken = [(request, shown(server.socket, address)) for request, address in taken]
     if taken:
         _start(serving, serving.books.let_in(taken, None if admission is None else serving.intake.admit))
+    if acceptor.troubled:
+        acceptor.settle(taken=bool(taken))
     if len(taken) == MAX_ACCEPT:
         return serving.intake.readable()  # a door of socketserver's kind blocks, and might have been emptied
     return False if acceptor.paused else None
@@ -204,6 +204,8 @@ def _start(serving: Serving, admitted: list[tuple[Any, Any]]) -> None:
             else:
                 start(serve_here, serving, request, client_address)
         except Exception as error:  # noqa: BLE001 - that connection's trouble
+            if isinstance(error, RuntimeError):
+                serving.acceptor.starved(error)
             serving.books.failed(request, client_address, error)
             server.handle_error(request, client_address)
             server.shutdown_request(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -190,3 +191,64 @@ def test_headers_of_proxies_need_to_be_trusted(harken, check, networks):
     assert "proxy = 'v2' needs proxy_from" in err
     status, _, err = check("chk_app:Echo", "--proxy", "v2", "--proxy-from", "127.0.0.0/8, unix:")
     assert (status, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--user", "nobdy"],
+        ["--group", "nobdy"],
+        ["--chdir", "missing"],
+        ["--user", "nobody", "--chdir", "private"],
+        ["--pidfile", "missing/pid"],
+        ["--pidfile", "private"],
+        ["--control", "missing/control"],
+        ["--log-file", "missing/log"],
+        ["--log-file", "private"],
+        ["--access-log", "missing/log"],
+        ["--metrics", "SERVED"],
+        ["--metrics", "unix:pages", "--metrics-token", "missing"],
+        ["--bind", "SERVED"],
+    ],
+)
+def test_what_serve_refuses_check_refuses_in_the_same_words(harken, clean, free_port, run_program, words):
+    """What comes after the settings and before the first connection: files, users, one place wanted twice."""
+    clean.joinpath("chk_app.py").write_text(PROGRAM)
+    clean.joinpath("private").mkdir(mode=0o700)
+    served = f"tcp://127.0.0.1:{free_port}"
+    words = ["chk_app:Echo", "--bind", served, "--control", "none", *(word.replace("SERVED", served) for word in words)]
+    before = sorted(os.listdir())
+    status, out, err = harken("check", *words)
+    assert (status, out) == (1, "")
+    assert sorted(os.listdir()) == before
+    serving = run_program("-m", "harken", "serve", *words, cwd=clean)
+    assert serving.wait(20) == 1
+    assert err in serving.stderr.read()
+
+
+def test_a_check_leaves_everything_as_it_was(check, clean):
+    """No file is made, emptied or left behind, and the process stays where and who it is."""
+    clean.joinpath("log").write_text("a line\n")
+    before = sorted(os.listdir())
+    words = ("--log-file", "log", "--access-log", "access", "--pidfile", "pid", "--control", "control")
+    words += ("--metrics", "unix:page", "--chdir", "/", "--group", str(os.getegid()))
+    status, out, err = check("chk_app:Echo", *words)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == "ok: chk_app:Echo on tcp://127.0.0.1:0"
+    assert [name for name in sorted(os.listdir()) if name != "__pycache__"] == before
+    assert clean.joinpath("log").read_text() == "a line\n"
+    assert os.getcwd() == str(clean)
+
+
+def test_a_pid_file_that_is_held_is_refused(check, clean):
+    """By the process that it names, and it goes on to name it."""
+    clean.joinpath("pid").write_text(f"{os.getppid()}\n")
+    status, _, err = check("chk_app:Echo", "--pidfile", "pid")
+    assert status == 1
+    assert f"process {os.getppid()} holds it and runs" in err
+    assert clean.joinpath("pid").read_text() == f"{os.getppid()}\n"
+
+
+def test_a_server_class_needs_no_files_of_serve(check):
+    """It is run by ``harken run``, which has no PID file, no control socket and no user to become."""
+    assert check("chk_app:Server", "--pidfile", "/missing/pid", "--user", "nobdy").status == 0

@@ -1,5 +1,6 @@
 """Threads that are taken up again: who is idle, who waits, and how they go."""
 
+import contextlib
 import gc
 import os
 import sys
@@ -44,6 +45,22 @@ def make():
     yield crew
     for each in made:
         each.join(time.monotonic() + PATIENCE)
+
+
+@pytest.fixture
+def no_more_threads(monkeypatch):
+    """Return a context in which the system starts no more threads."""
+
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    @contextlib.contextmanager
+    def shortage():
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            yield
+
+    return shortage
 
 
 def busy(crew, count=1):
@@ -311,21 +328,71 @@ def test_an_idle_thread_keeps_nothing_alive(make):
     assert gone() is None
 
 
-def test_a_thread_that_cannot_start_leaves_the_books_as_they_were(make, monkeypatch):
+def test_a_thread_that_cannot_start_leaves_the_books_as_they_were(make, no_more_threads):
     """The caller learns it, the job is not run, and later jobs are."""
-
-    def refuse(self):
-        raise RuntimeError("can't start new thread")
-
     crew = make(limit=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            crew.submit(pytest.fail)
+    with no_more_threads(), pytest.raises(RuntimeError, match="can't start new thread"):
+        crew.submit(pytest.fail)
     assert (crew.running, len(crew._threads)) == (0, 0)
     done = threading.Event()
     crew.submit(done.set)
     assert done.wait(PATIENCE)
+
+
+def test_where_no_more_threads_can_be_had_jobs_wait_for_those_there_are(make, no_more_threads):
+    """In their order, and no more of them than at the limit: the crew is full before its limit."""
+    crew, order = make(limit=3, max_backlog=2), []
+    (first,) = busy(crew)
+    with no_more_threads():
+        crew.submit(order.append, 0)
+        assert not crew.full
+        crew.submit(order.append, 1)
+    assert crew.full
+    assert (crew.running, len(crew._threads)) == (3, 1)
+    first.end()
+    wait_until(lambda: len(order) == 2)
+    assert order == [0, 1]
+    assert not crew.full
+
+
+def test_a_crew_without_a_backlog_is_full_when_no_more_threads_can_be_had(make, no_more_threads):
+    """The job that found none waits all the same, and no other comes after it."""
+    crew, done = make(limit=3), threading.Event()
+    (first,) = busy(crew)
+    assert not crew.full
+    with no_more_threads():
+        crew.submit(done.set)
+    assert crew.full
+    first.end()
+    assert done.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("cause", ["submit", "resize"])
+def test_a_thread_that_can_be_had_again_takes_who_has_waited_longest(make, no_more_threads, cause):
+    """The next job has one started, and so has a larger limit."""
+    crew, order = make(limit=1 if cause == "resize" else 2, max_backlog=5), []
+    (first,) = busy(crew)
+    with no_more_threads():
+        crew.submit(order.append, 0)
+        crew.submit(order.append, 1)
+        if cause == "resize":
+            crew.resize(2, 5)
+    if cause == "resize":
+        crew.resize(2, 5)
+    else:
+        crew.submit(order.append, 2)
+    wait_until(lambda: len(order) == (2 if cause == "resize" else 3))
+    assert order == sorted(order)
+    first.end()
+
+
+def test_a_crew_without_a_limit_lets_no_job_wait(make, no_more_threads):
+    """It promises each a thread; nobody would bound those who wait."""
+    crew = make()
+    (first,) = busy(crew)
+    with no_more_threads(), pytest.raises(RuntimeError, match="can't start new thread"):
+        crew.submit(pytest.fail)
+    first.end()
 
 
 def test_many_submitters(make):

@@ -107,7 +107,7 @@ def connect_at_last(address: Any) -> socket.socket:
 
 @pytest.mark.parametrize("settings", [{}, {"reuse_threads": True}, {"engine": "pool"}], ids=str)
 def test_no_more_threads(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]) -> None:
-    """When the system starts no more threads, those connections are closed and reported, and the loop goes on."""
+    """When the system starts no more threads, those connections are closed and reported, and the door pauses."""
     heard: list[str] = []
 
     class Server(harken.ThreadingTCPServer):
@@ -122,7 +122,8 @@ def test_no_more_threads(monkeypatch: pytest.MonkeyPatch, settings: dict[str, An
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    with seeing("opened", "closed", "handler_failed") as seen, running(Server(LOCAL, Echo, **settings)) as server:
+    names = ("opened", "closed", "handler_failed", "paused", "resumed")
+    with seeing(*names) as seen, running(Server(LOCAL, Echo, **settings)) as server:
         monkeypatch.setattr(threading.Thread, "start", start_or_not)
         exhausted.set()
         for _ in range(3):
@@ -135,10 +136,13 @@ def test_no_more_threads(monkeypatch: pytest.MonkeyPatch, settings: dict[str, An
         assert len(seen.of("handler_failed")) == 3
         assert [event.reason for event in seen.of("closed")].count("handler_failed") == 3
         assert "can't start new thread" in str(seen.of("handler_failed")[0].error)
+        seen.wait("resumed")
+        assert [event.reason for event in seen.of("paused")] == ["can't start new thread"]
+        assert len(seen.of("resumed")) == 1
 
 
 def test_no_more_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When fork fails, that connection is closed and reported, and the loop goes on."""
+    """When fork fails, that connection is closed and reported, and the door pauses."""
     fork = os.fork
     errors = [BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")] * 2
 
@@ -152,7 +156,7 @@ def test_no_more_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         return fork()
 
     monkeypatch.setattr(os, "fork", fork_or_not)
-    with seeing("closed") as seen, running(Server(LOCAL, Echo)) as server:
+    with seeing("closed", "paused", "resumed") as seen, running(Server(LOCAL, Echo)) as server:
         for _ in range(2):
             assert fate(server.server_address) in ("closed", "reset")
         with connect(server.server_address) as client:
@@ -160,3 +164,5 @@ def test_no_more_processes(monkeypatch: pytest.MonkeyPatch) -> None:
             client.shutdown(socket.SHUT_WR)
             assert ends(client) == "closed"
         assert [event.reason for event in seen.wait("closed", 3)].count("handler_failed") == 2
+        seen.wait("resumed")
+        assert [event.reason for event in seen.of("paused")] == ["EAGAIN: Resource temporarily unavailable"]

@@ -111,10 +111,10 @@ def target(tmp_path):
 def service(run_program, target):
     """Return a function that starts ``harken serve`` on the handler and waits until it listens."""
 
-    def start(*words, bind="tcp://127.0.0.1:0"):
+    def start(*words, bind="tcp://127.0.0.1:0", **options):
         words = (*(() if bind is None else ("--bind", bind)), *words)
         process = run_program(
-            "-m", "harken", "serve", f"{target}:Tell", *words, stderr=subprocess.PIPE, cwd=target.parent
+            "-m", "harken", "serve", f"{target}:Tell", *words, stderr=subprocess.PIPE, cwd=target.parent, **options
         )
         lines = []
         for line in process.stderr:

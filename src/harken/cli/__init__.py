@@ -7,6 +7,7 @@ that does the work and returns it: such work runs when click has finished, since
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import sys
 import traceback
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from harken.errors import HarkenError, nearest
+from harken.process import streams
 
 __all__ = ["COMMANDS", "FAILED", "INTERRUPTED", "USAGE", "complain", "main"]
 
@@ -104,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         SystemExit: always. Status 1 when the work failed, 2 when it was asked for wrongly; an error is one line on
             stderr, after the traceback of the user's own code where that is what failed.
     """
+    streams.open_missing()
+    atexit.register(streams.settle)  # first, so that it runs last
     words = sys.argv[1:] if arguments is None else list(arguments)
     outcome = _attempt(lambda: root.main(words, prog_name="harken", standalone_mode=False))
     sys.exit(outcome() if callable(outcome) else outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import click
@@ -13,6 +14,7 @@ from harken.cli.target import is_server, load_target, require_handler
 from harken.engines import suited
 from harken.errors import ConfigError
 from harken.limits.connections import in_force
+from harken.process import rehearsal
 from harken.process.worker import fit_handler
 from harken.settings import Settings
 
@@ -31,7 +33,12 @@ def _check(target: str, urls: tuple[str, ...]) -> None:
     if not is_server(found):
         engine.fit(found)
     remark = engine.remark()
-    bound = [url for place in places for url in _try(place, values)]
+    rehearsal.try_logs(values)
+    with ExitStack() as opened:  # all at once, as they will be: two may want the same place
+        bound = [url for place in places for url in _try(place, values, opened)]
+        rehearsal.try_page(values, opened)
+        if not is_server(found):
+            rehearsal.try_process(values, opened)
     _print_table(values, values["engine"] or "inline")
     if remark:
         click.echo(remark)
@@ -51,17 +58,15 @@ def _settings_of(found: Any, target: str) -> Settings:
     return Settings(None, suited(found, {}), "serve")
 
 
-def _try(place: str, values: Settings) -> list[str]:
-    """Bind an address and close it again; return what it stood for."""
+def _try(place: str, values: Settings, opened: ExitStack) -> list[str]:
+    """Bind an address, until ``opened`` closes it; return what it stood for."""
     listeners = transports.listen(place, transports.bind_options(values))
-    try:
-        for listener in listeners:
-            for preamble in preambles.resolve(values, listener):  # reads certificates, and says what is wrong there
-                for line in getattr(preamble, "remarks", tuple)():
-                    click.echo(f"harken check: warning: {line}", err=True)
-    finally:
-        for listener in listeners:
-            listener.close()
+    for listener in listeners:
+        opened.callback(listener.close)
+    for listener in listeners:
+        for preamble in preambles.resolve(values, listener):  # reads certificates, and says what is wrong there
+            for line in getattr(preamble, "remarks", tuple)():
+                click.echo(f"harken check: warning: {line}", err=True)
     return [place] if len(listeners) == 1 else [listener.url for listener in listeners]
 
 
@@ -82,8 +87,9 @@ def _columns(rows: list[tuple[str, str, str]]) -> Iterable[str]:
 command = click.Command(
     "check",
     callback=_check,
-    help="Import TARGET (module:Name or path/file.py:Name; a handler or a server class), bind its addresses for a "
-    "moment, and print every setting in force and where it came from.",
+    help="Import TARGET (module:Name or path/file.py:Name; a handler or a server class), bind its addresses, the page "
+    "and the control socket for a moment, see that its logs and its PID file can be written and that it can become "
+    "its user, and print every setting in force and where it came from.",
     params=[
         click.Argument(["target"]),
         click.Option(**options.BIND_OPTION),

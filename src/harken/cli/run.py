@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 
 import click
@@ -10,6 +11,7 @@ from harken import standin
 from harken.cli import complain, options, program
 from harken.observe.log import attach_if_asked
 from harken.observe.stalls import report_at_exit
+from harken.process import streams
 from harken.settings import operator
 from harken.stalls import STALL_AFTER
 
@@ -48,6 +50,7 @@ def _run(module: str | None, words: tuple[str, ...]) -> Callable[[], int | None]
 
 
 def _run_program(module: str | None, words: tuple[str, ...]) -> int | None:
+    atexit.unregister(streams.settle)  # what becomes of the program's output is as under `python`
     standin.install()
     standin.pass_on()
     attach_if_asked()

@@ -29,8 +29,8 @@ class Crew:
 
     The books are exact under one lock: ``_count`` is the threads that have not been sent home, ``_idle`` those of them
     that wait and that no job was promised to. A job is put into the queue either for such a thread or, at the limit, as
-    backlog that the next free thread takes. Any waiting thread may take any job, or the word to go home (None):
-    promises are counted, not addressed.
+    backlog that the next free thread takes; below the limit too, when the system starts no more threads. Any waiting
+    thread may take any job, or the word to go home (None): promises are counted, not addressed.
     """
 
     def __init__(self, daemon: Callable[[], bool], limit: int | None = None, max_backlog: int = 0) -> None:
@@ -70,7 +70,7 @@ class Crew:
             self.limit is not None
             and self._backlog >= self.max_backlog
             and self._idle <= 0
-            and self._count >= self.limit
+            and (self._count >= self.limit or self._backlog > 0)  # there is one below the limit if no thread can be had
         )
 
     @property
@@ -83,18 +83,15 @@ class Crew:
         with self._changed:
             self.limit = limit
             self.max_backlog = max_backlog
-            while self._backlog and self._count < limit:
-                job = self._jobs.get()
-                self._backlog -= 1
-                if job is not None:
-                    self._start(job)
+            self._relieve(limit)
             self._changed.notify_all()
 
     def submit(self, function: Callable[..., object], *args: Any) -> None:
         """Run ``function(*args)`` in a thread of the crew.
 
         Raises:
-            RuntimeError: a thread was needed and the system starts no more; the job is not run.
+            RuntimeError: a thread was needed and the system starts no more; the job is not run. A crew with a limit
+                lets it wait instead while it has any thread.
         """
         with self._lock:
             self._place((function, args))
@@ -111,11 +108,19 @@ class Crew:
         self._closing = False
         if self._idle > 0:
             self._idle -= 1
-        elif self.limit is None or self._count < self.limit:
+            self._jobs.put(job)
+        elif self.limit is None or not self._count:
             self._start(job)
-            return
-        else:
-            self._backlog += 1
+        elif self._count >= self.limit:
+            self._let_wait(job)
+        elif self._backlog:  # no thread could be had, and perhaps one can now: for who has waited longest
+            self._let_wait(job)
+            self._relieve(self.limit)
+        elif not self._try_start(job):
+            self._let_wait(job)
+
+    def _let_wait(self, job: Job) -> None:
+        self._backlog += 1
         self._jobs.put(job)
 
     def join(self, deadline: float | None) -> int:
@@ -146,11 +151,25 @@ class Crew:
             self._count -= self._idle
             self._idle = 0
 
-    def _start(self, job: Job) -> None:
+    def _relieve(self, limit: int) -> None:
+        """Start threads for those who wait, as many as there may be and can be had."""
+        while self._backlog and self._count < limit and self._try_start():
+            self._backlog -= 1
+
+    def _try_start(self, *first: Job) -> bool:
+        """Start a thread unless the system starts no more; tell which."""
+        try:
+            self._start(*first)
+        except RuntimeError:
+            return False
+        return True
+
+    def _start(self, *first: Job) -> None:
+        """Start a thread, with a first job or, without, for one that waits in the queue."""
         # "process_request_thread" is in the name because monitors of socketserver programs look for it.
         thread = threading.Thread(
             target=self._work,
-            args=([job],),
+            args=(list(first),),
             name=f"harken-{next(_numbers)} (process_request_thread)",
             daemon=self._daemon(),
         )
@@ -164,7 +183,8 @@ class Crew:
             raise
 
     def _work(self, first: list[Job]) -> None:
-        job: Job | None = first.pop()  # out of the thread's own arguments, which live as long as it does
+        # Out of the thread's own arguments, which live as long as it does.
+        job = first.pop() if first else self._jobs.get()
         while job is not None:
             function, args = job
             try:

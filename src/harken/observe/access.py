@@ -18,7 +18,7 @@ from harken.observe.log import escape
 from harken.observe.outlet import open_log, reopen
 from harken.settings import Settings, setting, text
 
-__all__ = ["AccessLog"]
+__all__ = ["STDOUT", "AccessLog"]
 
 STDOUT = "-"
 

@@ -10,9 +10,10 @@ from contextlib import suppress
 from typing import TextIO
 
 from harken.errors import ConfigError
+from harken.process.writable import check_file
 from harken.unpatched import original
 
-__all__ = ["open_log", "reopen"]
+__all__ = ["check_log", "open_log", "reopen"]
 
 # Seconds between two words about a log that cannot be written.
 COMPLAINT_SECONDS = 60.0
@@ -31,7 +32,23 @@ def open_log(path: str | None, stream: TextIO) -> logging.Handler:
     try:
         return _File(path) if path else _Stream(stream)
     except OSError as error:
-        raise ConfigError(f"the log {path!r} cannot be opened: {error.strerror}") from None
+        raise _refusal(path, error) from None
+
+
+def check_log(path: str) -> None:
+    """See that :func:`open_log` could open a file, without making it.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    try:
+        check_file(path)
+    except OSError as error:
+        raise _refusal(path, error) from None
+
+
+def _refusal(path: str | None, error: OSError) -> ConfigError:
+    return ConfigError(f"the log {path!r} cannot be opened: {error.strerror}")
 
 
 class _Losing(logging.Handler):

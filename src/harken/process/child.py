@@ -10,7 +10,6 @@ import atexit
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -20,6 +19,7 @@ from typing import Any, NoReturn
 
 from harken.errors import HarkenError
 from harken.observe.collector import Collector
+from harken.process import streams
 from harken.process.channel import Channel
 from harken.process.ledger import Slate
 from harken.process.recycling import Lifespan
@@ -228,8 +228,7 @@ def _end(status: int) -> NoReturn:
         # The order of Py_FinalizeEx: threads that are not daemons, then exit functions, then what is buffered.
         getattr(threading, "_shutdown", lambda: None)()
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        streams.settle()
     except BaseException:  # noqa: BLE001 - nobody is left to hear of it
         traceback.print_exc()
     os._exit(status)

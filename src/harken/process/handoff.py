@@ -24,7 +24,7 @@ from contextlib import suppress
 from harken import events
 from harken.errors import ConfigError, HandoffError
 from harken.listener import Listener
-from harken.process import inheritance, signals
+from harken.process import inheritance, signals, streams
 from harken.process.inheritance import READY, VARIABLE, Entry
 from harken.process.pidfile import PidFile
 
@@ -90,8 +90,7 @@ def exec_anew(
     Raises:
         OSError: the program cannot be started any more; nothing has changed.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    streams.flush()
     environment = dict(os.environ) | {VARIABLE: _bequest(opened, pidfile=pidfile)}
     os.chdir(directory)
     signals.hold_back()

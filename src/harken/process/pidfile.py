@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from harken.errors import ConfigError
+from harken.process.writable import check_file, check_folder
 from harken.settings import setting, text
 
 __all__ = ["PidFile"]
@@ -41,12 +42,41 @@ class PidFile:
         holder = self._holder()
         if holder == os.getpid():
             return  # as a program that a reload has put into the same process
-        if holder not in (None, over):
-            raise ConfigError(f"pidfile = {str(self.path)!r}: process {holder} holds it and runs; stop that one first")
+        self._refuse_held(holder, over)
         try:
             self._replace(f"{os.getpid()}\n")
         except OSError as error:
-            raise ConfigError(f"pidfile = {str(self.path)!r}: {error.strerror}") from None
+            raise self._refusal(str(error.strerror)) from None
+
+    def check(self) -> None:
+        """See that :meth:`write` would succeed, without writing anything.
+
+        Raises:
+            ConfigError: as there.
+        """
+        if self.path is None:
+            return
+        self._refuse_held(self._holder(), None)
+        try:
+            if self.path.is_dir() or not self._is_in_our_folder():
+                check_file(self.path)
+        except OSError as error:
+            raise self._refusal(str(error.strerror)) from None
+
+    def _is_in_our_folder(self) -> bool:
+        assert self.path is not None
+        try:
+            check_folder(self.path.parent)
+        except PermissionError:
+            return False
+        return True
+
+    def _refuse_held(self, holder: int | None, over: int | None) -> None:
+        if holder not in (None, over):
+            raise self._refusal(f"process {holder} holds it and runs; stop that one first")
+
+    def _refusal(self, reason: str) -> ConfigError:
+        return ConfigError(f"pidfile = {str(self.path)!r}: {reason}")
 
     def remove(self) -> None:
         """Remove the file if it still names this process; where its directory forbids that, empty it."""
