@@ -209,6 +209,8 @@ def test_headers_of_proxies_need_to_be_trusted(harken, check, networks):
         ["--metrics", "SERVED"],
         ["--metrics", "unix:pages", "--metrics-token", "missing"],
         ["--bind", "SERVED"],
+        ["--tls-verify", "optional"],
+        ["--tls-ca", "clients.pem"],
     ],
 )
 def test_what_serve_refuses_check_refuses_in_the_same_words(harken, clean, free_port, run_program, words):

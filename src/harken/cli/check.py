@@ -14,6 +14,7 @@ from harken.cli.target import is_server, load_target, require_handler
 from harken.engines import suited
 from harken.errors import ConfigError
 from harken.limits.connections import in_force
+from harken.listener import Listener
 from harken.process import rehearsal
 from harken.process.worker import fit_handler
 from harken.settings import Settings
@@ -35,7 +36,9 @@ def _check(target: str, urls: tuple[str, ...]) -> None:
     remark = engine.remark()
     rehearsal.try_logs(values)
     with ExitStack() as opened:  # all at once, as they will be: two may want the same place
-        bound = [url for place in places for url in _try(place, values, opened)]
+        listeners = [(place, _open(place, values, opened)) for place in places]
+        bound = [url for place, several in listeners for url in _names(place, several)]
+        preambles.refuse_plain_text(values, (each for _, several in listeners for each in several))
         rehearsal.try_page(values, opened)
         if not is_server(found):
             rehearsal.try_process(values, opened)
@@ -58,8 +61,8 @@ def _settings_of(found: Any, target: str) -> Settings:
     return Settings(None, suited(found, {}), "serve")
 
 
-def _try(place: str, values: Settings, opened: ExitStack) -> list[str]:
-    """Bind an address, until ``opened`` closes it; return what it stood for."""
+def _open(place: str, values: Settings, opened: ExitStack) -> list[Listener]:
+    """Bind an address, until ``opened`` closes it, and read the certificates that go with it."""
     listeners = transports.listen(place, transports.bind_options(values))
     for listener in listeners:
         opened.callback(listener.close)
@@ -67,6 +70,11 @@ def _try(place: str, values: Settings, opened: ExitStack) -> list[str]:
         for preamble in preambles.resolve(values, listener):  # reads certificates, and says what is wrong there
             for line in getattr(preamble, "remarks", tuple)():
                 click.echo(f"harken check: warning: {line}", err=True)
+    return listeners
+
+
+def _names(place: str, listeners: list[Listener]) -> list[str]:
+    """Return what an address stands for."""
     return [place] if len(listeners) == 1 else [listener.url for listener in listeners]
 
 
