@@ -90,9 +90,12 @@ def test_by_name_and_by_number(doors, activated):
 
 def test_a_number_that_no_descriptor_has(doors, activated):
     """However large: it is told as a descriptor, and not as a name."""
-    for number in (99, 99999999999):
+    for number in ("99", "9999999999"):
         (said,) = activated(doors, f"fd://{number}")
         assert said == f"ConfigError: fd {number} is not open; was it passed to this process?"
+    for number in ("99999999999", "9" * 5000):
+        (said,) = activated(doors, f"fd://{number}")
+        assert said == f"ConfigError: 'fd://{number}': no descriptor has a number as large as that"
 
 
 def test_passed_to_another_process(doors, activated):

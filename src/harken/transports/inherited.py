@@ -22,6 +22,7 @@ __all__ = ["Passed", "bind", "parse", "passed", "schemes"]
 
 schemes = ("fd", "systemd")
 
+MOST_DIGITS = 10  # of a C int
 _FIRST = 3  # SD_LISTEN_FDS_START of sd_listen_fds(3)
 _VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
 _UNNAMED = "unknown"  # what sd_listen_fds_with_names(3) calls a descriptor without a name
@@ -62,6 +63,8 @@ def parse(url: str) -> Place:
     if not what or not rest.startswith("//") or "/" in what or "?" in what:
         raise ConfigError(f"{url!r} names no descriptor; write fd://3, or fd://NAME as in FileDescriptorName=")
     if what.isascii() and what.isdecimal():
+        if len(what) > MOST_DIGITS:
+            raise ConfigError(f"{url!r}: no descriptor has a number as large as that")
         return Place(url, fd=int(what))
     return Place(url, name=what)
 
