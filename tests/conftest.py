@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import random
 import re
 import signal
 import socket
@@ -203,11 +204,16 @@ def _judge(request: pytest.FixtureRequest, before: Before) -> None:
 
 @pytest.fixture
 def free_port() -> int:
-    """Return a TCP port on 127.0.0.1 that nobody listened on a moment ago; prefer port 0 where one can."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a TCP port that nobody had a moment ago; prefer port 0 where one can.
+
+    It is below those that the kernel gives to clients and for port 0 (32768 on, net.ipv4.ip_local_port_range): tests
+    beside this one open connections all the time.
+    """
+    for port in random.sample(range(20000, 32768), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+    raise AssertionError("no port of a hundred is free")
 
 
 RunProgram = Callable[..., "subprocess.Popen[str]"]
