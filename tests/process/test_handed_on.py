@@ -3,11 +3,11 @@
 import os
 import signal
 import socket
-import ssl
 import stat
 
 import pytest
 import trustme
+from certified import trusting
 from waiting import wait_until
 
 PATIENCE = 20.0
@@ -63,13 +63,6 @@ def certificate(authority, tmp_path):
     return path
 
 
-def free_port():
-    """Return a port that nobody has at this moment."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
 def greeted(address):
     """Whether somebody greets at a Unix path, or a TCP address."""
     with socket.socket(socket.AF_UNIX if isinstance(address, str) else socket.AF_INET) as client:
@@ -80,11 +73,8 @@ def greeted(address):
 
 def greeted_under_tls(port, authority):
     """Whether somebody greets under TLS. The plain greeting of a server without TLS fails the handshake."""
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    with socket.create_connection(("127.0.0.1", port), PATIENCE) as plain:
-        with context.wrap_socket(plain, server_hostname="localhost") as client:
-            return client.recv(3) == b"one"
+    with trusting(port, authority) as client:
+        return client.recv(3) == b"one"
 
 
 def refused(address):
@@ -97,27 +87,25 @@ def refused(address):
 
 
 @pytest.mark.parametrize("workers, number", WAYS)
-def test_an_address_under_tls_stays_under_tls(configured, authority, certificate, workers, number):
+def test_an_address_under_tls_stays_under_tls(configured, free_port, authority, certificate, workers, number):
     """What is spoken there stands in the address, of which a socket that is handed on knows nothing."""
-    port = free_port()
-    address = f"tls://127.0.0.1:{port}?cert={certificate}"
+    address = f"tls://127.0.0.1:{free_port}?cert={certificate}"
     configured.start(workers, address)
-    assert greeted_under_tls(port, authority)
+    assert greeted_under_tls(free_port, authority)
     configured.hand_on(number, address)
-    assert greeted_under_tls(port, authority)
-    assert configured.running.said(f"listening: address tls://127.0.0.1:{port},", 2)
+    assert greeted_under_tls(free_port, authority)
+    assert configured.running.said(f"listening: address tls://127.0.0.1:{free_port},", 2)
 
 
 @pytest.mark.parametrize("workers, number", WAYS)
-def test_an_address_may_come_under_tls(configured, authority, certificate, workers, number):
+def test_an_address_may_come_under_tls(configured, free_port, authority, certificate, workers, number):
     """The socket is the same, and what is spoken on it another."""
-    port = free_port()
-    configured.start(workers, f"tcp://127.0.0.1:{port}")
-    assert greeted(("127.0.0.1", port))
-    configured.hand_on(number, f"tls://127.0.0.1:{port}?cert={certificate}")
+    configured.start(workers, f"tcp://127.0.0.1:{free_port}")
+    assert greeted(("127.0.0.1", free_port))
+    configured.hand_on(number, f"tls://127.0.0.1:{free_port}?cert={certificate}")
     if number == signal.SIGUSR2:
         configured.running.end()
-    assert greeted_under_tls(port, authority)
+    assert greeted_under_tls(free_port, authority)
 
 
 @pytest.mark.parametrize("workers, number", WAYS)
@@ -168,14 +156,13 @@ def test_a_file_whose_rights_somebody_has_changed_keeps_them(configured, tmp_pat
     assert greeted(path)
 
 
-def test_an_address_may_become_narrower(configured):
+def test_an_address_may_become_narrower(configured, free_port):
     """What nobody asks for any more is closed before anything is bound: it may be in the way."""
-    port = free_port()
-    configured.start("0", f"tcp://:{port}")
-    assert greeted(("127.0.0.1", port))
-    configured.hand_on(signal.SIGHUP, f"tcp://127.0.0.1:{port}")
-    assert greeted(("127.0.0.1", port))
-    assert refused(("127.0.0.2", port))
+    configured.start("0", f"tcp://:{free_port}")
+    assert greeted(("127.0.0.1", free_port))
+    configured.hand_on(signal.SIGHUP, f"tcp://127.0.0.1:{free_port}")
+    assert greeted(("127.0.0.1", free_port))
+    assert refused(("127.0.0.2", free_port))
 
 
 def test_a_program_that_cannot_begin_anew_leaves_nothing(configured, target, tmp_path):

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 
 import pytest
 import trustme
+from certified import trusting
 
 PATIENCE = 20.0
 
@@ -35,12 +35,9 @@ def certify(authority, tmp_path):
 
 def shown(port, authority):
     """Return the certificate that a client is shown now, in DER."""
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    with socket.create_connection(("127.0.0.1", port), PATIENCE) as plain:
-        with context.wrap_socket(plain, server_hostname="localhost") as client:
-            assert client.recv(3) == b"one"
-            return client.getpeercert(binary_form=True)
+    with trusting(port, authority) as client:
+        assert client.recv(3) == b"one"
+        return client.getpeercert(binary_form=True)
 
 
 def wait_shown(port, authority, wanted):
