@@ -167,7 +167,7 @@ def _close_rest(spared: Collection[str]) -> None:
                 listener.close()
 
 
-def _adopt(fd: int, path: str | None, shared: bool = True) -> Listener:
+def _adopt(fd: int, path: str | None, shared: bool) -> Listener:
     listener = Listener.adopt(fd)
     listener.shared = shared or upgraded_from() > 0
     if listener.shared is not shared:
