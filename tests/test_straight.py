@@ -234,7 +234,7 @@ def test_limits_and_deadlines_hold_on_the_straight_way(server_class: Any) -> Non
     try:
         with harken.background(server):
             serving = serving_of(server)
-            admission = serving.admission
+            admission = serving.bounds.admission
             assert admission is not None
             assert straight.is_straight(serving)
             for _ in range(5):
@@ -265,7 +265,7 @@ def test_a_burst_takes_no_more_than_the_limit_leaves_room_for(server_class: Any)
     server = server_class(("127.0.0.1", 0), Once, max_connections=3)
     clients = [socket.create_connection(server.server_address, PATIENCE) for _ in range(5)]
     with harken.background(server):
-        found = serving_of(server).admission
+        found = serving_of(server).bounds.admission
         assert found is not None
         admission = found
         for client in clients:

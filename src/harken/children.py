@@ -68,8 +68,9 @@ class Children:
         record = serving.connections.find(request)
         if record is not None:
             record.silent = True
-        if serving.deadlines is not None:
-            serving.deadlines.after_fork(record)
+        deadlines = serving.bounds.deadlines
+        if deadlines is not None:
+            deadlines.after_fork(record)
         if not isinstance(request, tuple) and hasattr(serving.server, "socket"):
             serving.server.socket.close()
         if record is not None:
@@ -104,7 +105,8 @@ class _Child:
         self._record = record
         self._begun = record.started if record is not None else time.monotonic()
         self._known = threading.RLock()
-        self._limits = serving.deadlines.limits if serving.deadlines is not None else dict.fromkeys(DEADLINES)
+        deadlines = serving.bounds.deadlines
+        self._limits = deadlines.limits if deadlines is not None else dict.fromkeys(DEADLINES)
         self._report = Report(record, self._opened) if serving.entry is not None and record is not None else None
         self.place = tally.take()
 

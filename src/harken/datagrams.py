@@ -77,7 +77,8 @@ class DatagramIntake:
 
     def _is_plain(self, server: Any, ours: _Ours) -> bool:
         """Whether nobody would see the hooks being left out."""
-        listened, admission, deadlines = events.subscribers, self._serving.admission, self._serving.deadlines
+        bounds, listened = self._serving.bounds, events.subscribers
+        admission, deadlines = bounds.admission, bounds.deadlines
         return not (
             listened["accepted"]
             or listened["opened"]

@@ -149,8 +149,8 @@ class Entry:
         record.in_preamble = False
         if self._serving.books.meter is not None:
             self._serving.books.meter.entered(begun)
-        if self._serving.deadlines is not None:
-            self._serving.deadlines.entered(record)
+        if self._serving.bounds.deadlines is not None:
+            self._serving.bounds.deadlines.entered(record)
         return request
 
     def _known(self, record: Record | None, address: Any) -> None:
@@ -164,14 +164,14 @@ class Entry:
 
     def _refusal(self, record: Record | None) -> str | None:
         """Ask the limits that judge the client; return why one of them refuses it."""
-        admission = self._serving.admission
+        admission = self._serving.bounds.admission
         if admission is None or record is None or not self.tells_client:
             return None
         record.detail = admission.admit_client(record, record.peer)
         return record.detail
 
     def _turn_away(self, record: Record | None, request: Any, address: Any, reason: str) -> None:
-        admission = self._serving.admission
+        admission = self._serving.bounds.admission
         self._serving.books.rejected(record, address, reason)
         turn_away(request, admission.reply if admission is not None else b"")
         self._serving.server.close_request(request)  # not shutdown_request(): its FIN would pass for an answer

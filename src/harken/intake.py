@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ class Intake:
         self.serve = partial(straight.serve_known, serving)
         self._readable = Readable()
         self._lock = threading.Lock()
-        self._shedder = Shedder(lambda: serving.admission.records() if serving.admission else serving.connections)
+        self._shedder = Shedder(self._find_counted)
         # A handler is free only when one ends that has begun: who waits in the queue may stay there.
         self._served = Shedder(self._find_served)
         self._shed_again = 0.0
@@ -64,7 +64,7 @@ class Intake:
     @property
     def admission(self) -> Admission | None:
         """Whose places the next one needs; None also where datagrams come, which stay nowhere."""
-        return None if self._has_datagrams else self._serving.admission
+        return None if self._has_datagrams else self._serving.bounds.admission
 
     @property
     def bursts(self) -> bool:
@@ -89,7 +89,7 @@ class Intake:
     def admit(self, record: Record | None, request: Any, client_address: Any) -> bool:
         """Ask the limits about a connection that was accepted; one that they refuse is closed here."""
         serving = self._serving
-        admission = serving.admission
+        admission = serving.bounds.admission
         if admission is None:
             return True
         books = serving.books
@@ -108,7 +108,7 @@ class Intake:
         Returns:
             What it was let in by; None: it was refused, and is closed.
         """
-        books, admission = self._serving.books, self._serving.admission
+        books, admission = self._serving.books, self._serving.bounds.admission
         assert admission is not None, "who asks has limits"
         ticket, reason = admission.admit_unrecorded(partial(books.describe, request, client_address))
         if reason is None:
@@ -120,7 +120,8 @@ class Intake:
     def _refuse(self, record: Record | None, request: Any, client_address: Any, reason: str) -> None:
         serving = self._serving
         serving.books.rejected(record, client_address, reason)
-        turn_away(request, serving.admission.reply if serving.admission is not None else b"")
+        admission = serving.bounds.admission
+        turn_away(request, admission.reply if admission is not None else b"")
         serving.server.close_request(request)
 
     def _accept_ready(self) -> bool | None:
@@ -170,7 +171,7 @@ class Intake:
     def turn(self) -> None:
         """Once a turn of the loop while the door is paused: watch it again when there is room."""
         serving = self._serving
-        admission = serving.admission
+        admission = serving.bounds.admission
         if admission is None or not admission.holds(serving):
             self._turn_for_handlers()
             return
@@ -228,6 +229,11 @@ class Intake:
         """The last one has not gone in the time that it gets."""
         if time.monotonic() >= self._shed_again:
             self._shed(shedder)
+
+    def _find_counted(self) -> Iterable[Record]:
+        """Those who have a place: of all servers that share the limits."""
+        admission = self._serving.bounds.admission
+        return self._serving.connections if admission is None else admission.records()
 
     def _find_served(self) -> list[Record]:
         """The connections whose handler, or preamble, has begun; all where nobody knows, as of a program's own kind."""

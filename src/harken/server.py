@@ -162,7 +162,7 @@ class BaseServer:
             return serving.acceptor.failed(error)
         record = serving.books.accepted(request, client_address)
         try:
-            if serving.admission is not None and not serving.intake.admit(record, request, client_address):
+            if serving.bounds.admission is not None and not serving.intake.admit(record, request, client_address):
                 return True
             entry = serving.entry
             if entry is not None and entry.tells_client:
@@ -269,7 +269,7 @@ class BaseServer:
         """Call ``RequestHandlerClass(request, client_address, self)``. May be overridden. The handler's thread."""
         if preambles.armed:
             refuse_unentered(self, request)
-        deadlines = self._harken.deadlines
+        deadlines = self._harken.bounds.deadlines
         if deadlines is None or not isinstance(request, tuple):
             self.RequestHandlerClass(request, client_address, self)
             return

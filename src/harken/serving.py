@@ -18,16 +18,13 @@ from typing import TYPE_CHECKING, Any, overload
 
 from harken import events, plugins
 from harken.acceptor import Acceptor
-from harken.admission import Admission, wanted
 from harken.books import Books
-from harken.buffers import Buffers, wanted as wants_buffers
+from harken.bounds import Bounds
 from harken.children import Children
-from harken.deadlines import NAMES as DEADLINES, Deadlines
 from harken.drain import Drain, DrainReport, drain
 from harken.engines import ENGINE, Engine
 from harken.entry import Entry, entry_of
 from harken.errors import ConfigError, LifecycleError
-from harken.expiry import Expiry
 from harken.intake import Intake
 from harken.interrupts import Interrupts
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
@@ -38,7 +35,6 @@ from harken.stacks import served_by_caller
 from harken.transports import for_socket
 
 if TYPE_CHECKING:
-    from harken.limits.across import Place
     from harken.preambles.proxy_datagrams import DatagramProxy
 
 __all__ = ["DrainReport", "RunningSide", "Serving", "background", "serving_of"]
@@ -67,8 +63,8 @@ class Serving:
         self.left = Latch(owned=True)
         self.left.set()
         self.books = Books(server, self._end_child)
-        self.books.on_open = self._first_open
         self.connections = self.books.connections
+        self.bounds = Bounds(self)
         self.intake = Intake(self)
         self.acceptor = Acceptor(
             listener=lambda: getattr(server, "socket", None),
@@ -93,9 +89,6 @@ class Serving:
             self.engine = engine
         self._packet_size = (-1, 0)
         self._address = ""  # as the socket told it when it was last open
-        self._shared: Serving | None = None
-        self.place: Place | None = None
-        """This process's among several over which limits hold; given before any connection comes."""
         self.guard = threading.RLock()
         self._loop_count = 0
         _servings.add(self)
@@ -114,37 +107,6 @@ class Serving:
 
     def _prepare(self, engine: Engine) -> None:
         engine.prepare(getattr(self.server, "RequestHandlerClass", None))
-
-    @cached_property
-    def deadlines(self) -> Deadlines | None:
-        """The deadlines of its connections; None when none is set."""
-        if all(self.settings[name] is None for name in DEADLINES):
-            return None
-        made = Deadlines(lambda: self.connections, Expiry(self))
-        made.report = lambda address, which, seconds: self.books.timed_out(None, address, which, seconds)
-        made.refresh(self.settings)
-        self.books.on_open = self._watch
-        return made
-
-    def _first_open(self, record: Record) -> None:
-        """Look whether there are deadlines to watch; only once, and once more when settings change."""
-        self.books.on_open = None
-        if self.deadlines is not None:
-            self._watch(record)
-
-    def _watch(self, record: Record) -> None:
-        if self.deadlines is not None and not self.engine.in_child:
-            if self.entry is not None and not record.entered:
-                record.in_preamble = True
-            self.deadlines.watch(record)
-
-    def _refresh_deadlines(self) -> None:
-        """Follow settings that may have changed."""
-        if vars(self).get("deadlines") is None:
-            vars(self).pop("deadlines", None)
-        elif self.deadlines is not None:
-            self.deadlines.refresh(self.settings)
-        _ = self.deadlines
 
     @cached_property
     def children(self) -> Children:
@@ -215,54 +177,6 @@ class Serving:
             pass  # closed, or no socket yet
         return self._address or str(getattr(self.server, "server_address", "?"))
 
-    @cached_property
-    def admission(self) -> Admission | None:
-        """The limits that connections must pass; None when none is set, and then nothing is counted either."""
-        made = (
-            self._shared.admission
-            if self._shared is not None
-            else Admission(self.place)
-            if wanted(self.settings)
-            else None
-        )
-        if made is None:
-            return None
-        made.join(self.connections, self.books.alarm)
-        made.refresh(self.settings, self.engine_name)
-        return made
-
-    def share_limits(self, other: Serving) -> None:
-        """Let the limits of another server hold over this one's connections too; before any came."""
-        self._shared = other
-
-    @cached_property
-    def buffers(self) -> Buffers | None:
-        """The bounds of what harken holds for connections; None when none is set, and then nothing is counted."""
-        made = self._shared.buffers if self._shared is not None else Buffers() if wants_buffers(self.settings) else None
-        if made is not None:
-            made.join(self.books.memory)
-            made.refresh(self.settings)
-        self.connections.buffers = made
-        return made
-
-    def _refresh_buffers(self) -> None:
-        """Follow settings that may have changed."""
-        made = vars(self).get("buffers")
-        if made is None:
-            vars(self).pop("buffers", None)
-            _ = self.buffers
-        else:
-            made.refresh(self.settings)
-
-    def _refresh_admission(self) -> None:
-        """Follow settings that may have changed."""
-        made = vars(self).get("admission")
-        if made is None:
-            vars(self).pop("admission", None)
-        else:
-            made.join(self.connections, self.books.alarm)
-            made.refresh(self.settings, self.engine_name)
-
     @property
     def logged(self) -> bool:
         """Whether a log writes what handlers raise, so that ``handle_error`` need not print it."""
@@ -295,9 +209,7 @@ class Serving:
             if self._loop_count == 1:
                 self.books.interrupted = False
                 self.acceptor.open()
-                self._refresh_admission()
-                self._refresh_deadlines()
-                self._refresh_buffers()
+                self.bounds.refresh()
                 self.intake.watch()
                 events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
         self.ready.set()
@@ -422,20 +334,18 @@ class Serving:
 
         Without end if ``block_on_close``, but not for daemon threads; after Ctrl-C they are cut first.
         """
-        if not self.started:
-            return
+        if self.started:
+            self._join_handlers()
+        if not self.connections:
+            self.bounds.rest()
+
+    def _join_handlers(self) -> None:
         if self.books.interrupted:
             self.cut("shutdown")
         if "children" in vars(self):
             self.children.serve_on()
         block = self.option("block_on_close") and not self.option("daemon_threads") and not self.abandoned
         self.engine.join(None if block else time.monotonic())
-        deadlines = vars(self).get("deadlines")
-        if deadlines is not None and not self.connections:
-            deadlines.stop()
-        buffers = vars(self).get("buffers")
-        if buffers is not None and not self.connections:
-            buffers.stop()
 
     def cut(self, reason: str) -> None:
         """Shut the sockets of all open connections, so that their handlers wake."""
@@ -495,9 +405,7 @@ class Serving:
             ConfigError: a setting is unknown, not live, or its value is not allowed; nothing was changed.
         """
         self.settings.configure(changes)
-        self._refresh_admission()
-        self._refresh_deadlines()
-        self._refresh_buffers()
+        self.bounds.refresh()
         if self.started:
             self.engine.refresh()
         if self.acceptor.paused:
@@ -529,7 +437,7 @@ class Serving:
             "rejected_by_reason": dict(self.books.refusals),
             "handler_failed_total": self.books.counts["handler_failed"],
             "closed_total": dict(self.books.reasons),
-            "buffered_bytes": self.buffers.total if self.buffers is not None else 0,
+            "buffered_bytes": self.bounds.buffers.total if self.bounds.buffers is not None else 0,
             "stalled_total": dict(self.engine.stalls) if self.started else {},
             "paused": self.acceptor.paused,
             "process": os.getpid(),

@@ -47,8 +47,8 @@ def start_tls(handler: Any, tls: Any = None) -> socket.socket:
                 if record.handler is not None and hasattr(made, "share"):
                     made.share()
                 request.record = record
-                if serving.deadlines is not None:
-                    serving.deadlines.entered(record)  # the new one is to stamp, too
+                if serving.bounds.deadlines is not None:
+                    serving.bounds.deadlines.entered(record)  # the new one is to stamp, too
             handler.request = made
             if hasattr(handler, "connection"):
                 handler.connection = made

@@ -77,7 +77,7 @@ def take(serving: Serving) -> bool | None:
 
     None is no, too: and nobody has to be told of it, since no hook of a turn does anything.
     """
-    server, acceptor, admission = serving.server, serving.acceptor, serving.admission
+    server, acceptor, admission = serving.server, serving.acceptor, serving.bounds.admission
     places = _places(serving) if _is_quiet(serving) else 0
     lane = serving.engine.lane(server, partial(_way, serving)) if places else None
     if lane is not None:
@@ -110,7 +110,7 @@ def _is_quiet(serving: Serving) -> bool:
     """Whether nobody has to be told of connections that come."""
     books, listened = serving.books, events.subscribers
     return (
-        (books.on_open is None or (serving.deadlines is not None and serving.entry is None))
+        (books.on_open is None or (serving.bounds.deadlines is not None and serving.entry is None))
         and books.meter is None
         and not listened["accepted"]
         and not listened["opened"]
@@ -120,9 +120,9 @@ def _is_quiet(serving: Serving) -> bool:
 
 def _places(serving: Serving) -> int:
     """How many may be taken before anybody looks again whether there is room."""
-    if serving.admission is None:
+    if serving.bounds.admission is None:
         return _MANY
-    return serving.admission.spare(_MANY) if serving.entry is None else 0
+    return serving.bounds.admission.spare(_MANY) if serving.entry is None else 0
 
 
 def _way(serving: Serving) -> Way:
@@ -164,14 +164,14 @@ def _take_by(lane: Lane, serving: Serving, places: int) -> bool | None:
     server, acceptor = serving.server, serving.acceptor
     handler_class = server.RequestHandlerClass
     serving.connections.use(lane)
-    most, deadlines = min(places, MAX_ACCEPT), serving.deadlines
+    most, deadlines = min(places, MAX_ACCEPT), serving.bounds.deadlines
     if deadlines is not None:
         deadlines.expect()
     terms = Terms(
         handler_class,
         lean=is_lean(handler_class),
         stamps=deadlines is not None and deadlines.needs_stamps(server.socket),
-        gate=None if serving.admission is None else serving.intake.admit_unrecorded,
+        gate=None if serving.bounds.admission is None else serving.intake.admit_unrecorded,
     )
     try:
         taken = lane.take(door_of(server.socket), most, terms)

@@ -348,7 +348,7 @@ def test_a_server_without_deadlines_pays_for_none() -> None:
         (record,) = server._harken.connections
         assert record.stamps is None
         assert type(record.request).recv is socket.socket.recv
-        assert server._harken.deadlines is None
+        assert server._harken.bounds.deadlines is None
 
 
 class Slow(harken.BaseRequestHandler):

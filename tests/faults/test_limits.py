@@ -167,7 +167,7 @@ def test_a_limit_that_is_set_late_counts_who_is_inside(engine: str) -> None:
     server = make(engine)
     with running(server), connect(server.server_address) as first:
         exchange(first)
-        assert serving_of(server).admission is None
+        assert serving_of(server).bounds.admission is None
         server.configure(max_connections=1, overload="reset", max_connections_per_peer=1)
         assert fate(server.server_address) == "reset"
         hang_up(first)
@@ -252,7 +252,7 @@ def test_datagrams_need_no_place(engine: str, policy: str) -> None:
     """Connections that have them all, on another listener of the same service, neither keep them out nor have to go."""
     server = make("thread", max_connections=1, overload=policy)
     beside = harken.UDPServer(LOCAL, Answer, engine=engine, max_connections=1, overload=policy)
-    serving_of(beside).share_limits(serving_of(server))
+    serving_of(beside).bounds.share(serving_of(server).bounds)
     with running(server), connect(server.server_address) as client:
         exchange(client)
         with running(beside), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
@@ -269,7 +269,7 @@ def test_one_datagram_at_a_time_needs_no_place() -> None:
     server = make("thread", max_connections=1)
     beside = harken.UDPServer(LOCAL, Answer)
     beside.timeout = PATIENCE
-    serving_of(beside).share_limits(serving_of(server))
+    serving_of(beside).bounds.share(serving_of(server).bounds)
     with running(server), connect(server.server_address) as client, beside:
         exchange(client)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
@@ -317,7 +317,7 @@ def test_who_is_being_judged_is_not_counted_by_a_change_of_settings(engine: str)
             exchange(client)
             hang_up(client)
         wait_until(lambda: not server.connections())
-        wait_until(lambda: serving_of(server).admission.crowd.inside == 0)
+        wait_until(lambda: serving_of(server).bounds.admission.crowd.inside == 0)
 
 
 @pytest.mark.parametrize("engine", ["inline", *ENGINES])
@@ -334,7 +334,7 @@ def test_a_limit_that_raises_refuses_that_connection_alone(engine: str, capfd: p
             exchange(client)
             quota.fault = ConnectionError("no release today")
             hang_up(client)
-        admission = serving_of(server).admission
+        admission = serving_of(server).bounds.admission
         wait_until(lambda: not server.connections() and admission.crowd.inside == 0)
         assert server.stats()["rejected_by_reason"] == {"limit_failed": 3}
         assert admission._per_peer.clients == 0
@@ -375,7 +375,7 @@ def test_every_way_out_gives_the_place_back(engine: str, way: str) -> None:
         for _ in range(30):
             with connect(server.server_address) as client:
                 ends(client)
-        wait_until(lambda: serving_of(server).admission.crowd.inside == 0)
+        wait_until(lambda: serving_of(server).bounds.admission.crowd.inside == 0)
         assert server.stats()["rejected_by_reason"].keys() <= {"verify_request"}
 
 
@@ -429,7 +429,7 @@ def test_the_listeners_of_a_worker_share_one_limit() -> None:
     from harken.process.worker import Worker
 
     worker = Worker(Echo, ("tcp://127.0.0.1:0", "tcp://127.0.0.1:0"), {"max_connections": 1, "overload": "reset"})
-    first, second = (server.serving.admission for server in worker.servers)
+    first, second = (server.serving.bounds.admission for server in worker.servers)
     try:
         assert first is second
     finally:
@@ -459,7 +459,7 @@ def storm_against(engine: str, policy: str, count: int) -> None:
     with running(server):
         ended = storm(server.server_address, count)
         wait_until(lambda: not server.connections())
-        admission = serving_of(server).admission
+        admission = serving_of(server).bounds.admission
         assert admission.crowd.inside == 0
         stats = server.stats()
     assert most.seen <= 20

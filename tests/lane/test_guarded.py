@@ -102,7 +102,7 @@ def test_a_limit_is_told_once_of_each_end(closed_by_python: list[Any]) -> None:
         unknown.close()
         wait_until(lambda: not turnstile.inside)
         known.close()
-        assert serving_of(server).admission.crowd.inside == 0
+        assert serving_of(server).bounds.admission.crowd.inside == 0
 
 
 def test_a_handler_that_closes_its_connection_gives_its_place_back() -> None:
@@ -162,7 +162,7 @@ def test_a_limit_that_raises_refuses_the_connection(capsys: pytest.CaptureFixtur
         visit(server)
         assert "broken limit" in capsys.readouterr().err
         assert (limit.come, limit.inside) == (2, [])
-        assert serving_of(server).admission.crowd.inside == 0
+        assert serving_of(server).bounds.admission.crowd.inside == 0
 
 
 def test_the_last_place_is_waited_for() -> None:
@@ -181,7 +181,7 @@ def test_the_last_place_is_waited_for() -> None:
             client.close()
         wait_until(lambda: not len(serving_of(server).connections))
         assert serving_of(server).connections.waiting == 0
-        assert serving_of(server).admission.crowd.inside == 0
+        assert serving_of(server).bounds.admission.crowd.inside == 0
 
 
 def test_a_limit_that_is_set_later_counts_those_inside() -> None:
@@ -190,12 +190,12 @@ def test_a_limit_that_is_set_later_counts_those_inside() -> None:
         visit(server)
         inside = [connect(server) for _ in range(3)]
         server.configure(max_connections=10, max_connections_per_peer=4)
-        assert serving_of(server).admission.crowd.inside == 3
+        assert serving_of(server).bounds.admission.crowd.inside == 3
         inside.append(connect(server))
         meet_a_reset(server)
         for client in inside:
             client.close()
-        wait_until(lambda: serving_of(server).admission.crowd.inside == 0)
+        wait_until(lambda: serving_of(server).bounds.admission.crowd.inside == 0)
 
 
 @pytest.mark.parametrize("which", ["idle_timeout", "read_timeout", "lifetime", "handler_timeout"])
@@ -241,7 +241,7 @@ def test_nobody_looks_for_connections_that_cannot_come(monkeypatch: pytest.Monke
     monkeypatch.setattr(deadlines, "EXPECTED_SECONDS", 0.05)
     for settings in ({"idle_timeout": SHORT}, {"write_timeout": SHORT}):
         with serving(**settings) as server:
-            watched = serving_of(server).deadlines
+            watched = serving_of(server).bounds.deadlines
             for _ in range(2):
                 visit(server)
                 visit(server)
@@ -252,7 +252,7 @@ def test_nobody_looks_for_connections_that_cannot_come(monkeypatch: pytest.Monke
 def test_those_that_have_ended_are_weeded_out() -> None:
     """However many came whose deadline is far away."""
     with serving(lifetime=60.0) as server:
-        watched = serving_of(server).deadlines
+        watched = serving_of(server).bounds.deadlines
         stays = connect(server)
         for _ in range(3 * deadlines.FEW):
             with connect(server):
@@ -268,8 +268,8 @@ def test_two_servers_share_the_places_that_are_left(make_pair: Callable[..., tup
     one, other = make_pair(max_connections=100)
     visit(one)
     visit(other)
-    admission = serving_of(one).admission
-    assert admission is serving_of(other).admission
+    admission = serving_of(one).bounds.admission
+    assert admission is serving_of(other).bounds.admission
     assert admission.spare(1000) == 0
     inside = [connect(server) for server in (one, other) for _ in range(50)]
     assert admission.full
@@ -284,7 +284,7 @@ def make_pair(request: pytest.FixtureRequest) -> Callable[..., tuple[Any, Any]]:
 
     def make(**settings: Any) -> tuple[Any, Any]:
         made = [harken.GreenTCPServer(("127.0.0.1", 0), Echo, **settings) for _ in range(2)]
-        serving_of(made[1]).share_limits(serving_of(made[0]))
+        serving_of(made[1]).bounds.share(serving_of(made[0]).bounds)
         threads = [threading.Thread(target=server.serve_forever) for server in made]
         for server, thread in zip(made, threads, strict=True):
             thread.start()

@@ -75,7 +75,7 @@ def test_a_change_of_settings_counts_nobody_for_the_proxy(engine, tmp_path):
                 client.sendall(header("192.0.2.1"))
                 assert read_line(client)
             wait_until(lambda: not server.connections())
-        assert serving_of(server).admission._per_peer.clients == 0
+        assert serving_of(server).bounds.admission._per_peer.clients == 0
 
 
 def asks(server):

@@ -277,7 +277,7 @@ class Supervisor:
         worker.obeys[signal.SIGUSR1] = self._reopen
         for serving in worker.servings():
             serving.offers_page = False
-            serving.place = place
+            serving.bounds.place = place
         return worker
 
     # -- what happens to the service -----------------------------------------------------------------------------------

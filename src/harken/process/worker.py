@@ -130,7 +130,7 @@ class Worker:
                 self.servers.append(server)
                 _ = server.serving.entry  # a certificate that cannot be read is told now
                 if server is not self.servers[0]:
-                    server.serving.share_limits(self.servers[0].serving)
+                    server.serving.bounds.share(self.servers[0].serving.bounds)
             refuse_plain_text(self.settings, (server.socket for server in self.servers))
             undo.pop_all()
 
@@ -177,7 +177,7 @@ class Worker:
             with ExitStack() as attached, suppress(Abandoned):
                 for server in self.servers:
                     attached.enter_context(server.serving.attached())
-                    _ = server.serving.admission  # a limit that cannot be loaded is told now
+                    _ = server.serving.bounds.admission  # a limit that cannot be loaded is told now
                 self._conductor.begin()  # a drain before would have left nothing to attach to
                 on_ready()
                 self._engine.run(lambda: self._stopping, self._tick, self._patience)
