@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from harken.records import Record, Registry
     from harken.settings import Settings
 
-__all__ = ["Admission", "Ticket", "wanted"]
+__all__ = ["Admission", "Ticket", "reply_of", "wanted"]
 
 # Seconds between looks while all places are taken: with ``overload=shed`` the next one may have to go.
 SHED_SECONDS = 1.0
@@ -51,6 +51,12 @@ _NAMES = (
 def wanted(settings: Settings) -> bool:
     """Tell whether any limit is set."""
     return any(settings[name] not in (None, ()) for name in _NAMES)
+
+
+def reply_of(settings: Settings) -> bytes:
+    """Return what a refused client is sent: nothing, unless ``overload`` is ``reply``."""
+    reply = settings["overload_reply"] if settings["overload"] == "reply" else b""
+    return reply.encode() if isinstance(reply, str) else bytes(reply)
 
 
 class Ticket:
@@ -128,8 +134,7 @@ class Admission:
         """Read the settings anew. What is inside stays inside, and counts."""
         self.crowd.maximum = in_force(settings, engine_name).value
         self.policy = settings["overload"]
-        reply = settings["overload_reply"] if self.policy == "reply" else b""
-        self.reply = reply.encode() if isinstance(reply, str) else reply
+        self.reply = reply_of(settings)
         self._rate.maximum = settings["max_accept_rate"]
         self._alarm.threshold = settings["alarm_connections"]
         self._per_peer.maximum = settings["max_connections_per_peer"]

@@ -11,7 +11,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from harken import preambles
-from harken.acceptor import turn_away
 from harken.connection import receive_now, shut
 from harken.errors import ConfigError, LifecycleError, PreambleError
 from harken.preambles import Preamble
@@ -118,7 +117,7 @@ class Entry:
         refusal = self._refusal(record)
         self._known(record, address)
         if refusal is not None:
-            self._turn_away(record, request, address, refusal)
+            self._serving.intake.refuse(record, request, address, refusal)
             return None
         if self._welcome(record, request, address):
             return request, address
@@ -169,12 +168,6 @@ class Entry:
             return None
         record.detail = admission.admit_client(record, record.peer)
         return record.detail
-
-    def _turn_away(self, record: Record | None, request: Any, address: Any, reason: str) -> None:
-        admission = self._serving.bounds.admission
-        self._serving.books.rejected(record, address, reason)
-        turn_away(request, admission.reply if admission is not None else b"")
-        self._serving.server.close_request(request)  # not shutdown_request(): its FIN would pass for an answer
 
     def _welcome(self, record: Record | None, request: Any, address: Any) -> bool:
         """Ask now whoever had to know the client's address."""

@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harken import straight
-from harken.acceptor import WAITING, Readable, refuse, turn_away
+from harken.acceptor import WAITING, Readable, turn_away
+from harken.admission import reply_of
 from harken.datagrams import DatagramIntake
 from harken.lifecycle import State
 from harken.shedding import Shedder
@@ -99,7 +100,7 @@ class Intake:
             client_known=serving.entry is None or not serving.entry.tells_client,
         )
         if reason is not None:
-            self._refuse(record, request, client_address, reason)
+            self.refuse(record, request, client_address, reason)
         return reason is None
 
     def admit_unrecorded(self, request: Any, client_address: Any) -> Ticket | None:
@@ -114,15 +115,16 @@ class Intake:
         if reason is None:
             return ticket
         record = books.connections.begin(request, client_address, time.monotonic())
-        self._refuse(record, request, client_address, reason)
+        self.refuse(record, request, client_address, reason)
         return None
 
-    def _refuse(self, record: Record | None, request: Any, client_address: Any, reason: str) -> None:
+    def refuse(self, record: Record | None, request: Any, client_address: Any, reason: str) -> None:
+        """Close a connection that is not let in: by a reset, or with the reply that ``overload`` asks for."""
         serving = self._serving
-        serving.books.rejected(record, client_address, reason)
         admission = serving.bounds.admission
-        turn_away(request, admission.reply if admission is not None else b"")
-        serving.server.close_request(request)
+        serving.books.rejected(record, client_address, reason)
+        turn_away(request, reply_of(serving.settings) if admission is None else admission.reply)
+        serving.server.close_request(request)  # not shutdown_request(): its FIN would pass for an answer
 
     def _accept_ready(self) -> bool | None:
         """Take one connection of the readable door through the hooks; tell whether there is another.
@@ -203,23 +205,23 @@ class Intake:
         """The engine is full: do as ``overload`` says. True when a connection may be accepted all the same."""
         policy = self._serving.settings["overload"]
         if policy not in WAITING:
-            self._turn_away(policy)
+            self._turn_away()
         else:
             if policy == "shed":
                 self._shed(self._served)
             self._serving.acceptor.hold("no handler is free: pool or max_children in use")
         return False
 
-    def _turn_away(self, policy: str) -> None:
+    def _turn_away(self) -> None:
+        """Take a connection and refuse it, since no handler is free."""
         serving = self._serving
         try:
             request, client_address = serving.server.get_request()
         except OSError as error:
             serving.acceptor.failed(error)
             return
-        reply = serving.settings["overload_reply"] if policy == "reply" else b""
-        refuse(request, reply.encode() if isinstance(reply, str) else reply)
-        serving.books.rejected(None, client_address, "overload")
+        record = serving.books.accepted(request, client_address)
+        self.refuse(record, request, client_address, "overload")
 
     def _shed(self, shedder: Shedder) -> None:
         self._shed_again = time.monotonic() + SHED_SECONDS
