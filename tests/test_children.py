@@ -66,7 +66,7 @@ def test_an_end_is_told_though_another_loop_learns_of_it_first(monkeypatch):
 def test_one_loop_at_a_time_hears_of_a_child():
     """By its report and by its end: the report's descriptor is closed once, since it may be another's then."""
     serving = SimpleNamespace(
-        deadlines=None,
+        bounds=SimpleNamespace(deadlines=None),
         entry=object(),
         books=SimpleNamespace(meter=None, failed_elsewhere=lambda _times: None),
         connections=SimpleNamespace(hand_over=lambda *_: None, child_ended=lambda *_: None),

@@ -342,7 +342,9 @@ class BaseServer:
 
     def connections(self) -> list[ConnectionInfo]:
         """Describe the open connections, oldest first."""
-        return [record.info() for record in sorted(self._harken.connections, key=lambda record: record.started)]
+        serving = self._harken
+        serving.take_stock()
+        return [record.info() for record in sorted(serving.connections, key=lambda record: record.started)]
 
     def close_connection(self, id: str, reason: str = "killed") -> bool:
         """Cut the connection of this id; its handler reads the end.

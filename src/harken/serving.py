@@ -425,8 +425,14 @@ class Serving:
         record.cut(reason if reason in REASONS else "killed")
         return True
 
+    def take_stock(self) -> None:
+        """Notice the children that have ended since the loop, which would have, took its last turn."""
+        if self.last_loop and self.started and self.engine.in_child:
+            self.engine.collect()
+
     def stats(self) -> dict[str, Any]:
         """Figures since the start; see ``BaseServer.stats``."""
+        self.take_stock()
         return {
             "state": self.lifecycle.state.value,
             "address": self.address(),

@@ -105,3 +105,19 @@ def test_listening_is_told_with_address_and_engine(told):
         (event,) = named(told, "listening")
     assert event.address == f"tcp://127.0.0.1:{server.server_address[1]}"
     assert event.engine == "inline"
+
+
+def test_children_that_end_while_no_loop_turns_are_noticed(told):
+    """A closed server that did not wait for them knows, when it is asked, that they have gone."""
+
+    class Server(harken.ForkingTCPServer):
+        block_on_close = False
+
+    server = Server(LOCAL, Upper)
+    with serving(server), connect(server) as client:
+        assert ask(client) == b"HELLO"
+        server.shutdown()
+        client.shutdown(socket.SHUT_WR)  # the child has a copy of the client's descriptor
+        wait_until(lambda: server.stats()["open"] == 0)
+        assert server.connections() == []
+    assert [event.reason for event in named(told, "closed")] == ["peer_closed"]
