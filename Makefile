@@ -20,7 +20,7 @@ test: $(VENV)/.have-test ## run the tests (ARGS="-k name" picks some), JOBS at a
 
 # What else has a long form than tests/soak: storms against limits, floods, the slow cases of CPython's own suites, and
 # every kind of work that a rival takes.
-LONG := tests/soak tests/faults/test_limits.py tests/faults/test_floods.py tests/compat tests/benchmarks
+LONG := tests/soak tests/fuzz/test_verbs.py tests/faults/test_limits.py tests/faults/test_floods.py tests/compat tests/benchmarks
 
 soak: $(VENV)/.have-test ## run tests/soak in full: 30,000 messages, 100,000 connections …, and what else has a long form
 	HARKEN_SOAK=full $(BIN)/python -m pytest $(LONG) $(ARGS)
