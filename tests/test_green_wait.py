@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import gc
 import inspect
 import shutil
 import socket
 import subprocess
 import threading
 import time
+import weakref
 
 import pytest
 from waiting import wait_until
@@ -94,6 +96,37 @@ def test_exceptions_pass(loop):
     with serve(lambda word: green.wait(fail(word)), loop=loop) as server, client(server) as ask:
         assert ask("lost") == "KeyError: 'lost'"
         assert ask("again") == "KeyError: 'again'"
+
+
+def test_an_exception_leaves_nothing_to_the_collector(loop):
+    """What the coroutine held when it failed is let go of when nobody has the error any more."""
+
+    class Held:
+        pass
+
+    def fails():
+        seen = []
+
+        async def fail():
+            held = Held()
+            seen.append(weakref.ref(held))
+            raise KeyError
+
+        with contextlib.suppress(KeyError):
+            green.wait(fail())
+        return seen[0]
+
+    def look(word):
+        seen = fails()
+        green.sleep(0)
+        return seen() is None
+
+    gc.disable()
+    try:
+        with serve(look, loop=loop) as server, client(server) as ask:
+            assert ask() == "True"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt])

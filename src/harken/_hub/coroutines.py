@@ -7,6 +7,7 @@ import contextvars
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import suppress
 from typing import Any
 
 from harken import _hub
@@ -104,7 +105,10 @@ def _wait_beside(task: asyncio.Future[Any]) -> Any:
     except BaseException:  # this green thread is to end now
         task.cancel()
         raise
-    return task.result()
+    try:
+        return task.result()
+    finally:
+        del task  # or the error's traceback would hold itself
 
 
 def _until_done(task: asyncio.Future[Any]) -> None:
@@ -148,10 +152,20 @@ def _wait_elsewhere(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) 
     loop.call_soon_threadsafe(start, context=contextvars.copy_context())
     try:
         bell.wait()
-    except BaseException:
+    except Exception:
+        loop.call_soon_threadsafe(give_up)
+        bell.wait()  # its `finally` blocks are this green thread's business
+        with suppress(BaseException):  # looked at: this green thread goes on with what interrupted it
+            outcome[0]()
+        raise
+    except BaseException:  # this one is to end now
         loop.call_soon_threadsafe(give_up)
         raise
-    return outcome[0]()
+    try:
+        return outcome[0]()
+    finally:
+        outcome.clear()  # or the error's traceback would hold itself
+        started.clear()
 
 
 class _Shared:
