@@ -310,6 +310,42 @@ def test_the_end_of_a_server_ends_what_is_waited_for():
     assert ended.wait(PATIENCE)
 
 
+OUTLIVES = """
+import asyncio, socket, threading, harken
+from harken import green
+
+begun = threading.Event()
+
+async def outlive():
+    begun.set()
+    while threading.main_thread().is_alive():
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.01)
+    return b"served"
+
+class Handler(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(green.wait(outlive()))
+        self.request.sendall(green.wait(outlive()))
+
+server = harken.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+
+def ask():
+    with socket.create_connection(server.server_address, 10) as client, client.makefile("rb") as answer:
+        print(answer.read())
+    server.shutdown()
+
+threading.Thread(target=server.serve_forever).start()
+threading.Thread(target=ask).start()
+begun.wait(10)
+"""
+
+
+def test_who_outlives_the_main_thread_goes_on(run_program):
+    """A server in a thread that is no daemon's serves on, and what its handlers wait for goes on as well."""
+    assert run_program("-W", "ignore", "-c", OUTLIVES).communicate(timeout=30) == ("b'servedserved'\n", "")
+
+
 PLAIN = """
 import asyncio, contextvars, threading
 from harken import green

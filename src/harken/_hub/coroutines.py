@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
 import os
 import threading
@@ -13,7 +14,6 @@ from typing import Any
 from harken import _hub
 from harken._hub import hosts
 from harken._hub.bell import Bell
-from harken.lifecycle import at_exit
 
 __all__ = ["wait"]
 
@@ -219,7 +219,7 @@ STOP_SECONDS = 1.0
 _shared = _Shared()
 
 
-@at_exit
+@atexit.register  # the threads that are no daemons have ended then: what they wait for goes on until they have it
 def _stop() -> None:
     _shared.stop()
 
