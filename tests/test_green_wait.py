@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import gc
 import inspect
 import shutil
 import socket
 import subprocess
 import threading
 import time
+import weakref
 
 import pytest
 from waiting import wait_until
@@ -94,6 +96,37 @@ def test_exceptions_pass(loop):
     with serve(lambda word: green.wait(fail(word)), loop=loop) as server, client(server) as ask:
         assert ask("lost") == "KeyError: 'lost'"
         assert ask("again") == "KeyError: 'again'"
+
+
+def test_an_exception_leaves_nothing_to_the_collector(loop):
+    """What the coroutine held when it failed is let go of when nobody has the error any more."""
+
+    class Held:
+        pass
+
+    def fails():
+        seen = []
+
+        async def fail():
+            held = Held()
+            seen.append(weakref.ref(held))
+            raise KeyError
+
+        with contextlib.suppress(KeyError):
+            green.wait(fail())
+        return seen[0]
+
+    def look(word):
+        seen = fails()
+        green.sleep(0)
+        return seen() is None
+
+    gc.disable()
+    try:
+        with serve(look, loop=loop) as server, client(server) as ask:
+            assert ask() == "True"
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt])
@@ -275,6 +308,42 @@ def test_the_end_of_a_server_ends_what_is_waited_for():
         with socket.create_connection(server.server_address, PATIENCE):
             assert begun.wait(PATIENCE)
     assert ended.wait(PATIENCE)
+
+
+OUTLIVES = """
+import asyncio, socket, threading, harken
+from harken import green
+
+begun = threading.Event()
+
+async def outlive():
+    begun.set()
+    while threading.main_thread().is_alive():
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.01)
+    return b"served"
+
+class Handler(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(green.wait(outlive()))
+        self.request.sendall(green.wait(outlive()))
+
+server = harken.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+
+def ask():
+    with socket.create_connection(server.server_address, 10) as client, client.makefile("rb") as answer:
+        print(answer.read())
+    server.shutdown()
+
+threading.Thread(target=server.serve_forever).start()
+threading.Thread(target=ask).start()
+begun.wait(10)
+"""
+
+
+def test_who_outlives_the_main_thread_goes_on(run_program):
+    """A server in a thread that is no daemon's serves on, and what its handlers wait for goes on as well."""
+    assert run_program("-W", "ignore", "-c", OUTLIVES).communicate(timeout=30) == ("b'servedserved'\n", "")
 
 
 PLAIN = """

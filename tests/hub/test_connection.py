@@ -410,6 +410,7 @@ def test_connect_to_nobody(stage):
         assert isinstance(refused, ConnectionRefusedError)
     with stage.kind.Connection(socket.AF_INET, socket.SOCK_STREAM) as connection:
         assert stage.run(lambda: connection.connect_ex(address)) == [errno.ECONNREFUSED]
+    assert stage.run(lambda: connection.connect_ex(address)) == [errno.EBADF]  # it is closed
 
 
 def test_connect_in_time(stage):

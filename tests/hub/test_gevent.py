@@ -73,6 +73,37 @@ with serving(lambda handler, word: green.wait(asyncio.sleep(0.01, word))) as ser
     print(ask(server, "waited"), ask(server, "again"))
 """
 
+COROUTINE_LATE = """
+import asyncio
+from harken import _hub
+begun = threading.Event()
+def late(handler, word):
+    done = []
+    async def endless():
+        try:
+            begun.set()
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.01)
+            done.append("cleaned up")
+            if word == "raises":
+                raise LookupError("nobody is to be told")
+    begun.clear()
+    waiting = green.current()
+    def interrupt():
+        begun.wait(20)
+        _hub.current().throw(waiting, TimeoutError("interrupted"))
+    green.spawn(interrupt)
+    try:
+        green.wait(endless())
+    except TimeoutError:
+        done.append("went on")
+    return done
+
+with serving(late) as server:
+    print(ask(server, "quiet"), ask(server, "raises"))
+"""
+
 DUE = """
 wrong = []
 
@@ -341,6 +372,12 @@ def test_what_begins_between_two_turns_ends_in_time(run_program, wait, kind):
 def test_coroutines_run_elsewhere(run_program):
     """There is no asyncio loop under the hub, and ``green.wait`` works all the same."""
     assert run(run_program, "before", COROUTINE) == "waited again"
+
+
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_a_coroutine_elsewhere_has_ended_when_its_waiter_goes_on(run_program, kind):
+    """Also there: it is cancelled and waited for, and what it raises then is nobody's."""
+    assert run(run_program, "before", COROUTINE_LATE, kind) == "['cleaned up', 'went on'] ['cleaned up', 'went on']"
 
 
 @pytest.mark.parametrize("kind", ["compiled", "fallback"])

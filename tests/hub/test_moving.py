@@ -375,6 +375,22 @@ def test_who_does_not_wait_for_all_gets_what_is_there(stage, how):
     assert stage.run(act) == [b"abc"]
 
 
+@pytest.mark.parametrize(
+    "wrong, buffer, size", [(ValueError, bytearray(3), 5), (TypeError, b"read only", 0), (TypeError, b"", 0)]
+)
+def test_a_buffer_without_room_is_refused_at_once(stage, wrong, buffer, size):
+    """Also where it is known that nothing is there, and the call would wait."""
+    connection, far = stage.pair()
+    far.sendall(b"dry")
+
+    def act():
+        connection.recv(100)
+        with pytest.raises(wrong):
+            connection.recv_into(buffer, size)
+
+    assert stage.run(act) == [None]
+
+
 def test_a_size_below_nothing_is_refused_at_once(stage):
     """Whatever was read before."""
     connection, far = stage.pair()

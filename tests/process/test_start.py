@@ -202,6 +202,30 @@ def test_two_servers_in_one_loop():
     assert run("asyncio", main())
 
 
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("handler, engine", [(Async, "asyncio"), (Blocking, "green"), (Blocking, "thread")])
+def test_a_server_that_is_left_ends_with_its_loop(loop, handler, engine):
+    """Whatever ended the program's part of it: nobody hangs at a door that nobody opens any more."""
+    left = []
+
+    async def main():
+        left.append(await harken.start(handler, "tcp://127.0.0.1:0", engine=engine))
+        client = await asyncio.to_thread(socket.create_connection, left[0].server_address, PATIENCE)
+        left.append(client)
+        client.sendall(b"x\n")
+        assert await asyncio.to_thread(client.recv, 100)
+        raise LookupError("of the program's own")
+
+    with pytest.raises(LookupError):
+        run(loop, main())
+    server, client = left
+    with client:
+        assert client.recv(1) == b""
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(server.server_address, PATIENCE)
+    assert server.connections() == []
+
+
 def test_serve_forever():
     """It ends with a drain, and closes the server when it is cancelled."""
 

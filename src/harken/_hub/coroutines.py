@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
 import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator
+from contextlib import suppress
 from typing import Any
 
 from harken import _hub
 from harken._hub import hosts
 from harken._hub.bell import Bell
-from harken.lifecycle import at_exit
 
 __all__ = ["wait"]
 
@@ -104,7 +105,10 @@ def _wait_beside(task: asyncio.Future[Any]) -> Any:
     except BaseException:  # this green thread is to end now
         task.cancel()
         raise
-    return task.result()
+    try:
+        return task.result()
+    finally:
+        del task  # or the error's traceback would hold itself
 
 
 def _until_done(task: asyncio.Future[Any]) -> None:
@@ -148,10 +152,20 @@ def _wait_elsewhere(awaitable: Awaitable[Any], loop: asyncio.AbstractEventLoop) 
     loop.call_soon_threadsafe(start, context=contextvars.copy_context())
     try:
         bell.wait()
-    except BaseException:
+    except Exception:
+        loop.call_soon_threadsafe(give_up)
+        bell.wait()  # its `finally` blocks are this green thread's business
+        with suppress(BaseException):  # looked at: this green thread goes on with what interrupted it
+            outcome[0]()
+        raise
+    except BaseException:  # this one is to end now
         loop.call_soon_threadsafe(give_up)
         raise
-    return outcome[0]()
+    try:
+        return outcome[0]()
+    finally:
+        outcome.clear()  # or the error's traceback would hold itself
+        started.clear()
 
 
 class _Shared:
@@ -205,7 +219,7 @@ STOP_SECONDS = 1.0
 _shared = _Shared()
 
 
-@at_exit
+@atexit.register  # the threads that are no daemons have ended then: what they wait for goes on until they have it
 def _stop() -> None:
     _shared.stop()
 

@@ -278,6 +278,8 @@ static PyObject *rare_connect(PyObject *self, PyObject *address) {
 }
 
 static PyObject *rare_connect_ex(PyObject *self, PyObject *address) {
+    if (socket_fd(self) < 0 && !PyErr_Occurred())
+        return PyLong_FromLong(EBADF);
     int error = connecting(self, address);
     if (error >= 0)
         return PyLong_FromLong(error);

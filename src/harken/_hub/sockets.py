@@ -196,7 +196,7 @@ class Connection(connection.Connection):
                 target[: len(data)] = data
             return len(data)
         size = None
-        if not wire.dry or flags or wire.timeout == 0.0 or nbytes < 0 or not (nbytes or memoryview(buffer).nbytes):
+        if not wire.dry or flags or wire.timeout == 0.0 or not _has_room(buffer, nbytes):
             try:
                 size = _recv_into(self, buffer, nbytes, flags | _DONTWAIT)
             except BlockingIOError:
@@ -553,6 +553,12 @@ class Connection(connection.Connection):
 
 def _rebuild(duplicate: Any, family: int, kind: int, proto: int) -> Connection:
     return Connection(family, kind, proto, duplicate.detach())
+
+
+def _has_room(buffer: Any, nbytes: int) -> bool:
+    """Whether ``recv_into`` of these may wait; the others are refused at once, or ask for nothing."""
+    with memoryview(buffer) as view:
+        return not view.readonly and 0 < (nbytes or view.nbytes) <= view.nbytes
 
 
 def _rest(pause: float, left: float | None) -> float:

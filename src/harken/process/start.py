@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -69,11 +69,24 @@ class Started:
         self._over = asyncio.Event()
         self._leave = self._engine.move_in()
         self._thread.start()
+        self._last: Any = self._end_with_loop()
+        await anext(self._last)
         try:
             await self._ready
         except BaseException:
             await self.close()
             raise
+
+    async def _end_with_loop(self) -> AsyncGenerator[None]:
+        """Close a server that nobody has: ``asyncio.run``, for one, ends its loop's generators before it closes it.
+
+        Otherwise the door would stay open, with nobody behind it.
+        """
+        try:
+            yield
+        finally:
+            if not self._over.is_set():
+                await self.close()
 
     def _serve(self) -> None:
         try:
@@ -153,6 +166,8 @@ class Started:
             await asyncio.to_thread(self._worker.close)
         finally:
             self._over.set()
+            if not self._last.ag_running:
+                await self._last.aclose()
         return DrainReport.of_all(reports)
 
     def _stop(self) -> None:
