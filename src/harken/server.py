@@ -262,7 +262,9 @@ class BaseServer:
         """Let go of what the server holds. May be overridden."""
         serving = self._harken
         if not serving.last_loop:  # while the loop's poll() holds the listener, its port would not be free
-            BaseServer.shutdown(self)  # in the loop itself, also in a handler that runs there, it does not wait
+            self.__shutdown_request = True
+            if serving.let_go():
+                BaseServer.shutdown(self)  # in the loop itself, also in a handler that runs there, it does not wait
         serving.close()
 
     def finish_request(self, request: Any, client_address: Any) -> None:

@@ -21,6 +21,7 @@ from harken.acceptor import Acceptor
 from harken.books import Books
 from harken.bounds import Bounds
 from harken.children import Children
+from harken.closing import LEAVE_SECONDS
 from harken.drain import Drain, DrainReport, drain
 from harken.engines import ENGINE, Engine
 from harken.entry import Entry, entry_of
@@ -377,6 +378,19 @@ class Serving:
         """Let forked children know that the server drains."""
         if "children" in vars(self):
             self.children.tell_of_drain()
+
+    def let_go(self) -> bool:
+        """Make loops that were asked to end leave the door, so that it can be closed (*any thread*).
+
+        Returns:
+            Whether they end; False while one is inside a handler, or a hook. That holds no door, and may stay there.
+        """
+        self.wake()
+        while not self.in_loop and not self.left.wait(LEAVE_SECONDS):
+            if not self.engine.holds_doors:
+                self.acceptor.last = True  # it will find the door closed, and is not to wonder
+                return False
+        return True
 
     def suspend(self) -> None:
         """Leave new connections in the backlog; open ones go on.

@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["foreign_loop", "request_in", "served_by_caller", "uncollected"]
+from harken.connection import shut
+
+__all__ = ["end_handshake", "foreign_loop", "request_in", "served_by_caller", "uncollected"]
 
 # Functions under which a handler runs, by name since programs override them, and what they call the connection.
 _SERVING, _REQUEST = {"process_request_thread", "finish_request", "serve"}, "request"
@@ -64,6 +66,17 @@ def foreign_loop(server: Any) -> bool:
                 return not _on_stack(caller)
             caller = caller.f_back
     return False
+
+
+@uncollected()
+def end_handshake(thread: int) -> None:
+    """Shut the connection whose TLS handshake keeps a thread: one that is within accept() nobody else has."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_code.co_name == "do_handshake":
+            shut(frame.f_locals.get("self"))
+            return
+        frame = frame.f_back
 
 
 def _on_stack(wanted: FrameType) -> bool:

@@ -515,6 +515,44 @@ def test_close_alone_from_another_thread(impl: Any) -> None:
     join(loop)
 
 
+@pytest.mark.parametrize("stuck", ["handler", "hook", "handshake"])
+def test_close_while_the_loop_waits_for_a_client(impl: Any, stuck: str) -> None:
+    """`server_close` from another thread (werkzeug's reloader) does not wait for what keeps the loop."""
+    begun = threading.Event()
+
+    class Silent(impl.StreamRequestHandler):
+        def handle(self) -> None:
+            begun.set()
+            self.wfile.write(self.rfile.readline())
+
+    class Alone(impl.ThreadingTCPServer):
+        def process_request(self, request: Any, client_address: Any) -> None:
+            self.finish_request(request, client_address)
+            self.shutdown_request(request)
+
+    class Shaking(ssl.SSLSocket):
+        def do_handshake(self, block: bool = False) -> None:
+            begun.set()
+            super().do_handshake(block)
+
+    server = (Alone if stuck == "hook" else impl.TCPServer)(LOCAL, Silent)
+    if stuck == "handshake":
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.sslsocket_class = Shaking
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    loop = run(server.serve_forever, 0.02)
+    with connect(server.server_address) as client:
+        assert begun.wait(PATIENCE)
+        join(run(server.server_close))
+        assert not is_open(server.server_address)
+        assert loop.is_alive()
+        server._BaseServer__shutdown_request = True
+        client.sendall(b"hello\n")
+        if stuck != "handshake":
+            assert read_all(client) == b"hello\n"
+    join(loop)
+
+
 def test_close_that_shuts_down(impl: Any) -> None:
     """A `server_close` that calls `shutdown` first (jsonrpclib's pooled server) ends everything."""
 

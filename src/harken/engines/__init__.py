@@ -346,6 +346,14 @@ class Engine(ABC):
         """Whether the calling thread is one of the engine's own in which doors are watched (*any thread*)."""
         return False
 
+    @property
+    def holds_doors(self) -> bool:
+        """Whether ``run`` waits at the doors, and leaves them when it is stopped and woken (*any thread*).
+
+        False while it is inside something that may take as long as it likes: a handler, a hook, a handshake.
+        """
+        return True
+
     def move_in(self) -> Callable[[], Awaitable[None]]:
         """Run handlers in the asyncio loop that runs in this thread, if this engine has a loop for them.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import selectors
+import threading
 from collections.abc import Callable
 
 from harken.engines import Door, Engine, Options
@@ -24,6 +25,7 @@ class SelectorEngine(Engine):
         self._doors: dict[int, tuple[Door, Callable[[], bool | None]]] = {}
         self._generation = 0
         self._wakers: list[Waker] = []
+        self._waiting: set[int] = set()  # threads that are at the doors, or on their way
 
     def watch(self, door: Door, on_readable: Callable[[], bool | None]) -> None:
         """Watch ``door``; see :class:`Engine`."""
@@ -44,17 +46,21 @@ class SelectorEngine(Engine):
 
     def run(self, stopped: Callable[[], bool], tick: Callable[[], None], patience: Callable[[], float]) -> None:
         """Serve the doors until ``stopped``; see :class:`Engine`."""
-        waker = Waker()
+        waker, thread = Waker(), threading.get_ident()
         self._wakers.append(waker)
         try:
             with ExclusiveSelector() if self.shares_doors else self.options("selector")() as selector:
                 selector.register(waker, selectors.EVENT_READ)
                 generation = -1
-                while not stopped():
+                while True:
+                    self._waiting.add(thread)  # first: whoever stops us and does not find us here need not wait for us
+                    if stopped():
+                        return
                     if generation != self._generation:
                         generation = self._generation
                         self._register(selector)
                     ready = selector.select(patience())
+                    self._waiting.discard(thread)
                     if stopped():
                         self._take_last(ready)
                         return
@@ -65,8 +71,14 @@ class SelectorEngine(Engine):
                             return
                     tick()
         finally:
+            self._waiting.discard(thread)
             self._wakers.remove(waker)
             waker.close()
+
+    @property
+    def holds_doors(self) -> bool:
+        """Whether a thread in ``run`` is in its poll(); see :class:`Engine`."""
+        return bool(self._waiting)
 
     def _take_last(self, ready: list[tuple[selectors.SelectorKey, int]]) -> None:
         """Take the one for whom we were woken, at a door that others share: by EPOLLEXCLUSIVE they were not."""

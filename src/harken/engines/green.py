@@ -16,7 +16,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ from harken.engines._datagrams import Datagrams
 from harken.engines._loops import Loop, Loops
 from harken.green import aside, release_threads
 from harken.lifecycle import at_exit
+from harken.stacks import end_handshake
 from harken.stalls import Tally, Watchdog
 from harken.stamps import plain_kind
 from harken.unpatched import Socket, patched
@@ -45,6 +47,8 @@ START_SECONDS = 0.1
 LEAVE_SECONDS = 1.0
 # The same where it is to leave although handlers are under way: coroutines get a second to clean up, see hosts/asyncio.
 LEAVE_BUSY_SECONDS = 2.0
+# Seconds that somebody in a hurry waits for the end of what a door does: it takes a turn, too.
+TURN_SECONDS = 0.5
 
 _numbers = itertools.count(1)
 # The handler for whom a plain thread does something; see Engine.aside.
@@ -108,6 +112,7 @@ class Engine(Contract):
         self._thread: threading.Thread | None = None
         self._ident = 0  # of that thread
         self._leaving = False
+        self._hurried = False  # by Ctrl-C, or the interpreter's end
         self._moved_in = False
         self._failure: BaseException | None = None
         # Held while a door's or a loop's callable runs. Taken before the guard, never after it.
@@ -145,7 +150,7 @@ class Engine(Contract):
     def unwatch(self, door: Door) -> None:
         """Stop watching ``door``; when this returns nothing of its is under way, unless the caller is that itself."""
         self._distrust()
-        with self._turns, self._guard:
+        with self._turn(), self._guard:
             self._doors.pop(id(door), None)
             lane = self._lanes.pop(id(door), None)
             if lane is not None:
@@ -179,11 +184,15 @@ class Engine(Contract):
     def run(self, stopped: Callable[[], bool], tick: Callable[[], None], patience: Callable[[], float]) -> None:
         """Let the hub serve the doors until ``stopped``; see :class:`harken.engines.Engine`."""
         loop = Loop(stopped, tick, patience)
+        self._hurried = False
         try:  # Ctrl-C may come as soon as the hub runs: a loop that stayed in the list would keep it running
             with self._turns, self._guard:
                 self._loops.add(loop)
                 self._need_hub().wake()
             loop.wait()
+        except BaseException:
+            self._hurried = True
+            raise
         finally:
             self._leave(loop)
         if loop.error is not None:
@@ -198,8 +207,24 @@ class Engine(Contract):
         if hub is not None:
             hub.wake()
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the turns; in a hurry go on without, when a door's callable waits for its client: it may do so for ever.
+
+        It may be in a hook of the program's; or in accept(), with the handshake of a listener that speaks TLS itself.
+        """
+        held = self._turns.acquire(timeout=TURN_SECONDS if self._hurried else -1)
+        if not held:
+            end_handshake(self._ident)
+            held = self._turns.acquire(timeout=TURN_SECONDS)
+        try:
+            yield
+        finally:
+            if held:
+                self._turns.release()
+
     def _leave(self, loop: Loop) -> None:
-        with self._turns:
+        with self._turn():
             self._loops.discard(loop)
         self.wake()
         if not self._loops and not self._busy:
@@ -210,6 +235,14 @@ class Engine(Contract):
         if self._loops:
             with self._turns:
                 self._loops.tick()
+
+    @property
+    def holds_doors(self) -> bool:
+        """Whether no door's callable is under way; a loop whose hub a handler keeps ends without it."""
+        if not self._turns.acquire(blocking=False):
+            return False
+        self._turns.release()
+        return True
 
     # -- the hub's thread ----------------------------------------------------------------------------------------------
 
@@ -521,9 +554,11 @@ class Engine(Contract):
 
     def at_exit(self) -> None:
         """Before the interpreter waits for threads: do for a daemon's loop what would have become of it."""
-        with self._turns:
-            for loop in self._loops:
-                if loop.daemon:
+        ending = [loop for loop in self._loops if loop.daemon]
+        if ending:
+            self._hurried = True
+            with self._turn():
+                for loop in ending:
                     self._loops.finish(loop)
         if self._thread is None or not self._thread.daemon:
             return  # the interpreter waits for it, and it ends with its last loop and handler
