@@ -391,6 +391,8 @@ class Serving:
             self.engine.collect()
         if self.acceptor.paused and self._loop_count:
             self.intake.turn()
+        elif self.engine.shares_doors:
+            self.intake.share()
 
     def ask_turn(self) -> None:
         """Ask the loop for a turn, whose delay is measured; not while an earlier one is owed, or nobody serves."""

@@ -1,5 +1,6 @@
 """The supervisor: workers come, die, are replaced; code and programs are exchanged; nobody is refused meanwhile."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -374,6 +375,65 @@ def test_connections_spread_over_the_workers(service, engine):
         if min(parts[-1]) >= 20:
             return
     pytest.fail(f"the workers' parts of 400 each: {parts}")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--engine", "pool", "--pool-size", "1", "--pool-queue", "0"), ("--engine", "fork", "--max-children", "1")],
+    ids=["pool", "fork"],
+)
+def test_a_worker_without_a_free_handler_keeps_nobody_from_the_others(service, options):
+    """Who comes while one is full is served by the other at once, and not when somebody else comes."""
+    running = service("--workers", "2", *options)
+    running.workers(2)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in range(2)]
+        assert all(client.recv(100) for client in clients)
+        for each in (0, 0, 1, 1, 0, 0):  # whoever of the two the kernel would wake first
+            clients[each].close()
+            clients[each] = stack.enter_context(running.connect())
+            assert clients[each].recv(100)
+
+
+def test_who_waits_although_nobody_is_free_is_told(service):
+    """Workers that are full leave the door before anybody waits; the pause is told when somebody does."""
+    running = service("--workers", "2", "--engine", "pool", "--pool-size", "1", "--pool-queue", "0")
+    running.workers(2)
+    with running.connect() as first, running.connect() as second, running.connect() as third:
+        assert first.recv(100)
+        assert second.recv(100)
+        running.wait_log("paused: .*no handler is free")
+        second.close()
+        assert third.recv(100)
+        running.wait_log("resumed: ")
+
+
+KEPT = """
+import ctypes, os, harken
+class Tell(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"%d\\n" % os.getpid())
+        while data := self.request.recv(1):
+            if data == b"k":  # keeps the interpreter's lock until the next byte
+                ctypes.PyDLL(None).read(self.request.fileno(), ctypes.create_string_buffer(1), 1)
+"""
+
+
+@pytest.mark.parametrize("engine", ["thread", "pool"])
+def test_whom_a_worker_cannot_take_is_taken_by_another(service, target, engine):
+    """The kernel wakes one for each client; one whose interpreter is kept is woken in vain."""
+    target.write_text(KEPT)
+    running = service("--workers", "2", "--engine", engine)
+    running.workers(2)
+    with contextlib.ExitStack() as stack:
+        keeper = stack.enter_context(running.connect())
+        kept = int(keeper.recv(100))
+        time.sleep(0.1)  # its loop goes back to sleep, or else the kernel would not wake it
+        keeper.sendall(b"k")
+        for _ in range(8):
+            client = stack.enter_context(running.connect())
+            assert int(client.recv(100)) != kept
+        keeper.sendall(b".")
 
 
 # ── limits over all workers ──────────────────────────────────────────────────────────────────────────────────────────
