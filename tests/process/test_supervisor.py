@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from harken.process.control import replies
+
 PATIENCE = 20.0
 
 
@@ -270,6 +272,29 @@ def test_a_hung_worker_is_found_shown_and_replaced(service):
         assert "telling.py" in line
         assert "handle" in line
     assert running.workers(2)[1] == running.ask()[1]
+
+
+def test_a_service_that_was_stopped_as_a_whole_keeps_its_workers(service, tmp_path):
+    """Ctrl-Z, or a container that is paused: the workers were silent because nobody ran."""
+    control = tmp_path / "control"
+    running = service("--workers", "2", "--worker-timeout", "3", "--control", str(control))
+    workers = running.workers(2)
+    with running.connect() as client:
+        assert client.recv(100)
+        for pid in (running.pid, *workers):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(4)  # longer than the timeout
+        os.kill(running.pid, signal.SIGCONT)
+        with socket.socket(socket.AF_UNIX) as asker:
+            asker.connect(str(control))
+            for _ in range(2):  # it has looked at the workers in between
+                assert next(replies(asker, "health", {}, PATIENCE))["result"]["ready"]
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
+            told = next(replies(asker, "status", {}, PATIENCE))["result"]["workers"]
+        assert {each["pid"]: each["leaving"] for each in told} == dict.fromkeys(workers, False)
+        client.sendall(b"still here")
+        assert client.recv(100) == b"still here"
 
 
 def test_a_worker_that_has_served_enough_is_replaced_without_a_gap(service, load):

@@ -66,6 +66,9 @@ FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0
 STEADY_SECONDS = 10.0
 # Workers started in one turn: signals and questions wait for so many forks, of some milliseconds each, and no more.
 STARTS_A_TURN = 8
+# Seconds between two looks at the workers, which come once a second, after which this process has not run either: it
+# was stopped (SIGTSTP, `docker pause`), and its workers with it.
+STOPPED_SECONDS = 2.0
 # Seconds for a hung worker to write its stacks down: it takes milliseconds.
 DUMP_SECONDS = 1.0
 
@@ -125,6 +128,7 @@ class Workers:
         self._delay = 0.0
         self._not_before = 0.0
         self._standing: dict[str, dict[str, Any]] = {}
+        self._looked = self._judging_since = time.monotonic()
 
     def __len__(self) -> int:
         return len(self._children)
@@ -368,8 +372,11 @@ class Workers:
     def _look(self) -> None:
         """Kill whoever has had its time, or does not turn its loop any more."""
         now = time.monotonic()
+        if now - self._looked > STOPPED_SECONDS:
+            self._judging_since = now
+        self._looked = now
         limit = self._settings["worker_timeout"]
-        judged = limit > 0 and self._settings["engine"] != "inline"
+        judged = now - self._judging_since > limit > 0 and self._settings["engine"] != "inline"
         for child in self._children.values():
             if child.kill_at is not None and now >= child.kill_at:
                 child.kill_at = None
