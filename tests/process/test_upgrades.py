@@ -348,6 +348,42 @@ def test_one_after_the_other(service, target, tmp_path, workers, orders, unix):
     assert not path.exists()
 
 
+# Orders come when the PID file names the successor already, and its predecessor has not been told yet.
+ORDERED = """
+import pathlib, signal, time
+from harken.process import inheritance
+tell = inheritance.tell_predecessor
+def tell_later():
+    ordered = pathlib.Path("ordered")
+    if inheritance.upgraded_from() and not ordered.exists():
+        ordered.touch()
+        os.kill(os.getpid(), signal.{})
+        time.sleep(0.3)
+    tell()
+inheritance.tell_predecessor = tell_later
+"""
+
+
+@pytest.mark.parametrize("order", ["SIGHUP", "SIGUSR2"])
+def test_an_order_to_a_successor_that_is_not_yet_one(service, target, tmp_path, order):
+    """It is obeyed when the files are the successor's: its socket's path is there afterwards, and goes with it."""
+    path, control, pidfile = (tmp_path / name for name in ("sock", "control", "pid"))
+    running = service("--workers", "0", "--control", str(control), "--pidfile", str(pidfile), bind=f"unix:{path}")
+    target.write_text(target.read_text() + ORDERED.format(order))
+    os.kill(running.pid, signal.SIGUSR2)
+    running.wait_log("listening: address", 3)
+    wait_until(lambda: is_gone(running.pid))
+    wait_until(lambda: told(control) == {"ready"})
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(path))
+        assert client.recv(100).startswith(b"one ")
+    last = int(pidfile.read_text())
+    os.kill(last, signal.SIGTERM)
+    wait_until(lambda: is_gone(last))
+    assert not any(each.exists() for each in (path, control, pidfile))
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_an_upgrade_while_the_last_one_still_drains(service, target, tmp_path, workers):
     """Three programs have the socket then; the first two leave it to the third."""

@@ -178,8 +178,8 @@ class Worker:
                 for server in self.servers:
                     attached.enter_context(server.serving.attached())
                     _ = server.serving.admission  # a limit that cannot be loaded is told now
-                self._conductor.begin()  # a drain before would have left nothing to attach to
                 on_ready()
+                self._conductor.begin()  # a drain before would have left nothing to attach to
                 self._engine.run(lambda: self._stopping, self._tick, self._patience)
                 self._left_loop = True
             if self._drainer is None:
