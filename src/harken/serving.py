@@ -79,6 +79,8 @@ class Serving:
         self.abandoned = False
         self.under_way: Drain | None = None
         """The drain that is under way, or was the last."""
+        self.door_stays: Callable[[], bool] = lambda: False
+        """Tells whether others will take whom a drain of a suspended server leaves at its door."""
         self.holding: Holding | None = None
         """What is known of the socket that the server bound by itself."""
         self.on_child: Callable[[], None] = lambda: None

@@ -348,6 +348,48 @@ def test_one_after_the_other(service, target, tmp_path, workers, orders, unix):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("order", [HUP, USR2])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_what_was_ordered_holds_for_those_who_come(service, tmp_path, workers, order):
+    """A live setting, and a suspension: neither who leaves nor who comes takes those that wait in the backlog."""
+    control, pidfile = tmp_path / "control", tmp_path / "pid"
+    running = service("--workers", workers, "--control", str(control), "--pidfile", str(pidfile))
+    running.workers(int(workers))
+    assert ask(control, "configure", max_connections=7)["result"] is None
+    assert ask(control, "suspend")["result"] is None
+    with running.connect() as client:
+        os.kill(running.pid, order)
+        running.wait_log("drained", max(1, int(workers)))
+        if order == USR2:
+            wait_until(lambda: is_gone(running.pid))
+        elif workers == "0":
+            running.wait_log("listening: address", 2)
+        wait_until(lambda: told(control) == {"suspended"})
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+        settings = {each["name"]: each["value"] for each in ask(control, "settings")["result"]}
+        assert settings["max_connections"] == 7
+        assert ask(control, "resume")["result"] is None
+        client.settimeout(PATIENCE)
+        assert client.recv(100).startswith(b"one ")
+    os.kill(int(pidfile.read_text()), signal.SIGTERM)
+    wait_until(lambda: not pidfile.exists())
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_suspended_service_that_ends_takes_all_who_wait(service, tmp_path, workers):
+    """Nobody else will."""
+    control = tmp_path / "control"
+    running = service("--workers", workers, "--control", str(control))
+    running.workers(int(workers))
+    assert ask(control, "suspend")["result"] is None
+    with running.connect() as client:
+        os.kill(running.pid, signal.SIGTERM)
+        assert client.recv(100).startswith(b"one ")
+    assert running.end()[0] == 0
+
+
 # Orders come when the PID file names the successor already, and its predecessor has not been told yet.
 ORDERED = """
 import pathlib, signal, time

@@ -105,6 +105,12 @@ class Child:
         size = os.lseek(self._dump, 0, os.SEEK_END)
         return os.pread(self._dump, min(size, 1 << 20), 0).decode(errors="replace")
 
+    def release(self) -> None:
+        """In another child: let go of it, which goes on."""
+        self.channel.release()
+        self.slate.close()
+        os.close(self._dump)
+
     def close(self) -> None:
         """Let go of what the supervisor holds for it."""
         self.channel.close()
@@ -171,6 +177,7 @@ class Inside:
         worker = self._worker = self._make()
         self._channel.raise_at_end(0)
         worker.ends_with_process()
+        worker.doors_stay = lambda: not self._row.doors_close
         worker.traces.push = lambda token, entries: self._channel.send(type="traced", token=token, entries=entries)
         self._lifespan = Lifespan(worker.settings)
         collector = Collector(worker.servings, self._slate) if worker.settings["metrics"] is not None else None
@@ -209,6 +216,7 @@ class Inside:
             try:
                 messages = self._channel.receive()
             except EOFError:
+                worker.doors_stay = lambda: False
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             for message in messages:

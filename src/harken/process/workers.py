@@ -25,6 +25,7 @@ from harken.process.channel import pair
 from harken.process.child import Child, Inside
 from harken.process.inquiry import Inquiries
 from harken.process.ledger import Ledger, Slate
+from harken.process.orders import Orders, with_order
 from harken.process.scoreboard import MAX_ROWS, Scoreboard
 from harken.process.signals import Early, blocked
 from harken.process.traces import Followers
@@ -81,6 +82,7 @@ class Workers:
         statuses: with which exit statuses workers have ended.
         inquiries: what they are asked.
         followers: who follows connections of theirs.
+        orders: what operators have ordered, of workers that start later too.
         replaced: how many were replaced, by cause; see ``observe.families``.
     """
 
@@ -93,6 +95,7 @@ class Workers:
         *,
         on_ready: Callable[[str], None],
         on_reloaded: Callable[[], None],
+        orders: Orders,
     ) -> None:
         """Prepare; nothing is started yet.
 
@@ -103,6 +106,7 @@ class Workers:
             let_go: called in each new process first, to close what is the supervisor's.
             on_ready: called with its engine whenever a worker has become ready.
             on_reloaded: called when a reload is over, one way or the other.
+            orders: what operators have ordered already.
         """
         self.wanted: int = settings["workers"]
         self.statuses: set[int] = set()
@@ -127,7 +131,7 @@ class Workers:
         self._last_death = 0.0
         self._delay = 0.0
         self._not_before = 0.0
-        self._standing: dict[str, dict[str, Any]] = {}
+        self.orders = orders
         self._looked = self._judging_since = time.monotonic()
 
     def __len__(self) -> int:
@@ -148,7 +152,7 @@ class Workers:
     @property
     def suspended(self) -> bool:
         """Whether workers leave new connections in the backlog."""
-        return "suspend" in self._standing
+        return "suspend" in self.orders
 
     @property
     def ready(self) -> bool:
@@ -158,7 +162,7 @@ class Workers:
     def release(self) -> None:
         """In a forked child: let go of what is the parent's."""
         for child in self._children.values():
-            child.channel.release()
+            child.release()
 
     def turn(self) -> None:
         """Once a turn of the loop, after messages, signals and `reap`.
@@ -227,7 +231,7 @@ class Workers:
                     self.release()
             undo.pop_all()
         if early is not None:
-            Inside(partial(self._make, place), theirs, row, slate, dump, answer, self._standing, early).live()
+            Inside(partial(self._make, place), theirs, row, slate, dump, answer, self.orders, early).live()
         theirs.release()
         child = self._children[pid] = Child(pid, self._generation, ours, row, slate, dump)
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
@@ -259,7 +263,7 @@ class Workers:
             self._proven = max(self._proven, child.generation)
         self._on_ready(engine)
         events.emit("worker_started", pid=child.pid, generation=child.generation)
-        for verb, arguments in self._standing.items():
+        for verb, arguments in self.orders.items():
             self.inquiries.ask([child], verb, arguments, _unheard)
 
     def ask(self, verb: str, arguments: dict[str, Any], done: Callable[..., object], *, standing: bool = False) -> None:
@@ -271,11 +275,8 @@ class Workers:
             done: called once, with ``result=`` or ``error=``.
             standing: whether workers that come later are told too.
         """
-        if standing and verb == "configure":
-            self._standing[verb] = self._standing.get(verb, {}) | arguments
-        elif standing:  # the newest of those that undo one another
-            self._standing = {each: known for each, known in self._standing.items() if each == "configure"}
-            self._standing[verb] = arguments
+        if standing:
+            self.orders = with_order(self.orders, verb, arguments)
         self.inquiries.ask([child for child in self._children.values() if child.ready], verb, arguments, done)
 
     # -- they go -------------------------------------------------------------------------------------------------------
@@ -435,9 +436,15 @@ class Workers:
 
     # -- all of them ---------------------------------------------------------------------------------------------------
 
-    def drain(self) -> None:
-        """Let every worker serve what it has, and end. No new ones come."""
+    def drain(self, *, last: bool) -> None:
+        """Let every worker serve what it has, and end. No new ones come.
+
+        Args:
+            last: whether nobody takes whom they leave at the doors, where they are suspended.
+        """
         self._ending = True
+        if last:
+            self._board.close_doors()
         for child in self._children.values():
             child.leave(self._patience)
 
