@@ -390,6 +390,45 @@ def test_a_suspended_service_that_ends_takes_all_who_wait(service, tmp_path, wor
     assert running.end()[0] == 0
 
 
+BUSY = """
+import pathlib, time, harken
+class Tell(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"begun")
+        while not pathlib.Path("done").exists():
+            time.sleep(0.01)
+        self.request.sendall(b" and done")
+"""
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [("drain_timeout = 30", "drain_timeout = 0"), ('engine = "inline"\nworker_timeout = 1', "worker_timeout = 1")],
+    ids=["drain_timeout", "engine"],
+)
+def test_who_leaves_is_judged_by_what_it_was_told(service, target, tmp_path, before, after):
+    """A file that is read anew is for those who come: it cuts no drain short, and finds no worker hung."""
+    config = tmp_path / "harken.toml"
+    config.write_text(before)
+    target.write_text(BUSY)
+    running = service("--workers", "1", "--config", str(config))
+    running.workers(1)
+    with running.connect() as client:
+        assert client.recv(100) == b"begun"
+        config.write_text(after)
+        target.write_text((SLOW if "engine" in before else "") + BUSY)
+        os.kill(running.pid, signal.SIGHUP)
+        if "engine" in before:
+            wait_until((tmp_path / "loading").exists)
+        else:
+            running.wait_log("draining")
+        time.sleep(4)  # longer than the file says now, with the grace of 3 s that a worker gets
+        (tmp_path / "done").touch()
+        (tmp_path / "go").touch()
+        assert client.recv(100) == b" and done"
+    running.wait_log("worker exited: .* status 0")
+
+
 # Orders come when the PID file names the successor already, and its predecessor has not been told yet.
 ORDERED = """
 import pathlib, signal, time

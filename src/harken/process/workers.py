@@ -233,7 +233,9 @@ class Workers:
         if early is not None:
             Inside(partial(self._make, place), theirs, row, slate, dump, answer, self.orders, early).live()
         theirs.release()
-        child = self._children[pid] = Child(pid, self._generation, ours, row, slate, dump)
+        child = self._children[pid] = Child(
+            pid, self._generation, ours, row, slate, dump, self._settings["drain_timeout"]
+        )
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
 
     # -- they speak ----------------------------------------------------------------------------------------------------
@@ -259,6 +261,7 @@ class Workers:
 
     def _became_ready(self, child: Child, engine: str) -> None:
         child.ready = True
+        child.engine = engine
         if not child.leaving:  # of a reload that was taken back, or overtaken by another
             self._proven = max(self._proven, child.generation)
         self._on_ready(engine)
@@ -277,6 +280,9 @@ class Workers:
         """
         if standing:
             self.orders = with_order(self.orders, verb, arguments)
+        if verb == "configure" and "drain_timeout" in arguments:
+            for child in self._children.values():
+                child.drain_timeout = self._settings["drain_timeout"]
         self.inquiries.ask([child for child in self._children.values() if child.ready], verb, arguments, done)
 
     # -- they go -------------------------------------------------------------------------------------------------------
@@ -377,12 +383,12 @@ class Workers:
             self._judging_since = now
         self._looked = now
         limit = self._settings["worker_timeout"]
-        judged = now - self._judging_since > limit > 0 and self._settings["engine"] != "inline"
+        judged = now - self._judging_since > limit > 0
         for child in self._children.values():
             if child.kill_at is not None and now >= child.kill_at:
                 child.kill_at = None
                 child.signal(signal.SIGKILL)
-            elif judged and child.ready and not child.leaving and child.row.silence > limit:
+            elif judged and child.is_judged and child.row.silence > limit:
                 child.kill(f"hung: its loop has not turned for {child.row.silence:.0f} s", DUMP_SECONDS)
 
     # -- they are replaced ---------------------------------------------------------------------------------------------
@@ -410,7 +416,7 @@ class Workers:
         """Whoever starts for a reload that is over comes too late."""
         for child in self._children.values():
             if child.generation > self._proven:
-                child.leave(self._patience)
+                child.leave(GRACE_SECONDS)
 
     def _replace(self) -> None:
         """Let old workers go as soon as there are enough new ones to take their place."""
@@ -422,17 +428,13 @@ class Workers:
         if ready >= self.wanted:
             old = [child for child in self._children.values() if child.generation < self._generation]
             for child in [*old, *(child for child in staying if child.heir_wanted is not None)]:
-                child.leave(self._patience)
+                child.leave(GRACE_SECONDS)
             if self._reloading:
                 self._reloading = False
                 events.emit("reloaded", what=f"code and settings; {ready} new workers")
                 self._on_reloaded()
         for child in sorted(heirs, key=lambda each: (each.ready, each.born))[: max(0, len(heirs) - self.wanted)]:
-            child.leave(self._patience)
-
-    @property
-    def _patience(self) -> float:
-        return float(self._settings["drain_timeout"]) + GRACE_SECONDS
+            child.leave(GRACE_SECONDS)
 
     # -- all of them ---------------------------------------------------------------------------------------------------
 
@@ -446,7 +448,7 @@ class Workers:
         if last:
             self._board.close_doors()
         for child in self._children.values():
-            child.leave(self._patience)
+            child.leave(GRACE_SECONDS)
 
     def stop(self) -> None:
         """Stop every worker now. No new ones come."""
