@@ -320,11 +320,11 @@ class Workers:
         if status == -signal.SIGKILL and self._ending and child.row.open:
             self.statuses.add(CUT)  # its time was over, and it could not say so itself
         del self._children[child.pid]
-        self.inquiries.forget(child)
-        self.followers.lost(child.pid)
         self._board.give_back(child.row)
         self._across.clear(child.row.number)
         self._ledger.bury(child)
+        self.inquiries.forget(child)  # after that: who has asked for figures may be answered now
+        self.followers.lost(child.pid)
         self._count(child, status)
         stacks = child.stacks() if child.killed_for else None
         child.close()
