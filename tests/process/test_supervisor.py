@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+from waiting import wait_until
 
 from harken.process.control import replies
 
@@ -534,6 +535,42 @@ def test_a_storm_over_four_workers_lets_in_exactly_the_maximum(service):
     finally:
         for client in clients:
             client.close()
+
+
+PART = """
+import harken
+class Tell(harken.AsyncRequestHandler):
+    async def handle(self):
+        await self.request.sendall(b"%d" % self.server._harken.buffers.most)
+"""
+
+
+def test_the_budget_of_memory_is_for_as_many_workers_as_there_are(service, target, tmp_path):
+    """Whether they were there before an operator wanted another number, or came by that or by a reload."""
+    target.write_text(PART)
+    control = tmp_path / "control"
+    words = ("--engine", "asyncio", "--max-memory-bytes", "600000", "--control", str(control))
+    running = service("--workers", "2", *words)
+    running.workers(2)
+
+    def parts():
+        found = set()
+        for _ in range(20):
+            with running.connect() as client:
+                found.add(int(client.recv(100)))
+        return found
+
+    assert parts() == {300_000}
+    with socket.socket(socket.AF_UNIX) as asker:
+        asker.connect(str(control))
+        assert next(replies(asker, "workers", {"count": 3}, PATIENCE))["result"] == 3
+        running.workers(3)
+        wait_until(lambda: parts() == {200_000})
+        os.kill(running.pid, signal.SIGHUP)
+        running.wait_log("worker exited", 3)
+        assert parts() == {200_000}
+        assert next(replies(asker, "configure", {"max_memory_bytes": 900_000}, PATIENCE))["result"] is None
+    assert parts() == {300_000}
 
 
 def test_a_killed_worker_gives_back_its_places(service):

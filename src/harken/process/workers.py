@@ -78,7 +78,6 @@ class Workers:
     """All workers, those that come and those that go.
 
     Attributes:
-        wanted: how many there should be.
         statuses: with which exit statuses workers have ended.
         inquiries: what they are asked.
         followers: who follows connections of theirs.
@@ -108,7 +107,7 @@ class Workers:
             on_reloaded: called when a reload is over, one way or the other.
             orders: what operators have ordered already.
         """
-        self.wanted: int = settings["workers"]
+        self._wanted: int = settings["workers"]
         self.statuses: set[int] = set()
         self.inquiries = Inquiries()
         self.followers = Followers()
@@ -148,6 +147,24 @@ class Workers:
         return [
             child for child in self._children.values() if child.generation == self._generation and not child.leaving
         ]
+
+    @property
+    def wanted(self) -> int:
+        """How many there should be."""
+        return self._wanted
+
+    @wanted.setter
+    def wanted(self, number: int) -> None:
+        changed, self._wanted = number not in (0, self._wanted), number
+        if changed:  # each takes its part of what holds over all
+            self.ask("configure", {"workers": number}, _unheard)
+
+    @property
+    def _standing(self) -> Orders:
+        """What a worker that starts later is told."""
+        if self._wanted in (0, self._settings["workers"]):
+            return self.orders
+        return with_order(self.orders, "configure", {"workers": self._wanted})
 
     @property
     def suspended(self) -> bool:
@@ -231,7 +248,7 @@ class Workers:
                     self.release()
             undo.pop_all()
         if early is not None:
-            Inside(partial(self._make, place), theirs, row, slate, dump, answer, self.orders, early).live()
+            Inside(partial(self._make, place), theirs, row, slate, dump, answer, self._standing, early).live()
         theirs.release()
         child = self._children[pid] = Child(
             pid, self._generation, ours, row, slate, dump, self._settings["drain_timeout"]
@@ -266,7 +283,7 @@ class Workers:
             self._proven = max(self._proven, child.generation)
         self._on_ready(engine)
         events.emit("worker_started", pid=child.pid, generation=child.generation)
-        for verb, arguments in self.orders.items():
+        for verb, arguments in self._standing.items():
             self.inquiries.ask([child], verb, arguments, _unheard)
 
     def ask(self, verb: str, arguments: dict[str, Any], done: Callable[..., object], *, standing: bool = False) -> None:
