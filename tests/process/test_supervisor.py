@@ -100,6 +100,18 @@ def test_a_killed_worker_is_replaced(service):
     assert running.ask()[1] in (second, heir)
 
 
+def test_connections_of_a_killed_worker_s_children_come_to_their_end(service):
+    """Its children live on, whom no limit counts and no drain reaches: they leave as soon as they are idle."""
+    running = service("--workers", "1", "--engine", "fork", "--idle-timeout", "none")
+    (first,) = running.workers(1)
+    with running.connect() as client:
+        assert client.recv(100)
+        os.kill(first, signal.SIGKILL)
+        assert client.recv(100) == b""
+    running.workers(2)
+    assert running.ask()
+
+
 def test_a_worker_that_keeps_dying_is_restarted_more_and_more_slowly(service):
     """The second death in a row waits, and the log says how long."""
     running = service("--workers", "1")
