@@ -264,6 +264,19 @@ def test_a_full_engine_holds_the_door_until_there_is_room(door, clock, told):
     ]
 
 
+def test_a_door_at_which_nobody_waits_rests_in_silence(door, told):
+    """A pause is told when somebody waits, and its end when it was told."""
+    door.acceptor.rest("pool full")
+    assert (door.acceptor.paused, door.acceptor.rests) == (True, True)
+    door.acceptor.turn(room=True)
+    assert (told, door.done, door.acceptor.rests) == ([], ["pause", "resume"], False)
+    door.acceptor.rest("pool full")
+    door.acceptor.awaited()
+    assert not door.acceptor.rests
+    door.acceptor.turn(room=True)
+    assert [event.name for event in told] == ["paused", "resumed"]
+
+
 def test_holding_twice_is_one_pause(door, told):
     """One event and one unwatch."""
     door.acceptor.hold("pool full")

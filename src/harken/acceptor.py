@@ -157,6 +157,7 @@ class Acceptor:
         self._exhausted = False
         self._shed = 0
         self._in_vain = False
+        self._untold: str | None = None
         self.fatal: OSError | None = None
         self.last = False
         """Whether the door is to close: nobody found there means that nobody is left, or that others will care."""
@@ -171,6 +172,7 @@ class Acceptor:
         """Forget earlier trouble and take the reserved descriptor; called when a loop begins to watch the door."""
         self.fatal = None
         self.troubled = self._exhausted = self.paused = self.last = self.emptied = self._in_vain = False
+        self._untold = None
         self._take_reserve()
 
     def _take_reserve(self) -> None:
@@ -232,6 +234,22 @@ class Acceptor:
         if not self.paused:
             self._begin(math.inf, reason)
 
+    def rest(self, reason: str) -> None:
+        """As :meth:`hold` while nobody waits yet: it is told when :meth:`awaited` says that somebody does."""
+        if not self.paused:
+            self._untold = reason
+            self._begin(math.inf, reason)
+
+    @property
+    def rests(self) -> bool:
+        """Whether a pause has not been told."""
+        return self.paused and self._untold is not None
+
+    def awaited(self) -> None:
+        """Somebody waits at a door that rests."""
+        reason, self._untold = self._untold, None
+        events.emit("paused", address=self._address(), reason=reason)
+
     def turn(self, *, room: bool, again: float = math.inf) -> None:
         """Once a loop turn: watch the door again when the pause is over, or when there is room.
 
@@ -278,7 +296,8 @@ class Acceptor:
         self.paused = True
         self._began = time.monotonic()
         self._pause()
-        events.emit("paused", address=self._address(), reason=reason)
+        if self._untold is None:
+            events.emit("paused", address=self._address(), reason=reason)
 
     def _recovered(self) -> None:
         self.troubled = False
@@ -286,6 +305,9 @@ class Acceptor:
         self._tell_resumed()
 
     def _tell_resumed(self) -> None:
+        if self._untold is not None:
+            self._untold = None
+            return
         shed, self._shed = self._shed, 0
         events.emit("resumed", address=self._address(), seconds=time.monotonic() - self._began, shed=shed)
 

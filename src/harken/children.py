@@ -7,6 +7,7 @@ The parent tells its children that the server drains (``Herald``).
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -35,7 +36,9 @@ class Children:
     def __init__(self, serving: Serving) -> None:
         """Have none yet."""
         self._serving = serving
-        self._herald = Herald()
+        # A worker that is killed leaves connections of which nobody knows; those of a program's own server go on.
+        self._parent = os.getpid() if serving.settings.profile == "serve" else 0
+        self._herald = Herald(self._parent)
         self._tally = Tally()
 
     def serve(self, function: Callable[..., object], request: Any, client_address: Any) -> None:
@@ -57,7 +60,7 @@ class Children:
 
     def serve_on(self) -> None:
         """The drain is over: children to come are told nothing of it."""
-        self._herald = Herald()
+        self._herald = Herald(self._parent)
 
     # -- in the child --------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ class Closing:
         self._most = 0
         self._quiet_since: float | None = None
         self._looped = False
+        self._left = False
 
     @property
     def closed(self) -> bool:
@@ -46,6 +47,10 @@ class Closing:
             return int(self._listener.fileno())
         except (OSError, AttributeError, TypeError):  # none, or a test's double
             return -1
+
+    def leave(self) -> None:
+        """Let nobody in: those that wait are for others, who have the door too."""
+        self._left = True
 
     def shut_out(self) -> None:
         """Let nobody new come, where that can be done and concerns no other process."""
@@ -67,7 +72,7 @@ class Closing:
 
     def is_empty(self, now: float) -> bool:
         """Let in who waits; tell whether nobody does and nobody can be on the way any more."""
-        if self.closed:
+        if self.closed or self._left:
             return True
         if not self._looped and not self._take():
             return True

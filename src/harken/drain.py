@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from harken import events
 from harken.closing import DOOR_SECONDS, Closing
 from harken.farewell import Farewell
-from harken.lifecycle import Latch
+from harken.lifecycle import Latch, State
 from harken.records import ConnectionInfo, Record
 from harken.settings import seconds, setting
 
@@ -120,9 +120,12 @@ class Drain:
         """Let nobody new come, and tell everybody who asks that the server drains."""
         serving = self._serving
         self.over.clear()
+        left = serving.lifecycle.state is State.SUSPENDED and serving.door_stays()
         serving.lifecycle.move("drain")
         serving.connections.careful = True
-        if self._timeout:
+        if left:
+            self._closing.leave()
+        elif self._timeout:
             self._closing.shut_out()
         events.emit("draining", server=serving.server, open=self._open, timeout=self._timeout)
 

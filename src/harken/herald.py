@@ -6,12 +6,16 @@ import mmap
 import os
 import signal
 import struct
+import sys
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 
 __all__ = ["Herald"]
 
 _NOTE = struct.Struct("=?d")  # whether the server drains, and over how many seconds its goodbyes are spread
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 class Herald:
@@ -22,8 +26,14 @@ class Herald:
     connection a tenth of all that it costs.
     """
 
-    def __init__(self) -> None:
-        """Have nothing to say yet."""
+    def __init__(self, parent: int = 0) -> None:
+        """Have nothing to say yet.
+
+        Args:
+            parent: the process whose end says the same to its children, or 0: then they go on without it.
+        """
+        self._parent = parent
+        self._signal_at_end = _parent_death() if parent else None
         self._page = mmap.mmap(-1, _NOTE.size)
         self._told: set[int] = set()
 
@@ -44,10 +54,27 @@ class Herald:
         def hear(_number: int = 0, _frame: object = None) -> None:
             nonlocal heard
             drains, jitter = _NOTE.unpack(self._page[:])
-            if drains and not heard:
+            if (drains or self._parent not in (0, os.getppid())) and not heard:
                 heard = True
                 threading.Thread(target=act, args=(jitter,), name="harken-herald", daemon=True).start()
 
         if signal.getsignal(signal.SIGURG) is signal.SIG_DFL:  # else it is the program's own
             signal.signal(signal.SIGURG, hear)
+            if self._signal_at_end is not None:
+                self._signal_at_end(signal.SIGURG)
         hear()
+
+
+def _parent_death() -> Callable[[int], object] | None:
+    """Return what asks the kernel for a signal when our parent, or the thread that forked us, ends; None elsewhere.
+
+    Looked up before anybody is forked, since that takes longer than a short connection.
+    """
+    if sys.platform != "linux":
+        return None
+    try:
+        import ctypes
+
+        return partial(ctypes.CDLL(None).prctl, _PR_SET_PDEATHSIG)
+    except (ImportError, OSError, AttributeError):  # a Python without libffi
+        return None

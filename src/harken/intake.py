@@ -25,6 +25,9 @@ __all__ = ["Intake"]
 
 # Seconds that a connection that was shed gets to go before the next one is: its handler wakes within milliseconds.
 SHED_SECONDS = 1.0
+# Seconds between looks at a door that other processes share: a client who waits so long may still be there.
+LOOK_SECONDS = 1.0
+_NO_HANDLER = "no handler is free: pool or max_children in use"
 
 
 class Intake:
@@ -41,6 +44,7 @@ class Intake:
         # A handler is free only when one ends that has begun: who waits in the queue may stay there.
         self._served = Shedder(self._find_served)
         self._shed_again = 0.0
+        self._look_at = 0.0
 
     def watch(self) -> None:
         """Watch the door, unless the server is suspended: room in the pool does not end a suspension.
@@ -53,6 +57,24 @@ class Intake:
             return
         if state is State.SERVING or (state is State.DRAINING and not serving.last_loop):
             serving.engine.watch(serving.server, self._accept_ready)
+
+    def share(self) -> None:
+        """Once a turn, at a door that others share: let nobody wait there because of this process or another.
+
+        EPOLLEXCLUSIVE wakes one, and nobody else hears of whom it was woken for. One that has no handler free would
+        keep the others asleep, so it leaves the door before the next one comes. One that is killed, or is kept by a
+        thread that holds the interpreter's lock, cannot, so the others look once a second.
+        """
+        serving = self._serving
+        if serving.engine.full:
+            if serving.settings["overload"] == "wait":
+                serving.acceptor.rest(_NO_HANDLER)
+            return
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_SECONDS
+            if self.readable():
+                self.watch()
 
     def after_fork(self) -> None:
         """In a child: another loop may have had the lock."""
@@ -188,6 +210,8 @@ class Intake:
         """Its part where no handler is free."""
         serving = self._serving
         policy, full = serving.settings["overload"], serving.engine.full
+        if full and serving.acceptor.rests and self.readable():
+            serving.acceptor.awaited()
         if full and policy == "shed":
             self._shed_again_if_due(self._served)
         again = SHED_SECONDS if policy == "shed" else math.inf
@@ -209,7 +233,7 @@ class Intake:
         else:
             if policy == "shed":
                 self._shed(self._served)
-            self._serving.acceptor.hold("no handler is free: pool or max_children in use")
+            self._serving.acceptor.hold(_NO_HANDLER)
         return False
 
     def _turn_away(self) -> None:

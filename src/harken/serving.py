@@ -76,6 +76,8 @@ class Serving:
         self.abandoned = False
         self.under_way: Drain | None = None
         """The drain that is under way, or was the last."""
+        self.door_stays: Callable[[], bool] = lambda: False
+        """Tells whether others will take whom a drain of a suspended server leaves at its door."""
         self.holding: Holding | None = None
         """What is known of the socket that the server bound by itself."""
         self.on_child: Callable[[], None] = lambda: None
@@ -304,6 +306,8 @@ class Serving:
             self.engine.collect()
         if self.acceptor.paused and self._loop_count:
             self.intake.turn()
+        elif self.engine.shares_doors:
+            self.intake.share()
 
     def ask_turn(self) -> None:
         """Ask the loop for a turn, whose delay is measured; not while an earlier one is owed, or nobody serves."""

@@ -100,6 +100,27 @@ def test_counters_outlive_the_worker_that_counted(watched):
     assert wait_for(port, lambda found: found["harken_handler_seconds_count"] == 9)["harken_accepted_total"] == 9
 
 
+def test_a_worker_that_dies_while_it_is_asked_takes_nothing_back(watched, tmp_path):
+    """Who has asked is answered when it is dead, and hears of what it had counted: a counter never goes down."""
+    control = tmp_path / "control"
+    service, port = watched("--workers", "1", "--control", str(control))
+    (worker,) = service.workers(1)
+    for _ in range(3):
+        service.ask()
+    wait_for(port, lambda found: found["harken_handler_seconds_count"] == 3)
+    os.kill(worker, signal.SIGSTOP)
+    with socket.socket(socket.AF_UNIX) as asker:
+        asker.settimeout(PATIENCE)
+        asker.connect(str(control))
+        replies = asker.makefile()
+        for number, verb in enumerate(("figures", "health")):
+            asker.sendall(json.dumps({"version": 1, "number": number, "verb": verb}).encode() + b"\n")
+        assert json.loads(replies.readline())["number"] == 1  # so the worker was asked before
+        os.kill(worker, signal.SIGKILL)
+        figures = json.loads(replies.readline())["result"]
+    assert [numbers for name, _, numbers in figures if name == "harken_accepted_total"] == [[3]]
+
+
 def test_exceptions_and_reasons_are_counted(watched, target):
     """What a handler raises, why connections closed, and who was refused by which limit."""
     target.write_text("import harken\nclass Tell(harken.BaseRequestHandler):\n    def handle(self):\n        1 / 0\n")

@@ -1,5 +1,6 @@
 """The supervisor: workers come, die, are replaced; code and programs are exchanged; nobody is refused meanwhile."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -7,6 +8,9 @@ import subprocess
 import time
 
 import pytest
+from waiting import wait_until
+
+from harken.process.control import replies
 
 PATIENCE = 20.0
 
@@ -94,6 +98,18 @@ def test_a_killed_worker_is_replaced(service):
     assert alive(second)
     assert alive(heir)
     assert running.ask()[1] in (second, heir)
+
+
+def test_connections_of_a_killed_worker_s_children_come_to_their_end(service):
+    """Its children live on, whom no limit counts and no drain reaches: they leave as soon as they are idle."""
+    running = service("--workers", "1", "--engine", "fork", "--idle-timeout", "none")
+    (first,) = running.workers(1)
+    with running.connect() as client:
+        assert client.recv(100)
+        os.kill(first, signal.SIGKILL)
+        assert client.recv(100) == b""
+    running.workers(2)
+    assert running.ask()
 
 
 def test_a_worker_that_keeps_dying_is_restarted_more_and_more_slowly(service):
@@ -271,6 +287,29 @@ def test_a_hung_worker_is_found_shown_and_replaced(service):
     assert running.workers(2)[1] == running.ask()[1]
 
 
+def test_a_service_that_was_stopped_as_a_whole_keeps_its_workers(service, tmp_path):
+    """Ctrl-Z, or a container that is paused: the workers were silent because nobody ran."""
+    control = tmp_path / "control"
+    running = service("--workers", "2", "--worker-timeout", "3", "--control", str(control))
+    workers = running.workers(2)
+    with running.connect() as client:
+        assert client.recv(100)
+        for pid in (running.pid, *workers):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(4)  # longer than the timeout
+        os.kill(running.pid, signal.SIGCONT)
+        with socket.socket(socket.AF_UNIX) as asker:
+            asker.connect(str(control))
+            for _ in range(2):  # it has looked at the workers in between
+                assert next(replies(asker, "health", {}, PATIENCE))["result"]["ready"]
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
+            told = next(replies(asker, "status", {}, PATIENCE))["result"]["workers"]
+        assert {each["pid"]: each["leaving"] for each in told} == dict.fromkeys(workers, False)
+        client.sendall(b"still here")
+        assert client.recv(100) == b"still here"
+
+
 def test_a_worker_that_has_served_enough_is_replaced_without_a_gap(service, load):
     """max_requests: the heir is ready before the old one leaves."""
     running = service("--workers", "1", "--max-requests", "10")
@@ -376,6 +415,65 @@ def test_connections_spread_over_the_workers(service, engine):
     pytest.fail(f"the workers' parts of 400 each: {parts}")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("--engine", "pool", "--pool-size", "1", "--pool-queue", "0"), ("--engine", "fork", "--max-children", "1")],
+    ids=["pool", "fork"],
+)
+def test_a_worker_without_a_free_handler_keeps_nobody_from_the_others(service, options):
+    """Who comes while one is full is served by the other at once, and not when somebody else comes."""
+    running = service("--workers", "2", *options)
+    running.workers(2)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in range(2)]
+        assert all(client.recv(100) for client in clients)
+        for each in (0, 0, 1, 1, 0, 0):  # whoever of the two the kernel would wake first
+            clients[each].close()
+            clients[each] = stack.enter_context(running.connect())
+            assert clients[each].recv(100)
+
+
+def test_who_waits_although_nobody_is_free_is_told(service):
+    """Workers that are full leave the door before anybody waits; the pause is told when somebody does."""
+    running = service("--workers", "2", "--engine", "pool", "--pool-size", "1", "--pool-queue", "0")
+    running.workers(2)
+    with running.connect() as first, running.connect() as second, running.connect() as third:
+        assert first.recv(100)
+        assert second.recv(100)
+        running.wait_log("paused: .*no handler is free")
+        second.close()
+        assert third.recv(100)
+        running.wait_log("resumed: ")
+
+
+KEPT = """
+import ctypes, os, harken
+class Tell(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"%d\\n" % os.getpid())
+        while data := self.request.recv(1):
+            if data == b"k":  # keeps the interpreter's lock until the next byte
+                ctypes.PyDLL(None).read(self.request.fileno(), ctypes.create_string_buffer(1), 1)
+"""
+
+
+@pytest.mark.parametrize("engine", ["thread", "pool"])
+def test_whom_a_worker_cannot_take_is_taken_by_another(service, target, engine):
+    """The kernel wakes one for each client; one whose interpreter is kept is woken in vain."""
+    target.write_text(KEPT)
+    running = service("--workers", "2", "--engine", engine)
+    running.workers(2)
+    with contextlib.ExitStack() as stack:
+        keeper = stack.enter_context(running.connect())
+        kept = int(keeper.recv(100))
+        time.sleep(0.1)  # its loop goes back to sleep, or else the kernel would not wake it
+        keeper.sendall(b"k")
+        for _ in range(8):
+            client = stack.enter_context(running.connect())
+            assert int(client.recv(100)) != kept
+        keeper.sendall(b".")
+
+
 # ── limits over all workers ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -449,6 +547,42 @@ def test_a_storm_over_four_workers_lets_in_exactly_the_maximum(service):
     finally:
         for client in clients:
             client.close()
+
+
+PART = """
+import harken
+class Tell(harken.AsyncRequestHandler):
+    async def handle(self):
+        await self.request.sendall(b"%d" % self.server._harken.buffers.most)
+"""
+
+
+def test_the_budget_of_memory_is_for_as_many_workers_as_there_are(service, target, tmp_path):
+    """Whether they were there before an operator wanted another number, or came by that or by a reload."""
+    target.write_text(PART)
+    control = tmp_path / "control"
+    words = ("--engine", "asyncio", "--max-memory-bytes", "600000", "--control", str(control))
+    running = service("--workers", "2", *words)
+    running.workers(2)
+
+    def parts():
+        found = set()
+        for _ in range(20):
+            with running.connect() as client:
+                found.add(int(client.recv(100)))
+        return found
+
+    assert parts() == {300_000}
+    with socket.socket(socket.AF_UNIX) as asker:
+        asker.connect(str(control))
+        assert next(replies(asker, "workers", {"count": 3}, PATIENCE))["result"] == 3
+        running.workers(3)
+        wait_until(lambda: parts() == {200_000})
+        os.kill(running.pid, signal.SIGHUP)
+        running.wait_log("worker exited", 3)
+        assert parts() == {200_000}
+        assert next(replies(asker, "configure", {"max_memory_bytes": 900_000}, PATIENCE))["result"] is None
+    assert parts() == {300_000}
 
 
 def test_a_killed_worker_gives_back_its_places(service):

@@ -348,6 +348,123 @@ def test_one_after_the_other(service, target, tmp_path, workers, orders, unix):
     assert not path.exists()
 
 
+@pytest.mark.parametrize("order", [HUP, USR2])
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_what_was_ordered_holds_for_those_who_come(service, tmp_path, workers, order):
+    """A live setting, and a suspension: neither who leaves nor who comes takes those that wait in the backlog."""
+    control, pidfile = tmp_path / "control", tmp_path / "pid"
+    running = service("--workers", workers, "--control", str(control), "--pidfile", str(pidfile))
+    running.workers(int(workers))
+    assert ask(control, "configure", max_connections=7)["result"] is None
+    assert ask(control, "suspend")["result"] is None
+    with running.connect() as client:
+        os.kill(running.pid, order)
+        running.wait_log("drained", max(1, int(workers)))
+        if order == USR2:
+            wait_until(lambda: is_gone(running.pid))
+        elif workers == "0":
+            running.wait_log("listening: address", 2)
+        wait_until(lambda: told(control) == {"suspended"})
+        client.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            client.recv(1)
+        settings = {each["name"]: each["value"] for each in ask(control, "settings")["result"]}
+        assert settings["max_connections"] == 7
+        assert ask(control, "resume")["result"] is None
+        client.settimeout(PATIENCE)
+        assert client.recv(100).startswith(b"one ")
+    os.kill(int(pidfile.read_text()), signal.SIGTERM)
+    wait_until(lambda: not pidfile.exists())
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_suspended_service_that_ends_takes_all_who_wait(service, tmp_path, workers):
+    """Nobody else will."""
+    control = tmp_path / "control"
+    running = service("--workers", workers, "--control", str(control))
+    running.workers(int(workers))
+    assert ask(control, "suspend")["result"] is None
+    with running.connect() as client:
+        os.kill(running.pid, signal.SIGTERM)
+        assert client.recv(100).startswith(b"one ")
+    assert running.end()[0] == 0
+
+
+BUSY = """
+import pathlib, time, harken
+class Tell(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"begun")
+        while not pathlib.Path("done").exists():
+            time.sleep(0.01)
+        self.request.sendall(b" and done")
+"""
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [("drain_timeout = 30", "drain_timeout = 0"), ('engine = "inline"\nworker_timeout = 1', "worker_timeout = 1")],
+    ids=["drain_timeout", "engine"],
+)
+def test_who_leaves_is_judged_by_what_it_was_told(service, target, tmp_path, before, after):
+    """A file that is read anew is for those who come: it cuts no drain short, and finds no worker hung."""
+    config = tmp_path / "harken.toml"
+    config.write_text(before)
+    target.write_text(BUSY)
+    running = service("--workers", "1", "--config", str(config))
+    running.workers(1)
+    with running.connect() as client:
+        assert client.recv(100) == b"begun"
+        config.write_text(after)
+        target.write_text((SLOW if "engine" in before else "") + BUSY)
+        os.kill(running.pid, signal.SIGHUP)
+        if "engine" in before:
+            wait_until((tmp_path / "loading").exists)
+        else:
+            running.wait_log("draining")
+        time.sleep(4)  # longer than the file says now, with the grace of 3 s that a worker gets
+        (tmp_path / "done").touch()
+        (tmp_path / "go").touch()
+        assert client.recv(100) == b" and done"
+    running.wait_log("worker exited: .* status 0")
+
+
+# Orders come when the PID file names the successor already, and its predecessor has not been told yet.
+ORDERED = """
+import pathlib, signal, time
+from harken.process import inheritance
+tell = inheritance.tell_predecessor
+def tell_later():
+    ordered = pathlib.Path("ordered")
+    if inheritance.upgraded_from() and not ordered.exists():
+        ordered.touch()
+        os.kill(os.getpid(), signal.{})
+        time.sleep(0.3)
+    tell()
+inheritance.tell_predecessor = tell_later
+"""
+
+
+@pytest.mark.parametrize("order", ["SIGHUP", "SIGUSR2"])
+def test_an_order_to_a_successor_that_is_not_yet_one(service, target, tmp_path, order):
+    """It is obeyed when the files are the successor's: its socket's path is there afterwards, and goes with it."""
+    path, control, pidfile = (tmp_path / name for name in ("sock", "control", "pid"))
+    running = service("--workers", "0", "--control", str(control), "--pidfile", str(pidfile), bind=f"unix:{path}")
+    target.write_text(target.read_text() + ORDERED.format(order))
+    os.kill(running.pid, signal.SIGUSR2)
+    running.wait_log("listening: address", 3)
+    wait_until(lambda: is_gone(running.pid))
+    wait_until(lambda: told(control) == {"ready"})
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(path))
+        assert client.recv(100).startswith(b"one ")
+    last = int(pidfile.read_text())
+    os.kill(last, signal.SIGTERM)
+    wait_until(lambda: is_gone(last))
+    assert not any(each.exists() for each in (path, control, pidfile))
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_an_upgrade_while_the_last_one_still_drains(service, target, tmp_path, workers):
     """Three programs have the socket then; the first two leave it to the third."""

@@ -240,6 +240,7 @@ class Engine(ABC):
     def watch(self, door: Door, on_readable: Callable[[], bool | None]) -> None:
         """Call ``on_readable`` whenever ``door`` is readable, and again while it returns true, within bounds.
 
+        Once more for a door that is watched and that others share: look who waits there already.
         When it returns None, ``run`` need not ask ``stopped`` nor call ``tick`` for it.
         """
 

@@ -23,12 +23,15 @@ class SelectorEngine(Engine):
         super().__init__(options)
         # By identity: a program's server class may compare by value and be unhashable.
         self._doors: dict[int, tuple[Door, Callable[[], bool | None]]] = {}
+        self._anew: set[int] = set()
         self._generation = 0
         self._wakers: list[Waker] = []
         self._waiting: set[int] = set()  # threads that are at the doors, or on their way
 
     def watch(self, door: Door, on_readable: Callable[[], bool | None]) -> None:
         """Watch ``door``; see :class:`Engine`."""
+        if self.shares_doors and id(door) in self._doors:
+            self._anew.add(id(door))
         self._doors[id(door)] = (door, on_readable)
         self._generation += 1
         self.wake()
@@ -88,10 +91,13 @@ class SelectorEngine(Engine):
                 on_readable()
 
     def _register(self, selector: selectors.BaseSelector) -> None:
-        """Bring the selector's doors up to date with ours. A selector may be the program's own: public methods only."""
-        wanted = dict(self._doors)
+        """Bring the selector's doors up to date with ours. A selector may be the program's own: public methods only.
+
+        A shared door that is watched once more is registered anew: the kernel looks then who waits there already.
+        """
+        wanted, anew, self._anew = dict(self._doors), self._anew, set()
         for key in list(selector.get_map().values()):
-            if key.data is not None and wanted.pop(key.data, None) is None:
+            if key.data is not None and (key.data in anew or wanted.pop(key.data, None) is None):
                 selector.unregister(key.fileobj)
         for number, (door, _) in wanted.items():
             selector.register(door, selectors.EVENT_READ, number)

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, ClassVar
 
 from harken import events
@@ -23,6 +23,7 @@ from harken.process.answers import alone_status, answer
 from harken.process.channel import Message
 from harken.process.control import Client, Control, open_listener
 from harken.process.notify import Watchdog, notify, reloading
+from harken.process.orders import STANDING, heeded, with_order
 from harken.process.pidfile import PidFile
 from harken.process.signals import Early
 from harken.process.traces import Followers
@@ -79,6 +80,7 @@ class Alone:
             addresses, bind_options(self.settings), also=(_CONTROL, page.key_of(self.settings))
         )
         self._kept: dict[str, list[Listener]] = {}
+        self._orders = heeded(inheritance.orders(), self.settings)
         listeners = [listener for several in self._opened.values() for listener in several]
         self._desk: _Desk | None = None
         self._page: page.Local | None = None
@@ -97,6 +99,7 @@ class Alone:
             privileges.drop(self.settings)
             privileges.chdir(self.settings)
             undo.pop_all()
+        self._worker.doors_stay = lambda: self._replaced or bool(self._kept)
         self._replaced = False
         self._ended = False  # by an operator, who wants no new program
         self._leaving = threading.Event()
@@ -133,7 +136,10 @@ class Alone:
         opened = kept[0] if kept else open_listener(self.settings, name)
         if opened is not None:
             self._opened[_CONTROL] = [opened]
-            self._desk = _Desk(opened, self._worker)
+            self._desk = _Desk(opened, self._worker, self._note_order)
+
+    def _note_order(self, verb: str, arguments: dict[str, Any]) -> None:
+        self._orders = with_order(self._orders, verb, arguments)
 
     def _close_desk(self) -> None:
         if self._desk is not None:
@@ -159,7 +165,7 @@ class Alone:
 
     def _begin_anew(self) -> None:
         try:
-            handoff.exec_anew(self._kept, self._directory, self._pidfile, unless=lambda: self._ended)
+            handoff.exec_anew(self._kept, self._directory, self._pidfile, self._orders, unless=lambda: self._ended)
         except OSError as error:
             raise HandoffError(f"the program cannot be started anew: {error}") from None
         finally:
@@ -167,6 +173,9 @@ class Alone:
             self._pidfile.remove()
 
     def _ready(self) -> None:
+        for verb, arguments in self._orders.items():
+            with suppress(HarkenError):  # there is nothing to resume
+                answer(self._worker, verb, arguments)
         predecessor = inheritance.upgraded_from()
         if predecessor:
             handoff.probe(server.socket for server in self._worker.servers)  # type: ignore[misc]
@@ -219,7 +228,8 @@ class Alone:
     def _follow_upgrade(self) -> None:
         try:
             handoff.may_leave()
-            successor = handoff.Successor(self._opened, self._directory, self.settings["upgrade_timeout"])
+            timeout = self._worker.settings["upgrade_timeout"]
+            successor = handoff.Successor(self._opened, self._directory, timeout, self._orders)
             while not successor.check(wait=_LOOK_SECONDS):
                 if self._leaving.is_set():
                     successor.abandon()
@@ -273,8 +283,16 @@ class _Desk:
         "upgrade": signal.SIGUSR2,
     }
 
-    def __init__(self, listener: Listener, worker: Worker) -> None:
+    def __init__(self, listener: Listener, worker: Worker, note: Callable[[str, dict[str, Any]], object]) -> None:
+        """Prepare.
+
+        Args:
+            listener: the control socket.
+            worker: whom the questions are about.
+            note: called with each order that holds until it is ordered otherwise, and its arguments.
+        """
         self._worker = worker
+        self._note = note
         self._selector = selectors.DefaultSelector()
         self._control = Control(listener, self._selector, self._answer)
         self._waker = Waker()
@@ -327,7 +345,10 @@ class _Desk:
             elif verb == "trace":
                 self._trace(client, number, question.get("arguments", {}))
             else:
-                answered = answer(self._worker, verb, question.get("arguments", {}))
+                arguments = question.get("arguments", {})
+                answered = answer(self._worker, verb, arguments)
+                if verb in STANDING:
+                    self._note(verb, arguments)
                 client.answer(number, result=answered if verb != "status" else alone_status(answered))
         except (HarkenError, TypeError) as error:  # TypeError: arguments that the verb does not take
             client.answer(number, error=str(error))

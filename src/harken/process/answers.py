@@ -20,7 +20,7 @@ from harken.process.traces import Traces
 from harken.serving import Serving
 from harken.settings import REGISTRY, Settings, declare_all
 
-__all__ = ["STANDING", "VERBS", "Served", "alone_status", "answer", "in_force", "joined"]
+__all__ = ["VERBS", "Served", "alone_status", "answer", "in_force", "joined"]
 
 
 class Served(Protocol):
@@ -180,10 +180,6 @@ VERBS: dict[str, Callable[..., Any]] = {
     "health": _health,
 }
 """What can be asked; each takes the worker and keyword arguments."""
-
-
-STANDING = frozenset({"suspend", "resume", "configure"})
-"""What a worker that starts later must be told as well."""
 
 
 def joined(verb: str, answers: list[Any]) -> Any:

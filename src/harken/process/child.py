@@ -44,8 +44,10 @@ class Child:
         channel: to it.
         row: its row of the scoreboard.
         slate: its figures.
+        drain_timeout: how long it may drain; a reload may have read another one since, for its heirs.
         born: when it was started, by ``time.monotonic()``.
         ready: whether it accepts.
+        engine: its engine's name, when it is ready.
         leaving: whether it was asked to leave, or is being killed.
         heir_wanted: why it wants to be replaced, or None.
         trouble: what it said when it could not start.
@@ -53,20 +55,29 @@ class Child:
         kill_at: when patience with it ends, by ``time.monotonic()``; None while there is no hurry.
     """
 
-    def __init__(self, pid: int, generation: int, channel: Channel, row: Row, slate: Slate, dump: int) -> None:
+    def __init__(
+        self, pid: int, generation: int, channel: Channel, row: Row, slate: Slate, dump: int, drain_timeout: float
+    ) -> None:
         self.pid = pid
         self.generation = generation
         self.channel = channel
         self.row = row
         self.slate = slate
+        self.drain_timeout = drain_timeout
         self.born = time.monotonic()
         self.ready = False
+        self.engine = ""
         self.leaving = False
         self.heir_wanted: str | None = None
         self.trouble: str | None = None
         self.killed_for: str | None = None
         self.kill_at: float | None = None
         self._dump = dump
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether its loop must turn."""
+        return self.ready and not self.leaving and self.engine != "inline"
 
     def signal(self, number: int) -> None:
         """Send a signal; a worker that has just ended is none the worse for it."""
@@ -75,15 +86,15 @@ class Child:
         except ProcessLookupError:
             pass  # reaped in a moment
 
-    def leave(self, patience: float) -> None:
+    def leave(self, grace: float) -> None:
         """Ask it to drain and end; others go on with its listeners.
 
         Args:
-            patience: seconds until it is killed.
+            grace: seconds beyond its drain, after which it is killed.
         """
         if not self.leaving:
             self.leaving = True
-            self.kill_at = time.monotonic() + patience
+            self.kill_at = time.monotonic() + self.drain_timeout + grace
             self.signal(signal.SIGTERM)
 
     def stop(self, patience: float) -> None:
@@ -104,6 +115,12 @@ class Child:
         """Return what its threads did when it was asked by :data:`DUMP_SIGNAL`."""
         size = os.lseek(self._dump, 0, os.SEEK_END)
         return os.pread(self._dump, min(size, 1 << 20), 0).decode(errors="replace")
+
+    def release(self) -> None:
+        """In another child: let go of it, which goes on."""
+        self.channel.release()
+        self.slate.close()
+        os.close(self._dump)
 
     def close(self) -> None:
         """Let go of what the supervisor holds for it."""
@@ -171,6 +188,7 @@ class Inside:
         worker = self._worker = self._make()
         self._channel.raise_at_end(0)
         worker.ends_with_process()
+        worker.doors_stay = lambda: not self._row.doors_close
         worker.traces.push = lambda token, entries: self._channel.send(type="traced", token=token, entries=entries)
         self._lifespan = Lifespan(worker.settings)
         collector = Collector(worker.servings, self._slate) if worker.settings["metrics"] is not None else None
@@ -209,6 +227,7 @@ class Inside:
             try:
                 messages = self._channel.receive()
             except EOFError:
+                worker.doors_stay = lambda: False
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             for message in messages:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from harken import events
 from harken.errors import ConfigError, HarkenError, nearest
-from harken.process.answers import STANDING, VERBS, in_force
+from harken.process.answers import VERBS, in_force
 from harken.process.channel import Message
 from harken.process.control import Client
+from harken.process.orders import STANDING
 from harken.process.recycling import resident_bytes
 from harken.process.workers import WORKERS
 

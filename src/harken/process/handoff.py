@@ -20,15 +20,21 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any
 
 from harken import events
 from harken.errors import ConfigError, HandoffError
 from harken.listener import Listener
 from harken.process import inheritance, signals, streams
 from harken.process.inheritance import READY, VARIABLE, Entry
+from harken.process.orders import Orders
 from harken.process.pidfile import PidFile
 
 __all__ = ["Successor", "exec_anew", "may_begin_anew", "may_leave", "probe", "serve_on"]
+
+
+# Bytes of the variable: the kernel takes 128 KiB for one, execve(2).
+MOST_BYTES = 100_000
 
 
 def _all(opened: dict[str, list[Listener]]) -> list[Listener]:
@@ -40,10 +46,17 @@ def _entry(listener: Listener) -> Entry:
     return Entry(listener.share(), listener.owned_path, shared)
 
 
-def _bequest(opened: dict[str, list[Listener]], pipe: int = -1, pidfile: PidFile | None = None) -> str:
+def _bequest(
+    opened: dict[str, list[Listener]], orders: Orders, *, pipe: int = -1, pidfile: PidFile | None = None
+) -> str:
     listeners = {key: [_entry(listener) for listener in several] for key, several in opened.items()}
     path = str(pidfile.path) if pidfile is not None and pidfile.path is not None else None
-    return json.dumps({"listeners": listeners, "pipe": pipe, "pid": os.getpid(), "pidfile": path})
+    told: dict[str, Any] = {"listeners": listeners, "pipe": pipe, "pid": os.getpid(), "pidfile": path}
+    bequest = json.dumps(told | {"orders": orders}, default=str)
+    if len(bequest) <= MOST_BYTES:
+        return bequest
+    events.emit("reload_failed", what="live settings", reason="they are too long to be handed on")
+    return json.dumps(told)
 
 
 def may_leave() -> None:
@@ -77,7 +90,12 @@ def _command() -> list[str]:
 
 
 def exec_anew(
-    opened: dict[str, list[Listener]], directory: str, pidfile: PidFile, *, unless: Callable[[], bool]
+    opened: dict[str, list[Listener]],
+    directory: str,
+    pidfile: PidFile,
+    orders: Orders,
+    *,
+    unless: Callable[[], bool],
 ) -> None:
     """Put a new copy of this program into this process. Returns only when it shall end after all.
 
@@ -85,13 +103,14 @@ def exec_anew(
         opened: the listeners to keep, by address.
         directory: the working directory in which the program was started.
         pidfile: the file that names this process.
+        orders: what operators have ordered of this one.
         unless: tells whether an operator has ended the program; asked when all handlers of signals have run.
 
     Raises:
         OSError: the program cannot be started any more; nothing has changed.
     """
     streams.flush()
-    environment = dict(os.environ) | {VARIABLE: _bequest(opened, pidfile=pidfile)}
+    environment = dict(os.environ) | {VARIABLE: _bequest(opened, orders, pidfile=pidfile)}
     os.chdir(directory)
     signals.hold_back()
     if not unless():
@@ -106,13 +125,14 @@ def _without_watchdog_pid() -> dict[str, str]:
 class Successor:
     """A new copy of this program, started beside it."""
 
-    def __init__(self, opened: dict[str, list[Listener]], directory: str, timeout: float) -> None:
+    def __init__(self, opened: dict[str, list[Listener]], directory: str, timeout: float, orders: Orders) -> None:
         """Start it.
 
         Args:
             opened: the listeners to hand over, by address.
             directory: the working directory in which the program was started.
             timeout: seconds it may take to be ready.
+            orders: what operators have ordered of this program.
 
         Raises:
             HandoffError: it cannot be started; nothing has changed.
@@ -130,7 +150,7 @@ class Successor:
             self._process = subprocess.Popen(
                 _command(),
                 cwd=directory,
-                env=_without_watchdog_pid() | {VARIABLE: _bequest(opened, writer)},
+                env=_without_watchdog_pid() | {VARIABLE: _bequest(opened, orders, pipe=writer)},
                 pass_fds=(writer, *fds),
                 start_new_session=False,
             )

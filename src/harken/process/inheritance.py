@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from harken import transports
 from harken.listener import Listener
+from harken.process.orders import Orders
 from harken.process.pidfile import PidFile
 from harken.transports import BindOptions
 
@@ -26,6 +27,7 @@ __all__ = [
     "beginning",
     "hand_on",
     "listen",
+    "orders",
     "reclaim",
     "take",
     "tell_predecessor",
@@ -57,6 +59,8 @@ class Inherited(NamedTuple):
     """The pid that waits, or 0."""
     pidfile: str | None
     """The file that names this process already, in which the predecessor was."""
+    orders: Orders
+    """What operators have ordered of the predecessor."""
 
 
 _inherited: Inherited | None = None
@@ -79,7 +83,7 @@ def _told() -> Inherited:
         found = {key: [Entry(*each) for each in several] for key, several in told.get("listeners", {}).items()}
         for entry in (each for several in found.values() for each in several):
             os.set_inheritable(entry.fd, False)
-        _inherited = Inherited(found, pipe, told.get("pid", 0), told.get("pidfile"))
+        _inherited = Inherited(found, pipe, told.get("pid", 0), told.get("pidfile"), told.get("orders", {}))
     return _inherited
 
 
@@ -178,6 +182,11 @@ def _adopt(fd: int, path: str | None, shared: bool) -> Listener:
     elif path is not None:
         listener.own(path)
     return listener
+
+
+def orders() -> Orders:
+    """Return what operators have ordered of the predecessor, and what therefore holds here."""
+    return _told().orders
 
 
 def upgraded_from() -> int:

@@ -49,12 +49,17 @@ class Row:
         """Connections accepted so far."""
         return int(_ROW.unpack_from(self._memory, self._at)[2])
 
+    @property
+    def doors_close(self) -> bool:
+        """Whether the service ends, and nobody will take whom this worker leaves at a door."""
+        return bool(self._memory[-1])
+
 
 class Scoreboard:
     """The rows."""
 
     def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, MAX_ROWS * _ROW.size)  # anonymous and shared: forked children see it
+        self._memory = mmap.mmap(-1, MAX_ROWS * _ROW.size + 1)  # anonymous and shared: forked children see it
         self._free = list(range(MAX_ROWS - 1, -1, -1))
 
     def take(self) -> Row:
@@ -73,6 +78,10 @@ class Scoreboard:
         """Free the row of a worker that has ended."""
         row.clear()
         self._free.append(row.number)
+
+    def close_doors(self) -> None:
+        """Tell all workers that the service ends."""
+        self._memory[-1] = 1
 
     def close(self) -> None:
         """Let go of the memory."""

@@ -24,6 +24,7 @@ from harken.process.channel import Message
 from harken.process.commands import Commands
 from harken.process.control import Client, Control, open_listener
 from harken.process.notify import Watchdog, notify, reloading
+from harken.process.orders import heeded
 from harken.process.pidfile import PidFile
 from harken.process.signals import MEANINGS, Early, Inbox
 from harken.process.worker import CUT, DRAINED, Worker
@@ -118,7 +119,10 @@ class Supervisor:
             self._let_go,
             on_ready=self._announce,
             on_reloaded=self._tell_manager,
+            orders=heeded(inheritance.orders(), self.settings),
         )
+        if "configure" in self.workers.orders:
+            events.emit("configured", server=self, changes=self.workers.orders["configure"])
         self._announced = False
         self._ending = False
         self._successor: handoff.Successor | None = None
@@ -362,13 +366,13 @@ class Supervisor:
         """Let every worker serve what it has, and end."""
         if not self._ending:
             notify(STOPPING=1, STATUS="draining")
-            self._drain()
+            self._drain(last=True)
 
-    def _drain(self) -> None:
+    def _drain(self, *, last: bool) -> None:
         self._ending = True
         self._shut_out()
         self._close_listeners()
-        self.workers.drain()
+        self.workers.drain(last=last)
 
     def _shut_out(self) -> None:
         """Let nobody new come to doors that only our workers share, and let those come in who are on the way."""
@@ -425,7 +429,9 @@ class Supervisor:
             return
         try:
             handoff.may_leave()
-            self._successor = handoff.Successor(self._opened, self._directory, self.settings["upgrade_timeout"])
+            self._successor = handoff.Successor(
+                self._opened, self._directory, self.settings["upgrade_timeout"], self.workers.orders
+            )
         except HandoffError as error:
             events.emit("upgrade_failed", reason=str(error))
             return
@@ -464,4 +470,4 @@ class Supervisor:
         if self._control is not None:
             self._control.shut()  # who asks from now on means the successor, as on the page
         self._close_page()
-        self._drain()
+        self._drain(last=False)

@@ -40,6 +40,11 @@ def _nothing() -> None:
     """Stands for a callback that nobody gave."""
 
 
+def _no() -> bool:
+    """The same."""
+    return False
+
+
 class _Server:
     """What the servers of a worker have of their own: a listener that is bound already, and the worker's engine."""
 
@@ -114,6 +119,8 @@ class Worker:
         """Called when a signal begins to end the worker, in the thread that acts on signals."""
         self.on_told: Callable[[], object] = _nothing
         """Called whenever a signal says that the worker shall end, also when it is about to."""
+        self.doors_stay: Callable[[], bool] = _no
+        """Tells whether others will take whom this worker leaves at its doors, where it is suspended."""
         self.traces = Traces()
         self._conductor = Conductor(self._obey)
         make = plugins.find("engines", self.settings["engine"] or "inline", "Engine")
@@ -127,6 +134,7 @@ class Worker:
                 kind = _Stream if listener.type == socket.SOCK_STREAM else _Datagram
                 server = kind(listener, handler, settings, self._engine)
                 server.serving.on_child = partial(self._be_a_child, server)
+                server.serving.door_stays = self._leaves_door
                 self.servers.append(server)
                 _ = server.serving.entry  # a certificate that cannot be read is told now
                 if server is not self.servers[0]:
@@ -178,8 +186,8 @@ class Worker:
                 for server in self.servers:
                     attached.enter_context(server.serving.attached())
                     _ = server.serving.bounds.admission  # a limit that cannot be loaded is told now
-                self._conductor.begin()  # a drain before would have left nothing to attach to
                 on_ready()
+                self._conductor.begin()  # a drain before would have left nothing to attach to
                 self._engine.run(lambda: self._stopping, self._tick, self._patience)
                 self._left_loop = True
             if self._drainer is None:
@@ -211,6 +219,9 @@ class Worker:
         for server in self.servers:
             server.server_close()
         self._engine.join(time.monotonic())
+
+    def _leaves_door(self) -> bool:
+        return self.doors_stay()
 
     def _tick(self) -> None:
         for server in self.servers:

@@ -25,6 +25,7 @@ from harken.process.channel import pair
 from harken.process.child import Child, Inside
 from harken.process.inquiry import Inquiries
 from harken.process.ledger import Ledger, Slate
+from harken.process.orders import Orders, with_order
 from harken.process.scoreboard import MAX_ROWS, Scoreboard
 from harken.process.signals import Early, blocked
 from harken.process.traces import Followers
@@ -66,6 +67,9 @@ FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0
 STEADY_SECONDS = 10.0
 # Workers started in one turn: signals and questions wait for so many forks, of some milliseconds each, and no more.
 STARTS_A_TURN = 8
+# Seconds between two looks at the workers, which come once a second, after which this process has not run either: it
+# was stopped (SIGTSTP, `docker pause`), and its workers with it.
+STOPPED_SECONDS = 2.0
 # Seconds for a hung worker to write its stacks down: it takes milliseconds.
 DUMP_SECONDS = 1.0
 
@@ -74,10 +78,10 @@ class Workers:
     """All workers, those that come and those that go.
 
     Attributes:
-        wanted: how many there should be.
         statuses: with which exit statuses workers have ended.
         inquiries: what they are asked.
         followers: who follows connections of theirs.
+        orders: what operators have ordered, of workers that start later too.
         replaced: how many were replaced, by cause; see ``observe.families``.
     """
 
@@ -90,6 +94,7 @@ class Workers:
         *,
         on_ready: Callable[[str], None],
         on_reloaded: Callable[[], None],
+        orders: Orders,
     ) -> None:
         """Prepare; nothing is started yet.
 
@@ -100,8 +105,9 @@ class Workers:
             let_go: called in each new process first, to close what is the supervisor's.
             on_ready: called with its engine whenever a worker has become ready.
             on_reloaded: called when a reload is over, one way or the other.
+            orders: what operators have ordered already.
         """
-        self.wanted: int = settings["workers"]
+        self._wanted: int = settings["workers"]
         self.statuses: set[int] = set()
         self.inquiries = Inquiries()
         self.followers = Followers()
@@ -124,7 +130,8 @@ class Workers:
         self._last_death = 0.0
         self._delay = 0.0
         self._not_before = 0.0
-        self._standing: dict[str, dict[str, Any]] = {}
+        self.orders = orders
+        self._looked = self._judging_since = time.monotonic()
 
     def __len__(self) -> int:
         return len(self._children)
@@ -142,9 +149,27 @@ class Workers:
         ]
 
     @property
+    def wanted(self) -> int:
+        """How many there should be."""
+        return self._wanted
+
+    @wanted.setter
+    def wanted(self, number: int) -> None:
+        changed, self._wanted = number not in (0, self._wanted), number
+        if changed:  # each takes its part of what holds over all
+            self.ask("configure", {"workers": number}, _unheard)
+
+    @property
+    def _standing(self) -> Orders:
+        """What a worker that starts later is told."""
+        if self._wanted in (0, self._settings["workers"]):
+            return self.orders
+        return with_order(self.orders, "configure", {"workers": self._wanted})
+
+    @property
     def suspended(self) -> bool:
         """Whether workers leave new connections in the backlog."""
-        return "suspend" in self._standing
+        return "suspend" in self.orders
 
     @property
     def ready(self) -> bool:
@@ -154,7 +179,7 @@ class Workers:
     def release(self) -> None:
         """In a forked child: let go of what is the parent's."""
         for child in self._children.values():
-            child.channel.release()
+            child.release()
 
     def turn(self) -> None:
         """Once a turn of the loop, after messages, signals and `reap`.
@@ -225,7 +250,9 @@ class Workers:
         if early is not None:
             Inside(partial(self._make, place), theirs, row, slate, dump, answer, self._standing, early).live()
         theirs.release()
-        child = self._children[pid] = Child(pid, self._generation, ours, row, slate, dump)
+        child = self._children[pid] = Child(
+            pid, self._generation, ours, row, slate, dump, self._settings["drain_timeout"]
+        )
         self._selector.register(ours, selectors.EVENT_READ, lambda: self._hear(child))
 
     # -- they speak ----------------------------------------------------------------------------------------------------
@@ -251,6 +278,7 @@ class Workers:
 
     def _became_ready(self, child: Child, engine: str) -> None:
         child.ready = True
+        child.engine = engine
         if not child.leaving:  # of a reload that was taken back, or overtaken by another
             self._proven = max(self._proven, child.generation)
         self._on_ready(engine)
@@ -267,11 +295,11 @@ class Workers:
             done: called once, with ``result=`` or ``error=``.
             standing: whether workers that come later are told too.
         """
-        if standing and verb == "configure":
-            self._standing[verb] = self._standing.get(verb, {}) | arguments
-        elif standing:  # the newest of those that undo one another
-            self._standing = {each: known for each, known in self._standing.items() if each == "configure"}
-            self._standing[verb] = arguments
+        if standing:
+            self.orders = with_order(self.orders, verb, arguments)
+        if verb == "configure" and "drain_timeout" in arguments:
+            for child in self._children.values():
+                child.drain_timeout = self._settings["drain_timeout"]
         self.inquiries.ask([child for child in self._children.values() if child.ready], verb, arguments, done)
 
     # -- they go -------------------------------------------------------------------------------------------------------
@@ -309,11 +337,11 @@ class Workers:
         if status == -signal.SIGKILL and self._ending and child.row.open:
             self.statuses.add(CUT)  # its time was over, and it could not say so itself
         del self._children[child.pid]
-        self.inquiries.forget(child)
-        self.followers.lost(child.pid)
         self._board.give_back(child.row)
         self._across.clear(child.row.number)
         self._ledger.bury(child)
+        self.inquiries.forget(child)  # after that: who has asked for figures may be answered now
+        self.followers.lost(child.pid)
         self._count(child, status)
         stacks = child.stacks() if child.killed_for else None
         child.close()
@@ -368,13 +396,16 @@ class Workers:
     def _look(self) -> None:
         """Kill whoever has had its time, or does not turn its loop any more."""
         now = time.monotonic()
+        if now - self._looked > STOPPED_SECONDS:
+            self._judging_since = now
+        self._looked = now
         limit = self._settings["worker_timeout"]
-        judged = limit > 0 and self._settings["engine"] != "inline"
+        judged = now - self._judging_since > limit > 0
         for child in self._children.values():
             if child.kill_at is not None and now >= child.kill_at:
                 child.kill_at = None
                 child.signal(signal.SIGKILL)
-            elif judged and child.ready and not child.leaving and child.row.silence > limit:
+            elif judged and child.is_judged and child.row.silence > limit:
                 child.kill(f"hung: its loop has not turned for {child.row.silence:.0f} s", DUMP_SECONDS)
 
     # -- they are replaced ---------------------------------------------------------------------------------------------
@@ -402,7 +433,7 @@ class Workers:
         """Whoever starts for a reload that is over comes too late."""
         for child in self._children.values():
             if child.generation > self._proven:
-                child.leave(self._patience)
+                child.leave(GRACE_SECONDS)
 
     def _replace(self) -> None:
         """Let old workers go as soon as there are enough new ones to take their place."""
@@ -414,25 +445,27 @@ class Workers:
         if ready >= self.wanted:
             old = [child for child in self._children.values() if child.generation < self._generation]
             for child in [*old, *(child for child in staying if child.heir_wanted is not None)]:
-                child.leave(self._patience)
+                child.leave(GRACE_SECONDS)
             if self._reloading:
                 self._reloading = False
                 events.emit("reloaded", what=f"code and settings; {ready} new workers")
                 self._on_reloaded()
         for child in sorted(heirs, key=lambda each: (each.ready, each.born))[: max(0, len(heirs) - self.wanted)]:
-            child.leave(self._patience)
-
-    @property
-    def _patience(self) -> float:
-        return float(self._settings["drain_timeout"]) + GRACE_SECONDS
+            child.leave(GRACE_SECONDS)
 
     # -- all of them ---------------------------------------------------------------------------------------------------
 
-    def drain(self) -> None:
-        """Let every worker serve what it has, and end. No new ones come."""
+    def drain(self, *, last: bool) -> None:
+        """Let every worker serve what it has, and end. No new ones come.
+
+        Args:
+            last: whether nobody takes whom they leave at the doors, where they are suspended.
+        """
         self._ending = True
+        if last:
+            self._board.close_doors()
         for child in self._children.values():
-            child.leave(self._patience)
+            child.leave(GRACE_SECONDS)
 
     def stop(self) -> None:
         """Stop every worker now. No new ones come."""
