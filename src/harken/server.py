@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, Self
 
 from harken import preambles, straight
 from harken.connection import Connection, accept, read_off, shut
@@ -304,7 +304,7 @@ class BaseServer:
         traceback.print_exc()
         print("-" * 40, file=sys.stderr)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *args: object) -> None:

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from harken import events, plugins
 from harken.acceptor import Acceptor
@@ -45,6 +45,8 @@ __all__ = ["DrainReport", "RunningSide", "Serving", "background", "serving_of"]
 
 # A name that programs do not have, found by ordinary attribute access on the hot path.
 _KEY = "_harken"
+
+T = TypeVar("T")
 
 
 class Serving:
@@ -579,7 +581,7 @@ def _end_interrupted() -> None:
 
 
 @contextmanager
-def background(server: Any, *, timeout: float = 10.0) -> Iterator[Any]:
+def background(server: T, *, timeout: float = 10.0) -> Iterator[T]:
     """Serve in a thread while the block runs: ready when entered, drained and closed when left.
 
     Args:
@@ -590,12 +592,13 @@ def background(server: Any, *, timeout: float = 10.0) -> Iterator[Any]:
         LifecycleError: it was not ready in time.
         Exception: whatever ``serve_forever`` raised before it was ready.
     """
-    serving = serving_of(server)
+    made: Any = server
+    serving = serving_of(made)
     failure: list[BaseException] = []
 
     def serve() -> None:
         try:
-            server.serve_forever()
+            made.serve_forever()
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failure.append(error)
             serving.ready.set()
@@ -611,8 +614,8 @@ def background(server: Any, *, timeout: float = 10.0) -> Iterator[Any]:
     finally:
         from harken.server import BaseServer
 
-        BaseServer.drain(server)
-        server.server_close()
+        BaseServer.drain(made)
+        made.server_close()
         thread.join(timeout)
         if failure:
             raise failure[0]
