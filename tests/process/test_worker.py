@@ -14,8 +14,9 @@ import pytest
 import harken
 from harken.errors import ConfigError
 from harken.listener import AddressInUse
+from harken.process.fitness import fit_handler
 from harken.process.service import serve
-from harken.process.worker import Worker, fit_handler
+from harken.process.worker import Worker
 
 PATIENCE = 15.0  # seconds
 

@@ -16,7 +16,7 @@ from harken.errors import ConfigError
 from harken.limits.connections import in_force
 from harken.listener import Listener
 from harken.process import rehearsal
-from harken.process.worker import fit_handler
+from harken.process.fitness import fit_handler
 from harken.settings import Settings
 
 __all__ = ["command"]

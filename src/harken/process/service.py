@@ -9,7 +9,8 @@ from typing import Any
 
 from harken.engines import suited
 from harken.process import inheritance, signals
-from harken.process.worker import Worker, fit_handler
+from harken.process.fitness import fit_handler
+from harken.process.worker import Worker
 from harken.settings import Settings
 
 __all__ = ["run", "serve"]
