@@ -24,7 +24,7 @@ from harken.buffers import Buffers, wanted as wants_buffers
 from harken.children import Children
 from harken.deadlines import NAMES as DEADLINES, Deadlines
 from harken.drain import Drain, DrainReport, drain
-from harken.engines import ENGINE, Engine
+from harken.engines import ENGINE, Engine, load
 from harken.entry import Entry, entry_of
 from harken.errors import ConfigError, LifecycleError
 from harken.expiry import Expiry
@@ -110,7 +110,7 @@ class Serving:
         with self.guard:
             made: Engine | None = vars(self).get("engine")
             if made is None:
-                made = plugins.find("engines", self.engine_name, "Engine")(self.option)
+                made = load(self.engine_name)(self.option)
                 self._prepare(made)
             return made
 

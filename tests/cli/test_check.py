@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 
 import pytest
 
@@ -211,12 +212,22 @@ def test_headers_of_proxies_need_to_be_trusted(harken, check, networks):
         ["--bind", "SERVED"],
         ["--tls-verify", "optional"],
         ["--tls-ca", "clients.pem"],
+        ["--limits", "missing:Quota"],
+        ["--limits", "json:loads"],
+        ["--limits", "http.cookiejar:Cookie"],
+        ["--engine", "json:loads"],
+        ["--engine", "collections:OrderedDict"],
+        ["--engine", "chk_wrong:Engine"],
+        ["--engine", "green", "--loop", "uvloop"],
     ],
 )
-def test_what_serve_refuses_check_refuses_in_the_same_words(harken, clean, free_port, run_program, words):
+def test_what_serve_refuses_check_refuses_in_the_same_words(harken, clean, free_port, run_program, monkeypatch, words):
     """What comes after the settings and before the first connection: files, users, one place wanted twice."""
     clean.joinpath("chk_app.py").write_text(PROGRAM)
     clean.joinpath("private").mkdir(mode=0o700)
+    clean.joinpath("uvloop.py").write_text("raise ImportError('as where it is not installed')\n")
+    clean.joinpath("chk_wrong.py").write_text("1 / 0\n")
+    monkeypatch.setitem(sys.modules, "uvloop", None)
     served = f"tcp://127.0.0.1:{free_port}"
     words = ["chk_app:Echo", "--bind", served, "--control", "none", *(word.replace("SERVED", served) for word in words)]
     before = sorted(os.listdir())

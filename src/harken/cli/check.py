@@ -8,10 +8,11 @@ from typing import Any
 
 import click
 
-from harken import plugins, preambles, transports
+from harken import preambles, transports
+from harken.admission import load_limits
 from harken.cli import options
 from harken.cli.target import is_server, load_target, require_handler
-from harken.engines import suited
+from harken.engines import load, suited
 from harken.errors import ConfigError
 from harken.limits.connections import in_force
 from harken.listener import Listener
@@ -30,9 +31,11 @@ def _check(target: str, urls: tuple[str, ...]) -> None:
     found = load_target(target)
     values = _settings_of(found, target)
     options.check_together(values)
-    engine = plugins.find("engines", values["engine"] or "inline", "Engine")
+    engine = load(values["engine"] or "inline")
     if not is_server(found):
         engine.fit(found)
+    engine.check(lambda name: values[name])
+    load_limits(values["limits"])
     remark = engine.remark()
     rehearsal.try_logs(values)
     with ExitStack() as opened:  # all at once, as they will be: two may want the same place

@@ -13,9 +13,8 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from harken import plugins
 from harken.drain import CUT_GRACE, Drain, run
-from harken.engines import Engine, suited
+from harken.engines import Engine, load, suited
 from harken.listener import Listener
 from harken.observe.collector import Collector
 from harken.preambles import refuse_plain_text
@@ -115,7 +114,7 @@ class Worker:
         """Called whenever a signal says that the worker shall end, also when it is about to."""
         self.traces = Traces()
         self._conductor = Conductor(self._obey)
-        make = plugins.find("engines", self.settings["engine"] or "inline", "Engine")
+        make = load(self.settings["engine"] or "inline")
         make.fit(handler)
         self._engine: Engine = make(self._option)
         self._engine.shares_doors = shares_listeners
