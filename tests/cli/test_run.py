@@ -222,6 +222,15 @@ def test_what_is_misspelt_is_one_line(python, tmp_path, words, line, status):
     assert result.returncode == status
 
 
+def test_an_unknown_variable_is_a_warning(python, write):
+    """The program runs, and its operator learns why nothing came of it."""
+    write("prog.py", "print('done')\n")
+    result = python("-m", "harken", "run", "prog.py", HARKEN_POOLSIZE="5")
+    assert (result.returncode, result.stdout) == (0, "done\n")
+    said = "harken run: warning: unknown variable HARKEN_POOLSIZE; did you mean 'HARKEN_POOL_SIZE'?\n"
+    assert result.stderr == said
+
+
 @pytest.mark.parametrize("name,value", [("HARKEN_POOL_SIZE", "many"), ("HARKEN_ENGINE", "thred")])
 def test_a_wrong_variable_is_a_usage_error(python, write, name, value):
     """Status 2 and a line that names the variable, before the program begins."""

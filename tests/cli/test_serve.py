@@ -179,6 +179,18 @@ def test_what_is_wrong_is_one_line(serve, words, status, line):
     assert process.returncode == status
 
 
+def test_an_unknown_variable_is_a_warning(serve):
+    """It may be misspelt, and then what it says does not hold; it may be somebody else's, and so the service runs."""
+    process = serve(
+        "srv_app:Echo", "--bind", "tcp://127.0.0.1:0", "--control", "none", env={"HARKEN_MAXCONNECTIONS": "5"}
+    )
+    first = process.stderr.readline()
+    announced(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(SECONDS) == 0
+    assert first.startswith("harken serve: warning: unknown variable HARKEN_MAXCONNECTIONS; did you mean")
+
+
 def test_a_port_in_use_is_status_1(serve):
     """One line, and who has it."""
     with socket.create_server(("127.0.0.1", 0)) as holder:

@@ -26,8 +26,7 @@ __all__ = ["command"]
 def _check(target: str, urls: tuple[str, ...]) -> None:
     options.refuse_wrong_values()
     places = options.addresses(urls)
-    for line in options.unknown_variables():
-        click.echo(f"harken check: warning: {line}", err=True)
+    options.warn_of_unknown_variables("check")
     found = load_target(target)
     values = _settings_of(found, target)
     options.check_together(values)

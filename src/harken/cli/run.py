@@ -46,6 +46,7 @@ def _run(module: str | None, words: tuple[str, ...]) -> Callable[[], int | None]
     if module is None and not words:
         raise click.UsageError("name a script, or a module by -m")
     options.refuse_wrong_values()
+    options.warn_of_unknown_variables("run")
     return lambda: _run_program(module, words)
 
 

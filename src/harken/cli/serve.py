@@ -29,6 +29,7 @@ def _begin(target: str, urls: tuple[str, ...], reload: bool) -> int:
     options.refuse_wrong_values()
     places = options.addresses(urls)
     options.refuse_unsafe_values(places)
+    options.warn_of_unknown_variables("serve")
     if reload:
         _watch(target)
     if Settings(None, profile="serve")["log_format"] == "text":  # a log for machines tells it by itself
