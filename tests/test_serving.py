@@ -272,6 +272,20 @@ def test_the_drain_timeout_of_the_settings_is_used():
             assert 0.02 <= report.seconds < PATIENCE
 
 
+@pytest.mark.parametrize("server", [harken.TCPServer, None, object()], ids=["a class", "None", "an object"])
+def test_background_refuses_what_is_no_server_of_harkens(server):
+    """At once, and nothing is served."""
+    with pytest.raises(ConfigError, match="is no server of harken's"), harken.background(server):
+        pass
+
+
+def test_background_refuses_a_server_of_the_standard_library():
+    """It has none of the verbs; without the refusal it would be waited for, and go on serving for ever."""
+    server = socketserver.TCPServer(LOCAL, socketserver.BaseRequestHandler)
+    with server, pytest.raises(ConfigError, match="put a mix-in of harken's in front"), harken.background(server):
+        pass
+
+
 def test_background_says_when_a_server_is_not_ready_in_time():
     """And how long it waited."""
 

@@ -137,8 +137,10 @@ def subscribe(callback: Callback, *names: str) -> Callable[[], None]:
         A function that ends the subscription; calling it twice is harmless.
 
     Raises:
-        ConfigError: for a name that no event has.
+        ConfigError: for a name that no event has, or a callback that cannot be called.
     """
+    if not callable(callback):
+        raise ConfigError(f"{callback!r} cannot be called: subscribe() takes a callback, and then the names of events")
     for name in names:
         if name not in NAMES:
             raise ConfigError(f"no event is called {name!r}{nearest(name, NAMES)}")

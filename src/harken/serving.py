@@ -589,10 +589,15 @@ def background(server: T, *, timeout: float = 10.0) -> Iterator[T]:
         timeout: seconds to wait for it to be ready.
 
     Raises:
+        ConfigError: it is no server of harken's.
         LifecycleError: it was not ready in time.
         Exception: whatever ``serve_forever`` raised before it was ready.
     """
     made: Any = server
+    if not isinstance(getattr(type(made), _KEY, None), RunningSide):
+        raise ConfigError(
+            f"{made!r} is no server of harken's; take one of its classes, or put a mix-in of harken's in front of yours"
+        )
     serving = serving_of(made)
     failure: list[BaseException] = []
 

@@ -77,7 +77,7 @@ class Kind:
         if self.minimum is not None and value is not None and value < self.minimum:
             raise ValueError(f"is below the smallest value allowed, {self.minimum:g}")
         if self.maximum is not None and value is not None and value > self.maximum:
-            raise ValueError(f"is above the largest value allowed, {self.maximum}")
+            raise ValueError(f"is above the largest value allowed, {self.show(self.maximum)}")
         if self.test is not None and value is not None:
             self.test(value)
         return tuple(value) if isinstance(value, list) else value
@@ -118,6 +118,18 @@ class Kind:
     def _is_path(self, value: object) -> bool:
         """A dotted path (``package.module:Name``) stands for a plug-in of the user's own."""
         return isinstance(value, str) and _PATH.fullmatch(value) is not None
+
+    def take(self, value: Any) -> Any:
+        """Return what a file says, to be read.
+
+        Raises:
+            ValueError: saying how it is to be written.
+        """
+        return value
+
+    def show(self, value: Any) -> str:
+        """Write a number as it would be typed."""
+        return str(value)
 
     def describe(self) -> str:
         """Name the values allowed, for messages and for the reference."""
@@ -375,7 +387,13 @@ class Operator:
         if environment and declared.variable in os.environ:
             return self._value(declared, os.environ[declared.variable], f"environment {declared.variable}")
         if declared.name in self.file:
-            return self._value(declared, self.file[declared.name], f"file {self.path}")
+            raw, source = self.file[declared.name], f"file {self.path}"
+            try:
+                return self._value(declared, declared.kind.take(raw), source)
+            except ValueError as error:
+                if isinstance(error, ConfigError):
+                    raise
+                raise ConfigError(f"{declared.name} = {raw!r} ({source}) {error}") from None
         return None
 
     def _value(self, declared: Setting, raw: Any, source: str) -> Value:

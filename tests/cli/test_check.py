@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 
@@ -168,6 +169,38 @@ def test_a_wrong_value_is_status_2(check, clean, monkeypatch, where):
     assert (status, out) == (2, "")
     assert f"backlog = 'x' ({where} " in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("written, shown", [('"027"', "027"), ('"0o7"', "007"), ('"none"', "none")])
+def test_a_umask_is_shown_as_it_is_written(check, clean, written, shown):
+    """In octal: 23 would be another one."""
+    clean.joinpath("harken.toml").write_text(f"umask = {written}\n")
+    status, out, _ = check("chk_app:Echo", "--config", "harken.toml")
+    assert status == 0
+    assert re.search(rf"^umask +{shown} +file ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", ["27", "0o27"])
+def test_a_umask_in_the_file_stands_in_quotes(check, clean, number):
+    """TOML has no number that begins with 0, and 77 without it would be 0115, by which the group reads."""
+    clean.joinpath("harken.toml").write_text(f"umask = {number}\n")
+    status, _, err = check("chk_app:Echo", "--config", "harken.toml")
+    assert status == 2
+    assert 'is decimal in TOML; write it in quotes, as in "027"' in err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--umask", "1777"], "umask = '1777' (flag --umask) is above the largest value allowed, 777"),
+        (["--control", ""], "control = '' (flag --control) is empty; write a path, or none"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(check, words, said):
+    """The line is about the value, not about what comes of it."""
+    status, _, err = check("chk_app:Echo", *words)
+    assert status == 2
+    assert said in err
 
 
 def test_the_hub_in_use_is_named(check, clean, monkeypatch):

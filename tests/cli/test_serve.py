@@ -87,6 +87,14 @@ def test_what_is_under_tls_is_tried_by_openssl(serve, tmp_path, words, hints):
     assert unix.endswith(f"; try: {hints[1].format(f'{tmp_path}/s')}")
 
 
+def test_the_line_to_try_a_path_with_is_for_the_shell(serve, tmp_path):
+    """Blanks and letters of other languages stand there as in the file's name, not as in the URL."""
+    folder = tmp_path / "two wörds"
+    folder.mkdir()
+    (line,) = announced(serve("srv_app:Echo", "--bind", f"unix:{folder}/s"))
+    assert line.endswith(f"; try: nc -U '{folder}/s'")
+
+
 def test_three_kinds_of_address_at_once(serve, tmp_path):
     """Each address is announced with a line to try it with, and each echoes."""
     words = ["--bind", "tcp://127.0.0.1:0", "--bind", f"unix:{tmp_path}/s", "--bind", "udp://127.0.0.1:0"]

@@ -65,6 +65,7 @@ def test_a_partial_of_a_handler_counts(tmp_path):
     "target,line",
     [
         ("tgt_ap:Echo", "no module named 'tgt_ap'; did you mean 'tgt_app'?"),
+        ("tgt_app.Echo", "no module named 'tgt_app.Echo'; did you mean 'tgt_app:Echo'?"),
         ("tgt_app.sub:Echo", "no module named 'tgt_app.sub'"),
         ("http.servr:HTTPServer", "no module named 'http.servr'; did you mean 'http.server'?"),
         ("tgt_app:Ecko", "tgt_app has no 'Ecko'; did you mean 'Echo'?"),

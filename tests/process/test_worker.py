@@ -270,6 +270,24 @@ def test_what_cannot_be_called_is_refused(handler):
         fit_handler(handler)
 
 
+@pytest.mark.parametrize(
+    "address, said",
+    [
+        (("127.0.0.1", 0), r"\('127.0.0.1', 0\) is no address here: write 'tcp://127.0.0.1:0'"),
+        (("::1", 8800), r"write 'tcp://\[::1\]:8800'"),
+        (8800, "8800 is no address: each is a text"),
+        (["tcp://127.0.0.1:0"], "is no address: each is a text of its own"),
+        (None, "None is no address"),
+    ],
+)
+def test_an_address_that_is_no_text_is_refused(address, said):
+    """socketserver's pair, a port, a list: one line says how it is written."""
+    with pytest.raises(ConfigError, match=said):
+        serve(Upper, address)
+    with pytest.raises(ConfigError, match=said):
+        Worker(Upper, (address,), {})
+
+
 def test_functions_and_partials_may_make_handlers():
     """As socketserver allows."""
     import functools

@@ -82,9 +82,9 @@ def _names(place: str, listeners: list[Listener]) -> list[str]:
 
 def _print_table(values: Settings, engine: str) -> None:
     rows = [("setting", "value", "from")]
-    for name in options.load_settings():
+    for name, declared in options.load_settings().items():
         value, source = in_force(values, engine) if name == "max_connections" else values.find(name)
-        rows.append((name, options.show(value), source))
+        rows.append((name, options.show(value, declared), source))
     for line in _columns(rows):
         click.echo(line)
 

@@ -151,13 +151,15 @@ def _help(declared: Setting) -> str:
     return f"{declared.meaning.rstrip('.')} [{unit}{default}; {declared.variable}]"
 
 
-def show(value: object) -> str:
-    """Write a default as it would be typed."""
+def show(value: object, declared: Setting | None = None) -> str:
+    """Write a value as it would be typed."""
     if isinstance(value, tuple | list):
         return ",".join(map(str, value)) or "empty"
     if isinstance(value, bytes):
         return repr(value)[2:-1] or "empty"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if declared is None else declared.kind.show(value)
 
 
 def _take(ctx: click.Context, declared: Setting, value: str | bool | None) -> None:

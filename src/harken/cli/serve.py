@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import click
 
@@ -66,7 +67,7 @@ def _attempt(url: str) -> str:
     scheme, _, rest = url.partition(":")
     secret = scheme == "tls" or (scheme in {"tcp", "unix"} and _has_tls())
     if scheme in {"unix", "unixgram"}:
-        path = shlex.quote(rest.partition("?")[0])
+        path = shlex.quote(unquote(rest.partition("?")[0]))
         return f"openssl s_client -unix {path}" if secret else f"nc -{'' if scheme == 'unix' else 'u'}U {path}"
     if scheme not in {"tcp", "tls", "udp"}:
         return ""

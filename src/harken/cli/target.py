@@ -156,6 +156,8 @@ def _is_machinery(filename: str) -> bool:
 def near_module(name: str) -> str:
     """Say which module's name is near to one that does not exist; ``"; did you mean …?"`` or another hint."""
     parent, _, last = name.rpartition(".")
+    if isinstance(getattr(sys.modules.get(parent), last, None), type):
+        return f"; did you mean '{parent}:{last}'?"
     if parent in sys.modules:
         known = (module.name for module in pkgutil.iter_modules(getattr(sys.modules[parent], "__path__", [])))
         near = nearest(last, known)

@@ -34,9 +34,15 @@ __all__ = ["BY_NAME", "VERSION", "Client", "Control", "directory", "hear", "open
 VERSION = 1
 BY_NAME = "by name"
 
+
+def _is_named(path: Any) -> None:
+    if not path:
+        raise ValueError("is empty; write a path, or none")
+
+
 CONTROL = setting(
     "control",
-    text(optional=True),
+    text(optional=True, test=_is_named),
     None,
     serve=BY_NAME,
     meaning="the path of the control socket, mode 0600; `by name` is a file with the handler's name in "

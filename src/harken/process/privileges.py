@@ -40,6 +40,16 @@ class _Umask(Kind):
     def _read(self, word: str) -> Any:
         return int(word.removeprefix("0o"), 8)
 
+    def take(self, value: Any) -> Any:
+        """Refuse numbers, which TOML has in decimal: ``umask = 77`` would be 115 in octal, and hide little."""
+        if not isinstance(value, int):
+            return value
+        raise ValueError('is decimal in TOML; write it in quotes, as in "027"')
+
+    def show(self, value: Any) -> str:
+        """Write a mask in octal."""
+        return f"{value:03o}"
+
     def describe(self) -> str:
         """Name the values allowed."""
         return "an octal mode such as 027, or none"
@@ -47,7 +57,7 @@ class _Umask(Kind):
 
 UMASK = setting(
     "umask",
-    _Umask("count", (int,), minimum=0, optional=True),
+    _Umask("count", (int,), minimum=0, maximum=0o777, optional=True),
     None,
     meaning="the file mode creation mask, in octal; none leaves it",
     origin="umask(2)",

@@ -24,7 +24,7 @@ from harken.process.traces import Traces
 from harken.server import BaseServer, TCPServer, UDPServer
 from harken.serving import Serving, serving_of
 from harken.settings import Settings
-from harken.transports import bind_options, listen
+from harken.transports import as_urls, bind_options, listen
 
 __all__ = ["CUT", "DRAINED", "Worker"]
 
@@ -92,6 +92,7 @@ class Worker:
             BindError: an address cannot be had; nothing stays open.
         """
         fit_handler(handler)
+        addresses = as_urls(addresses)
         settings = suited(handler, settings)
         self.settings = Settings(_Profile(), settings, "serve")
         self.servers: list[_Stream | _Datagram] = []
