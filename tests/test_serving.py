@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import harken
-from harken import drain, events
+from harken import drain, events, testing
 from harken.drain import DrainReport
 from harken.engines import Engine
 from harken.engines.inline import Engine as Inline
@@ -318,3 +318,21 @@ def test_a_server_and_its_running_side_are_collected():
 def test_cut_grace_is_short():
     """A stop at once takes no longer than people wait."""
     assert 0 < drain.CUT_GRACE <= 2.0
+
+
+@pytest.mark.parametrize("setting", [{"workers": 4}, {"user": "nobody"}, {"umask": 0o77}, {"pidfile": "pid"}])
+def test_what_only_serve_heeds_is_refused_elsewhere(setting):
+    """A server that was told whose it is to be would go on as root, and nobody would know."""
+    said = "is heeded by harken.serve\\(\\) and `harken serve` alone, not by "
+    with pytest.raises(ConfigError, match=said + "a server class"):
+        harken.TCPServer(LOCAL, Greet, **setting)
+    with pytest.raises(ConfigError, match=said + r"harken\.start\(\)"):
+        harken.start(Greet, "tcp://127.0.0.1:0", **setting).send(None)
+    with pytest.raises(ConfigError, match=said + r"testing\.serve\(\)"), testing.serve(Greet, **setting):
+        pass
+
+
+def test_defaults_of_what_only_serve_heeds_may_be_given():
+    """Those of the drop-in classes and those of serve."""
+    for setting in ({"workers": 0}, {"workers": 1}, {"user": None}, {"control": "by name"}, {"worker_timeout": 30}):
+        harken.TCPServer(LOCAL, Greet, **setting).server_close()

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from harken.errors import ConfigError, nearest
 
-__all__ = ["REGISTRY", "Kind", "Operator", "Setting", "Settings", "Value", "operator", "setting"]
+__all__ = ["REGISTRY", "Kind", "Operator", "Setting", "Settings", "Value", "operator", "refuse_process", "setting"]
 
 Profile = Literal["drop-in", "serve", "private"]
 UNSET: Any = type("Unset", (), {"__repr__": lambda _self: "UNSET", "__bool__": lambda _self: False})()
@@ -194,6 +194,7 @@ class Setting:
     live: bool
     stdlib: str | None
     stdlib_default: Any
+    process: bool
 
     @property
     def flag(self) -> str:
@@ -236,6 +237,7 @@ def setting(
     live: bool = False,
     stdlib: str | None = None,
     stdlib_default: Any = UNSET,
+    process: bool = False,
 ) -> Setting:
     """Declare a setting.
 
@@ -250,6 +252,7 @@ def setting(
         live: whether ``configure()`` may change it while the server runs.
         stdlib: the attribute by which ``socketserver`` knows it, read late and on the instance too.
         stdlib_default: that attribute's default there; finding it counts as "nobody set it".
+        process: whether it is of processes that ``serve`` runs, so that a server by itself cannot heed it.
 
     Returns:
         The declaration, also found in :data:`REGISTRY`.
@@ -265,6 +268,7 @@ def setting(
         live=live,
         stdlib=stdlib,
         stdlib_default=stdlib_default,
+        process=process,
     )
     REGISTRY[name] = declared
     return declared
@@ -322,6 +326,22 @@ def known(name: str, source: str) -> Setting:
     if key not in REGISTRY:
         raise ConfigError(f"unknown setting {name!r} ({source}){nearest(key, REGISTRY)}")
     return REGISTRY[key]
+
+
+def refuse_process(keywords: Mapping[str, Any], who: str) -> None:
+    """Refuse what only ``serve`` heeds, for it would be believed: that a server is another user's, for one.
+
+    Args:
+        keywords: settings by name.
+        who: was given them.
+
+    Raises:
+        ConfigError: one is such a setting, and its value none of the defaults.
+    """
+    for name, value in keywords.items():
+        declared = known(name, "keyword argument")
+        if declared.process and declared.read(value, "keyword argument") not in (declared.default, declared.serve):
+            raise ConfigError(f"{name} = {value!r} is heeded by harken.serve() and `harken serve` alone, not by {who}")
 
 
 class Value(NamedTuple):
@@ -432,6 +452,8 @@ class Settings:
             declared = known(name, "keyword argument")
             value = tuple(value) if isinstance(value, list) else value
             self._keywords[declared.name] = declared.read(value, "keyword argument")
+        if profile == "drop-in":
+            refuse_process(self._keywords, "a server class")
 
     def __getitem__(self, name: str) -> Any:
         """Return the value in force."""

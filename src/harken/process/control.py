@@ -45,6 +45,7 @@ CONTROL = setting(
     text(optional=True, test=_is_named),
     None,
     serve=BY_NAME,
+    process=True,
     meaning="the path of the control socket, mode 0600; `by name` is a file with the handler's name in "
     "`$XDG_RUNTIME_DIR/harken`, `/run/harken` or `/tmp/harken-UID`; none: there is none",
     origin="gunicorn's control socket, which is not named by the operator either",

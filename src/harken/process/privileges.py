@@ -20,6 +20,7 @@ USER = setting(
     "user",
     text(optional=True),
     None,
+    process=True,
     meaning="the user, by name or number, that the server becomes after binding; needs root",
     origin="none: stay who started it",
 )
@@ -27,6 +28,7 @@ GROUP = setting(
     "group",
     text(optional=True),
     None,
+    process=True,
     meaning="the group, by name or number, that the server becomes after binding; none: that of `user`",
     origin="none: stay who started it",
 )
@@ -59,6 +61,7 @@ UMASK = setting(
     "umask",
     _Umask("count", (int,), minimum=0, maximum=0o777, optional=True),
     None,
+    process=True,
     meaning="the file mode creation mask, in octal; none leaves it",
     origin="umask(2)",
 )
@@ -66,6 +69,7 @@ CHDIR = setting(
     "chdir",
     text(optional=True),
     None,
+    process=True,
     meaning="the directory to change to before the target is loaded",
     origin="none: stay where it was started",
 )

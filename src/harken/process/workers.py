@@ -43,6 +43,7 @@ WORKERS = setting(
     serve=1,
     unit="processes",
     live=True,
+    process=True,
     meaning="processes that serve, under a supervisor that replaces those that die; 0 serves in the process itself",
     origin="gunicorn's workers; the drop-in classes serve where they are called",
 )
@@ -52,6 +53,7 @@ WORKER_TIMEOUT = setting(
     30.0,
     unit="seconds",
     live=True,
+    process=True,
     meaning="a worker whose loop has not turned for so long is killed and replaced; 0 never kills. The inline engine's "
     "loop turns between connections only, so it is not judged",
     origin="gunicorn's timeout",
