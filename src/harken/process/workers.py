@@ -53,7 +53,6 @@ WORKER_TIMEOUT = setting(
     30.0,
     unit="seconds",
     live=True,
-    process=True,
     meaning="a worker whose loop has not turned for so long is killed and replaced; 0 never kills. The inline engine's "
     "loop turns between connections only, so it is not judged",
     origin="gunicorn's timeout",
