@@ -41,6 +41,8 @@ NAMES: dict[str, str] = {
     "alarm": "`alarm_connections` are open: `open`",
     "memory_exceeded": "harken holds more for connections than `max_memory_bytes`: `held`, `limit` (of this process)",
     "memory_recovered": "it holds less again: `held`, `limit`",
+    "control_failed": "the control socket that `control` names by the handler cannot be had, and the service goes on "
+    "without: `reason`",
     "configured": "live settings were changed: `changes`",
     "reloaded": "code, settings or certificates were read anew: `what`",
     "reload_failed": "something was to be read anew and could not; what was there stays in force: `what`, `reason`",
