@@ -83,7 +83,7 @@ class BaseServer:
             poll_interval: seconds between calls of ``service_actions``; ``shutdown()`` does not wait for it.
 
         Raises:
-            LifecycleError: the server is closed, or drains.
+            LifecycleError: the server drains, or is closed and was given no other socket.
             OSError: the socket is no listener.
             BaseException: what a hook raises beyond ``Exception``, or ``handle_error`` raises, leaves the loop.
         """
@@ -333,6 +333,9 @@ class BaseServer:
 
         Args:
             timeout: seconds to wait; None takes the setting ``drain_timeout``.
+
+        Returns:
+            A :class:`harken.DrainReport`: how many ended by themselves, how many left, and which were cut.
         """
         return self._harken.drain(timeout, partial(BaseServer.__request_shutdown, self))
 
