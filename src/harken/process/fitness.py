@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import socketserver
+import sys
 from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
@@ -59,7 +59,8 @@ def faults(handler: type) -> Iterator[str]:
 def _callers(handler: type) -> tuple[Any, ...]:
     """Whose constructors call the hooks as they are declared here; one of the user's own may call them as it likes."""
     if not getattr(handler, "is_async", False):
-        return BaseRequestHandler, socketserver.BaseRequestHandler
+        stdlib = getattr(sys.modules.get("socketserver"), "BaseRequestHandler", BaseRequestHandler)  # loads nothing
+        return BaseRequestHandler, stdlib
     from harken.async_handlers import AsyncRequestHandler  # loads asyncio
 
     return (AsyncRequestHandler,)
