@@ -36,7 +36,7 @@ format: $(VENV)/.have-lint ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: $(VENV)/.have-lint $(VENV)/.have-test ## mypy --strict over src
+types: $(VENV)/.have-lint $(VENV)/.have-test ## mypy --strict over src, and over programs as users write them
 	$(BIN)/mypy
 
 layers: $(VENV)/.have-lint ## imports go down only

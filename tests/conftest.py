@@ -230,7 +230,8 @@ def run_program() -> Iterator[RunProgram]:
 
     def start(*arguments: str | os.PathLike[str], env: dict[str, str] | None = None, **options: object) -> object:
         paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **(env or {})}
+        inherited = {name: value for name, value in os.environ.items() if name != "HARKEN_SOAK"}  # unknown to harken
+        environment = {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", **(env or {})}
         settings = {
             "stdin": subprocess.DEVNULL,
             "stdout": subprocess.PIPE,

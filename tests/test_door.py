@@ -1,10 +1,12 @@
 """The lazy door: what ``import harken`` loads, and what it has."""
 
+import ast
 import importlib
 import inspect
 import socket
 import socketserver
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +65,15 @@ def test_every_name_of_socketserver_is_a_class_of_harkens(name):
     assert inspect.isclass(found)
     assert found.__name__ == name
     assert found.__module__.startswith("harken.")
+
+
+def test_type_checkers_are_told_every_name_and_its_home():
+    """The stub beside the door says where each name is from, as the door itself does, and names nothing else."""
+    stub = ast.parse(Path(harken.__file__).with_suffix(".pyi").read_text())
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom) and node.module != "typing"]
+    told = {alias.asname: node.module for node in imports for alias in node.names}
+    assert told == {**harken._HOMES, **dict.fromkeys(harken._SUBMODULES, "harken")}
+    assert all(alias.name == alias.asname for node in imports for alias in node.names)
 
 
 def test_dir_lists_what_is_not_loaded_yet(run_program):

@@ -67,6 +67,13 @@ def test_an_unknown_name_is_refused_with_the_nearest(seen):
     assert seen == []
 
 
+@pytest.mark.parametrize("arguments", [("closed", print), (None,), (7, "closed")], ids=repr)
+def test_a_callback_that_cannot_be_called_is_refused(arguments):
+    """By the order in which arguments are taken, since they may have changed places."""
+    with pytest.raises(ConfigError, match=r"cannot be called: subscribe\(\) takes a callback, and then the names"):
+        events.subscribe(*arguments)
+
+
 def test_a_raising_observer_disturbs_nobody(seen, capsys):
     """The next observer is told, the emitter goes on, and stderr says whose fault it was."""
 

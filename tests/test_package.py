@@ -88,11 +88,13 @@ def test_version_is_written_once() -> None:
 
 
 def test_typing_marker_and_startup_hook_are_packed() -> None:
-    """``py.typed`` and the start-up hook exist where the package data looks for them."""
+    """``py.typed``, the door's stub and the start-up hook exist where the package data looks for them."""
     package = ROOT / "src" / "harken"
     assert (package / "py.typed").is_file()
+    assert (package / "__init__.pyi").is_file()
     assert list((package / "_startup").glob("*.py"))
-    assert PROJECT["tool"]["setuptools"]["package-data"]["harken"] == ["py.typed", "_startup/*", "observe/*.html"]
+    packed = ["py.typed", "*.pyi", "_startup/*", "observe/*.html"]
+    assert PROJECT["tool"]["setuptools"]["package-data"]["harken"] == packed
     assert (package / "observe" / "view.html").is_file()
 
 

@@ -38,6 +38,15 @@ def test_a_dotted_path_that_leads_nowhere_is_a_config_error(path):
         plugins.find("engines", path, "Engine")
 
 
+def test_a_module_that_fails_is_a_config_error(tmp_path, monkeypatch):
+    """With the module's own error as its cause."""
+    tmp_path.joinpath("plugin_that_fails.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"cannot load 'plugin_that_fails:X' for limits: ZeroDivisionError") as caught:
+        plugins.find("limits", "plugin_that_fails:X", "Limit")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
 def test_an_unknown_name_is_refused_with_the_nearest():
     """A typing error is told from a part that is missing."""
     with pytest.raises(ConfigError, match=r"engines has no 'thred'; did you mean 'thread'\?"):

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 import harken
-from harken import drain, events
+from harken import drain, events, testing
 from harken.drain import DrainReport
 from harken.engines import Engine
 from harken.engines.inline import Engine as Inline
@@ -272,6 +272,20 @@ def test_the_drain_timeout_of_the_settings_is_used():
             assert 0.02 <= report.seconds < PATIENCE
 
 
+@pytest.mark.parametrize("server", [harken.TCPServer, None, object()], ids=["a class", "None", "an object"])
+def test_background_refuses_what_is_no_server_of_harkens(server):
+    """At once, and nothing is served."""
+    with pytest.raises(ConfigError, match="is no server of harken's"), harken.background(server):
+        pass
+
+
+def test_background_refuses_a_server_of_the_standard_library():
+    """It has none of the verbs; without the refusal it would be waited for, and go on serving for ever."""
+    server = socketserver.TCPServer(LOCAL, socketserver.BaseRequestHandler)
+    with server, pytest.raises(ConfigError, match="put a mix-in of harken's in front"), harken.background(server):
+        pass
+
+
 def test_background_says_when_a_server_is_not_ready_in_time():
     """And how long it waited."""
 
@@ -304,3 +318,21 @@ def test_a_server_and_its_running_side_are_collected():
 def test_cut_grace_is_short():
     """A stop at once takes no longer than people wait."""
     assert 0 < drain.CUT_GRACE <= 2.0
+
+
+@pytest.mark.parametrize("setting", [{"workers": 4}, {"user": "nobody"}, {"umask": 0o77}, {"pidfile": "pid"}])
+def test_what_only_serve_heeds_is_refused_elsewhere(setting):
+    """A server that was told whose it is to be would go on as root, and nobody would know."""
+    said = "is heeded by harken.serve\\(\\) and `harken serve` alone, not by "
+    with pytest.raises(ConfigError, match=said + "a server class"):
+        harken.TCPServer(LOCAL, Greet, **setting)
+    with pytest.raises(ConfigError, match=said + r"harken\.start\(\)"):
+        harken.start(Greet, "tcp://127.0.0.1:0", **setting).send(None)
+    with pytest.raises(ConfigError, match=said + r"testing\.serve\(\)"), testing.serve(Greet, **setting):
+        pass
+
+
+def test_defaults_of_what_only_serve_heeds_may_be_given():
+    """Those of the drop-in classes and those of serve."""
+    for setting in ({"workers": 0}, {"workers": 1}, {"user": None}, {"control": "by name"}, {"worker_timeout": 30}):
+        harken.TCPServer(LOCAL, Greet, **setting).server_close()

@@ -13,7 +13,7 @@ import click
 from prose import doc_of, markdown, page, summary_of, table
 
 import harken
-from harken import cli, errors, events, transports
+from harken import cli, errors, events, explain, green, testing, transports
 from harken.cli.options import load_settings
 from harken.lifecycle import MOVES, State
 from harken.meter import SECONDS
@@ -21,6 +21,7 @@ from harken.observe import families
 from harken.preambles import proxy_header
 from harken.preambles.proxy_header import ProxyHeader, ProxySSL
 from harken.process import signals
+from harken.process.start import Started
 from harken.records import REASONS
 from harken.settings import Setting
 
@@ -79,6 +80,8 @@ def _setting(declared: Setting) -> str:
         f"* flag `{declared.flag}`, variable `{declared.variable}`"
         + (", may change on a running server" if declared.live else ""),
     ]
+    if declared.process:
+        lines.append("* heeded by `harken serve` and `harken.serve()` alone; a server class refuses it as a keyword")
     if declared.stdlib:
         lines.append(f"* the standard library's attribute `{declared.stdlib}` sets it too, on a class or a server")
     return f"## {declared.name}\n\n{markdown(declared.meaning)}.\n\n" + "\n".join(lines)
@@ -175,6 +178,7 @@ def lifecycle_page() -> str:
         *(_member(_definer(name), name) for name in VERBS),
         f"## harken.background{_signature(harken.background)}",
         doc_of(harken.background),
+        *_things(harken, ("DrainReport", "ConnectionInfo")),
     )
 
 
@@ -217,9 +221,22 @@ def _command(name: str) -> str:
         if option.expose_value or not flags & {*option.opts}
     ]
     rows = [[f"`{option[0]}`", option[1]] for option in records if option]
+    verbs = [_verb(verb, name) for verb in command.commands.values()] if isinstance(command, click.Group) else []
     usage = " ".join(command.get_usage(context).removeprefix("Usage: ").split())
     text = inspect.cleandoc(command.help or "")
-    return f"## harken {name}\n\n```text\n{usage}\n```\n\n{text}\n\n" + table(["option", "meaning"], rows)
+    known = table(["verb", "does"], verbs) + "\n\n" if verbs else ""
+    return f"## harken {name}\n\n```text\n{usage}\n```\n\n{text}\n\n{known}" + table(["option", "meaning"], rows)
+
+
+def _verb(command: click.Command, group: str) -> list[str]:
+    """A row for one verb of a group, with its own options."""
+    context = click.Context(command, info_name=command.name)
+    words = " ".join(piece for piece in command.collect_usage_pieces(context) if piece != "[OPTIONS]")
+    options = [option.get_help_record(context) for option in command.params if isinstance(option, click.Option)]
+    shared = {flag for option in cli.root.get_command(context, group).params for flag in option.opts}  # type: ignore[union-attr]
+    own = [f"`{record[0]}`: {record[1]}" for record in options if record and record[0].split()[0] not in shared]
+    text = inspect.cleandoc(command.help or "").rstrip(".")
+    return [f"`{f'{command.name} {words}'.strip()}`", "; ".join([text, *own])]
 
 
 def signals_page() -> str:
@@ -294,10 +311,40 @@ def server_page() -> str:
         "## Hooks",
         "In the order in which a server calls them; each may be overridden or extended.",
         *(_member(_definer(name), name) for name in HOOKS),
-        f"## harken.serve{_signature(harken.serve)}",
-        doc_of(harken.serve),
+        *_things(harken, ("serve", "start")),
+        "### What harken.start returns",
+        doc_of(Started),
+        *(part.replace("### ", "#### ", 1) for part in _public_members(Started)),
+        *_things(harken, ("TLS",)),
         "The verbs (`serve_forever`, `shutdown`, `drain` and so on) are on the page [Lifecycle](lifecycle.md).",
     )
+
+
+def green_threads_page() -> str:
+    """What handlers on the green engine wait by."""
+    return page("Green threads", doc_of(green), *_things(green, green.__all__))
+
+
+def testing_page() -> str:
+    """What tests of handlers, servers and engines need."""
+    return page("Testing", doc_of(testing), *_things(testing, testing.__all__))
+
+
+def explain_page() -> str:
+    """What ``harken explain`` is made of."""
+    return page("Explain", doc_of(explain), *_things(explain, explain.__all__))
+
+
+def _things(module: types.ModuleType, names: Iterable[str]) -> Iterator[str]:
+    """Functions and classes of a module, the classes with their members."""
+    for name in names:
+        thing = getattr(module, name)
+        if not getattr(thing, "__module__", "").startswith("harken"):
+            continue  # data, and what is the standard library's
+        made = isinstance(thing, type) and "__init__" not in vars(thing)
+        yield f"## {module.__name__}.{name}{'' if made else _signature(thing)}\n\n{doc_of(thing)}"
+        if isinstance(thing, type):
+            yield from _public_members(thing)
 
 
 def _definer(hook: str) -> type:

@@ -63,4 +63,4 @@ def _entry(line: str, section: str) -> str:
 
 def _inline(text: str) -> str:
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
-    return re.sub(r"``(.+?)``", r"`\1`", text)
+    return re.sub(r"``(.+?)``", lambda found: f"`{' '.join(found[1].split())}`", text, flags=re.DOTALL)

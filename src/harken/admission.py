@@ -12,11 +12,12 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from harken import plugins
 from harken.acceptor import WAITING
+from harken.errors import ConfigError
 from harken.limits import Limit
 from harken.limits.addresses import Addresses
 from harken.limits.alarm import Alarm
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from harken.records import Record, Registry
     from harken.settings import Settings
 
-__all__ = ["Admission", "Ticket", "reply_of", "wanted"]
+__all__ = ["Admission", "Ticket", "load_limits", "reply_of", "wanted"]
 
 # Seconds between looks while all places are taken: with ``overload=shed`` the next one may have to go.
 SHED_SECONDS = 1.0
@@ -143,7 +144,7 @@ class Admission:
             self._lists = lists
             self._addresses = Addresses(*lists) if any(entry is not None for entry in lists) else None
         if settings["limits"] != self._own[0]:
-            self._own = settings["limits"], tuple(map(_made, settings["limits"]))
+            self._own = settings["limits"], load_limits(settings["limits"])
         self._arrange()
         self.left()
 
@@ -390,7 +391,21 @@ def _complain(limit: Limit, method: str) -> None:
         traceback.print_exc()
 
 
+def load_limits(entries: Iterable[Any]) -> tuple[Limit, ...]:
+    """Return the limits of the setting ``limits``: each is one, or the dotted path of one or of its class.
+
+    Raises:
+        ConfigError: a path leads nowhere, or to something else.
+    """
+    return tuple(map(_made, entries))
+
+
 def _made(entry: Any) -> Limit:
     found = plugins.find("limits", entry, "Limit") if isinstance(entry, str) else entry
-    made: Limit = found() if isinstance(found, type) else found
+    try:
+        made = found() if isinstance(found, type) else found
+    except Exception as error:
+        raise ConfigError(f"limits: {entry!r} cannot be made: {type(error).__name__}: {error}") from error
+    if not isinstance(made, Limit):
+        raise ConfigError(f"limits: {entry!r} is no limit: it has no admit() and release()")
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Awaitable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from harken import preambles
 from harken._hub.awaited import AsyncConnection, files
@@ -18,7 +18,24 @@ from harken.handlers import BaseRequestHandler
 __all__ = ["AsyncRequestHandler", "AsyncStreamRequestHandler"]
 
 
-class AsyncRequestHandler(BaseRequestHandler):
+if TYPE_CHECKING:
+
+    class _Base:
+        """BaseRequestHandler without the promise that its hooks return None: here they may be ``async def``."""
+
+        lazy: bool
+        _is_called_from_outside: bool
+        connection_id = BaseRequestHandler.connection_id
+        peer = BaseRequestHandler.peer
+        draining = BaseRequestHandler.draining
+        logger = BaseRequestHandler.logger
+
+        def on_drain(self) -> Any: ...
+else:
+    _Base = BaseRequestHandler
+
+
+class AsyncRequestHandler(_Base):
     """Serve one request by coroutines: override ``async def handle``, and ``setup`` and ``finish`` if needed.
 
     Each of the hooks may be ``async def`` or a plain ``def`` that does not wait. They run in one task of the event
@@ -125,7 +142,7 @@ class AsyncStreamRequestHandler(AsyncRequestHandler):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.rfile, self.wfile = files(self.connection)
 
-    async def finish(self) -> None:  # type: ignore[override]
+    async def finish(self) -> None:
         """Send what ``wfile`` still holds, and close both files."""
         try:
             await self.wfile.sent()

@@ -41,6 +41,8 @@ NAMES: dict[str, str] = {
     "alarm": "`alarm_connections` are open: `open`",
     "memory_exceeded": "harken holds more for connections than `max_memory_bytes`: `held`, `limit` (of this process)",
     "memory_recovered": "it holds less again: `held`, `limit`",
+    "control_failed": "the control socket that `control` names by the handler cannot be had, and the service goes on "
+    "without: `reason`",
     "configured": "live settings were changed: `changes`",
     "reloaded": "code, settings or certificates were read anew: `what`",
     "reload_failed": "something was to be read anew and could not; what was there stays in force: `what`, `reason`",
@@ -137,8 +139,10 @@ def subscribe(callback: Callback, *names: str) -> Callable[[], None]:
         A function that ends the subscription; calling it twice is harmless.
 
     Raises:
-        ConfigError: for a name that no event has.
+        ConfigError: for a name that no event has, or a callback that cannot be called.
     """
+    if not callable(callback):
+        raise ConfigError(f"{callback!r} cannot be called: subscribe() takes a callback, and then the names of events")
     for name in names:
         if name not in NAMES:
             raise ConfigError(f"no event is called {name!r}{nearest(name, NAMES)}")

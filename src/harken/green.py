@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from queue import Empty, Full
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple
 
 from greenlet import getcurrent, greenlet
 
@@ -54,6 +54,7 @@ _RETRY_SECONDS = 0.01
 _crew = Crew(lambda: True, limit=OFFLOAD_THREADS)
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
 class GreenThread:
@@ -99,7 +100,7 @@ class _Body:
         self._over.set()
 
 
-def spawn(function: Callable[..., object], *args: Any) -> GreenThread:
+def spawn(function: Callable[[*Ts], object], *args: *Ts) -> GreenThread:
     """Run ``function(*args)`` in a green thread beside this one, in a copy of its context variables.
 
     It starts when this one waits next. What it raises is shown by ``threading.excepthook``. When the server has stopped
@@ -166,7 +167,7 @@ class _Timeout:
         self._timer.cancel()
 
 
-def offload(function: Callable[..., Any], *args: Any) -> Any:
+def offload(function: Callable[[*Ts], T], *args: *Ts) -> T:
     """Return ``function(*args)``, which may block or compute: a plain thread runs it while others have their turn.
 
     It sees this green thread's context variables, in a copy. When this green thread is interrupted, it runs on and what
@@ -180,16 +181,16 @@ def offload(function: Callable[..., Any], *args: Any) -> Any:
     if patched():
         from harken._hub.hosts import gevent
 
-        return gevent.offload(contextvars.copy_context().run, function, *args)
+        return gevent.offload(contextvars.copy_context().run, function, *args)  # type: ignore[no-any-return]
     return aside(function, *args)
 
 
-def aside(function: Callable[..., Any], *args: Any) -> Any:
+def aside(function: Callable[[*Ts], T], *args: *Ts) -> T:
     """As ``offload``, but under gevent in a thread that gevent patched: for what waits and does not block."""
     if _hub.current() is None:
         return function(*args)
     bell = Bell()
-    returned: list[Any] = []
+    returned: list[T] = []
     raised: list[BaseException] = []
     context = contextvars.copy_context()
 
@@ -244,7 +245,7 @@ def getaddrinfo(
     try:
         return socket.getaddrinfo(host, port, family, type, proto, flags | socket.AI_NUMERICHOST)
     except socket.gaierror:
-        return offload(socket.getaddrinfo, host, port, family, type, proto, flags)  # type: ignore[no-any-return]
+        return offload(socket.getaddrinfo, host, port, family, type, proto, flags)
 
 
 def connect(

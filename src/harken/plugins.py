@@ -34,6 +34,8 @@ def find(room: str, name: str, attribute: str) -> Any:
             return getattr(importlib.import_module(module), wanted)
         except (ImportError, AttributeError) as error:
             raise ConfigError(f"cannot load {name!r} for {room}: {error}") from None
+        except Exception as error:
+            raise ConfigError(f"cannot load {name!r} for {room}: {type(error).__name__}: {error}") from error
     if name in names(room):
         return getattr(importlib.import_module(f"harken.{room}.{name}"), attribute)
     from importlib.metadata import entry_points

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, Self
 
 from harken import preambles, straight
 from harken.connection import Connection, accept, read_off, shut
@@ -83,7 +83,7 @@ class BaseServer:
             poll_interval: seconds between calls of ``service_actions``; ``shutdown()`` does not wait for it.
 
         Raises:
-            LifecycleError: the server is closed, or drains.
+            LifecycleError: the server drains, or is closed and was given no other socket.
             OSError: the socket is no listener.
             BaseException: what a hook raises beyond ``Exception``, or ``handle_error`` raises, leaves the loop.
         """
@@ -306,7 +306,7 @@ class BaseServer:
         traceback.print_exc()
         print("-" * 40, file=sys.stderr)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *args: object) -> None:
@@ -335,6 +335,9 @@ class BaseServer:
 
         Args:
             timeout: seconds to wait; None takes the setting ``drain_timeout``.
+
+        Returns:
+            A :class:`harken.DrainReport`: how many ended by themselves, how many left, and which were cut.
         """
         return self._harken.drain(timeout, partial(BaseServer.__request_shutdown, self))
 

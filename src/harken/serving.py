@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from harken import events, plugins
 from harken.acceptor import Acceptor
@@ -23,7 +23,7 @@ from harken.bounds import Bounds
 from harken.children import Children
 from harken.closing import LEAVE_SECONDS
 from harken.drain import Drain, DrainReport, drain
-from harken.engines import ENGINE, Engine
+from harken.engines import ENGINE, Engine, load
 from harken.entry import Entry, entry_of
 from harken.errors import ConfigError, LifecycleError
 from harken.intake import Intake
@@ -42,6 +42,8 @@ __all__ = ["DrainReport", "RunningSide", "Serving", "background", "serving_of"]
 
 # A name that programs do not have, found by ordinary attribute access on the hot path.
 _KEY = "_harken"
+
+T = TypeVar("T")
 
 
 class Serving:
@@ -104,7 +106,7 @@ class Serving:
         with self.guard:
             made: Engine | None = vars(self).get("engine")
             if made is None:
-                made = plugins.find("engines", self.engine_name, "Engine")(self.option)
+                made = load(self.engine_name)(self.option)
                 self._prepare(made)
             return made
 
@@ -511,7 +513,7 @@ def _end_interrupted() -> None:
 
 
 @contextmanager
-def background(server: Any, *, timeout: float = 10.0) -> Iterator[Any]:
+def background(server: T, *, timeout: float = 10.0) -> Iterator[T]:
     """Serve in a thread while the block runs: ready when entered, drained and closed when left.
 
     Args:
@@ -519,15 +521,21 @@ def background(server: Any, *, timeout: float = 10.0) -> Iterator[Any]:
         timeout: seconds to wait for it to be ready.
 
     Raises:
+        ConfigError: it is no server of harken's.
         LifecycleError: it was not ready in time.
         Exception: whatever ``serve_forever`` raised before it was ready.
     """
-    serving = serving_of(server)
+    made: Any = server
+    if not isinstance(getattr(type(made), _KEY, None), RunningSide):
+        raise ConfigError(
+            f"{made!r} is no server of harken's; take one of its classes, or put a mix-in of harken's in front of yours"
+        )
+    serving = serving_of(made)
     failure: list[BaseException] = []
 
     def serve() -> None:
         try:
-            server.serve_forever()
+            made.serve_forever()
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failure.append(error)
             serving.ready.set()
@@ -543,8 +551,8 @@ def background(server: Any, *, timeout: float = 10.0) -> Iterator[Any]:
     finally:
         from harken.server import BaseServer
 
-        BaseServer.drain(server)
-        server.server_close()
+        BaseServer.drain(made)
+        made.server_close()
         thread.join(timeout)
         if failure:
             raise failure[0]

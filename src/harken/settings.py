@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from harken.errors import ConfigError, nearest
 
-__all__ = ["REGISTRY", "Kind", "Operator", "Setting", "Settings", "Value", "operator", "setting"]
+__all__ = ["REGISTRY", "Kind", "Operator", "Setting", "Settings", "Value", "operator", "refuse_process", "setting"]
 
 Profile = Literal["drop-in", "serve", "private"]
 UNSET: Any = type("Unset", (), {"__repr__": lambda _self: "UNSET", "__bool__": lambda _self: False})()
@@ -77,7 +77,7 @@ class Kind:
         if self.minimum is not None and value is not None and value < self.minimum:
             raise ValueError(f"is below the smallest value allowed, {self.minimum:g}")
         if self.maximum is not None and value is not None and value > self.maximum:
-            raise ValueError(f"is above the largest value allowed, {self.maximum}")
+            raise ValueError(f"is above the largest value allowed, {self.show(self.maximum)}")
         if self.test is not None and value is not None:
             self.test(value)
         return tuple(value) if isinstance(value, list) else value
@@ -118,6 +118,18 @@ class Kind:
     def _is_path(self, value: object) -> bool:
         """A dotted path (``package.module:Name``) stands for a plug-in of the user's own."""
         return isinstance(value, str) and _PATH.fullmatch(value) is not None
+
+    def take(self, value: Any) -> Any:
+        """Return what a file says, to be read.
+
+        Raises:
+            ValueError: saying how it is to be written.
+        """
+        return value
+
+    def show(self, value: Any) -> str:
+        """Write a number as it would be typed."""
+        return str(value)
 
     def describe(self) -> str:
         """Name the values allowed, for messages and for the reference."""
@@ -182,6 +194,7 @@ class Setting:
     live: bool
     stdlib: str | None
     stdlib_default: Any
+    process: bool
 
     @property
     def flag(self) -> str:
@@ -224,6 +237,7 @@ def setting(
     live: bool = False,
     stdlib: str | None = None,
     stdlib_default: Any = UNSET,
+    process: bool = False,
 ) -> Setting:
     """Declare a setting.
 
@@ -238,6 +252,7 @@ def setting(
         live: whether ``configure()`` may change it while the server runs.
         stdlib: the attribute by which ``socketserver`` knows it, read late and on the instance too.
         stdlib_default: that attribute's default there; finding it counts as "nobody set it".
+        process: whether it is of processes that ``serve`` runs, so that a server by itself cannot heed it.
 
     Returns:
         The declaration, also found in :data:`REGISTRY`.
@@ -253,6 +268,7 @@ def setting(
         live=live,
         stdlib=stdlib,
         stdlib_default=stdlib_default,
+        process=process,
     )
     REGISTRY[name] = declared
     return declared
@@ -310,6 +326,22 @@ def known(name: str, source: str) -> Setting:
     if key not in REGISTRY:
         raise ConfigError(f"unknown setting {name!r} ({source}){nearest(key, REGISTRY)}")
     return REGISTRY[key]
+
+
+def refuse_process(keywords: Mapping[str, Any], who: str) -> None:
+    """Refuse what only ``serve`` heeds, for it would be believed: that a server is another user's, for one.
+
+    Args:
+        keywords: settings by name.
+        who: was given them.
+
+    Raises:
+        ConfigError: one is such a setting, and its value none of the defaults.
+    """
+    for name, value in keywords.items():
+        declared = known(name, "keyword argument")
+        if declared.process and declared.read(value, "keyword argument") not in (declared.default, declared.serve):
+            raise ConfigError(f"{name} = {value!r} is heeded by harken.serve() and `harken serve` alone, not by {who}")
 
 
 class Value(NamedTuple):
@@ -375,7 +407,13 @@ class Operator:
         if environment and declared.variable in os.environ:
             return self._value(declared, os.environ[declared.variable], f"environment {declared.variable}")
         if declared.name in self.file:
-            return self._value(declared, self.file[declared.name], f"file {self.path}")
+            raw, source = self.file[declared.name], f"file {self.path}"
+            try:
+                return self._value(declared, declared.kind.take(raw), source)
+            except ValueError as error:
+                if isinstance(error, ConfigError):
+                    raise
+                raise ConfigError(f"{declared.name} = {raw!r} ({source}) {error}") from None
         return None
 
     def _value(self, declared: Setting, raw: Any, source: str) -> Value:
@@ -414,6 +452,8 @@ class Settings:
             declared = known(name, "keyword argument")
             value = tuple(value) if isinstance(value, list) else value
             self._keywords[declared.name] = declared.read(value, "keyword argument")
+        if profile == "drop-in":
+            refuse_process(self._keywords, "a server class")
 
     def __getitem__(self, name: str) -> Any:
         """Return the value in force."""

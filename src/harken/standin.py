@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import harken
 from harken import settings
@@ -34,7 +35,8 @@ def install() -> None:
     old = sys.modules.get(REPLACED)
     sys.modules[REPLACED] = harken
     settings.operator.unaware = True
-    harken.__all__ = [name for name in harken.__all__ if _is_old(name)]  # what `from socketserver import *` gives
+    door: Any = harken
+    door.__all__ = [name for name in door.__all__ if _is_old(name)]  # what `from socketserver import *` gives
     if old is not None and old is not harken:
         for name in _built_on(old):
             _forget(name)

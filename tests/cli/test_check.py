@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import sys
 
 import pytest
 
@@ -169,6 +171,38 @@ def test_a_wrong_value_is_status_2(check, clean, monkeypatch, where):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("written, shown", [('"027"', "027"), ('"0o7"', "007"), ('"none"', "none")])
+def test_a_umask_is_shown_as_it_is_written(check, clean, written, shown):
+    """In octal: 23 would be another one."""
+    clean.joinpath("harken.toml").write_text(f"umask = {written}\n")
+    status, out, _ = check("chk_app:Echo", "--config", "harken.toml")
+    assert status == 0
+    assert re.search(rf"^umask +{shown} +file ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", ["27", "0o27"])
+def test_a_umask_in_the_file_stands_in_quotes(check, clean, number):
+    """TOML has no number that begins with 0, and 77 without it would be 0115, by which the group reads."""
+    clean.joinpath("harken.toml").write_text(f"umask = {number}\n")
+    status, _, err = check("chk_app:Echo", "--config", "harken.toml")
+    assert status == 2
+    assert 'is decimal in TOML; write it in quotes, as in "027"' in err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--umask", "1777"], "umask = '1777' (flag --umask) is above the largest value allowed, 777"),
+        (["--control", ""], "control = '' (flag --control) is empty; write a path, or none"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(check, words, said):
+    """The line is about the value, not about what comes of it."""
+    status, _, err = check("chk_app:Echo", *words)
+    assert status == 2
+    assert said in err
+
+
 def test_the_hub_in_use_is_named(check, clean, monkeypatch):
     """On the green engine alone; its variable is known."""
     from harken import _hub
@@ -211,12 +245,22 @@ def test_headers_of_proxies_need_to_be_trusted(harken, check, networks):
         ["--bind", "SERVED"],
         ["--tls-verify", "optional"],
         ["--tls-ca", "clients.pem"],
+        ["--limits", "missing:Quota"],
+        ["--limits", "json:loads"],
+        ["--limits", "http.cookiejar:Cookie"],
+        ["--engine", "json:loads"],
+        ["--engine", "collections:OrderedDict"],
+        ["--engine", "chk_wrong:Engine"],
+        ["--engine", "green", "--loop", "uvloop"],
     ],
 )
-def test_what_serve_refuses_check_refuses_in_the_same_words(harken, clean, free_port, run_program, words):
+def test_what_serve_refuses_check_refuses_in_the_same_words(harken, clean, free_port, run_program, monkeypatch, words):
     """What comes after the settings and before the first connection: files, users, one place wanted twice."""
     clean.joinpath("chk_app.py").write_text(PROGRAM)
     clean.joinpath("private").mkdir(mode=0o700)
+    clean.joinpath("uvloop.py").write_text("raise ImportError('as where it is not installed')\n")
+    clean.joinpath("chk_wrong.py").write_text("1 / 0\n")
+    monkeypatch.setitem(sys.modules, "uvloop", None)
     served = f"tcp://127.0.0.1:{free_port}"
     words = ["chk_app:Echo", "--bind", served, "--control", "none", *(word.replace("SERVED", served) for word in words)]
     before = sorted(os.listdir())

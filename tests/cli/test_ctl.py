@@ -85,6 +85,7 @@ def test_a_server_that_hangs_is_given_up(running, monkeypatch):
     """After a time, with one line."""
     monkeypatch.setattr(asking, "ANSWER_SECONDS", 0.1)
     os.kill(running.process.pid, signal.SIGSTOP)
+    os.waitpid(running.process.pid, os.WUNTRACED)  # until then it may answer
     with pytest.raises(asking.Refused, match="no answer within 0.1 s"), asking.connected(str(running.path)) as sock:
         asking.ask(sock, "status")
 

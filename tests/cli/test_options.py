@@ -141,6 +141,18 @@ def test_unknown_variables_are_named_with_the_nearest(monkeypatch):
     assert options.unknown_variables() == ["unknown variable HARKEN_POOL_SISE; did you mean 'HARKEN_POOL_SIZE'?"]
 
 
+def test_what_kubernetes_tells_of_a_service_called_harken_is_nobodys_mistake(monkeypatch):
+    """A port that somebody means by such a name is one."""
+    for name in ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_ECHO", "PORT_8800_TCP", "PORT_8800_TCP_ADDR"):
+        monkeypatch.setenv(f"HARKEN_{name}", "10.0.0.1")
+        monkeypatch.setenv(f"HARKEN_ECHO_{name}", "10.0.0.1")
+    monkeypatch.setenv("HARKEN_PORT", "tcp://10.0.0.1:8800")
+    assert options.unknown_variables() == []
+    monkeypatch.setenv("HARKEN_PORT", "8800")
+    (line,) = options.unknown_variables()
+    assert line.startswith("unknown variable HARKEN_PORT")
+
+
 def test_values_are_shown_as_they_are_typed():
     """None, booleans, lists and bytes in the words that flags and files take."""
     shown = [options.show(v) for v in (None, True, False, 0, 1, 1.5, (), ("a", "b"), b"", b"no\n", "x")]

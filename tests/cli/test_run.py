@@ -222,6 +222,55 @@ def test_what_is_misspelt_is_one_line(python, tmp_path, words, line, status):
     assert result.returncode == status
 
 
+@pytest.mark.parametrize("words", [["--user", "nobody"], ["--workers", "4"], ["--umask", "077"], ["--pidfile", "p"]])
+def test_a_flag_that_nothing_would_come_of_is_refused(python, write, words):
+    """The program would run as root, say, and its operator would believe that it does not."""
+    write("prog.py", "print('begun')")
+    result = python("-m", "harken", "run", *words, "prog.py")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"harken run: {words[0]} is heeded by 'harken serve' alone")
+    assert python("-m", "harken", "run", "--user", "none", "--workers", "1", "prog.py").stdout == "begun\n"
+
+
+SERVES_ONE = """
+import socket, socketserver, threading
+class Hello(socketserver.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"hello")
+with socketserver.TCPServer(("127.0.0.1", 0), Hello) as server:
+    threading.Thread(target=server.handle_request).start()
+    with socket.create_connection(server.server_address) as client:
+        while client.recv(100): pass
+"""
+
+
+def test_the_access_log_is_kept(python, write, tmp_path):
+    """As under ``serve``."""
+    write("prog.py", SERVES_ONE)
+    result = python("-m", "harken", "run", "--access-log", "access", "prog.py")
+    assert (result.returncode, result.stderr) == (0, "")
+    (line,) = tmp_path.joinpath("access").read_text().splitlines()
+    assert "bytes_out=5 reason=handler_returned" in line
+
+
+@pytest.mark.parametrize("flag", ["--log-file", "--access-log"])
+def test_a_log_that_cannot_be_opened_is_one_line(python, write, flag):
+    """And the program does not begin."""
+    write("prog.py", "print('begun')")
+    result = python("-m", "harken", "run", flag, "missing/log", "prog.py")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "harken: the log 'missing/log' cannot be opened: No such file or directory\n"
+
+
+def test_an_unknown_variable_is_a_warning(python, write):
+    """The program runs, and its operator learns why nothing came of it."""
+    write("prog.py", "print('done')\n")
+    result = python("-m", "harken", "run", "prog.py", HARKEN_POOLSIZE="5")
+    assert (result.returncode, result.stdout) == (0, "done\n")
+    said = "harken run: warning: unknown variable HARKEN_POOLSIZE; did you mean 'HARKEN_POOL_SIZE'?\n"
+    assert result.stderr == said
+
+
 @pytest.mark.parametrize("name,value", [("HARKEN_POOL_SIZE", "many"), ("HARKEN_ENGINE", "thred")])
 def test_a_wrong_variable_is_a_usage_error(python, write, name, value):
     """Status 2 and a line that names the variable, before the program begins."""

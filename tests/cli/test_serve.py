@@ -87,6 +87,33 @@ def test_what_is_under_tls_is_tried_by_openssl(serve, tmp_path, words, hints):
     assert unix.endswith(f"; try: {hints[1].format(f'{tmp_path}/s')}")
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_service_that_ctl_will_not_find_says_so(serve, run_program, tmp_path, workers):
+    """The place for control sockets is another user's, or read-only: the service goes on without, and tells."""
+    place = {"XDG_RUNTIME_DIR": str(tmp_path / "srv_app.py")}  # no directory
+    process = serve("srv_app:Echo", "--bind", "tcp://127.0.0.1:0", "--workers", workers, env=place)
+    lines = []
+    while not lines or "listening: " not in lines[-1]:
+        lines.append(process.stderr.readline())
+        assert lines[-1], lines
+    process.send_signal(signal.SIGTERM)
+    rest = process.communicate(timeout=SECONDS)[1]
+    (told,) = [line for line in [*lines, *rest.splitlines()] if "control failed" in line]
+    assert f"warning control failed: reason {tmp_path}/srv_app.py/harken: Not a directory; `harken ctl` needs" in told
+    asked = run_program("-m", "harken", "ctl", "status", env=place)
+    assert asked.wait(SECONDS) == 1
+    said = f"harken: {tmp_path}/srv_app.py/harken: Not a directory; name the server's socket by --socket\n"
+    assert asked.stderr.read() == said
+
+
+def test_the_line_to_try_a_path_with_is_for_the_shell(serve, tmp_path):
+    """Blanks and letters of other languages stand there as in the file's name, not as in the URL."""
+    folder = tmp_path / "two wörds"
+    folder.mkdir()
+    (line,) = announced(serve("srv_app:Echo", "--bind", f"unix:{folder}/s"))
+    assert line.endswith(f"; try: nc -U '{folder}/s'")
+
+
 def test_three_kinds_of_address_at_once(serve, tmp_path):
     """Each address is announced with a line to try it with, and each echoes."""
     words = ["--bind", "tcp://127.0.0.1:0", "--bind", f"unix:{tmp_path}/s", "--bind", "udp://127.0.0.1:0"]
@@ -177,6 +204,18 @@ def test_what_is_wrong_is_one_line(serve, words, status, line):
     assert err.startswith(line)
     assert err.count("\n") == 1
     assert process.returncode == status
+
+
+def test_an_unknown_variable_is_a_warning(serve):
+    """It may be misspelt, and then what it says does not hold; it may be somebody else's, and so the service runs."""
+    process = serve(
+        "srv_app:Echo", "--bind", "tcp://127.0.0.1:0", "--control", "none", env={"HARKEN_MAXCONNECTIONS": "5"}
+    )
+    first = process.stderr.readline()
+    announced(process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(SECONDS) == 0
+    assert first.startswith("harken serve: warning: unknown variable HARKEN_MAXCONNECTIONS; did you mean")
 
 
 def test_a_port_in_use_is_status_1(serve):

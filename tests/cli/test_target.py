@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import functools
+import socket
 import sys
+import threading
 import traceback
 
 import pytest
 
+from harken.cli import target as loading
 from harken.cli.target import is_handler, is_server, load_handler, load_target
 from harken.errors import ConfigError
+from harken.stalls import sight
 
 HANDLER = "class Echo:\n    def handle(self): pass\n"
+BELONGS = "what makes a server belongs under `if __name__ == '__main__':`, or start the program by `harken run`"
 pytestmark = pytest.mark.usefixtures("clean")
 
 
@@ -65,6 +70,7 @@ def test_a_partial_of_a_handler_counts(tmp_path):
     "target,line",
     [
         ("tgt_ap:Echo", "no module named 'tgt_ap'; did you mean 'tgt_app'?"),
+        ("tgt_app.Echo", "no module named 'tgt_app.Echo'; did you mean 'tgt_app:Echo'?"),
         ("tgt_app.sub:Echo", "no module named 'tgt_app.sub'"),
         ("http.servr:HTTPServer", "no module named 'http.servr'; did you mean 'http.server'?"),
         ("tgt_app:Ecko", "tgt_app has no 'Ecko'; did you mean 'Echo'?"),
@@ -109,6 +115,30 @@ def test_a_target_that_fails_shows_the_users_frames_alone(tmp_path, statement):
     assert [(frame.filename, frame.lineno) for frame in frames] == [(str(path), 3), (str(path), 2)]
     assert str(caught.value).startswith("module 'tgt_fails' failed while it was imported: ")
     assert str(caught.value).endswith(f"({path}:2)")
+
+
+def test_a_target_that_serves_while_it_is_imported_is_told_of(tmp_path, monkeypatch, capsys):
+    """It never ends: whoever waits learns where it is, and what to do."""
+    told = threading.Event()
+    monkeypatch.setattr(loading, "SLOW_SECONDS", 0.01)
+    monkeypatch.setattr(loading, "sight", lambda thread: (sight(thread), told.set())[0])
+    path = tmp_path / "tgt_serves.py"
+    path.write_text(f"import threading\n{HANDLER}told = threading.tgt_told\nassert told.wait(20)\n")
+    monkeypatch.setattr(threading, "tgt_told", told, raising=False)
+    assert load_target("tgt_serves.py:Echo").__name__ == "Echo"
+    said = capsys.readouterr().err
+    assert said == f"harken: file '{path}' is still being imported, at {path}:5; {BELONGS}\n"
+
+
+@pytest.mark.parametrize("module", ["socketserver", "harken"])
+def test_a_target_that_cannot_have_its_port_is_told_where_servers_belong(tmp_path, module):
+    """A program that serves by itself, named as a target: the port is taken by harken, or by its first copy."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        making = f"{module}.TCPServer(('127.0.0.1', {taken.getsockname()[1]}), Echo)\n"
+        tmp_path.joinpath(f"tgt_{module}.py").write_text(f"import {module}\n{HANDLER}{making}")
+        line = refusal(f"tgt_{module}:Echo")
+    assert "Address already in use" in line
+    assert line.endswith(f"; {BELONGS}")
 
 
 def test_servers_and_handlers_are_told_apart():

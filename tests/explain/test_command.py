@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import xml.etree.ElementTree as ET
 
@@ -90,3 +92,24 @@ def test_plain_characters_where_there_are_no_others(program, run_program) -> Non
     assert (process.returncode, err) == (0, "")
     assert out.isascii()
     assert "+----" in out
+
+
+@pytest.mark.parametrize(
+    "environment, coloured",
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False), ({"NO_COLOR": ""}, True)],
+)
+def test_colours_are_for_terminals_whose_user_wants_them(program, run_program, environment, coloured) -> None:
+    """NO_COLOR and a terminal that knows none are heeded, as elsewhere."""
+    near, far = os.openpty()
+    with open(near, "rb", buffering=0) as shown:
+        settings = {"TERM": "xterm", "NO_COLOR": "", **environment}
+        words = ("-m", "harken", "explain", "app.py:Upper")
+        process = run_program(*words, env=settings, stdout=far)
+        os.close(far)
+        written = b""
+        with contextlib.suppress(OSError):  # EIO: the other end has gone
+            while piece := shown.read(65536):
+                written += piece
+    assert process.wait(20) == 0
+    assert b"handler Upper" in written
+    assert (b"\x1b[" in written) is coloured

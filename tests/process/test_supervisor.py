@@ -553,7 +553,7 @@ PART = """
 import harken
 class Tell(harken.AsyncRequestHandler):
     async def handle(self):
-        await self.request.sendall(b"%d" % self.server._harken.buffers.most)
+        await self.request.sendall(b"%d" % self.server._harken.bounds.buffers.most)
 """
 
 

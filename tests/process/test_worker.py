@@ -14,8 +14,9 @@ import pytest
 import harken
 from harken.errors import ConfigError
 from harken.listener import AddressInUse
+from harken.process.fitness import fit_handler
 from harken.process.service import serve
-from harken.process.worker import Worker, fit_handler
+from harken.process.worker import Worker
 
 PATIENCE = 15.0  # seconds
 
@@ -267,6 +268,24 @@ def test_what_cannot_be_called_is_refused(handler):
     """A text or a module is no handler."""
     with pytest.raises(ConfigError, match="handler"):
         fit_handler(handler)
+
+
+@pytest.mark.parametrize(
+    "address, said",
+    [
+        (("127.0.0.1", 0), r"\('127.0.0.1', 0\) is no address here: write 'tcp://127.0.0.1:0'"),
+        (("::1", 8800), r"write 'tcp://\[::1\]:8800'"),
+        (8800, "8800 is no address: each is a text"),
+        (["tcp://127.0.0.1:0"], "is no address: each is a text of its own"),
+        (None, "None is no address"),
+    ],
+)
+def test_an_address_that_is_no_text_is_refused(address, said):
+    """socketserver's pair, a port, a list: one line says how it is written."""
+    with pytest.raises(ConfigError, match=said):
+        serve(Upper, address)
+    with pytest.raises(ConfigError, match=said):
+        Worker(Upper, (address,), {})
 
 
 def test_functions_and_partials_may_make_handlers():

@@ -116,6 +116,34 @@ def test_leaving_connect_raises_what_the_handler_raised() -> None:
     assert isinstance(client.error, ValueError)
 
 
+def test_a_client_whose_connection_ended_by_the_handler_s_failure_is_told_of_that() -> None:
+    """What the handler left unread resets the connection: that reset would hide the failure."""
+    with pytest.raises(ValueError, match="on purpose"), testing.connect(Failing) as client:
+        client.sendall(b"xx")
+        raise ConnectionResetError("as recv() does, unless it is quicker")
+
+
+def test_a_failed_assertion_is_told_what_the_handler_raised() -> None:
+    """The test fails by its own words, and says why."""
+    with pytest.raises(AssertionError) as caught, testing.connect(Failing) as client:
+        client.sendall(b"x")
+        raise AssertionError("no answer")
+    (note,) = caught.value.__notes__
+    assert note.startswith("The handler had raised:\nTraceback")
+    assert note.endswith("ValueError: on purpose")
+
+
+def test_connect_says_where_async_handlers_go() -> None:
+    """It has no event loop for them."""
+
+    class Async(harken.AsyncRequestHandler):
+        async def handle(self) -> None:
+            await self.request.sendall(b"x")
+
+    with pytest.raises(harken.ConfigError, match=r"Async is async, and connect\(\) has no event loop"):
+        testing.connect(Async)
+
+
 def test_a_client_that_leaves_is_no_error() -> None:
     """That the client went away while the handler wrote is not the handler's failure."""
 

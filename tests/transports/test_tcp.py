@@ -193,6 +193,7 @@ def test_a_privileged_port(opened, monkeypatch):
         ("tcp://127.0.0.1:80/path", "no port"),
         ("tcp://a/b:80", "'a/b' is not a host"),
         ("tcp:127.0.0.1:80", "write tcp://HOST:PORT"),
+        ("tcp://127.0.0.1:80,tcp://127.0.0.1:81", "more than one address; name each by itself"),
     ],
 )
 def test_malformed_addresses(opened, url, words):

@@ -235,6 +235,8 @@ Guard: Any
 """``Guard()``: what stands for a connection's OpenSSL, by ``with``."""
 current: Any
 """``current() -> Hub | None``: the hub whose green thread calls; None in its own greenlet and in plain threads."""
+quicken: Any
+"""``quicken(class)``: give a class the reading methods of the kind in use."""
 kind: str
 """``compiled`` or ``fallback``: which is in use."""
 

@@ -12,7 +12,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from greenlet import getcurrent
 
@@ -23,6 +23,9 @@ from harken._hub.growth import grown
 from harken._hub.locks import Event
 from harken._hub.task import Task, aside, own
 from harken.buffers import FREE_BYTES, WRITING, buffers_of
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 __all__ = ["AsyncConnection", "AsyncReader", "AsyncWriter"]
 
@@ -60,7 +63,7 @@ class AsyncConnection:
         """
         return self._driver.wait(self, self._recv, bufsize)  # type: ignore[no-any-return]
 
-    def sendall(self, data: Any) -> Awaitable[None]:
+    def sendall(self, data: ReadableBuffer) -> Awaitable[None]:
         """Send all of ``data``, behind what was written to ``wfile``.
 
         Raises:
@@ -290,7 +293,7 @@ class AsyncWriter:
         self._waiting: list[asyncio.Future[None] | Event] = []
         self.closed = False
 
-    def write(self, data: Any) -> Awaitable[None]:
+    def write(self, data: ReadableBuffer) -> Awaitable[None]:
         """Send ``data``. The result may be awaited, which is ``drain()``, or be left.
 
         When the peer has gone, that is raised where it is awaited.
@@ -320,7 +323,7 @@ class AsyncWriter:
         self._send(data)
         return self
 
-    def writelines(self, lines: Iterable[Any]) -> Awaitable[None]:
+    def writelines(self, lines: Iterable[ReadableBuffer]) -> Awaitable[None]:
         """Write each."""
         for line in lines:
             self.write(line)

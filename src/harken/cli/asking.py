@@ -35,7 +35,7 @@ def find_socket(path: str | None) -> str:
     try:
         found = [str(each) for each in control.sockets() if _answers(str(each))]
     except OSError as error:
-        raise Refused(str(error)) from None
+        raise Refused(f"{control.describe(error)}; name the server's socket by --socket") from None
     if not found:
         raise Refused("no server with a control socket runs; name its socket by --socket")
     if len(found) > 1:

@@ -8,15 +8,16 @@ from typing import Any
 
 import click
 
-from harken import plugins, preambles, transports
+from harken import preambles, transports
+from harken.admission import load_limits
 from harken.cli import options
 from harken.cli.target import is_server, load_target, require_handler
-from harken.engines import suited
+from harken.engines import load, suited
 from harken.errors import ConfigError
 from harken.limits.connections import in_force
 from harken.listener import Listener
 from harken.process import rehearsal
-from harken.process.worker import fit_handler
+from harken.process.fitness import fit_handler
 from harken.settings import Settings
 
 __all__ = ["command"]
@@ -25,14 +26,15 @@ __all__ = ["command"]
 def _check(target: str, urls: tuple[str, ...]) -> None:
     options.refuse_wrong_values()
     places = options.addresses(urls)
-    for line in options.unknown_variables():
-        click.echo(f"harken check: warning: {line}", err=True)
+    options.warn_of_unknown_variables("check")
     found = load_target(target)
     values = _settings_of(found, target)
     options.check_together(values)
-    engine = plugins.find("engines", values["engine"] or "inline", "Engine")
+    engine = load(values["engine"] or "inline")
     if not is_server(found):
         engine.fit(found)
+    engine.check(lambda name: values[name])
+    load_limits(values["limits"])
     remark = engine.remark()
     rehearsal.try_logs(values)
     with ExitStack() as opened:  # all at once, as they will be: two may want the same place
@@ -80,9 +82,9 @@ def _names(place: str, listeners: list[Listener]) -> list[str]:
 
 def _print_table(values: Settings, engine: str) -> None:
     rows = [("setting", "value", "from")]
-    for name in options.load_settings():
+    for name, declared in options.load_settings().items():
         value, source = in_force(values, engine) if name == "max_connections" else values.find(name)
-        rows.append((name, options.show(value), source))
+        rows.append((name, options.show(value, declared), source))
     for line in _columns(rows):
         click.echo(line)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from typing import Any
 
@@ -41,10 +42,16 @@ def command(target: str, engine: str | None, traced: bool, form: str) -> int:
     explanation = explain.describe(cls, engine=engine)
     calls = explain.trace(cls, engine=engine) if traced else None
     if form == "text":
-        _say(explain.render_text(explanation, calls, colour=sys.stdout.isatty()))
+        _say(explain.render_text(explanation, calls, colour=_has_colours()))
     else:
         _say((explain.render_mermaid if form == "mermaid" else explain.render_svg)(explanation, calls))
     return 0
+
+
+def _has_colours() -> bool:
+    """Whether stdout is a terminal that shows colours to somebody who wants them (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return sys.stdout.isatty() and not plain
 
 
 def _class_of(found: Any, target: str) -> type:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
+import re
 import tomllib
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -33,14 +34,21 @@ __all__ = [
     "settings_options",
     "show",
     "unknown_variables",
+    "warn_of_unknown_variables",
 ]
 
 BIND_DEFAULT = "tcp://127.0.0.1:8800"
 """Where ``serve`` listens when nobody says: loopback, so that nothing is exposed unasked; the port of the examples."""
 
 BIND_VARIABLE = "HARKEN_BIND"
-OTHER_VARIABLES = (BIND_VARIABLE, "HARKEN_RUN", "HARKEN_HUB")
-"""Variables of harken's that are no settings: addresses, what ``run`` tells its child processes, the kind of hub."""
+OTHER_VARIABLES = (BIND_VARIABLE, "HARKEN_RUN", "HARKEN_HUB", "HARKEN_HANDOFF", "HARKEN_NO_EXTENSION")
+"""Variables of harken's that are no settings: addresses, what ``run`` tells its child processes, the kind of hub, what
+an upgrade hands on, and what keeps ``setup.py`` from building the extension."""
+
+# As <https://kubernetes.io/docs/tutorials/services/connect-applications-service/#environment-variables> has them.
+_LINK = re.compile(
+    r"HARKEN_(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?=.*|PORT=\w+://.*|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?=.*)", re.DOTALL
+)
 
 DECLARING = (
     "harken.acceptor",
@@ -143,13 +151,15 @@ def _help(declared: Setting) -> str:
     return f"{declared.meaning.rstrip('.')} [{unit}{default}; {declared.variable}]"
 
 
-def show(value: object) -> str:
-    """Write a default as it would be typed."""
+def show(value: object, declared: Setting | None = None) -> str:
+    """Write a value as it would be typed."""
     if isinstance(value, tuple | list):
         return ",".join(map(str, value)) or "empty"
     if isinstance(value, bytes):
         return repr(value)[2:-1] or "empty"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if declared is None else declared.kind.show(value)
 
 
 def _take(ctx: click.Context, declared: Setting, value: str | bool | None) -> None:
@@ -221,7 +231,18 @@ def unknown_variables() -> list[str]:
     """Say, one line each, which ``HARKEN_…`` variables in the environment mean nothing."""
     known = {*(declared.variable for declared in load_settings().values()), *OTHER_VARIABLES}
     strange = sorted(name for name in os.environ if name.startswith("HARKEN_") and name not in known)
-    return [f"unknown variable {name}{nearest(name, known)}" for name in strange]
+    return [f"unknown variable {name}{nearest(name, known)}" for name in strange if not _is_link(name)]
+
+
+def warn_of_unknown_variables(command: str) -> None:
+    """Tell on stderr which variables mean nothing, for they may be misspelt: what they say does not hold."""
+    for line in unknown_variables():
+        click.echo(f"harken {command}: warning: {line}", err=True)
+
+
+def _is_link(name: str) -> bool:
+    """Whether Kubernetes set a variable: it tells a pod of its services, and one may be called harken."""
+    return _LINK.fullmatch(f"{name}={os.environ[name]}") is not None
 
 
 BIND_OPTION: dict[str, Any] = {

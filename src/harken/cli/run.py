@@ -9,7 +9,8 @@ import click
 
 from harken import standin
 from harken.cli import complain, options, program
-from harken.observe.log import attach_if_asked
+from harken.errors import ConfigError
+from harken.observe import access, log
 from harken.observe.stalls import report_at_exit
 from harken.process import streams
 from harken.settings import operator
@@ -46,14 +47,28 @@ def _run(module: str | None, words: tuple[str, ...]) -> Callable[[], int | None]
     if module is None and not words:
         raise click.UsageError("name a script, or a module by -m")
     options.refuse_wrong_values()
+    _refuse_flags_of_serve()
+    options.warn_of_unknown_variables("run")
     return lambda: _run_program(module, words)
+
+
+def _refuse_flags_of_serve() -> None:
+    """Refuse flags that nothing comes of: the program is a process of its own, and nobody's worker."""
+    for declared in options.load_settings().values():
+        asked = operator.flags.get(declared.name, declared.default)
+        if declared.process and declared.kind.parse(str(asked)) not in (declared.default, declared.serve):
+            raise click.UsageError(f"{declared.flag} is heeded by 'harken serve' alone; it does nothing for a program")
 
 
 def _run_program(module: str | None, words: tuple[str, ...]) -> int | None:
     atexit.unregister(streams.settle)  # what becomes of the program's output is as under `python`
     standin.install()
     standin.pass_on()
-    attach_if_asked()
+    try:
+        log.attach_if_asked()
+        access.attach_if_asked()
+    except ConfigError as error:
+        return complain(error)
     operator.defaults.setdefault(STALL_AFTER.name, STALL_AFTER.serve)  # or there would be nothing to report
     report_at_exit()
     try:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import click
 
@@ -29,6 +30,7 @@ def _begin(target: str, urls: tuple[str, ...], reload: bool) -> int:
     options.refuse_wrong_values()
     places = options.addresses(urls)
     options.refuse_unsafe_values(places)
+    options.warn_of_unknown_variables("serve")
     if reload:
         _watch(target)
     if Settings(None, profile="serve")["log_format"] == "text":  # a log for machines tells it by itself
@@ -65,7 +67,7 @@ def _attempt(url: str) -> str:
     scheme, _, rest = url.partition(":")
     secret = scheme == "tls" or (scheme in {"tcp", "unix"} and _has_tls())
     if scheme in {"unix", "unixgram"}:
-        path = shlex.quote(rest.partition("?")[0])
+        path = shlex.quote(unquote(rest.partition("?")[0]))
         return f"openssl s_client -unix {path}" if secret else f"nc -{'' if scheme == 'unix' else 'u'}U {path}"
     if scheme not in {"tcp", "tls", "udp"}:
         return ""

@@ -8,14 +8,25 @@ import importlib.util
 import os
 import pkgutil
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+import click
+
 from harken.errors import ConfigError, nearest
+from harken.stalls import sight
 
 __all__ = ["is_handler", "is_server", "load_handler", "load_target", "near_module", "near_script", "require_handler"]
+
+
+# Seconds that an import may take before somebody who waits is told where it is: most take a tenth of that.
+SLOW_SECONDS = 3.0
+_SERVES = "what makes a server belongs under `if __name__ == '__main__':`, or start the program by `harken run`"
 
 
 def load_target(target: str) -> Any:
@@ -120,7 +131,8 @@ class _Absent(Exception):
 
 def _import(name: str, what: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        with _told_when_slow(what):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
             raise _Absent(error.name) from None
@@ -131,11 +143,31 @@ def _import(name: str, what: str) -> ModuleType:
         raise _failure(error, what) from _trimmed(error)
 
 
+@contextmanager
+def _told_when_slow(what: str) -> Iterator[None]:
+    """Say where an import is that does not end: a program that serves by itself never does."""
+    importing = threading.get_ident()
+
+    def tell() -> None:
+        place = sight(importing).place
+        click.echo(f"harken: {what} is still being imported, at {place}; {_SERVES}", err=True)
+
+    timer = threading.Timer(SLOW_SECONDS, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
 def _failure(error: BaseException, what: str) -> ConfigError:
     frames = traceback.extract_tb(_user_frames(error.__traceback__))
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     summary = traceback.format_exception_only(error)[-1].strip()
-    return ConfigError(f"{what} failed while it was imported: {summary}{place}")
+    hint = f"; {_SERVES}" if any(frame.name in ("server_bind", "serve_forever") for frame in frames) else ""
+    return ConfigError(f"{what} failed while it was imported: {summary}{place}{hint}")
 
 
 def _trimmed(error: BaseException) -> BaseException:
@@ -156,6 +188,8 @@ def _is_machinery(filename: str) -> bool:
 def near_module(name: str) -> str:
     """Say which module's name is near to one that does not exist; ``"; did you mean …?"`` or another hint."""
     parent, _, last = name.rpartition(".")
+    if isinstance(getattr(sys.modules.get(parent), last, None), type):
+        return f"; did you mean '{parent}:{last}'?"
     if parent in sys.modules:
         known = (module.name for module in pkgutil.iter_modules(getattr(sys.modules[parent], "__path__", [])))
         near = nearest(last, known)

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from harken import plugins
 from harken.connection import Connection
 from harken.errors import ConfigError
 from harken.records import Lane as Unrecorded
@@ -30,6 +31,7 @@ __all__ = [
     "Terms",
     "Way",
     "is_async",
+    "load",
     "suited",
 ]
 
@@ -90,6 +92,19 @@ def is_async(handler: Any) -> bool:
 def suited(handler: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings to serve a handler class with: one with coroutines takes ``asyncio`` unless they say more."""
     return {"engine": "asyncio", **keywords} if is_async(handler) else dict(keywords)
+
+
+def load(name: str) -> type[Engine]:
+    """Return the engine of a name, a dotted path or an entry point.
+
+    Raises:
+        ConfigError: nothing goes by that name, or it is no engine.
+    """
+    found = plugins.find("engines", name, "Engine")
+    missing = sorted(verb for verb in (*Engine.__abstractmethods__, "fit", "prepare") if not hasattr(found, verb))
+    if missing or not isinstance(found, type):
+        raise ConfigError(f"engine = {name!r} is no engine: derive a class from harken.engines.Engine")
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +242,14 @@ class Engine(ABC):
         if is_async(handler):
             name = getattr(handler, "__qualname__", handler)
             raise ConfigError(f"{name}.handle is async, and handlers of this engine block; take engine='asyncio'")
+
+    @classmethod
+    def check(cls, options: Options) -> None:
+        """Check that what the settings ask for is there on this machine.
+
+        Raises:
+            ConfigError: it is not.
+        """
 
     def prepare(self, handler: Any) -> None:
         """Get ready to serve a handler class; called before it is served first, and whenever serving begins.

@@ -44,7 +44,7 @@ class Engine(Green):
     def prepare(self, handler: Any) -> None:
         """Handlers with ``async def handle`` will run in the loop, all others in threads."""
         self.fit(handler)
-        self._check_loop()
+        self.check(self.options)
         self._threads = not is_async(handler)
         self.host = None if self._threads else type(self).host  # threads need no event loop
         self.connection = Connection if self._threads else type(self).connection  # and no hub that waits for them

@@ -130,10 +130,16 @@ class Engine(Contract):
     def prepare(self, handler: Any) -> None:
         """See that the event loop that was chosen is there: else the first ``green.wait`` would end the server."""
         super().prepare(handler)
-        self._check_loop()
+        self.check(self.options)
 
-    def _check_loop(self) -> None:
-        name = self.options("loop")
+    @classmethod
+    def check(cls, options: Options) -> None:
+        """Check that the event loop is installed.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        name = options("loop")
         if name != "asyncio":
             hosts.loop_factory(name)
 

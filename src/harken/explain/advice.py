@@ -23,6 +23,7 @@ from harken.explain.lookup import (
     yields_to_next,
 )
 from harken.explain.model import Advice
+from harken.process.fitness import faults
 
 __all__ = ["find"]
 
@@ -41,6 +42,7 @@ def find(server: type, handler: type | None, engine: str) -> list[Advice]:
         found += _misspelt(handler, HANDLER_HOOKS)
         found += _on_the_wrong_class(handler, _SERVER_ONLY, "the server")
         found += _async_misfit(handler, engine)
+        found += [Advice("warning", fault) for fault in faults(handler)]
     found += _on_the_wrong_class(server, ("handle",), "the handler")
     return sorted(found, key=lambda advice: advice.level != "warning")
 

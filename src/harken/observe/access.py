@@ -16,9 +16,9 @@ from typing import Any
 from harken import events
 from harken.observe.log import escape
 from harken.observe.outlet import open_log, reopen
-from harken.settings import Settings, setting, text
+from harken.settings import Settings, operator, setting, text
 
-__all__ = ["STDOUT", "AccessLog"]
+__all__ = ["STDOUT", "AccessLog", "attach_if_asked"]
 
 STDOUT = "-"
 
@@ -30,6 +30,12 @@ ACCESS_LOG = setting(
     "seconds, bytes in and out, reason and worker; `-` is stdout; none: no such log",
     origin="gunicorn's accesslog, off unless asked as well",
 )
+
+
+def attach_if_asked() -> None:
+    """Begin to write if a flag, the environment or the configuration file names a file."""
+    if operator.find(ACCESS_LOG):
+        AccessLog(Settings(None)).attach()
 
 
 class AccessLog:

@@ -55,6 +55,7 @@ _LEVELS |= dict.fromkeys(
     logging.INFO,
 )
 _LEVELS |= dict.fromkeys(("paused", "stalled", "truncated", "alarm", "timed_out", "rejected"), logging.WARNING)
+_LEVELS["control_failed"] = logging.WARNING
 _LEVELS |= {"memory_exceeded": logging.WARNING, "memory_recovered": logging.INFO, "preamble_failed": logging.INFO}
 _LEVELS |= dict.fromkeys(("accepted", "opened", "closed", "configured"), logging.DEBUG)
 

@@ -23,22 +23,40 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harken import transports
+from harken import events, transports
 from harken.acceptor import FIRST_PAUSE, Verdict, judge
 from harken.listener import AddressInUse, Listener
 from harken.process.channel import Channel, Message
 from harken.settings import Settings, setting, text
 
-__all__ = ["BY_NAME", "VERSION", "Client", "Control", "directory", "hear", "open_listener", "replies", "sockets"]
+__all__ = [
+    "BY_NAME",
+    "VERSION",
+    "Client",
+    "Control",
+    "describe",
+    "directory",
+    "hear",
+    "open_listener",
+    "replies",
+    "sockets",
+]
 
 VERSION = 1
 BY_NAME = "by name"
 
+
+def _is_named(path: Any) -> None:
+    if not path:
+        raise ValueError("is empty; write a path, or none")
+
+
 CONTROL = setting(
     "control",
-    text(optional=True),
+    text(optional=True, test=_is_named),
     None,
     serve=BY_NAME,
+    process=True,
     meaning="the path of the control socket, mode 0600; `by name` is a file with the handler's name in "
     "`$XDG_RUNTIME_DIR/harken`, `/run/harken` or `/tmp/harken-UID`; none: there is none",
     origin="gunicorn's control socket, which is not named by the operator either",
@@ -81,19 +99,28 @@ def open_listener(settings: Settings, name: str) -> Listener | None:
         name: the server's, for a socket that is named by it.
 
     Raises:
-        BindError: the path named cannot be had. A socket by name that cannot be had is left out.
+        BindError: the path named cannot be had. A socket by name that cannot be had is left out, and an event tells.
     """
     path = settings["control"]
     if path is None:
         return None
     if path != BY_NAME:
         return transports.listen(f"unix:{os.path.abspath(path)}?mode=600")[0]
-    with contextlib.suppress(OSError):  # a machine without such a directory serves all the same
+    reason = f"{_MOST_OF_A_NAME - 1} servers have this name"
+    try:
         for number in range(1, _MOST_OF_A_NAME):
             with contextlib.suppress(AddressInUse):
                 suffix = "" if number == 1 else f"-{number}"
                 return transports.listen(f"unix:{directory()}/{name}{suffix}.sock?mode=600")[0]
+    except OSError as error:  # a machine without such a directory serves all the same
+        reason = describe(error)
+    events.emit("control_failed", reason=f"{reason}; `harken ctl` needs control=PATH then")
     return None
+
+
+def describe(error: OSError) -> str:
+    """Say why there is no directory for control sockets, in words without numbers."""
+    return f"{error.filename}: {error.strerror}" if error.strerror and error.filename else str(error)
 
 
 class Client:

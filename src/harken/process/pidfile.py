@@ -16,6 +16,7 @@ PIDFILE = setting(
     "pidfile",
     text(optional=True),
     None,
+    process=True,
     meaning="the file that the server's pid is written to; an upgrade's new process takes it over",
     origin="service managers that know no better ask for one",
 )

@@ -20,6 +20,7 @@ USER = setting(
     "user",
     text(optional=True),
     None,
+    process=True,
     meaning="the user, by name or number, that the server becomes after binding; needs root",
     origin="none: stay who started it",
 )
@@ -27,6 +28,7 @@ GROUP = setting(
     "group",
     text(optional=True),
     None,
+    process=True,
     meaning="the group, by name or number, that the server becomes after binding; none: that of `user`",
     origin="none: stay who started it",
 )
@@ -40,6 +42,16 @@ class _Umask(Kind):
     def _read(self, word: str) -> Any:
         return int(word.removeprefix("0o"), 8)
 
+    def take(self, value: Any) -> Any:
+        """Refuse numbers, which TOML has in decimal: ``umask = 77`` would be 115 in octal, and hide little."""
+        if not isinstance(value, int):
+            return value
+        raise ValueError('is decimal in TOML; write it in quotes, as in "027"')
+
+    def show(self, value: Any) -> str:
+        """Write a mask in octal."""
+        return f"{value:03o}"
+
     def describe(self) -> str:
         """Name the values allowed."""
         return "an octal mode such as 027, or none"
@@ -47,8 +59,9 @@ class _Umask(Kind):
 
 UMASK = setting(
     "umask",
-    _Umask("count", (int,), minimum=0, optional=True),
+    _Umask("count", (int,), minimum=0, maximum=0o777, optional=True),
     None,
+    process=True,
     meaning="the file mode creation mask, in octal; none leaves it",
     origin="umask(2)",
 )
@@ -56,6 +69,7 @@ CHDIR = setting(
     "chdir",
     text(optional=True),
     None,
+    process=True,
     meaning="the directory to change to before the target is loaded",
     origin="none: stay where it was started",
 )

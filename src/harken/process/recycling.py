@@ -16,6 +16,7 @@ MAX_REQUESTS = setting(
     None,
     unit="connections",
     live=True,
+    process=True,
     meaning="a worker that has accepted so many (messages for message handlers, datagrams for UDP) is replaced",
     origin="gunicorn's max_requests: the plaster for handlers that leak",
 )
@@ -25,6 +26,7 @@ MAX_REQUESTS_JITTER = setting(
     0,
     unit="connections",
     live=True,
+    process=True,
     meaning="each worker takes a random number up to this on top of `max_requests`, so that they do not leave together",
     origin="gunicorn's max_requests_jitter",
 )
@@ -34,6 +36,7 @@ MAX_WORKER_AGE = setting(
     None,
     unit="seconds",
     live=True,
+    process=True,
     meaning="a worker of this age is replaced",
     origin="Granian's workers-lifetime",
 )
@@ -43,6 +46,7 @@ MAX_WORKER_RSS = setting(
     None,
     unit="bytes",
     live=True,
+    process=True,
     meaning="a worker that holds so much memory is replaced",
     origin="Granian's workers-max-rss",
 )

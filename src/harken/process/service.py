@@ -9,8 +9,10 @@ from typing import Any
 
 from harken.engines import suited
 from harken.process import inheritance, signals
-from harken.process.worker import Worker, fit_handler
+from harken.process.fitness import fit_handler
+from harken.process.worker import Worker
 from harken.settings import Settings
+from harken.transports import as_urls
 
 __all__ = ["run", "serve"]
 
@@ -37,9 +39,10 @@ def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> int:
     """
     with inheritance.beginning():
         fit_handler(handler)
+        urls = as_urls(addresses) or ("tcp://127.0.0.1:8800",)
         settings = suited(handler, settings)
         name = getattr(handler, "__name__", type(handler).__name__)
-        return run(lambda: handler, addresses or ("tcp://127.0.0.1:8800",), settings, name=name, in_memory=True)
+        return run(lambda: handler, urls, settings, name=name, in_memory=True)
 
 
 def run(

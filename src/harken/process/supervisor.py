@@ -40,6 +40,7 @@ UPGRADE_TIMEOUT = setting(
     60.0,
     unit="seconds",
     live=True,
+    process=True,
     meaning="how long a new binary may take to be ready before it is killed and the old one serves on",
     origin="tableflip's UpgradeTimeout",
 )

@@ -13,22 +13,20 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from harken import plugins
 from harken.drain import CUT_GRACE, Drain, run
-from harken.engines import Engine, suited
-from harken.errors import ConfigError
-from harken.handlers import BaseRequestHandler
+from harken.engines import Engine, load, suited
 from harken.listener import Listener
 from harken.observe.collector import Collector
 from harken.preambles import refuse_plain_text
 from harken.process.conductor import SIGNALS, Abandoned, Conductor
+from harken.process.fitness import fit_handler
 from harken.process.traces import Traces
 from harken.server import BaseServer, TCPServer, UDPServer
 from harken.serving import Serving, serving_of
 from harken.settings import Settings
-from harken.transports import bind_options, listen
+from harken.transports import as_urls, bind_options, listen
 
-__all__ = ["CUT", "DRAINED", "Worker", "fit_handler"]
+__all__ = ["CUT", "DRAINED", "Worker"]
 
 # Seconds between turns of the loop when nothing happens: children are reaped and pauses end without waiting for it.
 TURN_SECONDS = 1.0
@@ -99,6 +97,7 @@ class Worker:
             BindError: an address cannot be had; nothing stays open.
         """
         fit_handler(handler)
+        addresses = as_urls(addresses)
         settings = suited(handler, settings)
         self.settings = Settings(_Profile(), settings, "serve")
         self.servers: list[_Stream | _Datagram] = []
@@ -123,7 +122,7 @@ class Worker:
         """Tells whether others will take whom this worker leaves at its doors, where it is suspended."""
         self.traces = Traces()
         self._conductor = Conductor(self._obey)
-        make = plugins.find("engines", self.settings["engine"] or "inline", "Engine")
+        make = load(self.settings["engine"] or "inline")
         make.fit(handler)
         self._engine: Engine = make(self._option)
         self._engine.shares_doors = shares_listeners
@@ -295,22 +294,3 @@ class Worker:
         self._hurry("shutdown")
         self._engine.join(time.monotonic() + CUT_GRACE)
         return DRAINED
-
-
-def fit_handler(handler: object) -> None:
-    """Check that ``handler`` can serve.
-
-    Raises:
-        ConfigError: it is no class with a ``handle()`` of its own.
-    """
-    if not callable(handler):
-        raise ConfigError(f"{handler!r} is not a handler class; derive one from harken.BaseRequestHandler")
-    if not isinstance(handler, type):
-        return  # a function or a partial that makes handlers, as socketserver allows
-    handle = getattr(handler, "handle", None)
-    if handle is None:
-        raise ConfigError(
-            f"{handler.__qualname__} is not a handler class: it has no handle(); derive from harken.BaseRequestHandler"
-        )
-    if handle is BaseRequestHandler.handle:
-        raise ConfigError(f"{handler.__qualname__} does not override handle(), so it would serve nobody")

@@ -44,6 +44,7 @@ WORKERS = setting(
     serve=1,
     unit="processes",
     live=True,
+    process=True,
     meaning="processes that serve, under a supervisor that replaces those that die; 0 serves in the process itself",
     origin="gunicorn's workers; the drop-in classes serve where they are called",
 )

@@ -6,16 +6,19 @@ import contextlib
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from harken import events
 from harken.connection import Connection
+from harken.engines import is_async
 from harken.errors import ConfigError, LifecycleError
 from harken.preambles.proxy_header import ProxyHeader
 from harken.process.worker import Worker
 from harken.server import BaseServer, TCPServer
 from harken.serving import serving_of
+from harken.settings import refuse_process
 
 __all__ = ["Client", "Served", "connect", "serve"]
 
@@ -95,6 +98,7 @@ def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> Iter
         ConfigError: an address, a setting or the handler is wrong.
         LifecycleError: a handler did not end within 10 s of its connection's end.
     """
+    refuse_process(settings, "testing.serve()")
     worker = Worker(handler, addresses or ("tcp://127.0.0.1:0",), settings)
     served = Served(worker)
     unsubscribe = events.subscribe(served.note, "handler_failed")
@@ -119,7 +123,9 @@ def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> Iter
 class Client(socket.socket):
     """A client of one handler, which runs in a thread. Closing it waits for the handler to end.
 
-    Leaving a ``with`` block raises what the handler raised, so that a test notices; ``error`` has it too.
+    Leaving a ``with`` block raises what the handler raised, so that a test notices, and rather than the OSError of a
+    client whose connection ended by that; to any other exception of the block it is added as a note. ``error`` has it
+    too.
 
     Attributes:
         error: what the handler raised, or None. That its client went away is no error.
@@ -148,8 +154,12 @@ class Client(socket.socket):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-        if self.error is not None and exception[0] is None:
+        failure: Any = exception[1]
+        if self.error is None:
+            return
+        if failure is None or isinstance(failure, OSError):  # a handler that raises resets what it has not read
             raise self.error
+        failure.add_note(f"The handler had raised:\n{''.join(traceback.format_exception(self.error)).rstrip()}")
 
 
 class _Portless(TCPServer):
@@ -189,7 +199,13 @@ def connect(
         client_address: what the handler sees.
         timeout: of the client socket, in seconds.
         proxy: the header to send first, as a proxy would: the handler sees the client that it names.
+
+    Raises:
+        ConfigError: the handler is async.
     """
+    if is_async(handler):
+        name = getattr(handler, "__qualname__", handler)
+        raise ConfigError(f"{name} is async, and connect() has no event loop for it; take testing.serve({name})")
     first = b"" if proxy is None else proxy.encode()
     near, far = socket.socketpair()
     client = Client(near.family, near.type, near.proto, near.detach())

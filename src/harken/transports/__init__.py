@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import socket
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -21,7 +22,17 @@ if TYPE_CHECKING:
     from harken.peer import Peer
     from harken.settings import Settings
 
-__all__ = ["SCHEMES", "BindOptions", "Scheme", "Transport", "bind_options", "for_socket", "for_url", "listen"]
+__all__ = [
+    "SCHEMES",
+    "BindOptions",
+    "Scheme",
+    "Transport",
+    "as_urls",
+    "bind_options",
+    "for_socket",
+    "for_url",
+    "listen",
+]
 
 # socketserver writes its switches as 1 as often as True (http.server does).
 _SWITCH = settings.Kind("flag", (bool, int), minimum=0)
@@ -178,6 +189,22 @@ def bind_options(values: Settings) -> BindOptions:
         nodelay=values["nodelay"],
         keepalive=values["keepalive"],
     )
+
+
+def as_urls(addresses: Iterable[Any]) -> tuple[str, ...]:
+    """Return addresses that are text.
+
+    Raises:
+        ConfigError: one is something else, such as socketserver's pair of host and port.
+    """
+    urls = tuple(addresses)
+    for url in urls:
+        if isinstance(url, tuple) and len(url) == 2 and isinstance(url[0], str):
+            host = f"[{url[0]}]" if ":" in url[0] else url[0]
+            raise ConfigError(f"{url!r} is no address here: write 'tcp://{host}:{url[1]}'")
+        if not isinstance(url, str):
+            raise ConfigError(f"{url!r} is no address: each is a text of its own, such as 'tcp://127.0.0.1:8800'")
+    return urls
 
 
 def for_url(url: str) -> Scheme:

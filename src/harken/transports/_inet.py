@@ -49,6 +49,8 @@ def parse(url: str) -> Place:
         raise ConfigError(f"{url!r} has no port from 0 to 65535; write {scheme}://HOST:PORT, with 0 for any free one")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
+    elif "://" in host:
+        raise ConfigError(f"{url!r} is more than one address; name each by itself")
     elif ":" in host or "[" in host or "]" in host:
         raise ConfigError(f"{url!r}: an IPv6 address needs brackets; write {scheme}://[::1]:{port}")
     if "/" in host or "@" in host:

@@ -214,7 +214,7 @@ def _explain(place: Place, error: OSError) -> BindError:
         return AddressInUse(f"{place} is already in use by a live server; stop it, or take another path", number)
     folder = os.path.dirname(place.path) or "."
     remedy = {
-        errno.ENOENT: f"create the folder {folder!r} first",
+        errno.ENOENT: "take another folder" if os.path.isdir(folder) else f"create the folder {folder!r} first",
         errno.ENOTDIR: f"{folder!r} is not a folder",
         errno.EACCES: f"this process may not write to the folder {folder!r}",
         errno.EPERM: "only root may give a socket to another user, or to a group that this process is not in",
