@@ -81,7 +81,7 @@ def _setting(declared: Setting) -> str:
         + (", may change on a running server" if declared.live else ""),
     ]
     if declared.process:
-        lines.append("* heeded by `harken serve` and `harken.serve()` alone; a server class refuses it as a keyword")
+        lines.append("* heeded by `harken serve` and `harken.serve()` alone; a server class warns of it as a keyword")
     if declared.stdlib:
         lines.append(f"* the standard library's attribute `{declared.stdlib}` sets it too, on a class or a server")
     return f"## {declared.name}\n\n{markdown(declared.meaning)}.\n\n" + "\n".join(lines)

@@ -11,7 +11,9 @@ import importlib
 import math
 import os
 import re
+import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 from harken.errors import ConfigError, nearest
 
-__all__ = ["REGISTRY", "Kind", "Operator", "Setting", "Settings", "Value", "operator", "refuse_process", "setting"]
+__all__ = ["REGISTRY", "Kind", "Operator", "Setting", "Settings", "Value", "operator", "setting", "warn_of_process"]
 
 Profile = Literal["drop-in", "serve", "private"]
 UNSET: Any = type("Unset", (), {"__repr__": lambda _self: "UNSET", "__bool__": lambda _self: False})()
@@ -328,20 +330,29 @@ def known(name: str, source: str) -> Setting:
     return REGISTRY[key]
 
 
-def refuse_process(keywords: Mapping[str, Any], who: str) -> None:
-    """Refuse what only ``serve`` heeds, for it would be believed: that a server is another user's, for one.
+def warn_of_process(keywords: Mapping[str, Any], who: str) -> None:
+    """Warn of what only ``serve`` heeds, for it would be believed: that a server is another user's, for one.
 
     Args:
         keywords: settings by name.
         who: was given them.
 
     Raises:
-        ConfigError: one is such a setting, and its value none of the defaults.
+        ConfigError: a value is not allowed.
     """
     for name, value in keywords.items():
         declared = known(name, "keyword argument")
         if declared.process and declared.read(value, "keyword argument") not in (declared.default, declared.serve):
-            raise ConfigError(f"{name} = {value!r} is heeded by harken.serve() and `harken serve` alone, not by {who}")
+            said = f"{name} = {value!r} is heeded by harken.serve() and `harken serve` alone, not by {who}"
+            warnings.warn(said, RuntimeWarning, stacklevel=_frames_of_ours())
+
+
+def _frames_of_ours() -> int:
+    """How many calls of this package lie between a caller of this and the program, whose line a warning is to show."""
+    depth = 1
+    while str(sys._getframe(depth).f_globals.get("__name__")).partition(".")[0] == "harken":
+        depth += 1
+    return depth
 
 
 class Value(NamedTuple):
@@ -453,7 +464,7 @@ class Settings:
             value = tuple(value) if isinstance(value, list) else value
             self._keywords[declared.name] = declared.read(value, "keyword argument")
         if profile == "drop-in":
-            refuse_process(self._keywords, "a server class")
+            warn_of_process(self._keywords, "a server class")
 
     def __getitem__(self, name: str) -> Any:
         """Return the value in force."""

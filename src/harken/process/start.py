@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from harken.drain import Drain, DrainReport, run
 from harken.process.worker import Worker
 from harken.records import ConnectionInfo
-from harken.settings import refuse_process
+from harken.settings import warn_of_process
 
 if TYPE_CHECKING:
     import asyncio
@@ -36,7 +36,7 @@ async def start(handler: Callable[..., Any], *addresses: str, **settings: Any) -
         ConfigError: an address, a setting or the handler is wrong; nothing stays open.
         BindError: an address cannot be had; nothing stays open.
     """
-    refuse_process(settings, "harken.start()")
+    warn_of_process(settings, "harken.start()")
     started = Started(Worker(handler, addresses or ("tcp://127.0.0.1:8800",), settings))
     await started._begin()
     return started

@@ -18,7 +18,7 @@ from harken.preambles.proxy_header import ProxyHeader
 from harken.process.worker import Worker
 from harken.server import BaseServer, TCPServer
 from harken.serving import serving_of
-from harken.settings import refuse_process
+from harken.settings import warn_of_process
 
 __all__ = ["Client", "Served", "connect", "serve"]
 
@@ -98,7 +98,7 @@ def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> Iter
         ConfigError: an address, a setting or the handler is wrong.
         LifecycleError: a handler did not end within 10 s of its connection's end.
     """
-    refuse_process(settings, "testing.serve()")
+    warn_of_process(settings, "testing.serve()")
     worker = Worker(handler, addresses or ("tcp://127.0.0.1:0",), settings)
     served = Served(worker)
     unsubscribe = events.subscribe(served.note, "handler_failed")
