@@ -137,6 +137,7 @@ LOCKED = """
 class Turns:
     def __init__(self, lock):
         self.lock, self.entered = lock, 0
+        self.acquire, self.release = lock.acquire, lock.release
     def __enter__(self):
         self.lock.acquire()
         self.entered += 1
