@@ -72,7 +72,7 @@ class Intake:
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + LOOK_SECONDS
-            if self.readable():
+            if serving.lifecycle.state is State.SERVING and self.readable():
                 self.watch()
 
     def after_fork(self) -> None:
