@@ -217,6 +217,8 @@ class Serving:
                 self.bounds.refresh()
                 self.intake.watch()
                 events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
+        if engine.shares_doors:
+            self.intake.share()
         self.ready.set()
         try:
             yield

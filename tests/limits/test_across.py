@@ -120,3 +120,17 @@ def test_a_child_that_its_process_forks_gives_nothing_back(across):
     assert across.inside == 2
     limit.release(None)
     assert across.inside == 1
+
+
+def test_who_is_free_is_known_to_the_others(across):
+    """Not to itself; and who has ended, or begins anew, is not free."""
+    first, second = across.place(0), across.place(1)
+    assert not first.others_are_free
+    first.say_free(True)
+    assert (first.others_are_free, second.others_are_free) == (False, True)
+    first.say_free(False)
+    assert not second.others_are_free
+    second.say_free(True)
+    assert first.others_are_free
+    across.clear(1)
+    assert not first.others_are_free

@@ -34,9 +34,11 @@ class Across:
         Args:
             places: processes at once.
         """
-        self._memory = mmap.mmap(-1, _BUCKET.size + (1 + places) * _NUMBER_BYTES)  # anonymous and shared
+        # Anonymous and shared. Behind the numbers a byte for each place: whether a handler is free there.
+        self._memory = mmap.mmap(-1, _BUCKET.size + (1 + places) * _NUMBER_BYTES + places)
+        self._free = _BUCKET.size + (1 + places) * _NUMBER_BYTES
         # How many places are used at all, lowest first; and how many each has let in.
-        self._numbers = memoryview(self._memory)[_BUCKET.size :].cast("q")
+        self._numbers = memoryview(self._memory)[_BUCKET.size : self._free].cast("q")
         self._lock = os.memfd_create("harken-limits", os.MFD_CLOEXEC)
 
     def place(self, number: int) -> Place:
@@ -48,6 +50,16 @@ class Across:
     def clear(self, number: int) -> None:
         """A process has ended, and nobody is inside by it any more."""
         self._numbers[1 + number] = 0
+        self._memory[self._free + number] = 0
+
+    def say_free(self, number: int, free: bool) -> None:
+        """Whether one process has a handler free for who comes. In that process."""
+        self._memory[self._free + number] = free
+
+    def others_are_free(self, number: int) -> bool:
+        """Whether another process has one."""
+        states = self._memory[self._free : self._free + self._numbers[0]]
+        return any(states[:number]) or any(states[number + 1 :])
 
     def add(self, number: int, change: int) -> None:
         """So many more are inside by one process, or fewer. In that process."""
@@ -131,6 +143,16 @@ class Place:
         pid = os.getpid()
         self._user = self._user or pid
         return self._user == pid
+
+    def say_free(self, free: bool) -> None:
+        """Whether a handler is free here for who comes."""
+        if self._is_used_here():
+            self.across.say_free(self._number, free)
+
+    @property
+    def others_are_free(self) -> bool:
+        """Whether one is free in another process."""
+        return self.across.others_are_free(self._number)
 
     def admit(self, maximum: int) -> bool:
         """Let one in, if fewer than ``maximum`` are inside; tell whether.
