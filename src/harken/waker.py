@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import weakref
 
 __all__ = ["Waker"]
 
@@ -27,6 +28,7 @@ class Waker:
             self._pair = socket.socketpair()
             for end in self._pair:
                 end.setblocking(False)
+        _wakers.add(self)
 
     def fileno(self) -> int:
         """Return the descriptor to watch."""
@@ -66,3 +68,19 @@ class Waker:
                     end.close()
             else:
                 os.close(self._fd)
+
+    def after_fork(self) -> None:
+        """In a child: a thread that stayed in the parent may have been waking it."""
+        self._lock = threading.RLock()
+
+
+_wakers: weakref.WeakSet[Waker] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for waker in list(_wakers):
+        waker.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -394,3 +394,39 @@ def test_who_woke_a_loop_that_ends_is_taken_where_nobody_else_was_woken(shared):
         engine.watch(door, lambda: bool(taken.append("one")))
         engine.run(lambda: next(stops), lambda: None, lambda: 20.0)
     assert taken == ["one"] * shared
+
+
+FORKED = """
+import os, signal, threading
+{uses}
+real, waking, go_on = os.eventfd_write, threading.Event(), threading.Event()
+
+def write(fd, number):
+    waking.set()
+    go_on.wait(20)
+    real(fd, number)
+
+os.eventfd_write = write
+thread = threading.Thread(target=one.wake)
+thread.start()
+waking.wait(20)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(10)
+    os.eventfd_write = real
+    one.wake()
+    one.close()
+    os._exit(0)
+go_on.set()
+thread.join()
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+one.close()
+"""
+
+
+@pytest.mark.parametrize(
+    "uses", ["from harken.waker import Waker; one = Waker()", "from harken._hub.fallback import Hub; one = Hub()"]
+)
+def test_a_fork_while_another_thread_wakes_does_not_hang_the_child(run_program, uses):
+    """That thread holds the lock, and stays in the parent; a hub gives its waker back in the child."""
+    assert run_program("-W", "ignore", "-c", FORKED.format(uses=uses)).communicate(timeout=40) == ("0\n", "")
