@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import click
 
 from harken import standin
 from harken.cli import complain, options, program
-from harken.observe.log import attach_if_asked
+from harken.observe import access, log
 from harken.observe.stalls import report_at_exit
 from harken.process import streams
-from harken.settings import operator
+from harken.settings import REGISTRY, Settings, operator
 from harken.stalls import STALL_AFTER
 
-__all__ = ["command"]
+__all__ = ["SERVICE", "command"]
+
+SERVICE = (
+    "chdir",
+    "control",
+    "group",
+    "max_requests",
+    "max_requests_jitter",
+    "max_worker_age",
+    "max_worker_rss",
+    "pidfile",
+    "umask",
+    "upgrade_timeout",
+    "user",
+    "worker_timeout",
+    "workers",
+)
+"""The settings of a whole service: of its supervisor, its workers and its process, not of a server."""
 
 
 class RunCommand(click.Command):
@@ -46,14 +63,35 @@ def _run(module: str | None, words: tuple[str, ...]) -> Callable[[], int | None]
     if module is None and not words:
         raise click.UsageError("name a script, or a module by -m")
     options.refuse_wrong_values()
+    for line in _unheeded(_changed({*operator.flags, *operator.file})):
+        click.echo(f"harken run: {line}", err=True)
     return lambda: _run_program(module, words)
+
+
+def _changed(names: set[str]) -> set[str]:
+    """Leave those out that say what holds in any case."""
+    values = Settings(None)
+    return {name for name in names if name in REGISTRY and values[name] != REGISTRY[name].default}
+
+
+def _unheeded(named: set[str]) -> Iterator[str]:
+    """Say which settings will not do what somebody may expect of them, who knows them from ``serve``."""
+    of_service = [f"--{name.replace('_', '-')}" for name in SERVICE if name in named]
+    if of_service:
+        yield (
+            f"{', '.join(of_service)}: for programs that call harken.serve(); "
+            "servers that the program makes otherwise run in its own process, as it is"
+        )
+    if "drain_timeout" in named:
+        yield "--drain-timeout: for harken.serve() and drain(); SIGTERM ends other programs as it does under python"
 
 
 def _run_program(module: str | None, words: tuple[str, ...]) -> int | None:
     atexit.unregister(streams.settle)  # what becomes of the program's output is as under `python`
     standin.install()
     standin.pass_on()
-    attach_if_asked()
+    log.attach_if_asked()
+    access.attach_if_asked()
     operator.defaults.setdefault(STALL_AFTER.name, STALL_AFTER.serve)  # or there would be nothing to report
     report_at_exit()
     try:

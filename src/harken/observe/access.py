@@ -18,7 +18,7 @@ from harken.observe.log import escape
 from harken.observe.outlet import open_log, reopen
 from harken.settings import Settings, setting, text
 
-__all__ = ["STDOUT", "AccessLog"]
+__all__ = ["STDOUT", "AccessLog", "attach_if_asked"]
 
 STDOUT = "-"
 
@@ -53,7 +53,9 @@ class AccessLog:
         self._unsubscribe: list[Callable[[], None]] = []
 
     def attach(self) -> None:
-        """Begin to write."""
+        """Begin to write, in place of what was attached for a program that may have had no service."""
+        while _asked:
+            _asked.pop().detach()
         if self._handler is not None:
             self._unsubscribe.append(events.subscribe(self.write, "closed"))
             self._unsubscribe.append(events.subscribe(self._follow, "configured"))
@@ -79,6 +81,16 @@ class AccessLog:
         assert self._handler is not None
         line = (_as_json if self._settings["log_format"] == "json" else _as_text)(event)
         self._handler.handle(logging.LogRecord("harken.access", logging.INFO, "", 0, line, None, None))
+
+
+_asked: list[AccessLog] = []
+
+
+def attach_if_asked() -> None:
+    """Begin to write if a flag, the environment or the configuration file says where, until a service does."""
+    log = AccessLog(Settings(None))
+    log.attach()
+    _asked.append(log)
 
 
 def _fields(event: events.Event) -> dict[str, Any]:
