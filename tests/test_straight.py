@@ -406,3 +406,37 @@ def test_a_server_without_a_socket_is_not_asked_for_one(engine: str) -> None:
         thread.join(PATIENCE)
         server.server_close()
     assert served == [(b"one", ("me", 0)), (b"two", ("me", 0))]
+
+
+class Contested(socket.socket):
+    """A listener of several servers: before its second accept another one takes who was found waiting."""
+
+    accepts = 0
+    elsewhere: list[Any]
+
+    def _accept(self) -> Any:
+        self.accepts += 1
+        if self.accepts == 2:
+            self.elsewhere.append(super()._accept())  # type: ignore[misc]
+        return super()._accept()  # type: ignore[misc]
+
+
+def test_who_was_taken_need_not_wait_for_an_accept_that_does() -> None:
+    """As with one listener for several servers, of threads or processes: the loop may wait, the handlers do not."""
+    server = harken.ThreadingTCPServer(("127.0.0.1", 0), Echo)
+    server.daemon_threads = True
+    server.socket = door = Contested(fileno=server.socket.detach())
+    door.elsewhere = []
+    first, second = (socket.create_connection(server.server_address, PATIENCE) for _ in range(2))
+    loop = threading.Thread(target=server.serve_forever, daemon=True)
+    with first, second:
+        loop.start()
+        first.sendall(b"hello")
+        assert first.recv(100) == b"hello"
+        wait_until(lambda: door.elsewhere)
+    server._BaseServer__shutdown_request = True
+    socket.create_connection(server.server_address, PATIENCE).close()  # the accept that waits
+    loop.join(PATIENCE)
+    server.server_close()
+    for fd, _ in door.elsewhere:
+        socket.close(fd)

@@ -18,6 +18,7 @@ from harken.acceptor import MAX_ACCEPT
 from harken.connection import door_of, is_plain_door, shown, shut
 from harken.datagrams import is_lean
 from harken.engines import Terms, Way
+from harken.listener import Listener
 
 if TYPE_CHECKING:
     from harken.engines import Lane
@@ -82,7 +83,8 @@ def take(serving: Serving) -> bool | None:
     lane = serving.engine.lane(server, partial(_way, serving)) if places else None
     if lane is not None:
         return _take_by(lane, serving, places)
-    most = MAX_ACCEPT if admission is None else admission.places(MAX_ACCEPT)
+    burst = _burst(serving)
+    most = burst if admission is None else admission.places(burst)
     if admission is not None and not most:  # another process, or loop, has filled the last places just now
         serving.intake.wait_for_room(admission)
         return False
@@ -104,6 +106,17 @@ def take(serving: Serving) -> bool | None:
     if len(taken) == MAX_ACCEPT:
         return serving.intake.readable()  # a door of socketserver's kind blocks, and might have been emptied
     return False if acceptor.paused else None
+
+
+def _burst(serving: Serving) -> int:
+    """How many to take before the first of them is served.
+
+    Where the accept of a further one may wait, since somebody else took who was there, nobody may wait with it.
+    """
+    door = serving.server.socket
+    if isinstance(door, Listener) or (serving.holding is not None and serving.holding.alone(door)):
+        return MAX_ACCEPT
+    return 1
 
 
 def _is_quiet(serving: Serving) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -11,6 +13,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
+from harken import process
+from harken.settings import Setting, declare_all
 
 SECONDS = 30  # a program's start on a busy machine, with room to spare
 SRC = Path(__file__).resolve().parents[2] / "src"
@@ -133,6 +138,83 @@ def test_flags_reach_the_program(python, write):
     assert result.stdout == "5 ['--pool-size', '6']\n"
 
 
+SERVES_ONE = """
+import socket, socketserver
+with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as server:
+    with socket.create_connection(server.server_address):
+        server.handle_request()
+"""
+
+
+def test_settings_of_a_service_are_not_dropped_in_silence(python, write):
+    """Who takes them from ``serve`` is told that a program's own servers do without; the program runs all the same."""
+    write("prog.py", SERVES_ONE)
+    words = ["--workers", "2", "--user", "nobody", "--drain-timeout", "5", "--control", "none"]
+    result = python("-m", "harken", "run", *words, "prog.py")
+    first, second = result.stderr.splitlines()
+    assert first.startswith("harken run: warning: --user, --workers: for programs that call harken.serve()")
+    assert second.startswith("harken run: warning: --drain-timeout: for harken.serve() and drain()")
+    assert result.returncode == 0
+
+
+def test_settings_of_servers_are_not_spoken_of(python, write):
+    """Nor those of a service in the environment, which may be somebody else's."""
+    write("prog.py", SERVES_ONE)
+    result = python("-m", "harken", "run", "--max-connections", "5", "prog.py", HARKEN_WORKERS="2")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_every_setting_of_processes_is_known_as_one_of_a_service():
+    """A setting that comes to this room is a service's, and `run` has to tell; single servers heed one of them."""
+    declared = {
+        value.name
+        for found in pkgutil.iter_modules(process.__path__)
+        for value in vars(importlib.import_module(f"harken.process.{found.name}")).values()
+        if isinstance(value, Setting)
+    }
+    assert declared - {"worker_timeout"} == {name for name, value in declare_all().items() if value.process}
+
+
+def test_the_access_log_of_an_unchanged_program(python, write, tmp_path):
+    """A line for each connection of its servers, and of its children's."""
+    write("prog.py", "import subprocess, sys\n" + SERVES_ONE + "subprocess.run([sys.executable, 'child.py'])\n")
+    write("child.py", SERVES_ONE)
+    result = python("-m", "harken", "run", "--access-log", "access.log", "prog.py")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "access.log").read_text().count(" reason=handler_returned ") == 2
+
+
+def test_a_service_of_the_program_logs_once(python, write, tmp_path):
+    """What `run` attached for the program's servers gives way to the service's own logs."""
+    write(
+        "prog.py",
+        """
+        import os, signal, socket, threading
+        import harken
+
+        class Say(harken.BaseRequestHandler):
+            def handle(self):
+                self.request.sendall(b"yes")
+
+        def ask(event):
+            with socket.create_connection(event.server.server_address) as client:
+                client.recv(3)
+
+        def end(event):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        harken.events.subscribe(lambda event: threading.Thread(target=ask, args=[event]).start(), "listening")
+        harken.events.subscribe(end, "closed")
+        harken.serve(Say, "tcp://127.0.0.1:0", workers=0)
+        """,
+    )
+    logs = ["--log-level", "info", "--log-file", "run.log", "--access-log", "access.log"]
+    result = python("-m", "harken", "run", *logs, "prog.py")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "run.log").read_text().count("listening:") == 1
+    assert (tmp_path / "access.log").read_text().count(" reason=") == 1
+
+
 @pytest.mark.parametrize(
     "body,status",
     [
@@ -222,17 +304,7 @@ def test_what_is_misspelt_is_one_line(python, tmp_path, words, line, status):
     assert result.returncode == status
 
 
-@pytest.mark.parametrize("words", [["--user", "nobody"], ["--workers", "4"], ["--umask", "077"], ["--pidfile", "p"]])
-def test_a_flag_that_nothing_would_come_of_is_refused(python, write, words):
-    """The program would run as root, say, and its operator would believe that it does not."""
-    write("prog.py", "print('begun')")
-    result = python("-m", "harken", "run", *words, "prog.py")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith(f"harken run: {words[0]} is heeded by 'harken serve' alone")
-    assert python("-m", "harken", "run", "--user", "none", "--workers", "1", "prog.py").stdout == "begun\n"
-
-
-SERVES_ONE = """
+HELLO = """
 import socket, socketserver, threading
 class Hello(socketserver.BaseRequestHandler):
     def handle(self):
@@ -246,7 +318,7 @@ with socketserver.TCPServer(("127.0.0.1", 0), Hello) as server:
 
 def test_the_access_log_is_kept(python, write, tmp_path):
     """As under ``serve``."""
-    write("prog.py", SERVES_ONE)
+    write("prog.py", HELLO)
     result = python("-m", "harken", "run", "--access-log", "access", "prog.py")
     assert (result.returncode, result.stderr) == (0, "")
     (line,) = tmp_path.joinpath("access").read_text().splitlines()

@@ -16,10 +16,11 @@ def _run_on_harken() -> None:
         return
     try:
         from harken import standin
-        from harken.observe.log import attach_if_asked
+        from harken.observe import access, log
 
         standin.take_over()
-        attach_if_asked()
+        log.attach_if_asked()
+        access.attach_if_asked()
     except Exception:  # noqa: BLE001 - whatever is wrong, the child is not ours to break
         pass
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import click
 
 from harken import standin
 from harken.cli import complain, options, program
+from harken.drain import DRAIN_TIMEOUT
 from harken.errors import ConfigError
 from harken.observe import access, log
 from harken.observe.stalls import report_at_exit
 from harken.process import streams
-from harken.settings import operator
+from harken.settings import Settings, operator
 from harken.stalls import STALL_AFTER
 
 __all__ = ["command"]
@@ -47,17 +48,25 @@ def _run(module: str | None, words: tuple[str, ...]) -> Callable[[], int | None]
     if module is None and not words:
         raise click.UsageError("name a script, or a module by -m")
     options.refuse_wrong_values()
-    _refuse_flags_of_serve()
     options.warn_of_unknown_variables("run")
+    for line in _unheeded():
+        click.echo(f"harken run: warning: {line}", err=True)
     return lambda: _run_program(module, words)
 
 
-def _refuse_flags_of_serve() -> None:
-    """Refuse flags that nothing comes of: the program is a process of its own, and nobody's worker."""
-    for declared in options.load_settings().values():
-        asked = operator.flags.get(declared.name, declared.default)
-        if declared.process and declared.kind.parse(str(asked)) not in (declared.default, declared.serve):
-            raise click.UsageError(f"{declared.flag} is heeded by 'harken serve' alone; it does nothing for a program")
+def _unheeded() -> Iterator[str]:
+    """Say which flags, and lines of the file, will not do what somebody may expect of them, who knows ``serve``."""
+    known, values = options.load_settings(), Settings(None)
+    named = sorted({*operator.flags, *operator.file} & known.keys())
+    changed = [known[name] for name in named if values[name] not in (known[name].default, known[name].serve)]
+    of_service = [declared.flag for declared in changed if declared.process]
+    if of_service:
+        yield (
+            f"{', '.join(of_service)}: for programs that call harken.serve(); "
+            "servers that the program makes otherwise run in its own process, as it is"
+        )
+    if DRAIN_TIMEOUT in changed:
+        yield f"{DRAIN_TIMEOUT.flag}: for harken.serve() and drain(); SIGTERM ends other programs as under python"
 
 
 def _run_program(module: str | None, words: tuple[str, ...]) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 from harken import events
 from harken.observe.log import escape
 from harken.observe.outlet import open_log, reopen
-from harken.settings import Settings, operator, setting, text
+from harken.settings import Settings, setting, text
 
 __all__ = ["STDOUT", "AccessLog", "attach_if_asked"]
 
@@ -30,12 +30,6 @@ ACCESS_LOG = setting(
     "seconds, bytes in and out, reason and worker; `-` is stdout; none: no such log",
     origin="gunicorn's accesslog, off unless asked as well",
 )
-
-
-def attach_if_asked() -> None:
-    """Begin to write if a flag, the environment or the configuration file names a file."""
-    if operator.find(ACCESS_LOG):
-        AccessLog(Settings(None)).attach()
 
 
 class AccessLog:
@@ -59,7 +53,9 @@ class AccessLog:
         self._unsubscribe: list[Callable[[], None]] = []
 
     def attach(self) -> None:
-        """Begin to write."""
+        """Begin to write, in place of what was attached for a program that may have had no service."""
+        while _asked:
+            _asked.pop().detach()
         if self._handler is not None:
             self._unsubscribe.append(events.subscribe(self.write, "closed"))
             self._unsubscribe.append(events.subscribe(self._follow, "configured"))
@@ -85,6 +81,16 @@ class AccessLog:
         assert self._handler is not None
         line = (_as_json if self._settings["log_format"] == "json" else _as_text)(event)
         self._handler.handle(logging.LogRecord("harken.access", logging.INFO, "", 0, line, None, None))
+
+
+_asked: list[AccessLog] = []
+
+
+def attach_if_asked() -> None:
+    """Begin to write if a flag, the environment or the configuration file says where, until a service does."""
+    log = AccessLog(Settings(None))
+    log.attach()
+    _asked.append(log)
 
 
 def _fields(event: events.Event) -> dict[str, Any]:

@@ -110,10 +110,18 @@ def _indented(error: BaseException) -> str:
     return "\n".join("    " + escape(line) for line in lines)
 
 
+_asked: list[LogObserver] = []
+
+
 def attach_if_asked() -> None:
-    """Begin to log if a flag, the environment or the configuration file speaks of it."""
+    """Begin to log if a flag, the environment or the configuration file speaks of it.
+
+    Until a service of the program's own begins to, which knows more about its log.
+    """
     if any(operator.find(declared) for declared in (LOG_LEVEL, LOG_FORMAT, LOG_FILE)):
-        LogObserver(Settings(None)).attach()
+        observer = LogObserver(Settings(None))
+        observer.attach()
+        _asked.append(observer)
 
 
 def _formatter(settings: Settings) -> logging.Formatter:
@@ -141,7 +149,9 @@ class LogObserver:
         self._repeats = Repeats(self._tell_left_out)
 
     def attach(self) -> None:
-        """Begin to write."""
+        """Begin to write, in place of what was attached for a program that may have had no service."""
+        while _asked:
+            _asked.pop().detach()
         self.logger.addHandler(self.handler)
         self.logger.propagate = False
         self._obey()
