@@ -194,8 +194,7 @@ class Started:
         Raises:
             ConfigError: a setting is unknown, not live, or its value is not allowed; nothing was changed.
         """
-        for server in self._servers:
-            server.configure(**changes)
+        self._worker.configure(changes)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Return figures since the start, by address; see the reference of ``stats()``."""

@@ -81,6 +81,14 @@ class _Server:
         self._end_worker()
         super().server_close()  # type: ignore[misc]
 
+    def configure(self, **changes: Any) -> None:
+        """Change live settings of all servers of the worker, and of what they share."""
+        worker = self._worker()
+        if worker is None:
+            BaseServer.configure(self, **changes)  # type: ignore[arg-type]
+        else:
+            worker.configure(changes)
+
     def _end_worker(self) -> None:
         """Ask the worker to leave, and wait until its loop has ended, unless the caller keeps that."""
         worker = self._worker()
@@ -203,7 +211,7 @@ class Worker:
         """
         self.settings.configure(changes)
         for server in self.servers:
-            server.configure(**changes)
+            BaseServer.configure(server, **changes)
 
     def run(self, *, on_ready: Callable[[], object] = _nothing, on_turn: Callable[[], None] = _nothing) -> int:
         """Serve until a signal; return the exit status.
