@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DrainReport", "RunningSide", "Serving", "background", "serving_of"]
 
+# Seconds between looks whether a server that is to be ready has ended instead.
+_LOOK_SECONDS = 0.02
 # A name that programs do not have, found by ordinary attribute access on the hot path.
 _KEY = "_harken"
 
@@ -276,8 +278,12 @@ class Serving:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Watch the server's door while the block runs; several loops may."""
+    def attached(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Watch the server's door while the block runs; several loops may.
+
+        Args:
+            stopped: whether the loop is to end before it began: then nobody is told that it serves.
+        """
         if self.server.fileno() < 0:
             raise LifecycleError(
                 "cannot serve: the server's socket is closed; make a new server or give it another socket"
@@ -300,7 +306,8 @@ class Serving:
                 self._refresh_buffers()
                 self.intake.watch()
                 events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
-        self.ready.set()
+        if not stopped():
+            self.ready.set()
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
@@ -369,7 +376,7 @@ class Serving:
 
     def run(self, stopped: Callable[[], bool], interval: float) -> None:
         """Serve until ``stopped``, turning at least every ``interval`` seconds."""
-        with self.attached(), Interrupts(self.wake) as interrupts:
+        with self.attached(stopped), Interrupts(self.wake) as interrupts:
             self.engine.run(interrupts.before(stopped), self.tick, lambda: self.acceptor.patience(interval))
 
     @property
@@ -587,7 +594,7 @@ def background(server: Any, *, timeout: float = 10.0) -> Iterator[Any]:
         timeout: seconds to wait for it to be ready.
 
     Raises:
-        LifecycleError: it was not ready in time.
+        LifecycleError: it was not ready in time, or was shut down before.
         Exception: whatever ``serve_forever`` raised before it was ready.
     """
     serving = serving_of(server)
@@ -598,14 +605,15 @@ def background(server: Any, *, timeout: float = 10.0) -> Iterator[Any]:
             server.serve_forever()
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failure.append(error)
-            serving.ready.set()
 
     thread = threading.Thread(target=serve, name="harken-background", daemon=True)
     thread.start()
-    if not serving.ready.wait(timeout):
-        raise LifecycleError(f"the server was not ready within {timeout:g} s")
-    if failure:
-        raise failure[0]
+    deadline = time.monotonic() + timeout
+    while not serving.ready.wait(_LOOK_SECONDS):
+        if not thread.is_alive():
+            raise failure[0] if failure else LifecycleError("the server was shut down before it served")
+        if time.monotonic() >= deadline:
+            raise LifecycleError(f"the server was not ready within {timeout:g} s")
     try:
         yield server
     finally:
