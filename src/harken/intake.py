@@ -54,8 +54,9 @@ class Intake:
             serving.engine.watch(serving.server, self._accept_ready)
 
     def after_fork(self) -> None:
-        """In a child: another loop may have had the lock."""
+        """In a child: another loop may have had the lock, or have been asking whether somebody waits."""
         self._lock = threading.Lock()
+        self._readable = Readable()
 
     def readable(self) -> bool:
         """Whether a connection waits at the door."""
