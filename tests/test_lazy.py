@@ -17,6 +17,7 @@ from waiting import wait_until
 
 import harken
 from harken import _hub, events
+from harken.idle import Onlooker
 
 PATIENCE = 10.0  # seconds
 BYTES = 614  # 0.6 KiB: what an idle lazy connection may cost
@@ -186,3 +187,27 @@ def test_what_an_idle_one_costs() -> None:
         grow()
         assert (resident() - before) / count < BYTES + CLIENT_BYTES
         assert server.begun == []
+
+
+def test_a_drain_sees_a_lazy_handler_at_work_in_its_thread() -> None:
+    """On the thread engine it is started at once; while it works, no drain takes its connection for idle."""
+    working, done = threading.Event(), threading.Event()
+
+    class Works(harken.BaseRequestHandler):
+        lazy = True
+
+        def handle(self) -> None:
+            self.request.recv(1)
+            working.set()
+            done.wait(PATIENCE)
+
+    server = harken.ThreadingTCPServer(("127.0.0.1", 0), Works)
+    with harken.background(server), socket.create_connection(server.server_address) as client:
+        client.sendall(b"x")
+        assert working.wait(PATIENCE)
+        (record,) = server._harken.connections
+        record.started -= PATIENCE  # as if it had been open for long
+        try:
+            assert Onlooker().is_at_work(record)
+        finally:
+            done.set()

@@ -59,7 +59,12 @@ class Closing:
             return
         serving.acceptor.last = True  # before anything changes for the loop
         if serving.holding is not None and serving.holding.alone(self._listener):
-            self._rest = for_socket(self._listener).shut_out(self._listener)
+            try:
+                self._rest = for_socket(self._listener).shut_out(self._listener)
+            except OSError:
+                if self._fileno() >= 0:
+                    raise
+                return  # by server_close(), meanwhile
             if self._rest:  # somebody may be on the way
                 serving.acceptor.last = serving.acceptor.emptied = False
         self._looped = not serving.last_loop and not serving.in_loop

@@ -69,12 +69,12 @@ class DrainReport:
 
     @classmethod
     def of_all(cls, reports: Sequence[DrainReport]) -> DrainReport:
-        """Return one report for servers that share an engine and were drained together."""
+        """Return one report for servers that share an engine and were drained together; none make an empty one."""
         return cls(
             sum(report.finished for report in reports),
             sum(report.left for report in reports),
             sum(report.cut for report in reports),
-            max(report.seconds for report in reports),
+            max((report.seconds for report in reports), default=0.0),
             [info for report in reports for info in report.connections],
         )
 

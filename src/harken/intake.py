@@ -96,8 +96,9 @@ class Intake:
         return place is not None and now >= self._refuses_until and place.others_are_free
 
     def after_fork(self) -> None:
-        """In a child: another loop may have had the lock."""
+        """In a child: another loop may have had the lock, or have been asking whether somebody waits."""
         self._lock = threading.Lock()
+        self._readable = Readable()
 
     def readable(self) -> bool:
         """Whether a connection waits at the door."""

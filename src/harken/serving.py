@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DrainReport", "RunningSide", "Serving", "background", "serving_of"]
 
+# Seconds between looks whether a server that is to be ready has ended instead.
+_LOOK_SECONDS = 0.02
 # A name that programs do not have, found by ordinary attribute access on the hot path.
 _KEY = "_harken"
 
@@ -195,8 +197,12 @@ class Serving:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Watch the server's door while the block runs; several loops may."""
+    def attached(self, stopped: Callable[[], bool] = lambda: False) -> Iterator[None]:
+        """Watch the server's door while the block runs; several loops may.
+
+        Args:
+            stopped: whether the loop is to end before it began: then nobody is told that it serves.
+        """
         if self.server.fileno() < 0:
             raise LifecycleError(
                 "cannot serve: the server's socket is closed; make a new server or give it another socket"
@@ -219,7 +225,8 @@ class Serving:
                 events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
         if engine.shares_doors:
             self.intake.share()
-        self.ready.set()
+        if not stopped():
+            self.ready.set()
         try:
             yield
         except (KeyboardInterrupt, SystemExit):
@@ -288,7 +295,7 @@ class Serving:
 
     def run(self, stopped: Callable[[], bool], interval: float) -> None:
         """Serve until ``stopped``, turning at least every ``interval`` seconds."""
-        with self.attached(), Interrupts(self.wake) as interrupts:
+        with self.attached(stopped), Interrupts(self.wake) as interrupts:
             self.engine.run(interrupts.before(stopped), self.tick, lambda: self.acceptor.patience(interval))
 
     @property
@@ -524,7 +531,7 @@ def background(server: T, *, timeout: float = 10.0) -> Iterator[T]:
 
     Raises:
         ConfigError: it is no server of harken's.
-        LifecycleError: it was not ready in time.
+        LifecycleError: it was not ready in time, or was shut down before.
         Exception: whatever ``serve_forever`` raised before it was ready.
     """
     made: Any = server
@@ -540,14 +547,15 @@ def background(server: T, *, timeout: float = 10.0) -> Iterator[T]:
             made.serve_forever()
         except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
             failure.append(error)
-            serving.ready.set()
 
     thread = threading.Thread(target=serve, name="harken-background", daemon=True)
     thread.start()
-    if not serving.ready.wait(timeout):
-        raise LifecycleError(f"the server was not ready within {timeout:g} s")
-    if failure:
-        raise failure[0]
+    deadline = time.monotonic() + timeout
+    while not serving.ready.wait(_LOOK_SECONDS):
+        if not thread.is_alive():
+            raise failure[0] if failure else LifecycleError("the server was shut down before it served")
+        if time.monotonic() >= deadline:
+            raise LifecycleError(f"the server was not ready within {timeout:g} s")
     try:
         yield server
     finally:

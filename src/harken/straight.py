@@ -205,7 +205,8 @@ def _take_by(lane: Lane, serving: Serving, places: int) -> bool | None:
 def _start(serving: Serving, admitted: list[tuple[Any, Any]]) -> None:
     server, engine = serving.server, serving.engine
     serve_here = serve if serving.entry is None else enter
-    lazy = serving.entry is None and getattr(server.RequestHandlerClass, "lazy", False)
+    # Where each connection has a thread, that begins at once, and is to be known.
+    lazy = engine.shares_threads and serving.entry is None and getattr(server.RequestHandlerClass, "lazy", False)
     start = engine.starter()
     if not engine.shares_threads:
         serve_here = process_request_thread  # by this name programs find its thread

@@ -59,3 +59,42 @@ def test_background_passes_on_what_the_block_raised():
     with pytest.raises(LookupError, match="block's fault"), harken.background(server):
         raise LookupError("block's fault")
     assert server.socket.fileno() == -1
+
+
+@pytest.mark.parametrize("engine", ["inline", "thread", "green", "asyncio"])
+def test_background_is_not_entered_by_a_server_that_was_shut_down(engine):
+    """Its loop ends at once: nobody would serve in the block, and no ten seconds are waited for it."""
+    server = harken.TCPServer(LOCAL, Upper, engine=engine)
+    server.shutdown()
+    began = time.monotonic()
+    with pytest.raises(LifecycleError, match="shut down before it served"), harken.background(server):
+        pytest.fail("must not be entered")
+    assert time.monotonic() - began < PATIENCE / 2
+    assert not server.wait_ready(0)
+    server.server_close()
+
+
+def test_a_server_that_cannot_serve_is_not_ready():
+    """``wait_ready`` says so also after ``background`` has tried."""
+    server = TCPServer(LOCAL, Upper)
+    server.server_close()
+    with pytest.raises(LifecycleError, match="closed"), harken.background(server):
+        pytest.fail("must not be entered")
+    assert not server.wait_ready(0)
+
+
+def test_a_server_that_has_died_is_not_ready():
+    """Its loop raised while it served; the block's end passes that on."""
+
+    class Dies(TCPServer):
+        def service_actions(self):
+            if self.stats()["accepted_total"]:
+                raise LookupError("on purpose")
+
+    server = Dies(LOCAL, Upper)
+    with pytest.raises(LookupError, match="on purpose"), harken.background(server):
+        assert server.wait_ready(0)
+        with connect(server) as client:
+            client.shutdown(socket.SHUT_WR)
+            assert client.recv(1) == b""
+    assert not server.wait_ready(0)

@@ -8,6 +8,7 @@ import socket
 import threading
 
 import pytest
+from waiting import wait_until
 
 import harken
 
@@ -153,3 +154,61 @@ def test_a_path_is_the_parents_also_where_handlers_are_children(tmp_path):
     with harken.ForkingUnixStreamServer(path, Close) as server, served(server):
         assert len({ask(path) for _ in range(3)}) == 3
         assert os.path.exists(path)
+
+
+def test_a_child_serves_that_was_forked_while_a_loop_looked_at_the_door():
+    """A poll object that another thread is in is refused to everybody, in the child for ever."""
+    with harken.TCPServer(LOCAL, Tell) as server:
+        readable = server._harken.intake._readable
+        assert not readable(server.fileno())
+        looking = threading.Thread(target=readable._poll, args=(PATIENCE * 1000,), daemon=True)
+        looking.start()
+        wait_until(lambda: is_asleep(looking))
+        child = multiprocessing.get_context("fork").Process(target=server.serve_forever, daemon=True)
+        child.start()
+        try:
+            assert [ask(server.server_address) for _ in range(3)] == [child.pid] * 3
+        finally:
+            child.kill()
+            child.join()
+        looking.join(PATIENCE)
+
+
+def test_a_child_may_let_go_that_was_forked_while_a_loop_reaped():
+    """The loop of the fork engine is a thread of the parent's, and takes its lock along."""
+
+    class Stays(harken.BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"%d" % os.getpid())
+            self.request.recv(1)
+
+    with (
+        harken.ForkingTCPServer(LOCAL, Stays) as server,
+        served(server),
+        socket.create_connection(server.server_address, PATIENCE) as client,
+    ):
+        assert client.recv(100)
+        wait_until(lambda: server.active_children)
+        reaping, reaped = threading.Event(), threading.Event()
+
+        def reap():
+            with server._harken.engine._reaping:
+                reaping.set()
+                reaped.wait(PATIENCE)
+
+        other = threading.Thread(target=reap, daemon=True)
+        other.start()
+        assert reaping.wait(PATIENCE)
+        try:
+            assert status_of_child(server.drain) == 0
+        finally:
+            reaped.set()
+            other.join(PATIENCE)
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""  # the parent's connection is what it was
+
+
+def is_asleep(thread):
+    """Whether the thread waits in a system call."""
+    with open(f"/proc/self/task/{thread.native_id}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "S"

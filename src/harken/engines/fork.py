@@ -12,6 +12,7 @@ import select
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -65,6 +66,7 @@ class Engine(SelectorEngine):
         self._ends: dict[int, tuple[_Exit | None, Callable[[int], None] | None]] = {}
         self._starting: set[int] = set()  # of whom another loop must not be told the end yet
         self._reaping = threading.RLock()  # a signal handler may collect, too
+        _engines.add(self)
 
     @property
     def full(self) -> bool:
@@ -82,7 +84,6 @@ class Engine(SelectorEngine):
             self._wait_for_exit()
         pid = fork_without_listeners()
         if pid == 0:
-            self._reaping = threading.RLock()  # another loop may have had it
             _be_child(function, args)
         self._starting.add(pid)
         self.children.add(pid)
@@ -176,6 +177,19 @@ class Engine(SelectorEngine):
         self.collect()
         if not self._ends:  # children that a program added to the set by itself
             self.children.clear()
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In a child, also in one that the program forks: another thread may have been reaping."""
+    for engine in list(_engines):
+        engine._reaping = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _be_child(function: Callable[..., object], args: tuple[Any, ...]) -> None:

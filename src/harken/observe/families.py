@@ -13,7 +13,7 @@ from harken.records import REASONS
 __all__ = ["CAUSES", "FAMILIES", "Family"]
 
 CAUSES: dict[str, str] = {
-    "ended": "it ended by itself, by `exit()` or an error outside a handler",
+    "ended": "it ended by itself, by `exit()`, a server's `shutdown()` or an error outside a handler",
     "signal": "a signal killed it, the kernel's when memory is short for one",
     "hung": "its loop had not turned for `worker_timeout`",
     "start": "it could not start",

@@ -189,6 +189,7 @@ class Inside:
         self._channel.raise_at_end(0)
         worker.ends_with_process()
         worker.doors_stay = lambda: not self._row.doors_close
+        worker.on_own_end = self._tell_own_end
         worker.traces.push = lambda token, entries: self._channel.send(type="traced", token=token, entries=entries)
         self._lifespan = Lifespan(worker.settings)
         collector = Collector(worker.servings, self._slate) if worker.settings["metrics"] is not None else None
@@ -210,6 +211,12 @@ class Inside:
             with suppress(HarkenError):  # there is nothing to resume
                 self._answer(self._worker, verb, arguments)
         self._channel.send(type="ready", engine=self._worker.settings["engine"] or "inline")
+
+    def _tell_own_end(self) -> None:
+        """Ask for an heir: the program ends us by a verb of its server."""
+        if not self._retiring:
+            self._retiring = True
+            self._channel.send(type="retire", reason="ended: its program shut the server down")
 
     def _turn(self) -> None:
         """Once a turn of the loop that serves: the heartbeat."""

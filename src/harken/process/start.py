@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from harken.drain import Drain, DrainReport, run
+from harken.drain import Drain, DrainReport
 from harken.process.worker import Worker
 from harken.records import ConnectionInfo
 from harken.settings import warn_of_process
@@ -56,9 +57,8 @@ class Started:
         self._servers = worker.servers
         self.addresses = [server.serving.address() for server in worker.servers]
         self.server_address = worker.servers[0].server_address
-        self._stopping = False
         self._report: asyncio.Task[DrainReport] | None = None
-        self._drains: list[Drain] = []
+        worker.on_leaving = self._tell_leaving
         # It waits for the end, and accepts where the engine has no loop of its own.
         self._thread = threading.Thread(target=self._serve, name="harken-start", daemon=True)
         self._error: BaseException | None = None
@@ -96,7 +96,7 @@ class Started:
                 for server in self._servers:
                     attached.enter_context(server.serving.attached())
                 self._tell(None)
-                self._engine.run(lambda: self._stopping, self._worker._tick, self._worker._patience)
+                self._engine.run(lambda: self._worker._stopping, self._worker._tick, self._worker._patience)
         except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for the server
             self._error = error
             self._tell(error)
@@ -143,25 +143,38 @@ class Started:
         import asyncio
 
         seconds = self._worker.settings["drain_timeout"] if timeout is None else timeout
-        if self._report is None:
-            servings = [server.serving for server in self._servers]
-            self._drains = [Drain(serving, seconds, serving.own_records()) for serving in servings]
-            self._report = asyncio.ensure_future(self._end(self._drains))
-        for each in self._drains:
+        own = [record for server in self._servers for record in server.serving.own_records()]
+        for each in self._worker.leave(seconds, own):
             each.shorten(seconds)
-        return await asyncio.shield(self._report)
+        return await asyncio.shield(self._follow())
+
+    def _tell_leaving(self) -> None:
+        """A drain begins: by :meth:`drain`, or by a verb of a server, in a handler or another thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._follow)
+        except RuntimeError:
+            pass  # the loop was closed: nobody waits
+
+    def _follow(self) -> asyncio.Task[DrainReport]:
+        import asyncio
+
+        if self._report is None:
+            self._report = asyncio.ensure_future(self._end(self._worker.leave()))
+        return self._report
 
     async def close(self) -> None:
         """Stop now, a drain too: cut every connection."""
         await self.drain(0.0)
 
-    async def _end(self, drains: list[Drain]) -> DrainReport:
-        """Drain in a thread: the loop goes on, and its handlers with it."""
+    async def _end(self, drains: Sequence[Drain]) -> DrainReport:
+        """Wait for the drain, which runs in a thread: the loop goes on, and its handlers with it."""
         import asyncio
 
         try:
             try:
-                reports = await asyncio.to_thread(run, drains, self._stop)
+                reports = [await asyncio.to_thread(each.join, math.inf, ()) for each in drains]
+                if self._worker.sees_off:
+                    await asyncio.to_thread(self._worker.await_end)
                 await asyncio.to_thread(self._thread.join)
             finally:
                 await self._leave()  # before the servers close, which looks whether handlers are left
@@ -171,10 +184,6 @@ class Started:
             if not self._last.ag_running:
                 await self._last.aclose()
         return DrainReport.of_all(reports)
-
-    def _stop(self) -> None:
-        self._stopping = True
-        self._engine.wake()
 
     def suspend(self) -> None:
         """Stop accepting; new connections wait in the backlog, open ones go on."""
@@ -202,8 +211,7 @@ class Started:
         Raises:
             ConfigError: a setting is unknown, not live, or its value is not allowed; nothing was changed.
         """
-        for server in self._servers:
-            server.configure(**changes)
+        self._worker.configure(changes)
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """Return figures since the start, by address; see the reference of ``stats()``."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain
 from typing import Any
 
-from harken.drain import CUT_GRACE, Drain, run
+from harken.drain import CUT_GRACE, LAST_WORD_SECONDS, Drain, DrainReport, run
 from harken.engines import Engine, load, suited
 from harken.listener import Listener
 from harken.observe.collector import Collector
@@ -21,6 +23,7 @@ from harken.preambles import refuse_plain_text
 from harken.process.conductor import SIGNALS, Abandoned, Conductor
 from harken.process.fitness import fit_handler
 from harken.process.traces import Traces
+from harken.records import Record
 from harken.server import BaseServer, TCPServer, UDPServer
 from harken.serving import Serving, serving_of
 from harken.settings import Settings
@@ -44,19 +47,58 @@ def _no() -> bool:
 
 
 class _Server:
-    """What the servers of a worker have of their own: a listener that is bound already, and the worker's engine."""
+    """What the servers of a worker have of their own: a listener that is bound already, and the worker's engine.
+
+    Their loop is one, and so is their end: the verbs by which a handler ends its server end the worker.
+    """
 
     daemon_threads = True  # a worker waits for handlers by itself, and not for ever
     block_on_close = False
     socket: socket.socket
 
     def __init__(
-        self, listener: Listener, handler: Callable[..., Any], settings: dict[str, Any], engine: Engine
+        self, worker: Worker, listener: Listener, handler: Callable[..., Any], settings: dict[str, Any], engine: Engine
     ) -> None:
         BaseServer.__init__(self, listener.getsockname(), handler)  # type: ignore[arg-type]
         self.socket = listener
         self.serving: Serving = serving_of(self, settings, "serve", engine)
         self.serving.holding = listener.holding
+        self._worker = weakref.ref(worker)
+
+    def shutdown(self) -> None:
+        """End the worker's loop, and with it all of its servers: a drain, as by SIGTERM."""
+        self._end_worker()
+
+    def drain(self, timeout: float | None = None) -> DrainReport:
+        """Drain all servers of the worker, which ends then."""
+        worker = self._worker()
+        if worker is None or not worker.is_here:  # in a forked child the loop is the parent's
+            return BaseServer.drain(self, timeout)  # type: ignore[arg-type]
+        return worker.drain(timeout)
+
+    def server_close(self) -> None:
+        """Close the listener; while the loop runs, that ends the worker too."""
+        if self.serving.in_loop:  # it is inside a handler, and must not find a closed listener then; nor must a drain
+            self.serving.engine.unwatch(self)  # type: ignore[arg-type]
+            self.socket.close()
+        self._end_worker()
+        super().server_close()  # type: ignore[misc]
+
+    def configure(self, **changes: Any) -> None:
+        """Change live settings of all servers of the worker, and of what they share."""
+        worker = self._worker()
+        if worker is None:
+            BaseServer.configure(self, **changes)  # type: ignore[arg-type]
+        else:
+            worker.configure(changes)
+
+    def _end_worker(self) -> None:
+        """Ask the worker to leave, and wait until its loop has ended, unless the caller keeps that."""
+        worker = self._worker()
+        if worker is not None and not self.serving.last_loop and worker.is_here:
+            worker.leave(by_program=True)
+            if not self.serving.in_loop and not worker.drains_here:
+                self.serving.left.wait()
 
 
 class _Stream(_Server, TCPServer):
@@ -103,8 +145,12 @@ class Worker:
         self.servers: list[_Stream | _Datagram] = []
         self._stopping = False
         self._left_loop = False
-        self._leaving = threading.Lock()
+        self._process = os.getpid()
+        self.sees_off = False
+        """Whether handlers that ask for a drain, and have their report, are waited for before the worker ends."""
+        self._leaving = threading.RLock()  # a program's signal handler may ask, whatever it interrupts
         self._drainer: threading.Thread | None = None
+        self._drains: Sequence[Drain] = ()
         self._drained = threading.Event()
         self._status = DRAINED
         self._on_turn: Callable[[], None] = _nothing
@@ -115,7 +161,9 @@ class Worker:
         self.turn_seconds = TURN_SECONDS
         """How long a turn of the loop may take when nothing happens."""
         self.on_leaving: Callable[[], object] = _nothing
-        """Called when a signal begins to end the worker, in the thread that acts on signals."""
+        """Called when the worker begins to end, by a signal or a verb of its servers, in the thread that asks."""
+        self.on_own_end: Callable[[], object] = _nothing
+        """Called when a verb of its servers begins to end the worker, in the thread that calls it."""
         self.on_told: Callable[[], object] = _nothing
         """Called whenever a signal says that the worker shall end, also when it is about to."""
         self.doors_stay: Callable[[], bool] = _no
@@ -131,7 +179,7 @@ class Worker:
             for listener in chain(listeners, chain.from_iterable(listen(address, options) for address in addresses)):
                 undo.callback(listener.close)
                 kind = _Stream if listener.type == socket.SOCK_STREAM else _Datagram
-                server = kind(listener, handler, settings, self._engine)
+                server = kind(self, listener, handler, settings, self._engine)
                 server.serving.on_child = partial(self._be_a_child, server)
                 server.serving.door_stays = self._leaves_door
                 self.servers.append(server)
@@ -170,7 +218,7 @@ class Worker:
         """
         self.settings.configure(changes)
         for server in self.servers:
-            server.configure(**changes)
+            BaseServer.configure(server, **changes)
 
     def run(self, *, on_ready: Callable[[], object] = _nothing, on_turn: Callable[[], None] = _nothing) -> int:
         """Serve until a signal; return the exit status.
@@ -180,6 +228,7 @@ class Worker:
             on_turn: called once a turn of the loop, at least once a second.
         """
         self._on_turn = on_turn
+        self.sees_off = True
         with self._conductor.heeding((*SIGNALS, *self.obeys)):
             with ExitStack() as attached, suppress(Abandoned):
                 for server in self.servers:
@@ -195,17 +244,73 @@ class Worker:
                 on_turn()  # the loop has ended, and we wait by intent
             return self._status
 
+    def await_end(self) -> None:
+        """Wait until a drain is over, and nobody is waited for any more. Any thread."""
+        self._drained.wait()
+
     def ends_with_process(self) -> None:
         """Say that the process ends when ``run`` has returned: signals that come then do no more than ``on_told``."""
         self._conductor.afterwards = self._told_late
 
-    def leave(self) -> None:
-        """Drain, and make ``run`` return, as SIGTERM does. Any thread."""
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that serves, and not one that was forked from it."""
+        return self._process == os.getpid()
+
+    @property
+    def drains_here(self) -> bool:
+        """Whether the calling thread is the one that drains."""
+        return threading.current_thread() is self._drainer
+
+    def leave(
+        self,
+        timeout: float | None = None,
+        own: Sequence[Record] = (),
+        *,
+        by_program: bool = False,
+        here: bool = False,
+    ) -> Sequence[Drain]:
+        """Drain, and make ``run`` return, as SIGTERM does. Any thread.
+
+        Args:
+            timeout: seconds until what is left is cut; None takes the setting ``drain_timeout``.
+            own: the connections of the handler that asks, which are not waited for until it has its report.
+            by_program: whether the program says so, and not an operator.
+            here: whether to drain in the calling thread, and return when that is done.
+
+        Returns:
+            What is under way, one drain a server; empty when the worker stops already.
+        """
         with self._leaving:
             if self._stopping or self._drainer is not None:
-                return
+                return self._drains
+            if by_program:
+                self.sees_off = True
+                self.on_own_end()
             self.on_leaving()
-            self._begin_drain()
+            seconds = self.settings["drain_timeout"] if timeout is None else timeout
+            self._drains = [Drain(server.serving, seconds, own) for server in self.servers]
+            self._drainer = threading.current_thread()
+        if here:
+            try:
+                self._drain_all(self._drains)
+            finally:
+                self._begin(partial(self._see_off, CUT_GRACE))
+        else:
+            self._begin(self._drain)
+        return self._drains
+
+    def drain(self, timeout: float | None) -> DrainReport:
+        """Drain for somebody who waits for the report: a handler, or another thread of the program."""
+        seconds = self.settings["drain_timeout"] if timeout is None else timeout
+        own = [record for serving in self.servings() for record in serving.own_records()]
+        return self._engine.aside(self._drain_for, seconds, own)  # type: ignore[no-any-return]
+
+    def _drain_for(self, seconds: float, own: Sequence[Record]) -> DrainReport:
+        drains = self.leave(seconds, own, by_program=True, here=True)  # in its own thread, which is not waited for
+        for each in drains:
+            each.shorten(seconds)
+        return DrainReport.of_all([each.join(seconds, own) for each in drains])
 
     def stop(self) -> None:
         """Make ``run`` return. Any thread, any signal handler."""
@@ -264,28 +369,44 @@ class Worker:
             if server is not own:
                 server.socket.close()
 
-    def _begin_drain(self) -> None:
+    def _begin(self, drain: Callable[[], None]) -> None:
         """Drain in a thread: the loop goes on until nobody waits at the doors."""
-        timeout = self.settings["drain_timeout"]
-        drains = [Drain(server.serving, timeout) for server in self.servers]
-        self._drainer = threading.Thread(target=self._drain, args=(drains,), name="harken-drain", daemon=True)
+        drainer = threading.Thread(target=drain, name="harken-drain", daemon=True)
+        self._drainer = drainer
         try:
-            self._drainer.start()
+            drainer.start()
         except RuntimeError:  # the machine has no threads left: here, then, and other signals wait
-            self._drain(drains)
+            self._drainer = threading.current_thread()
+            drain()
 
-    def _drain(self, drains: list[Drain]) -> None:
+    def _drain(self) -> None:
         try:
-            self._drain_all(drains)
+            self._drain_all(self._drains)
         finally:
+            self._see_off(0.0)
+
+    def _see_off(self, patience: float) -> None:
+        """Let handlers that asked, and have their report now, come to their end as all others do; then end the loop.
+
+        Args:
+            patience: seconds for the loop to end, where it was kept by the drain itself.
+        """
+        try:
+            if self.sees_off and any(each.spared() for each in self._drains):
+                left = self._drains[0].since + self.settings["drain_timeout"] - time.monotonic()
+                self._drain_all([Drain(server.serving, max(LAST_WORD_SECONDS, left)) for server in self.servers])
+            else:
+                self.servers[0].serving.left.wait(patience)
+            if not self._left_loop:  # a handler of the inline engine does not heed that its connection has ended
+                self._conductor.abandon()
+        finally:
+            self.stop()  # whatever went wrong
             self._drained.set()
 
-    def _drain_all(self, drains: list[Drain]) -> None:
-        reports = run(drains, self.stop)
-        harm = any(report.cut for report in reports) or any(each.running for each in drains)
-        self._status = CUT if harm else DRAINED
-        if not self._left_loop:  # a handler of the inline engine does not heed that its connection has ended
-            self._conductor.abandon()
+    def _drain_all(self, drains: Sequence[Drain]) -> None:
+        reports = run(list(drains), self.stop)
+        if any(report.cut for report in reports) or any(each.running for each in drains):
+            self._status = CUT
 
     def _stop(self) -> int:
         """Stop now: shut every connection, and give handlers a moment to notice."""

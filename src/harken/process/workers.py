@@ -29,7 +29,7 @@ from harken.process.orders import Orders, with_order
 from harken.process.scoreboard import MAX_ROWS, Scoreboard
 from harken.process.signals import Early, blocked
 from harken.process.traces import Followers
-from harken.process.worker import CUT, Worker
+from harken.process.worker import CUT, DRAINED, Worker
 from harken.settings import Settings, count, seconds, setting
 
 __all__ = ["GRACE_SECONDS", "MOST_WORKERS", "Workers"]
@@ -268,7 +268,7 @@ class Workers:
             match message["type"]:
                 case "ready":
                     self._became_ready(child, message["engine"])
-                case "retire":
+                case "retire" if not child.leaving:
                     child.heir_wanted = message["reason"]
                 case "failed":
                     child.trouble = message["reason"]
@@ -348,13 +348,15 @@ class Workers:
         child.close()
         if self._ending:
             self.statuses.add(status)
-        reason = child.killed_for or child.trouble or (None if child.leaving else _describe(status))
+        own_end = child.heir_wanted if status in (DRAINED, CUT) else None
+        expected = child.leaving or own_end is not None
+        reason = child.killed_for or child.trouble or (None if child.leaving else own_end or _describe(status))
         failed_to_start = not child.ready and not child.leaving and child.generation > self._proven
         if failed_to_start and self._proven == 0:
             raise ConfigError(child.trouble or f"the worker {reason} before it was ready")
-        if not child.leaving:
+        if not expected:
             self._slow_down()
-        details = {"reason": reason, "stacks": stacks, "restart_in": 0.0 if child.leaving else self._delay}
+        details = {"reason": reason, "stacks": stacks, "restart_in": 0.0 if expected else self._delay}
         told = {name: value for name, value in details.items() if value}
         events.emit("worker_exited", pid=child.pid, status=status, **told)
         if failed_to_start and child.generation == self._generation:
