@@ -490,13 +490,16 @@ def test_who_waits_for_a_worker_that_does_not_come_is_turned_away(service):
 
 
 KEPT = """
-import ctypes, os, harken
+import ctypes, os, sys, harken
 class Tell(harken.BaseRequestHandler):
     def handle(self):
         self.request.sendall(b"%d\\n" % os.getpid())
         while data := self.request.recv(1):
-            if data == b"k":  # keeps the interpreter's lock until the next byte
-                ctypes.PyDLL(None).read(self.request.fileno(), ctypes.create_string_buffer(1), 1)
+            if data == b"k":  # keeps the interpreter's lock, tells so, and lets go at the next byte
+                sys.setswitchinterval(1000)
+                libc, word = ctypes.PyDLL(None), ctypes.create_string_buffer(b"k")
+                libc.write(self.request.fileno(), word, 1)
+                libc.read(self.request.fileno(), word, 1)
 """
 
 
@@ -511,6 +514,7 @@ def test_whom_a_worker_cannot_take_is_taken_by_another(service, target, engine):
         kept = int(keeper.recv(100))
         time.sleep(0.1)  # its loop goes back to sleep, or else the kernel would not wake it
         keeper.sendall(b"k")
+        assert keeper.recv(1) == b"k"
         for _ in range(8):
             client = stack.enter_context(running.connect())
             assert int(client.recv(100)) != kept
