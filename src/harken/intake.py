@@ -14,6 +14,7 @@ from harken.acceptor import WAITING, Readable, turn_away
 from harken.admission import reply_of
 from harken.datagrams import DatagramIntake
 from harken.lifecycle import State
+from harken.sharing import NO_HANDLER, Sharing
 from harken.shedding import Shedder
 
 if TYPE_CHECKING:
@@ -25,11 +26,6 @@ __all__ = ["Intake"]
 
 # Seconds that a connection that was shed gets to go before the next one is: its handler wakes within milliseconds.
 SHED_SECONDS = 1.0
-# Seconds between looks at a door that other processes share: a little less than between the turns of an idle loop.
-LOOK_SECONDS = 0.9
-# Seconds that a client may wait for another process that has a handler free, which looks in half of them.
-OTHERS_SECONDS = 2 * LOOK_SECONDS
-_NO_HANDLER = "no handler is free: pool or max_children in use"
 
 
 class Intake:
@@ -46,10 +42,7 @@ class Intake:
         # A handler is free only when one ends that has begun: who waits in the queue may stay there.
         self._served = Shedder(self._find_served)
         self._shed_again = 0.0
-        self._look_at = 0.0
-        self._awaited_at = math.inf
-        self._refuses_until = 0.0
-        self._said_free = False
+        self.sharing = Sharing(serving, self.readable, self.watch)
 
     def watch(self) -> None:
         """Watch the door, unless the server is suspended: room in the pool does not end a suspension.
@@ -62,38 +55,6 @@ class Intake:
             return
         if state is State.SERVING or (state is State.DRAINING and not serving.last_loop):
             serving.engine.watch(serving.server, self._accept_ready)
-
-    def share(self) -> None:
-        """Once a turn, at a door that others share: let nobody wait there because of this process or another.
-
-        EPOLLEXCLUSIVE wakes one, and nobody else hears of whom it was woken for. One that has no handler free would
-        keep the others asleep, so it leaves the door before the next one comes. One that is killed, or is kept by a
-        thread that holds the interpreter's lock, cannot, so the others look once a second.
-        """
-        serving = self._serving
-        full, serves = serving.engine.full, serving.lifecycle.state is State.SERVING
-        if serving.bounds.place is not None and self._said_free is not (serves and not full):
-            self._said_free = not self._said_free
-            serving.bounds.place.say_free(self._said_free)
-        if full:
-            if self._may_rest():
-                serving.acceptor.rest(_NO_HANDLER)
-            return
-        now = time.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + LOOK_SECONDS
-            if serves and self.readable():
-                self.watch()
-
-    def _may_rest(self) -> bool:
-        """Whether who comes while no handler is free here is to wait, if only for another process that has one."""
-        serving = self._serving
-        if not serving.engine.shares_doors:
-            return False
-        if serving.settings["overload"] == "wait":
-            return True
-        place, now = serving.bounds.place, time.monotonic()
-        return place is not None and now >= self._refuses_until and place.others_are_free
 
     def after_fork(self) -> None:
         """In a child: another loop may have had the lock, or have been asking whether somebody waits."""
@@ -230,26 +191,12 @@ class Intake:
         """Its part where no handler is free."""
         serving = self._serving
         policy, full = serving.settings["overload"], serving.engine.full
-        if full and serving.acceptor.rests and not self._is_awaited(policy):
+        if full and serving.acceptor.rests and not self.sharing.is_awaited(policy):
             return
         if full and policy == "shed":
             self._shed_again_if_due(self._served)
         again = SHED_SECONDS if policy == "shed" else math.inf
         serving.acceptor.turn(room=not full or policy not in WAITING, again=again)
-
-    def _is_awaited(self, policy: str) -> bool:
-        """Tell whether somebody has waited at a door that rests, for as long as another process may take to come."""
-        now = time.monotonic()
-        if not self.readable():
-            self._awaited_at = math.inf
-            return False
-        self._awaited_at = min(self._awaited_at, now + (OTHERS_SECONDS if policy != "wait" else 0.0))
-        if now < self._awaited_at:
-            return False
-        self._awaited_at, self._refuses_until = math.inf, now + LOOK_SECONDS
-        if policy in WAITING:
-            self._serving.acceptor.awaited()
-        return True
 
     def wait_for_room(self, admission: Admission) -> None:
         """As many are inside as may be: leave the door alone until somebody leaves, or make the longest idle leave."""
@@ -262,14 +209,14 @@ class Intake:
     def _make_room(self) -> bool:
         """The engine is full: do as ``overload`` says. True when a connection may be accepted all the same."""
         policy = self._serving.settings["overload"]
-        if policy != "wait" and self._may_rest():
-            self._serving.acceptor.rest(_NO_HANDLER)
+        if policy != "wait" and self.sharing.may_rest():
+            self._serving.acceptor.rest(NO_HANDLER)
         elif policy not in WAITING:
             self._turn_away()
         else:
             if policy == "shed":
                 self._shed(self._served)
-            self._serving.acceptor.hold(_NO_HANDLER)
+            self._serving.acceptor.hold(NO_HANDLER)
         return False
 
     def _turn_away(self) -> None:

@@ -224,7 +224,7 @@ class Serving:
                 self.intake.watch()
                 events.emit("listening", address=self.address(), engine=self.engine_name, server=self.server)
         if engine.shares_doors:
-            self.intake.share()
+            self.intake.sharing.turn()
         if not stopped():
             self.ready.set()
         try:
@@ -318,7 +318,7 @@ class Serving:
         if self.acceptor.paused and self._loop_count:
             self.intake.turn()
         elif self.engine.shares_doors:
-            self.intake.share()
+            self.intake.sharing.turn()
 
     def ask_turn(self) -> None:
         """Ask the loop for a turn, whose delay is measured; not while an earlier one is owed, or nobody serves."""
