@@ -24,6 +24,7 @@ from harken.lifecycle import Latch
 from harken.listener import Holding, Listener, note_inode, unlink_if_own
 from harken.records import ConnectionInfo
 from harken.serving import RunningSide, serving_of
+from harken.settings import warn_of_process
 from harken.stacks import foreign_loop
 from harken.transports import bind_options, for_socket
 
@@ -69,6 +70,7 @@ class BaseServer:
         self.__shutdown_request = False
         if settings:
             serving_of(self, settings)
+            warn_of_process(settings, "a server class")
 
     def server_activate(self) -> None:
         """Begin to listen. May be overridden. Called by the constructor."""

