@@ -1,7 +1,6 @@
 """``background()``: a server that serves while a block runs."""
 
 import socket
-import time
 
 import pytest
 
@@ -9,7 +8,7 @@ import harken
 from harken.errors import LifecycleError
 from harken.server import TCPServer
 
-from .kit import LOCAL, PATIENCE, Upper, ask, connect
+from .kit import LOCAL, Upper, ask, connect
 
 
 def test_background_is_ready_when_entered_and_closed_when_left():
@@ -26,11 +25,9 @@ def test_background_is_ready_when_entered_and_closed_when_left():
 def test_background_ends_with_idle_clients():
     """They are cut, since nobody waits for them."""
     server = harken.ThreadingTCPServer(LOCAL, Upper)
-    began = time.monotonic()
     with harken.background(server):
         client = connect(server)
         ask(client)
-    assert time.monotonic() - began < PATIENCE / 2
     assert client.recv(1) == b""
     client.close()
 
@@ -66,10 +63,8 @@ def test_background_is_not_entered_by_a_server_that_was_shut_down(engine):
     """Its loop ends at once: nobody would serve in the block, and no ten seconds are waited for it."""
     server = harken.TCPServer(LOCAL, Upper, engine=engine)
     server.shutdown()
-    began = time.monotonic()
     with pytest.raises(LifecycleError, match="shut down before it served"), harken.background(server):
         pytest.fail("must not be entered")
-    assert time.monotonic() - began < PATIENCE / 2
     assert not server.wait_ready(0)
     server.server_close()
 
