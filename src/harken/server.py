@@ -298,8 +298,10 @@ class BaseServer:
         if self._harken.logged:
             return
         error = sys.exc_info()[1]
-        if self._harken.books.excused(request, error):
-            sys.stderr.write(f"harken: {client_address} went away: {error}\n")
+        books = self._harken.books
+        if books.excused(request, error):
+            if not books.interrupted:  # whoever pressed Ctrl-C knows that it was not the client
+                sys.stderr.write(f"harken: {client_address} went away: {error}\n")
             return
         import traceback
 

@@ -115,3 +115,18 @@ def test_keyboard_interrupt_leaves_the_loop_of_a_plain_server():
         with pytest.raises(KeyboardInterrupt):
             server.serve_forever()
         assert client.recv(1) == b""
+
+
+def test_what_ctrl_c_cuts_is_not_told_as_the_clients_doing(capfd):
+    """Its connection may be closed under a handler that has just begun; as if by Ctrl-C."""
+
+    class Server(harken.ThreadingTCPServer):
+        def process_request(self, request, client_address):
+            super().process_request(request, client_address)
+            raise KeyboardInterrupt
+
+    with Server(LOCAL, Upper) as server, connect(server) as client:
+        with pytest.raises(KeyboardInterrupt):
+            server.handle_request()
+        assert client.recv(1) == b""
+    assert capfd.readouterr().err == ""
