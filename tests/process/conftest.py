@@ -92,9 +92,13 @@ class Service:
             assert time.monotonic() < end, f"still {answer}"
         return answer[1]
 
+    def status(self):
+        """Wait for the process; return its status. Its log goes on where a successor lives, which writes to it too."""
+        return self.process.wait(PATIENCE)
+
     def end(self):
-        """Wait for the process; return its status and its whole log."""
-        status = self.process.wait(PATIENCE)
+        """Wait for the process, and for whoever else writes to its log; return its status and its whole log."""
+        status = self.status()
         self._thread.join(PATIENCE)
         return status, "".join(self._lines)
 

@@ -104,7 +104,7 @@ def test_an_address_may_come_under_tls(configured, free_port, authority, certifi
     assert greeted(("127.0.0.1", free_port))
     configured.hand_on(number, f"tls://127.0.0.1:{free_port}?cert={certificate}")
     if number == signal.SIGUSR2:
-        configured.running.end()
+        configured.running.status()
     assert greeted_under_tls(free_port, authority)
 
 

@@ -159,7 +159,7 @@ def test_orders_reach_the_successor_alone(service, tmp_path, workers):
         if workers == "0":  # its thread shuts the door, and is told just before
             wait_until(lambda: told(control) == {"ready"})
         assert told(control) == {"ready"}
-    assert running.end()[0] == 0
+    assert running.status() == 0
     assert "error" not in ask(control, "drain")
     wait_until(lambda: is_gone(successor))
 
@@ -189,7 +189,7 @@ def test_a_drain_resets_nobody_whatever_was_before(service, failing, target, tmp
         running.wait_answer("two")
     else:
         os.kill(running.pid, signal.SIGUSR2)
-        assert running.end()[0] == 0
+        assert running.status() == 0
     harm, started = [], threading.Barrier(9)
 
     def come():
