@@ -228,7 +228,11 @@ class Intake:
             serving.acceptor.failed(error)
             return
         record = serving.books.accepted(request, client_address)
-        self.refuse(record, request, client_address, "overload")
+        try:
+            self.refuse(record, request, client_address, "overload")
+        except Exception as error:  # noqa: BLE001 - a hook of the program's
+            serving.books.failed(request, client_address, error)
+            serving.server.handle_error(request, client_address)
 
     def _shed(self, shedder: Shedder) -> None:
         self._shed_again = time.monotonic() + SHED_SECONDS

@@ -1,5 +1,6 @@
 """A server that is full: each answer to the next client."""
 
+import contextlib
 import threading
 
 import pytest
@@ -103,3 +104,32 @@ def test_another_policy_holds_for_who_waits_already(told):
             wait_until(lambda: named(told, "paused"))
             server.configure(overload="reply", overload_reply=b"busy\n")
             assert second.recv(100) == b"busy\n"
+
+
+def test_a_hook_that_fails_for_one_that_is_turned_away_ends_no_loop():
+    """``close_request`` is the program's; what it raises goes to ``handle_error``, as for all others."""
+    failed = threading.Event()
+
+    class Server(harken.PoolTCPServer):
+        def close_request(self, request):
+            super().close_request(request)
+            if threading.current_thread().name == "loop":
+                raise ZeroDivisionError
+
+        def handle_error(self, request, client_address):
+            failed.set()
+
+    server = Server(LOCAL, Upper, pool_size=1, pool_queue=0, overload="reset")
+    loop = threading.Thread(target=server.serve_forever, name="loop")
+    loop.start()
+    assert server.wait_ready(PATIENCE)
+    with connect(server) as first:
+        assert ask(first) == b"HELLO"
+        with contextlib.suppress(ConnectionResetError), connect(server) as second:
+            second.recv(1)
+        assert failed.wait(PATIENCE)
+        assert ask(first) == b"HELLO"
+    assert loop.is_alive()
+    server.shutdown()
+    loop.join(PATIENCE)
+    server.server_close()
