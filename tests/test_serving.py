@@ -12,7 +12,7 @@ from harken import drain, events, testing
 from harken.drain import DrainReport
 from harken.engines import Engine
 from harken.engines.inline import Engine as Inline
-from harken.errors import ConfigError, LifecycleError
+from harken.errors import ConfigError
 from harken.lifecycle import State
 from harken.peer import Peer
 from harken.records import ConnectionInfo
@@ -271,35 +271,6 @@ def test_the_drain_timeout_of_the_settings_is_used():
             report = server.drain()
             assert (report.cut, report.finished) == (1, 0)
             assert 0.02 <= report.seconds < PATIENCE
-
-
-@pytest.mark.parametrize("server", [harken.TCPServer, None, object()], ids=["a class", "None", "an object"])
-def test_background_refuses_what_is_no_server_of_harkens(server):
-    """At once, and nothing is served."""
-    with pytest.raises(ConfigError, match="is no server of harken's"), harken.background(server):
-        pass
-
-
-def test_background_refuses_a_server_of_the_standard_library():
-    """It has none of the verbs; without the refusal it would be waited for, and go on serving for ever."""
-    server = socketserver.TCPServer(LOCAL, socketserver.BaseRequestHandler)
-    with server, pytest.raises(ConfigError, match="put a mix-in of harken's in front"), harken.background(server):
-        pass
-
-
-def test_background_says_when_a_server_is_not_ready_in_time():
-    """And how long it waited."""
-
-    class Sleeping(harken.TCPServer):
-        def serve_forever(self, poll_interval=0.5):
-            going.wait(PATIENCE)
-
-    going = threading.Event()
-    server = Sleeping(LOCAL, Greet)
-    with pytest.raises(LifecycleError, match=r"not ready within 0\.02 s"), harken.background(server, timeout=0.02):
-        pytest.fail("must not be entered")
-    going.set()
-    server.server_close()
 
 
 def test_a_server_and_its_running_side_are_collected():

@@ -23,7 +23,7 @@ _HOMES: dict[str, str] = {
         "harken.errors",
     ),
     **dict.fromkeys(("LifecycleError", "LimitExceeded", "PeerError", "PreambleError"), "harken.errors"),
-    "background": "harken.serving",
+    "background": "harken.alongside",
     "DrainReport": "harken.drain",
     **dict.fromkeys(("ProxyHeader", "ProxySSL"), "harken.preambles.proxy_header"),
     "Peer": "harken.peer",

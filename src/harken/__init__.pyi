@@ -3,6 +3,7 @@
 from typing import Any
 
 from harken import events as events, explain as explain, green as green, testing as testing
+from harken.alongside import background as background
 from harken.async_handlers import (
     AsyncRequestHandler as AsyncRequestHandler,
     AsyncStreamRequestHandler as AsyncStreamRequestHandler,
@@ -67,7 +68,6 @@ from harken.servers import (
     ThreadingUnixDatagramServer as ThreadingUnixDatagramServer,
     ThreadingUnixStreamServer as ThreadingUnixStreamServer,
 )
-from harken.serving import background as background
 
 __version__: str
 _SocketWriter: Any  # programs replace it in the module that they call socketserver

@@ -7,7 +7,6 @@ Nobody listening costs one truth test: callers write ``if events.subscribers["op
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from harken.errors import ConfigError, nearest
+from harken.forking import in_child
 
 __all__ = ["NAMES", "Event", "emit", "subscribe", "subscribers"]
 
@@ -118,8 +118,7 @@ class _Changes:
 
 _changes = _Changes()
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_changes.forget)
+in_child(_changes.forget)
 
 # Set by the log observer: what handlers raise is written to the log, and handle_error need not print it too.
 logged = False

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable
+
+from harken.forking import in_child
 
 __all__ = ["Reaper", "reaper"]
 
@@ -76,5 +77,4 @@ class Reaper:
 reaper = Reaper()
 """The process's own."""
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=reaper._forget)  # the thread stayed in the parent
+in_child(reaper._forget)  # the thread stayed in the parent

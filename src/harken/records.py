@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from harken import events
 from harken.connection import Connection, forget_unsent, idle_seconds, peer_fault, shut
+from harken.forking import in_child
 from harken.peer import Peer, behind
 from harken.stamps import Stamps, stamp
 from harken.tracing import Tracer, mark
@@ -111,13 +112,10 @@ _firsts = [0]  # the first number of each prefix
 _prefixes = [os.urandom(3).hex()]
 
 
+@in_child
 def _reseed() -> None:
     _firsts.append(next(_count))
     _prefixes.append(os.urandom(3).hex())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reseed)
 
 
 def _gone() -> None:

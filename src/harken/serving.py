@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from harken import events, plugins
 from harken.acceptor import Acceptor
@@ -26,6 +26,7 @@ from harken.drain import Drain, DrainReport, drain
 from harken.engines import ENGINE, Engine, load
 from harken.entry import Entry, entry_of
 from harken.errors import ConfigError, LifecycleError
+from harken.forking import told_in_child
 from harken.intake import Intake
 from harken.interrupts import Interrupts
 from harken.lifecycle import Latch, Lifecycle, State, at_exit
@@ -38,14 +39,10 @@ from harken.transports import for_socket
 if TYPE_CHECKING:
     from harken.preambles.proxy_datagrams import DatagramProxy
 
-__all__ = ["DrainReport", "RunningSide", "Serving", "background", "serving_of"]
+__all__ = ["DrainReport", "RunningSide", "Serving", "is_server", "serving_of"]
 
-# Seconds between looks whether a server that is to be ready has ended instead.
-_LOOK_SECONDS = 0.02
 # A name that programs do not have, found by ordinary attribute access on the hot path.
 _KEY = "_harken"
-
-T = TypeVar("T")
 
 
 class Serving:
@@ -500,17 +497,12 @@ class RunningSide:
         return self if server is None else serving_of(server)
 
 
-_servings: weakref.WeakSet[Serving] = weakref.WeakSet()
+def is_server(it: object) -> bool:
+    """Tell whether ``it`` is a server of harken's: it has, or will have, a running side."""
+    return isinstance(getattr(type(it), _KEY, None), RunningSide)
 
 
-def _after_fork() -> None:
-    for serving in list(_servings):
-        serving.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
+_servings = told_in_child(Serving)
 _interrupted: weakref.WeakSet[Serving] = weakref.WeakSet()
 
 
@@ -519,50 +511,3 @@ def _end_interrupted() -> None:
     """Ctrl-C means now: the interpreter must not wait for handlers whose clients are silent."""
     for serving in list(_interrupted):
         serving.cut("shutdown")
-
-
-@contextmanager
-def background(server: T, *, timeout: float = 10.0) -> Iterator[T]:
-    """Serve in a thread while the block runs: ready when entered, drained and closed when left.
-
-    Args:
-        server: any server of harken's.
-        timeout: seconds to wait for it to be ready.
-
-    Raises:
-        ConfigError: it is no server of harken's.
-        LifecycleError: it was not ready in time, or was shut down before.
-        Exception: whatever ``serve_forever`` raised before it was ready.
-    """
-    made: Any = server
-    if not isinstance(getattr(type(made), _KEY, None), RunningSide):
-        raise ConfigError(
-            f"{made!r} is no server of harken's; take one of its classes, or put a mix-in of harken's in front of yours"
-        )
-    serving = serving_of(made)
-    failure: list[BaseException] = []
-
-    def serve() -> None:
-        try:
-            made.serve_forever()
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            failure.append(error)
-
-    thread = threading.Thread(target=serve, name="harken-background", daemon=True)
-    thread.start()
-    deadline = time.monotonic() + timeout
-    while not serving.ready.wait(_LOOK_SECONDS):
-        if not thread.is_alive():
-            raise failure[0] if failure else LifecycleError("the server was shut down before it served")
-        if time.monotonic() >= deadline:
-            raise LifecycleError(f"the server was not ready within {timeout:g} s")
-    try:
-        yield server
-    finally:
-        from harken.server import BaseServer
-
-        BaseServer.drain(made)
-        made.server_close()
-        thread.join(timeout)
-        if failure:
-            raise failure[0]

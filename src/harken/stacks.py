@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from harken.connection import shut
+from harken.forking import in_child
 
 __all__ = ["end_handshake", "foreign_loop", "request_in", "served_by_caller", "uncollected"]
 
@@ -41,15 +41,12 @@ def uncollected() -> Iterator[None]:
         _paused = False
 
 
+@in_child
 def _after_fork() -> None:
     global _paused
     if _paused:  # the thread that looked stayed in the parent
         gc.enable()
         _paused = False
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 @uncollected()

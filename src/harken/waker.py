@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import weakref
+
+from harken.forking import told_in_child
 
 __all__ = ["Waker"]
 
@@ -74,13 +75,4 @@ class Waker:
         self._lock = threading.RLock()
 
 
-_wakers: weakref.WeakSet[Waker] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for waker in list(_wakers):
-        waker.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_wakers = told_in_child(Waker)

@@ -1,14 +1,16 @@
 """``background()``: a server that serves while a block runs."""
 
 import socket
+import socketserver
+import threading
 
 import pytest
 
 import harken
-from harken.errors import LifecycleError
+from harken.errors import ConfigError, LifecycleError
 from harken.server import TCPServer
 
-from .kit import LOCAL, Upper, ask, connect
+from .kit import LOCAL, PATIENCE, Upper, ask, connect
 
 
 def test_background_is_ready_when_entered_and_closed_when_left():
@@ -93,3 +95,32 @@ def test_a_server_that_has_died_is_not_ready():
             client.shutdown(socket.SHUT_WR)
             assert client.recv(1) == b""
     assert not server.wait_ready(0)
+
+
+@pytest.mark.parametrize("server", [harken.TCPServer, None, object()], ids=["a class", "None", "an object"])
+def test_background_refuses_what_is_no_server_of_harkens(server):
+    """At once, and nothing is served."""
+    with pytest.raises(ConfigError, match="is no server of harken's"), harken.background(server):
+        pass
+
+
+def test_background_refuses_a_server_of_the_standard_library():
+    """It has none of the verbs; without the refusal it would be waited for, and go on serving for ever."""
+    server = socketserver.TCPServer(LOCAL, socketserver.BaseRequestHandler)
+    with server, pytest.raises(ConfigError, match="put a mix-in of harken's in front"), harken.background(server):
+        pass
+
+
+def test_background_says_when_a_server_is_not_ready_in_time():
+    """And how long it waited."""
+
+    class Sleeping(harken.TCPServer):
+        def serve_forever(self, poll_interval=0.5):
+            going.wait(PATIENCE)
+
+    going = threading.Event()
+    server = Sleeping(LOCAL, Upper)
+    with pytest.raises(LifecycleError, match=r"not ready within 0\.02 s"), harken.background(server, timeout=0.02):
+        pytest.fail("must not be entered")
+    going.set()
+    server.server_close()

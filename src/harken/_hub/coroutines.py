@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextvars
-import os
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
@@ -14,6 +13,7 @@ from typing import Any
 from harken import _hub
 from harken._hub import hosts
 from harken._hub.bell import Bell
+from harken.forking import in_child
 
 __all__ = ["wait"]
 
@@ -224,10 +224,7 @@ def _stop() -> None:
     _shared.stop()
 
 
+@in_child
 def _after_fork() -> None:
     global _shared
     _shared = _Shared()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from harken._hub.pollers import HUNG, READABLE, WRITABLE, poller
 from harken._hub.sockets import Connection
 from harken._hub.timers import Timer, Timers
 from harken._hub.wire import Wire, closed, here, wait
+from harken.forking import told_in_child
 from harken.waker import Waker
 
 if TYPE_CHECKING:
@@ -558,16 +558,7 @@ class Hub:
                 here.hub = None
 
 
-_hubs: weakref.WeakSet[Hub] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for hub in list(_hubs):
-        hub.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_hubs = told_in_child(Hub)
 
 
 def _throw(green: greenlet, error: BaseException) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any
 
+from harken.forking import in_child, told_in_child
 from harken.lifecycle import at_exit
 
 __all__ = ["Crew", "beside"]
@@ -251,20 +250,15 @@ def _then_leave(function: Callable[..., object], args: tuple[Any, ...]) -> None:
         _beside.release()
 
 
-_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+_crews = told_in_child(Crew)
 
 _beside = Crew(lambda: True, limit=MOST_BESIDE)
 
 
+@in_child
 def _after_fork() -> None:
     global _beside
-    for crew in list(_crews):
-        crew.after_fork()
     _beside = Crew(lambda: True, limit=MOST_BESIDE)  # the threads stayed in the parent
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 @at_exit

@@ -12,13 +12,13 @@ import select
 import signal
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from harken.engines import Options
 from harken.engines._selector import SelectorEngine
+from harken.forking import told_in_child
 from harken.listener import fork_without_listeners
 from harken.settings import count, setting
 
@@ -103,6 +103,10 @@ class Engine(SelectorEngine):
             if pid not in self._starting:
                 self._reap(pid)
 
+    def after_fork(self) -> None:
+        """In a child, also in one that the program forks: another thread may have been reaping."""
+        self._reaping = threading.RLock()
+
     def join(self, deadline: float | None) -> int:
         """Wait for the children; see :class:`harken.engines.Engine`."""
         if deadline is None:
@@ -179,17 +183,7 @@ class Engine(SelectorEngine):
             self.children.clear()
 
 
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    """In a child, also in one that the program forks: another thread may have been reaping."""
-    for engine in list(_engines):
-        engine._reaping = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+_engines = told_in_child(Engine)
 
 
 def _be_child(function: Callable[..., object], args: tuple[Any, ...]) -> None:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import _thread
 import contextvars
 import itertools
-import os
 import socket
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -32,6 +30,7 @@ from harken.engines import Door, Engine as Contract, Options, Way
 from harken.engines._crew import Crew
 from harken.engines._datagrams import Datagrams
 from harken.engines._loops import Loop, Loops
+from harken.forking import told_in_child
 from harken.green import aside, release_threads
 from harken.lifecycle import at_exit
 from harken.stacks import end_handshake
@@ -605,19 +604,10 @@ def _run_here(function: Callable[..., object], args: tuple[Any, ...]) -> None:
         threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_engines = told_in_child(Engine)
 
 
 @at_exit
 def _end_all() -> None:
     for engine in list(_engines):
         engine.at_exit()
-
-
-def _after_fork() -> None:
-    for engine in list(_engines):
-        engine.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)

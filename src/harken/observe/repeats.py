@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import atexit
 import mmap
-import os
 import struct
 import threading
 import time
-import weakref
 from collections.abc import Callable
+
+from harken.forking import told_in_child
 
 __all__ = ["BURST", "WINDOW_SECONDS", "Repeats"]
 
@@ -156,12 +156,7 @@ class Repeats:
         self._tell_all(seen)
 
 
-_all: weakref.WeakSet[Repeats] = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for repeats in _all:
-        repeats.after_fork()
+_all = told_in_child(Repeats)
 
 
 @atexit.register
@@ -169,6 +164,3 @@ def _at_exit() -> None:
     """Tell what was left out of windows that nobody will end."""
     for repeats in _all:
         repeats.close()
-
-
-os.register_at_fork(after_in_child=_after_fork)

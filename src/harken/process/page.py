@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 from harken import events, transports
 from harken.errors import ConfigError, HarkenError
+from harken.forking import in_child
 from harken.listener import Listener
 from harken.observe.collector import Collector, add_queues
 from harken.observe.exposition import check_installed
@@ -439,6 +440,7 @@ def offer(serving: Serving) -> Callable[[], None]:
     return leave
 
 
+@in_child
 def _after_fork() -> None:
     global _guard
     _guard = threading.Lock()
@@ -446,6 +448,3 @@ def _after_fork() -> None:
         local.after_fork()
     _running.clear()
     _offered.clear()
-
-
-os.register_at_fork(after_in_child=_after_fork)
