@@ -248,6 +248,16 @@ def test_the_watchdog_is_fed_twice_as_often_as_asked(monkeypatch):
     assert notify.watchdog_interval() is None
 
 
+def test_no_turn_is_so_long_that_the_watchdog_bites(monkeypatch):
+    """A meal that is not due at one turn, though nearly, is early enough at the next."""
+    assert notify.Watchdog().patience(1.0) == 1.0
+    monkeypatch.setenv("WATCHDOG_USEC", "60000000")
+    assert notify.Watchdog().patience(1.0) == 1.0
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    watchdog = notify.Watchdog()
+    assert watchdog.interval + watchdog.patience(1.0) == 1.5  # of 2 seconds
+
+
 def test_signals_are_read_in_order_and_given_back():
     """The default actions return when the inbox closes."""
     before = signal.getsignal(signal.SIGUSR1)
