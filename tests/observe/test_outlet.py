@@ -89,3 +89,16 @@ def test_a_named_pipe_is_opened_anew(fifo, capfd):
             assert new.read() == "to the new one\n"
         handler.close()
         assert handler.stream.closed
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_letters_that_the_locale_does_not_have(fifo, tmp_path, special):
+    """They are escaped, as on stderr; the line is not lost for them."""
+    path = fifo if special else str(tmp_path / "log")
+    with read_fifo(fifo) as reader:
+        handler = outlet.open_log(path, None)
+        handler.stream.reconfigure(encoding="latin-1", errors=handler.stream.errors)
+        handler.handle(line("\u65e5"))
+        handler.close()
+        told = reader.read() if special else (tmp_path / "log").read_text()
+    assert told == "\\u65e5\n"

@@ -22,6 +22,8 @@ __all__ = ["check_log", "open_log", "reopen"]
 COMPLAINT_SECONDS = 60.0
 # Seconds to wait for the reader of a pipe that is full, once until it has read: half of what is a stall by default.
 PATIENCE_SECONDS = 0.05
+# What the locale's encoding has no letter for, as on stderr.
+_ERRORS = "backslashreplace"
 # Letters written at once: at most PIPE_BUF bytes in UTF-8, for which a pipe that can be written has room (pipe(7)).
 PIECE = 1024
 
@@ -73,7 +75,7 @@ def _open_special(path: str) -> TextIO:
         os.set_blocking(fd, True)
         return fd
 
-    return open(path, "w", opener=opener)
+    return open(path, "w", errors=_ERRORS, opener=opener)
 
 
 class _Losing(logging.Handler):
@@ -109,6 +111,9 @@ class _Losing(logging.Handler):
 
 
 class _File(_Losing, logging.FileHandler):
+    def __init__(self, path: str) -> None:
+        super().__init__(path, errors=_ERRORS)
+
     def reopen(self) -> None:
         self.acquire()
         try:
