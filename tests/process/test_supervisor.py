@@ -324,10 +324,10 @@ def test_a_worker_that_has_served_enough_is_replaced_without_a_gap(service, load
     "flag,value,reason", [("--max-worker-age", "0.2", "max_worker_age"), ("--max-worker-rss", "1MiB", "max_worker_rss")]
 )
 def test_old_and_fat_workers_are_replaced(service, flag, value, reason):
-    """By age, and by memory."""
+    """By age, and by memory; the log says by which."""
     running = service(flag, value)
     running.workers(2)
-    running.wait_log("worker exited")
+    running.wait_log(rf"worker exited: pid \d+, status 0, reason {reason}: it ")
 
 
 def test_the_log_is_opened_anew(run_program, target, tmp_path):
