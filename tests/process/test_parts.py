@@ -119,6 +119,8 @@ def test_a_pid_file_is_written_refused_and_removed(tmp_path):
     """A dead holder's is taken over, a living one's is not, unless it hands over."""
     path = tmp_path / "pid"
     mine = PidFile(str(path))
+    path.write_text("999999999999\n")  # of no process, on any machine
+    mine.write()
     path.write_text("999999999\n")
     mine.write()
     assert int(path.read_text()) == os.getpid()
@@ -156,16 +158,17 @@ def test_a_pid_file_in_a_directory_of_root(tmp_path, monkeypatch):
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to change users")
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_what_the_server_must_replace_is_given_to_its_user(workers, tmp_path, monkeypatch):
-    """The PID file, the control socket and the page's become those of ``user``, with and without a supervisor."""
+    """PID file, new logs, control socket and the page's become those of ``user``, with and without a supervisor."""
     given = []
     monkeypatch.setattr(os, "chown", lambda path, uid, gid: given.append((pathlib.Path(path).name, uid)))
     monkeypatch.setattr(privileges, "drop", lambda _settings: None)
-    paths = {name: str(tmp_path / name) for name in ("pidfile", "control", "metrics")}
+    paths = {name: str(tmp_path / name) for name in ("access_log", "control", "log_file", "metrics", "pidfile")}
+    names = sorted(paths)
     paths["metrics"] = f"unix:{paths['metrics']}"
     settings = {"workers": int(workers), "user": "nobody", **paths}
     with pytest.raises(ConfigError):  # there is no such directory: it ends before it serves
         service.run(lambda: Idle, ("tcp://127.0.0.1:0",), {**settings, "chdir": "/nonexistent"}, name="x")
-    assert sorted(given) == [(name, pwd.getpwnam("nobody").pw_uid) for name in ("control", "metrics", "pidfile")]
+    assert sorted(given) == [(name, pwd.getpwnam("nobody").pw_uid) for name in names]
 
 
 class Idle(harken.BaseRequestHandler):

@@ -125,7 +125,7 @@ class PidFile:
             return None
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # the latter: no process has such a number
             return None
         except PermissionError:
             return pid
