@@ -145,14 +145,29 @@ def test_a_pid_file_in_a_directory_of_root(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     mine = PidFile(str(path))
-    monkeypatch.setattr(pathlib.Path, "write_text", refuse)
     monkeypatch.setattr(pathlib.Path, "unlink", refuse)
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
     path.chmod(0o600)
     mine.write()
     assert path.read_text() == f"{os.getpid()}\n"
     mine.write()  # nothing to write
     mine.remove()
     assert path.read_text() == ""
+
+
+def test_a_pid_file_is_its_own(tmp_path):
+    """Whatever the umask, nobody else may write to it; a link that waits at its place in the making is not followed."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / f"pid.{os.getpid()}").symlink_to(victim)
+    mask = os.umask(0)
+    try:
+        PidFile(str(tmp_path / "pid")).write()
+    finally:
+        os.umask(mask)
+    assert victim.read_text() == "precious"
+    assert (tmp_path / "pid").read_text() == f"{os.getpid()}\n"
+    assert (tmp_path / "pid").lstat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to change users")
