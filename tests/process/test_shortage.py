@@ -56,6 +56,29 @@ def test_what_needs_more_descriptors_than_there_are_is_refused(service, number, 
     assert running.end()[0] == 0
 
 
+WITHOUT_THREADS = """
+import threading
+start = threading.Thread.start
+def refuse(thread):
+    if thread.name == "harken-upgrade" and tried.append(thread) is None and len(tried) == 1:
+        raise RuntimeError("can't start new thread")
+    start(thread)
+tried = []
+threading.Thread.start = refuse
+"""
+
+
+def test_an_upgrade_without_a_thread_is_refused(service, target):
+    """What is ordered afterwards is heeded: another upgrade."""
+    target.write_text(target.read_text() + WITHOUT_THREADS)
+    running = service("--workers", "0")
+    os.kill(running.pid, signal.SIGUSR2)
+    running.wait_log("upgrade failed: reason the new program cannot be started: can't start new thread; this one")
+    os.kill(running.pid, signal.SIGUSR2)
+    assert running.status() == 0
+    os.kill(running.ask()[1], signal.SIGTERM)
+
+
 def test_no_more_workers_than_there_are_places_for(service, run_program, tmp_path):
     """The number is refused, as a flag and on a running service."""
     wrong = run_program("-m", "harken", "serve", "nobody:Nothing", "--workers", str(MOST_WORKERS + 1))

@@ -227,8 +227,14 @@ class Alone:
         if self._leaving.is_set() or self._upgrading:
             return
         self._upgrading = True
-        self._upgrade_thread = threading.Thread(target=self._follow_upgrade, name="harken-upgrade", daemon=True)
-        self._upgrade_thread.start()
+        thread = threading.Thread(target=self._follow_upgrade, name="harken-upgrade", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the machine has no threads left
+            self._upgrading = False
+            self._serve_on(f"the new program cannot be started: {error}")
+        else:
+            self._upgrade_thread = thread
 
     def _follow_upgrade(self) -> None:
         try:
