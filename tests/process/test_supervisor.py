@@ -183,6 +183,22 @@ def test_more_workers_and_fewer(service):
     assert running.ask()[0] == "one"
 
 
+def test_workers_are_sent_home_and_called_back(service):
+    """WINCH lets all go; TTOU calls none back, TTIN one."""
+    nowhere = subprocess.DEVNULL  # a terminal sends WINCH to say something else
+    running = service("--workers", "1", stdin=nowhere, stdout=nowhere)
+    running.workers(1)
+    os.kill(running.pid, signal.SIGWINCH)
+    running.wait_log("worker exited")
+    os.kill(running.pid, signal.SIGTTOU)
+    os.kill(running.pid, signal.SIGTTIN)
+    assert running.ask()[1] == running.workers(2)[1]
+    os.kill(running.pid, signal.SIGTERM)
+    status, log = running.end()
+    assert status == 0
+    assert log.count("worker exited") == 2
+
+
 def test_upgrade_hands_the_listener_to_a_new_program(service, load, tmp_path):
     """USR2 under load: a new supervisor with another pid, the old one gone by itself, nobody refused; and again."""
     pidfile = tmp_path / "pid"

@@ -361,7 +361,7 @@ class Supervisor:
                 case signal.SIGTTIN:
                     self.workers.wanted = min(MOST_WORKERS, self.workers.wanted + 1)
                 case signal.SIGTTOU:
-                    self.workers.wanted = max(1, self.workers.wanted - 1)
+                    self.workers.wanted = max(min(1, self.workers.wanted), self.workers.wanted - 1)
                 case signal.SIGWINCH:
                     self._rest()
 
