@@ -62,6 +62,10 @@ class Manager:
         while self.hear("STATUS")[0]["STATUS"] != status:
             pass
 
+    def has_heard(self, word):
+        """Whether a status that was heard, and not asked for, says this."""
+        return any(word in fields.get("STATUS", "") for fields, _ in self._heard)
+
     def close(self):
         self._socket.close()
 
@@ -216,6 +220,11 @@ def test_status_says_how_many_serve(activated, manager):
     manager.wait_status(f"2 of 2 workers on tcp://127.0.0.1:{port}")
     process.send_signal(signal.SIGTTOU)
     manager.wait_status(f"1 of 1 workers on tcp://127.0.0.1:{port}")
+    manager.forget()
+    process.send_signal(signal.SIGHUP)
+    told = manager.hear("READY")[0]["STATUS"]
+    assert told == f"1 of 1 workers on tcp://127.0.0.1:{port}"
+    assert not manager.has_heard("0 of 1")  # the old one has served all the while
 
 
 def test_the_watchdog_is_fed_while_a_process_alone_drains(activated, manager, target):

@@ -317,7 +317,7 @@ class Supervisor:
 
     @property
     def _status(self) -> str:
-        ready = sum(child.ready for child in self.workers.staying)
+        ready = sum(child.ready and not child.leaving for child in self.workers.all)
         return f"{ready} of {self.workers.wanted} workers on {', '.join(listener.url for listener in self.listeners)}"
 
     def health(self) -> dict[str, Any]:
