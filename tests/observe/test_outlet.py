@@ -73,10 +73,12 @@ def test_a_named_pipe_that_nobody_reads_is_told_at_once(fifo):
         outlet.open_log(fifo, None)
 
 
-def test_a_named_pipe_is_opened_anew(fifo, capfd):
-    """A new one at its place; while nobody reads that, the old one goes on."""
+def test_a_named_pipe_is_opened_anew(fifo, capfd, monkeypatch):
+    """A new one at its place, also from another directory; while nobody reads that, the old one goes on."""
+    monkeypatch.chdir(os.path.dirname(fifo))
     with read_fifo(fifo) as old:
-        handler = outlet.open_log(fifo, None)
+        handler = outlet.open_log("fifo", None)
+        monkeypatch.chdir("/")
         os.unlink(fifo)
         os.mkfifo(fifo)
         outlet.reopen(handler)

@@ -170,7 +170,7 @@ class _Pipe(_Stream):
     """What has a path and is no file; it is asked for room as any stream is."""
 
     def __init__(self, path: str) -> None:
-        self.baseFilename = path
+        self.baseFilename = os.path.abspath(path)  # the working directory may change
         super().__init__(_open_special(path))
 
     def reopen(self) -> None:
