@@ -220,6 +220,26 @@ def test_a_pid_file_stays_where_it_was_asked_for(service, tmp_path, workers):
     assert not (tmp_path / "own.pid").exists()
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_the_target_is_loaded_where_the_service_goes(target, run_program, tmp_path, workers):
+    """A name without a folder is that of a file there; `check` finds it too, and addresses are meant from here."""
+    (tmp_path / "elsewhere").mkdir()
+    target.rename(tmp_path / "elsewhere" / "other.py")
+    there = ("--chdir", "elsewhere")
+    words = ("--bind", "unix:sock", *there)
+    process = run_program("-m", "harken", "serve", "other.py:Tell", *words, "--workers", workers, cwd=tmp_path)
+    assert "listening" in process.stderr.readline()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(tmp_path / "sock"))
+        assert client.recv(100).startswith(b"one ")
+        process.terminate()
+    assert process.wait(PATIENCE) == 0
+    words = ("--bind", "tcp://127.0.0.1:0", *there, "--control", "none")
+    check = run_program("-m", "harken", "check", "other.py:Tell", *words, cwd=tmp_path)
+    assert check.wait(PATIENCE) == 0
+
+
 def test_a_reload_heeds_what_the_file_says_anew(service, tmp_path):
     """The number of workers and the log's level; what an operator said meanwhile holds when the file says the same."""
     file = tmp_path / "harken.toml"

@@ -73,7 +73,9 @@ def run(
             if settings["workers"] == 0:
                 from harken.process.alone import Alone
 
-                alone = Alone(load(), addresses, keywords, name=name, reopen=reopen, early=early, in_memory=in_memory)
+                with privileges.visiting(settings):
+                    handler = load()
+                alone = Alone(handler, addresses, keywords, name=name, reopen=reopen, early=early, in_memory=in_memory)
                 status = alone.run()
             else:
                 from harken.process.supervisor import Supervisor
