@@ -177,7 +177,8 @@ class Alone:
                 answer(self._worker, verb, arguments)
         predecessor = inheritance.upgraded_from()
         if predecessor:
-            handoff.probe(server.socket for server in self._worker.servers)  # type: ignore[misc]
+            listeners = [server.socket for server in self._worker.servers]
+            handoff.probe(listeners, self._directory)  # type: ignore[arg-type]
             self._pidfile.write(over=predecessor)
         if self._desk is not None:
             self._desk.start()

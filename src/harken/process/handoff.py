@@ -228,13 +228,14 @@ def serve_on(reason: str, pidfile: PidFile) -> None:
         pidfile.write()
 
 
-def probe(listeners: Iterable[Listener], timeout: float = 5.0) -> None:
+def probe(listeners: Iterable[Listener], directory: str, timeout: float = 5.0) -> None:
     """Connect to each of our own stream listeners once: what cannot be reached is not ready.
 
     Linux connects to a wildcard address by way of loopback.
 
     Args:
         listeners: open ones.
+        directory: where this program was started, from which a relative path is meant.
         timeout: seconds for each; a connection is made by the kernel, whatever the workers do.
 
     Raises:
@@ -246,8 +247,14 @@ def probe(listeners: Iterable[Listener], timeout: float = 5.0) -> None:
         with socket.socket(listener.family, listener.type) as client:
             client.settimeout(timeout)
             try:
-                client.connect(listener.getsockname())
+                client.connect(_seen_from_here(listener.getsockname(), directory))
             except PermissionError:
                 pass  # a Unix path that the user we have become may not enter; others may
             except OSError as error:
                 raise ConfigError(f"cannot connect to {listener.url}, which this process listens on: {error}") from None
+
+
+def _seen_from_here(name: Any, directory: str) -> Any:
+    """Return a socket's name, for a process that may have changed its directory since it was bound."""
+    is_relative = isinstance(name, str) and not os.path.isabs(name)  # an abstract one is bytes, of TCP it is a tuple
+    return os.path.relpath(os.path.join(directory, name)) if is_relative else name

@@ -98,7 +98,8 @@ def visiting(settings: Settings) -> Iterator[None]:
     Raises:
         ConfigError: as :func:`chdir` does.
     """
-    before = os.open(".", os.O_RDONLY | os.O_CLOEXEC) if settings["chdir"] is not None else None
+    way_back = getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC  # where there is O_PATH, `x` on the folder is enough
+    before = os.open(".", way_back) if settings["chdir"] is not None else None
     try:
         chdir(settings)
         yield

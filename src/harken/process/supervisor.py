@@ -294,7 +294,7 @@ class Supervisor:
         self._announced = True
         predecessor = inheritance.upgraded_from()
         if predecessor:
-            handoff.probe(self.listeners)
+            handoff.probe(self.listeners, self._directory)
             self._pidfile.write(over=predecessor)
             self._start_control()
             self._start_page()
