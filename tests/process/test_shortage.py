@@ -240,6 +240,20 @@ def test_the_target_is_loaded_where_the_service_goes(target, run_program, tmp_pa
     assert check.wait(PATIENCE) == 0
 
 
+def test_a_process_alone_does_not_begin_anew_without_its_log(service, tmp_path):
+    """The new program could not open it, and nobody would be left to serve."""
+    (tmp_path / "logs").mkdir()
+    running = service("--workers", "0", "--access-log", "logs/access")
+    (tmp_path / "logs").rename(tmp_path / "moved")
+    os.kill(running.pid, signal.SIGHUP)
+    running.wait_log("reload failed: what code, reason the log '.*logs/access' cannot be opened: No such file")
+    assert running.ask()[1] == running.pid
+    (tmp_path / "moved").rename(tmp_path / "logs")
+    os.kill(running.pid, signal.SIGHUP)
+    running.wait_log("listening: ", 2)
+    assert running.ask()[1] == running.pid
+
+
 def test_a_reload_heeds_what_the_file_says_anew(service, tmp_path):
     """The number of workers and the log's level; what an operator said meanwhile holds when the file says the same."""
     file = tmp_path / "harken.toml"

@@ -206,7 +206,7 @@ class Alone:
 
     def _keep_doors(self) -> bool:
         try:
-            handoff.may_begin_anew(self._directory)
+            handoff.may_begin_anew(self._directory, self.settings)
             self._kept = _twins(self._opened)
         except OSError as error:  # HandoffError is one
             events.emit("reload_failed", what="code", reason=str(error))

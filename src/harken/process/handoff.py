@@ -25,10 +25,13 @@ from typing import Any
 from harken import events
 from harken.errors import ConfigError, HandoffError
 from harken.listener import Listener
+from harken.observe.access import STDOUT
+from harken.observe.outlet import open_log
 from harken.process import inheritance, signals, streams
 from harken.process.inheritance import READY, VARIABLE, Entry
 from harken.process.orders import Orders
 from harken.process.pidfile import PidFile
+from harken.settings import Settings
 
 __all__ = ["Successor", "exec_anew", "may_begin_anew", "may_leave", "probe", "serve_on"]
 
@@ -72,16 +75,26 @@ def may_leave() -> None:
         )
 
 
-def may_begin_anew(directory: str) -> None:
+def may_begin_anew(directory: str, settings: Settings) -> None:
     """Check that this program can be started once more.
 
+    Args:
+        directory: the working directory in which it was started.
+        settings: ``log_file`` and ``access_log`` are read.
+
     Raises:
-        HandoffError: its interpreter or its directory is not there any more.
+        HandoffError: its interpreter or its directory is not there any more, or a log cannot be opened anew.
     """
     if not os.access(sys.executable, os.X_OK):
         raise HandoffError(f"{sys.executable} is not there any more, or may not be run")
     if not os.access(directory, os.X_OK):
         raise HandoffError(f"the directory {directory!r}, in which this program was started, may not be entered now")
+    for path in (settings["log_file"], settings["access_log"]):
+        if path not in (None, STDOUT):
+            try:
+                open_log(os.path.join(directory, path), sys.stderr).close()
+            except ConfigError as error:
+                raise HandoffError(str(error)) from None
 
 
 def _command() -> list[str]:
