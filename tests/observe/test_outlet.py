@@ -82,13 +82,15 @@ def test_a_named_pipe_is_opened_anew(fifo, capfd, monkeypatch):
         os.unlink(fifo)
         os.mkfifo(fifo)
         outlet.reopen(handler)
-        assert f"cannot write the log to {fifo}" in capfd.readouterr().err
         handler.handle(line("to the old one"))
         assert old.read() == "to the old one\n"
+        assert not capfd.readouterr().err  # nothing is lost
         with read_fifo(fifo) as new:
             outlet.reopen(handler)
             handler.handle(line("to the new one"))
             assert new.read() == "to the new one\n"
+        handler.handle(line("to nobody"))
+        assert f"cannot write the log to {fifo}: Broken pipe" in capfd.readouterr().err
         handler.close()
         assert handler.stream.closed
 

@@ -174,12 +174,12 @@ class _Pipe(_Stream):
         super().__init__(_open_special(path))
 
     def reopen(self) -> None:
-        self.acquire()
         try:
             stream = _open_special(self.baseFilename)
-        except OSError as error:  # whoever reads the old one still may
-            self._complain(error)
-        else:
+        except OSError:  # whoever reads the old one still may, and if nobody does the next line tells
+            return
+        self.acquire()
+        try:
             self._close_stream()
             self.stream = stream
         finally:
