@@ -176,13 +176,17 @@ def test_what_the_server_must_replace_is_given_to_its_user(workers, tmp_path, mo
     """PID file, new logs, control socket and the page's become those of ``user``, with and without a supervisor."""
     given = []
     monkeypatch.setattr(os, "chown", lambda path, uid, gid: given.append((pathlib.Path(path).name, uid)))
-    monkeypatch.setattr(privileges, "drop", lambda _settings: None)
+
+    def refuse(_settings):
+        raise ConfigError("it ends before it serves")
+
+    monkeypatch.setattr(privileges, "drop", refuse)
     paths = {name: str(tmp_path / name) for name in ("access_log", "control", "log_file", "metrics", "pidfile")}
     names = sorted(paths)
     paths["metrics"] = f"unix:{paths['metrics']}"
     settings = {"workers": int(workers), "user": "nobody", **paths}
-    with pytest.raises(ConfigError):  # there is no such directory: it ends before it serves
-        service.run(lambda: Idle, ("tcp://127.0.0.1:0",), {**settings, "chdir": "/nonexistent"}, name="x")
+    with pytest.raises(ConfigError, match="it ends before it serves"):
+        service.run(lambda: Idle, ("tcp://127.0.0.1:0",), settings, name="x")
     assert sorted(given) == [(name, pwd.getpwnam("nobody").pw_uid) for name in names]
 
 
