@@ -93,7 +93,7 @@ class PidFile:
         assert self.path is not None
         beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
-            beside.write_text(text)
+            _write_new(beside, text)
             beside.rename(self.path)
         except PermissionError:  # the file is ours, and its directory is not: see privileges.give
             self._overwrite(text)
@@ -125,8 +125,18 @@ class PidFile:
             return None
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # the latter: no process has such a number
             return None
         except PermissionError:
             return pid
         return pid
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Make a file, whatever stood there: nobody has put a link in its place, and only we may write to it later."""
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
