@@ -175,7 +175,7 @@ def test_a_pid_file_is_its_own(tmp_path):
 def test_what_the_server_must_replace_is_given_to_its_user(workers, tmp_path, monkeypatch):
     """PID file, new logs, control socket and the page's become those of ``user``, with and without a supervisor."""
     given = []
-    monkeypatch.setattr(os, "chown", lambda path, uid, gid: given.append((pathlib.Path(path).name, uid)))
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid, **_: given.append((pathlib.Path(path).name, uid)))
 
     def refuse(_settings):
         raise ConfigError("it ends before it serves")

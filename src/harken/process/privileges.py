@@ -145,7 +145,7 @@ def give(settings: Settings, paths: Iterable[str | os.PathLike[str] | None]) -> 
         if path is None:
             continue
         try:
-            os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
+            os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid, follow_symlinks=False)
         except PermissionError:
             raise _refusal(settings) from None
 
