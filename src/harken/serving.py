@@ -219,6 +219,7 @@ class Serving:
             self.left.clear()
             if self._loop_count == 1:
                 self.books.interrupted = False
+                _interrupted.discard(self)
                 self.acceptor.open()
                 self.bounds.refresh()
                 self.intake.watch()
@@ -229,7 +230,7 @@ class Serving:
             self.ready.set()
         try:
             yield
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:  # SystemExit, of a SIGTERM handler say, leaves handlers their time, as stdlib does
             self.books.interrupted = True
             _interrupted.add(self)
             raise
@@ -356,7 +357,7 @@ class Serving:
             self.bounds.rest()
 
     def _join_handlers(self) -> None:
-        if self.books.interrupted:
+        if self in _interrupted:
             self.cut("shutdown")
         if "children" in vars(self):
             self.children.serve_on()
