@@ -20,7 +20,7 @@ from harken.process.traces import Traces
 from harken.serving import Serving
 from harken.settings import REGISTRY, Settings, declare_all
 
-__all__ = ["VERBS", "Served", "alone_status", "answer", "in_force", "joined", "refuse_at_end"]
+__all__ = ["SEARCHES", "VERBS", "Served", "alone_status", "answer", "in_force", "joined", "refuse_at_end"]
 
 
 class Served(Protocol):
@@ -192,11 +192,15 @@ VERBS: dict[str, Callable[..., Any]] = {
 """What can be asked; each takes the worker and keyword arguments."""
 
 
+SEARCHES = frozenset({"kill", "trace"})
+"""Those about one connection, which tell whether it was found."""
+
+
 def joined(verb: str, answers: list[Any]) -> Any:
     """Make one answer of those of several workers."""
     if verb == "status":
         return _joined_status(answers)
-    if verb in {"kill", "trace"}:
+    if verb in SEARCHES:
         return any(answers)
     if verb in {"connections", "stacks"}:
         return [entry for each in answers for entry in each]
