@@ -19,7 +19,7 @@ from harken import events
 from harken.errors import ConfigError, HandoffError, HarkenError
 from harken.listener import Listener
 from harken.process import handoff, inheritance, page, privileges
-from harken.process.answers import alone_status, answer
+from harken.process.answers import alone_status, answer, refuse_at_end
 from harken.process.channel import Message
 from harken.process.control import Client, Control, open_listener
 from harken.process.notify import Watchdog, hand_over, notify, reloading
@@ -135,7 +135,7 @@ class Alone:
         opened = kept[0] if kept else open_listener(self.settings, name)
         if opened is not None:
             self._opened[_CONTROL] = [opened]
-            self._desk = _Desk(opened, self._worker, self._note_order)
+            self._desk = _Desk(opened, self._worker, self._note_order, lambda: self._ended)
 
     def _note_order(self, verb: str, arguments: dict[str, Any]) -> None:
         self._orders = with_order(self._orders, verb, arguments)
@@ -293,16 +293,24 @@ class _Desk:
         "upgrade": signal.SIGUSR2,
     }
 
-    def __init__(self, listener: Listener, worker: Worker, note: Callable[[str, dict[str, Any]], object]) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        worker: Worker,
+        note: Callable[[str, dict[str, Any]], object],
+        ending: Callable[[], bool],
+    ) -> None:
         """Prepare.
 
         Args:
             listener: the control socket.
             worker: whom the questions are about.
             note: called with each order that holds until it is ordered otherwise, and its arguments.
+            ending: tells whether an operator has said that the service shall end.
         """
         self._worker = worker
         self._note = note
+        self._ending = ending
         self._selector = selectors.DefaultSelector()
         self._control = Control(listener, self._selector, self._answer)
         self._waker = Waker()
@@ -349,6 +357,8 @@ class _Desk:
     def _answer(self, client: Client, question: Message) -> None:
         verb, number = str(question.get("verb")), question.get("number")
         try:
+            if self._ending():
+                refuse_at_end(verb)
             if verb in self._SIGNALS:
                 os.kill(os.getpid(), self._SIGNALS[verb])
                 client.answer(number, result=None)

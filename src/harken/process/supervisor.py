@@ -365,6 +365,11 @@ class Supervisor:
                 case signal.SIGWINCH:
                     self._rest()
 
+    @property
+    def ending(self) -> bool:
+        """Whether it was told to end."""
+        return self._ending
+
     def drain(self) -> None:
         """Let every worker serve what it has, and end."""
         if not self._ending:
