@@ -238,7 +238,7 @@ class Hubbed(Secured):
             return 0
         with self._guard:
             self._look(sslobj)
-        return len(self._ahead) or sslobj.pending()  # type: ignore[no-any-return]
+        return len(self._ahead) or sslobj.pending()
 
     def _look(self, sslobj: Any) -> None:
         """Read ahead, if there is nothing yet that can be read at once. With the guard."""
