@@ -136,6 +136,18 @@ def test_a_pid_file_is_written_refused_and_removed(tmp_path):
         PidFile(str(tmp_path / "none" / "pid")).write()
 
 
+def test_a_pid_file_takes_the_place_of_files_alone(tmp_path):
+    """A device would be replaced, and a named pipe waited for."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (pipe, tmp_path / "link"):
+        for verb in (PidFile.write, PidFile.check):
+            with pytest.raises(ConfigError, match="this is no file"):
+                verb(PidFile(str(path)))
+    assert pipe.is_fifo()
+
+
 def test_a_pid_file_in_a_directory_of_root(tmp_path, monkeypatch):
     """Who has become another user owns the file alone: it is written over, and emptied in the end."""
     path = tmp_path / "pid"

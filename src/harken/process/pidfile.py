@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from pathlib import Path
 
 from harken.errors import ConfigError
@@ -40,6 +41,7 @@ class PidFile:
         """
         if self.path is None:
             return
+        self._refuse_special()
         holder = self._holder()
         if holder == os.getpid():
             return  # as a program that a reload has put into the same process
@@ -57,6 +59,7 @@ class PidFile:
         """
         if self.path is None:
             return
+        self._refuse_special()
         self._refuse_held(self._holder(), None)
         try:
             if self.path.is_dir() or not self._is_in_our_folder():
@@ -71,6 +74,14 @@ class PidFile:
         except PermissionError:
             return False
         return True
+
+    def _refuse_special(self) -> None:
+        """Refuse a device, which would be replaced by a file, and a named pipe, which nobody may write to."""
+        assert self.path is not None
+        with contextlib.suppress(OSError):  # nothing is there, or write() will say what is wrong
+            mode = self.path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise self._refusal("this is no file; name one")
 
     def _refuse_held(self, holder: int | None, over: int | None) -> None:
         if holder not in (None, over):

@@ -341,8 +341,8 @@ class Workers:
         self._board.give_back(child.row)
         self._across.clear(child.row.number)
         self._ledger.bury(child)
-        self.inquiries.forget(child)  # after that: who has asked for figures may be answered now
         self.followers.lost(child.pid)
+        self.inquiries.forget(child)  # after that: who has asked for figures may be answered now
         self._count(child, status)
         stacks = child.stacks() if child.killed_for else None
         child.close()
