@@ -8,7 +8,7 @@ from waiting import wait_until
 
 import harken
 
-from .tls_kit import BESIDE
+from .tls_kit import BESIDE, ENGINES
 
 
 class Taciturn(harken.BaseRequestHandler):
@@ -48,6 +48,19 @@ def test_what_is_received_begins_a_request(engine, handler, serving, dial, close
         client.sendall(b"half a request")
         (event,) = closed.wait(1)
         assert (event.detail, event.requests) == ("handler_timeout", 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_handshake_begins_no_request(engine, serving, trusting, closed):
+    """Nor does a PROXY header: who sends nothing more has no request that could take too long."""
+    trusted = {"proxy": "v1", "proxy_from": ["127.0.0.1"]}
+    with serving(engine, Taciturn, handler_timeout=0.1, lifetime=0.4, **trusted) as server:
+        with socket.create_connection(server.server_address) as wire:
+            wire.sendall(b"PROXY UNKNOWN\r\n")
+            with trusting().wrap_socket(wire, server_hostname="localhost") as client:
+                (event,) = closed.wait(1)
+                assert event.reason == "lifetime"
+                socket.socket.shutdown(client, socket.SHUT_RDWR)
 
 
 class Lines(harken.StreamRequestHandler):
