@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from typing import Any
@@ -97,6 +98,26 @@ def test_connect_needs_no_port() -> None:
     with testing.connect(Tell, client_address=("192.0.2.1", 7)) as client:
         assert client.recv(100) == b"('192.0.2.1', 7) True False"
         assert client.recv(100) == b""
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        (("192.0.2.1", 7), "192.0.2.1 7 AF_INET 192.0.2.1:7"),
+        (("2001:db8::1", 7, 0, 0), "2001:db8::1 7 AF_INET6 [2001:db8::1]:7"),
+        ("/run/client", f"/run/client 0 AF_UNIX unix pid {os.getpid()} uid {os.getuid()} /run/client"),
+    ],
+)
+def test_the_peer_is_the_client_that_was_asked_for(address: object, told: str) -> None:
+    """Not the socket pair that stands in for its connection."""
+
+    class Tell(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            peer = self.peer
+            self.request.sendall(f"{peer.address} {peer.port} {socket.AddressFamily(peer.family).name} {peer}".encode())
+
+    with testing.connect(Tell, client_address=address) as client:
+        assert client.recv(200).decode() == told
 
 
 def test_connect_serves_stream_handlers_with_files() -> None:

@@ -14,6 +14,7 @@ from harken import events
 from harken.connection import Connection
 from harken.engines import is_async
 from harken.errors import ConfigError, LifecycleError
+from harken.peer import Peer
 from harken.preambles.proxy_header import ProxyHeader
 from harken.process.worker import Worker
 from harken.server import BaseServer, TCPServer
@@ -172,6 +173,15 @@ class _Portless(TCPServer):
         self.socket = end
         self._client_address = client_address
         self._client = client
+        registry = serving_of(self).connections
+        self._plain, registry.describe = registry.describe, self._describe
+
+    def _describe(self, request: Any, client_address: Any) -> Peer:
+        """A client that is to be on the network is there for its handler: the socket pair only stands in for that."""
+        match client_address:
+            case (str(host), int(port), *_):
+                return Peer(host, port, socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return self._plain(request, client_address)
 
     def get_request(self) -> tuple[Any, Any]:
         return self.socket, self._client_address
