@@ -134,6 +134,21 @@ def test_a_reset_is_the_peers_fault(engine: str, capsys: pytest.CaptureFixture[s
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_connections_of_a_class_of_their_own_are_not_for_async_handlers() -> None:
+    """They cannot wait in the event loop; the error says so."""
+
+    class Task(harken.AsyncRequestHandler):
+        async def handle(self) -> None:
+            await self.request.recv(1)
+
+    with testing.serve(Task) as served:
+        served.server.socket = Faulty(served.server.socket, connections={"read_bytes": 1})
+        with served.connect() as client:
+            assert client.recv(1) == b""
+        wait_until(lambda: served.errors)
+    assert "must return a plain socket" in str(served.errors[0])
+
+
 def test_accept_raises_what_is_listed() -> None:
     """Errors come in their order, by number or name; None and the end of the list go well."""
     with Faulty(socket.create_server(("127.0.0.1", 0)), accept=["EMFILE", None, errno.ECONNABORTED]) as listener:
