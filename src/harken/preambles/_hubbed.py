@@ -463,6 +463,12 @@ class Hubbed(Secured):
         self._sslobj = None
         return self
 
+    def anew(self, context: ssl.SSLContext) -> Hubbed:
+        """After ``unwrap``: go under TLS once more, as a server; this object is used up."""
+        made = Hubbed.over(self._inner, context, self._ahead)
+        _socket.socket.detach(self)
+        return made
+
     def _end_and_read_on(self) -> None:
         self._end()
 
