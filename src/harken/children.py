@@ -71,7 +71,6 @@ class Children:
         record = serving.connections.find(request)
         if record is not None:
             record.silent = True
-            record.in_preamble = serving.entry is not None  # whose bytes are no request's
         deadlines = serving.bounds.deadlines
         if deadlines is not None:
             deadlines.after_fork(record)
