@@ -100,6 +100,19 @@ def test_who_waits_for_a_thread_does_not_leave_for_another(serving, dial, trusti
                 assert client.recv(5) == b"hello"
 
 
+@pytest.mark.parametrize(
+    ("engine", "handler"), [*((engine, Taciturn) for engine in BESIDE if engine != "fork"), ("asyncio", TaciturnTask)]
+)
+def test_a_deadline_that_comes_later_holds_from_the_next_read_on(engine, handler, serving, dial, closed):
+    """For connections that are open already."""
+    with serving(engine, handler) as server, dial(server) as client:
+        wait_until(lambda: [info for info in server.connections() if info.waits_for != "preamble"])
+        server.configure(read_timeout=0.1)
+        client.sendall(b"x")
+        (event,) = closed.wait(1)
+        assert event.reason == "read_timeout"
+
+
 class Lines(harken.StreamRequestHandler):
     """Reads lines."""
 
