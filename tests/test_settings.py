@@ -80,6 +80,7 @@ def test_text_is_read_by_kind(kind, written, value):
         (COUNT, "none", "is not a whole number"),
         (SECONDS, "soon", "is not a number of seconds or none"),
         (SECONDS, "-0.1", "is below the smallest value allowed, 0"),
+        (SECONDS, "1e10", "is above the largest value allowed, 1000000000$"),
         (SIZE, "4MB", r"is not a number of bytes \(KiB, MiB and GiB may follow\)"),
         (SIZE, "KiB", "is not a number of bytes"),
         (FLAG, "perhaps", "is not true or false"),

@@ -100,6 +100,19 @@ def test_who_has_just_come_is_left_for_a_moment():
     assert (young.reason, busy.reason) == ("shed", None)
 
 
+def test_who_has_just_come_is_left_also_where_nobody_tells_its_first_byte():
+    """In a child of the fork engine, and on Unix sockets of engines that block."""
+    now = time.monotonic()
+    in_child, on_unix = Fake(None, now - 0.3), Fake(None, now - 0.2)
+    in_child.process = 1
+    on_unix.bytes_moved = lambda: None
+    for young in (in_child, on_unix):
+        shedder = Shedder(lambda young=young: [young])
+        assert not shedder.shed()
+        young.started -= YOUNG_SECONDS
+        assert shedder.shed()
+
+
 def test_nobody_is_found_where_nobody_is():
     """An empty server sheds nobody."""
     assert not Shedder(list).shed()

@@ -120,6 +120,9 @@ def turn_away(request: object, reply: bytes = b"") -> None:
                 if not request.recv(65536):  # bytes; 1 MiB in all, more than a client sends unasked
                     break
         else:
+            fall_silent = getattr(request, "fall_silent", None)
+            if fall_silent is not None:
+                fall_silent()
             request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     except OSError:
         pass  # nothing more to read, or it has gone: both is what we wanted

@@ -50,8 +50,8 @@ _NAMES = (
 
 
 def wanted(settings: Settings) -> bool:
-    """Tell whether any limit is set."""
-    return any(settings[name] not in (None, ()) for name in _NAMES)
+    """Tell whether any limit is set: also by an empty ``allow``, which lets nobody in."""
+    return settings["allow"] is not None or any(settings[name] not in (None, ()) for name in _NAMES)
 
 
 def reply_of(settings: Settings) -> bytes:

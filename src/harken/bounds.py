@@ -52,7 +52,7 @@ class Bounds:
         serving = self._serving
         if all(serving.settings[name] is None for name in DEADLINES):
             return None
-        made = Deadlines(lambda: serving.connections, Expiry(serving))
+        made = Deadlines(lambda: serving.connections, Expiry(serving), self._is_entering)
         made.report = lambda address, which, seconds: serving.books.timed_out(None, address, which, seconds)
         made.refresh(serving.settings)
         serving.books.on_open = self._watch
@@ -105,6 +105,8 @@ class Bounds:
     def _watch(self, record: Record) -> None:
         serving = self._serving
         if self.deadlines is not None and not serving.engine.in_child:
-            if serving.entry is not None and not record.entered:
-                record.in_preamble = True
             self.deadlines.watch(record)
+
+    def _is_entering(self, record: Record) -> bool:
+        """Whether its preambles have still to run or to end: what moves meanwhile is no request's."""
+        return self._serving.entry is not None and not record.entered

@@ -86,15 +86,22 @@ EXPECTED_SECONDS = 1.0
 class Deadlines:
     """The deadlines of one server's connections."""
 
-    def __init__(self, records: Callable[[], Iterable[Record]], expire: Callable[[Record, str, float], None]) -> None:
+    def __init__(
+        self,
+        records: Callable[[], Iterable[Record]],
+        expire: Callable[[Record, str, float], None],
+        is_entering: Callable[[Record], bool],
+    ) -> None:
         """Make deadlines that hold for nobody yet; see :meth:`refresh`.
 
         Args:
             records: the open connections.
             expire: called in the reaper's thread with a record, the setting's name, and the seconds that it took.
+            is_entering: whether a connection's preambles have still to run or to end.
         """
         self._records = records
         self._expire = expire
+        self._is_entering = is_entering
         self.limits: dict[str, float | None] = dict.fromkeys(NAMES)
         self._soonest: float | None = None
         self._stamps_all = False
@@ -131,7 +138,7 @@ class Deadlines:
         soonest = self._soonest
         if soonest is None or record.request is None:
             return
-        if not record.in_preamble:
+        if not self._is_entering(record):
             self.entered(record)
         self._push(record.started + soonest, record)
         if self._sampling is None and self.limits["write_timeout"] is not None:
@@ -235,7 +242,7 @@ class Deadlines:
     def _spans(self, record: Record, now: float) -> Iterable[tuple[str, float | None]]:
         """Since when each deadline runs; None: it does not run now, and could begin at any moment."""
         yield "lifetime", record.started
-        if record.in_preamble:  # which has a timeout of its own
+        if self._is_entering(record):  # which has a timeout of its own
             yield "idle_timeout", None
             return
         stamps = record.stamped()
@@ -307,7 +314,9 @@ class Deadlines:
         before, self._stuck = self._stuck, {}
         for record in records:
             request = record.request
-            if record.reason is not None or request is None or not (unsent := queued(request)) or record.in_preamble:
+            if record.reason is not None or request is None or not (unsent := queued(request)):
+                continue
+            if self._is_entering(record):
                 continue
             now = time.monotonic()
             mark = taken(request, unsent)

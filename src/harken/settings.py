@@ -29,6 +29,8 @@ UNSET: Any = type("Unset", (), {"__repr__": lambda _self: "UNSET", "__bool__": l
 _PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d][\w.]*")
 _TRUE = {"true", "yes", "on", "1"}
 _FALSE = {"false", "no", "off", "0"}
+# Thirty years. The kernel's and Python's own waits end at some 300 (2**63 nanoseconds), by an OverflowError.
+MAX_SECONDS = 10**9
 _SIZES = {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
@@ -154,7 +156,7 @@ def count(minimum: int | None = 0, *, maximum: int | None = None, optional: bool
 
 def seconds(*, optional: bool = False) -> Kind:
     """A time in seconds; 0 is zero and not "off"."""
-    return Kind("seconds", (int, float), minimum=0, optional=optional)
+    return Kind("seconds", (int, float), minimum=0, maximum=MAX_SECONDS, optional=optional)
 
 
 def size(minimum: int = 0, *, optional: bool = False) -> Kind:

@@ -93,11 +93,11 @@ def _since(record: Record) -> float:
 
 
 def _is_young(record: Record) -> bool:
-    """Whether its first byte may be on the way."""
-    if record.process or time.monotonic() - record.started >= YOUNG_SECONDS:
+    """Whether its first byte may be on the way; where nobody tells (in a child, on Unix sockets) it may."""
+    if time.monotonic() - record.started >= YOUNG_SECONDS:
         return False
-    told = record.bytes_moved()
-    return told is not None and not told[0]
+    told = None if record.process else record.bytes_moved()
+    return told is None or not told[0]
 
 
 # Seconds by which two looks at one idle connection may differ: the kernel counts idle time in ticks of up to 10 ms.

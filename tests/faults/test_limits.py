@@ -195,6 +195,20 @@ def test_addresses_are_judged(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_an_empty_list_of_who_may_come_in_lets_nobody_in(engine: str) -> None:
+    """Alone too: a program may have computed it, and nobody was in it."""
+    server = make(engine, allow=[])
+    with running(server):
+        assert fate(server.server_address) == "reset"
+        server.configure(allow=None)
+        with connect(server.server_address) as client:
+            exchange(client)
+            hang_up(client)
+        server.configure(allow=[])
+        assert fate(server.server_address) == "reset"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_each_client_has_its_own_share(engine: str) -> None:
     """A client with its share is reset, whatever ``overload`` says; another one is served."""
     server = make(engine, max_connections_per_peer=2, overload="wait")

@@ -77,6 +77,17 @@ def shake(client, context, before=b""):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_who_is_refused_hears_no_goodbye(both, trusting, engine):
+    """It is reset: a close_notify before that would pass for the end of an empty answer."""
+    with both(engine, deny=["192.0.2.0/24"]) as server, dial(server) as wire:
+        wire.sendall(HEADER)
+        with secured(wire, trusting()) as client:
+            client.suppress_ragged_eofs = False  # that ssl takes a reset for an end is Python's own
+            with pytest.raises((ssl.SSLEOFError, ConnectionResetError)):
+                client.recv(100)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("transport", ["tcp", "unix"])
 def test_the_header_comes_before_the_handshake(both, trusting, pki, engine, transport):
     """The client is the header's, and its certificate that of the handshake; events show both."""

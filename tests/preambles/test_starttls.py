@@ -60,6 +60,31 @@ def test_starttls(engine, starttls, serving, trusting, closed):
         assert server.connections() == []
 
 
+@pytest.mark.parametrize("engine", BESIDE)
+def test_starttls_once_more_after_unwrap(engine, starttls, serving, trusting, closed):
+    """Plain text between two times of TLS; who waits for the second to say something keeps no other client waiting."""
+
+    class Twice(harken.BaseRequestHandler):
+        def handle(self):
+            for _ in range(2):
+                self.start_tls()
+                self.request.sendall(self.request.recv(10))
+                self.request.unwrap().sendall(b"plain")
+
+    def shake(sock):
+        return trusting().wrap_socket(sock.dup(), server_hostname="localhost")
+
+    with serving(engine, Twice, tls=starttls) as server, plain(server) as sock, plain(server) as other:
+        for again in (False, True):
+            with shake(sock) as client:
+                if again:
+                    with shake(other) as beside:
+                        assert ask(beside, b"first\n") == b"first\n"
+                assert ask(client, b"hello\n") == b"hello\n"
+                assert client.unwrap().recv(5) == b"plain"
+        assert closed.wait(1)[0].reason in ("peer_closed", "handler_returned")
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_plain_text_behind_the_request_for_tls_is_refused(engine, starttls, serving, closed, capfd):
     """What somebody in between injected is never taken for something said under TLS."""

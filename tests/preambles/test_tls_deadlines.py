@@ -2,13 +2,14 @@
 
 import contextlib
 import socket
+import threading
 
 import pytest
 from waiting import wait_until
 
 import harken
 
-from .tls_kit import BESIDE
+from .tls_kit import BESIDE, ENGINES, PATIENCE, plain
 
 
 class Taciturn(harken.BaseRequestHandler):
@@ -48,6 +49,68 @@ def test_what_is_received_begins_a_request(engine, handler, serving, dial, close
         client.sendall(b"half a request")
         (event,) = closed.wait(1)
         assert (event.detail, event.requests) == ("handler_timeout", 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_handshake_begins_no_request(engine, serving, trusting, closed):
+    """Nor does a PROXY header: who sends nothing more has no request that could take too long."""
+    trusted = {"proxy": "v1", "proxy_from": ["127.0.0.1"]}
+    with serving(engine, Taciturn, handler_timeout=0.1, lifetime=0.4, **trusted) as server:
+        with socket.create_connection(server.server_address) as wire:
+            wire.sendall(b"PROXY UNKNOWN\r\n")
+            with trusting().wrap_socket(wire, server_hostname="localhost") as client:
+                (event,) = closed.wait(1)
+                assert event.reason == "lifetime"
+                socket.socket.shutdown(client, socket.SHUT_RDWR)
+
+
+def test_a_handshake_begins_no_request_where_deadlines_came_while_it_waited(serving, dial, trusting):
+    """A connection waits for a thread of the pool when the first deadline is set."""
+    serves = threading.Semaphore(0)
+
+    class Announced(Taciturn):
+        def handle(self):
+            serves.release()
+            super().handle()
+
+    with serving("pool", Announced, pool_size=1) as server:
+        with dial(server), socket.create_connection(server.server_address) as waiting:
+            assert serves.acquire(timeout=PATIENCE)
+            wait_until(lambda: len(server.connections()) == 2)
+            server.configure(handler_timeout=60)
+            secured = trusting().wrap_socket(waiting, server_hostname="localhost", do_handshake_on_connect=False)
+        with secured:
+            secured.do_handshake()
+            assert serves.acquire(timeout=PATIENCE)
+            assert [info.requests for info in server.connections()] == [0]
+
+
+def test_who_waits_for_a_thread_does_not_leave_for_another(serving, dial, trusting, closed):
+    """Only who has one makes room by leaving, deadlines or not."""
+    pool = {"pool_size": 1, "pool_queue": 1, "overload": "shed", "idle_timeout": 300}
+    with serving("pool", **pool) as server, dial(server) as served, plain(server) as waiting:
+        wait_until(lambda: [info for info in server.connections()[1:] if info.idle_seconds > 0.1])
+        served.sendall(b"hello")
+        assert served.recv(5) == b"hello"
+        with plain(server):
+            event = closed.wait(1)[0]
+            assert (event.reason, event.peer.port) == ("shed", served.getsockname()[1])
+            with trusting().wrap_socket(waiting, server_hostname="localhost") as client:
+                client.sendall(b"hello")
+                assert client.recv(5) == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("engine", "handler"), [*((engine, Taciturn) for engine in BESIDE if engine != "fork"), ("asyncio", TaciturnTask)]
+)
+def test_a_deadline_that_comes_later_holds_from_the_next_read_on(engine, handler, serving, dial, closed):
+    """For connections that are open already."""
+    with serving(engine, handler) as server, dial(server) as client:
+        wait_until(lambda: [info for info in server.connections() if info.waits_for != "preamble"])
+        server.configure(read_timeout=0.1)
+        client.sendall(b"x")
+        (event,) = closed.wait(1)
+        assert event.reason == "read_timeout"
 
 
 class Lines(harken.StreamRequestHandler):

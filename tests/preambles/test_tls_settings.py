@@ -8,6 +8,8 @@ import subprocess
 import types
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 import harken
 from harken import events
@@ -180,6 +182,10 @@ def test_what_is_wrong_with_files_is_told_at_the_start(words, message, pki, tmp_
         ({"min_version": "1.1"}, "is not 1.2 or 1.3"),
         ({"mode": "sometimes"}, "is not one of always, optional, starttls"),
         ({"sni": {"a": 5}}, "neither a file nor a pair"),
+        ({"sni": {"a.*.example": "b"}}, "no client can ask for 'a.\\*.example'"),
+        ({"sni": {"*": "b"}}, "no client can ask for"),
+        ({"sni": {"a..example": "b"}}, "no client can ask for"),
+        ({"sni": {"": "b"}}, "no client can ask for"),
         ({"cert": None}, "is not the path of a PEM file"),
     ],
 )
@@ -187,6 +193,22 @@ def test_wrong_words_are_refused(words, message):
     """When the TLS is made, with the value and what would be allowed."""
     with pytest.raises(ConfigError, match=message):
         harken.TLS(**{"cert": "cert.pem", **words})
+
+
+def test_names_are_kept_as_clients_ask_for_them():
+    """In ASCII, whatever letters they were written in."""
+    made = TLS("c", sni={"München.example.": "a", "*.bücher.example": "b"})
+    assert set(made.sni) == {"xn--mnchen-3ya.example", "*.xn--bcher-kva.example"}
+
+
+@pytest.mark.parametrize("password", [None, b"open sesame"])
+def test_a_key_of_another_kind_is_not_the_certificates(password, pki, tmp_path):
+    """OpenSSL then says that there is no certificate; nor is it a matter of the passphrase."""
+    locked = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
+    forms = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (tmp_path / "key.pem").write_bytes(ed25519.Ed25519PrivateKey.generate().private_bytes(*forms, locked))
+    with pytest.raises(ConfigError, match="is not the key of the certificate"):
+        certificates_of(TLS(pki.cert, tmp_path / "key.pem", password=password))
 
 
 def test_words_come_in_several_spellings():

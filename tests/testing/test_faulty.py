@@ -9,10 +9,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 import harken
-from harken import testing
+from harken import events, testing
 from harken.testing import Faulty
+
+
+class Echo(harken.BaseRequestHandler):
+    """Says how many bytes came."""
+
+    def handle(self) -> None:
+        """Say it."""
+        while data := self.request.recv(100):
+            self.request.sendall(b"%d " % len(data))
 
 
 @pytest.fixture
@@ -108,6 +118,37 @@ def test_a_stall_ends_when_the_socket_is_shut(ends: Any) -> None:
         assert got == [b""]
 
 
+@pytest.mark.parametrize("engine", ["inline", "thread", "pool", "green"])
+def test_a_reset_is_the_peers_fault(engine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A handler that raises by it has not failed, as if a client had done it: no traceback, and no error of its own."""
+    closed: list[events.Event] = []
+    unsubscribe = events.subscribe(closed.append, "closed")
+    with testing.serve(Echo, engine=engine) as served:
+        served.server.socket = Faulty(served.server.socket, connections={"reset_at": 3})
+        with served.connect() as client, pytest.raises(ConnectionResetError):
+            client.sendall(b"abc")
+            client.recv(10)
+        wait_until(lambda: closed)
+    unsubscribe()
+    assert ([event.reason for event in closed], served.errors) == (["peer_reset"], [])
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_connections_of_a_class_of_their_own_are_not_for_async_handlers() -> None:
+    """They cannot wait in the event loop; the error says so."""
+
+    class Task(harken.AsyncRequestHandler):
+        async def handle(self) -> None:
+            await self.request.recv(1)
+
+    with testing.serve(Task) as served:
+        served.server.socket = Faulty(served.server.socket, connections={"read_bytes": 1})
+        with served.connect() as client:
+            assert client.recv(1) == b""
+        wait_until(lambda: served.errors)
+    assert "must return a plain socket" in str(served.errors[0])
+
+
 def test_accept_raises_what_is_listed() -> None:
     """Errors come in their order, by number or name; None and the end of the list go well."""
     with Faulty(socket.create_server(("127.0.0.1", 0)), accept=["EMFILE", None, errno.ECONNABORTED]) as listener:
@@ -125,12 +166,6 @@ def test_accept_raises_what_is_listed() -> None:
 
 def test_connections_of_a_faulty_listener_are_faulty() -> None:
     """A running server whose listener is replaced gets connections with faults, and its handlers cope or fail."""
-
-    class Echo(harken.BaseRequestHandler):
-        def handle(self) -> None:
-            while data := self.request.recv(100):
-                self.request.sendall(b"%d " % len(data))
-
     with testing.serve(Echo) as served:
         served.server.socket = Faulty(served.server.socket, connections={"read_bytes": 1})
         with served.connect() as client, client.makefile("rb") as answers:

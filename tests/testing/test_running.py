@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 import harken
 from harken import events, testing
+from harken.process.worker import Worker
 
 
 class Upper(harken.StreamRequestHandler):
@@ -97,6 +100,66 @@ def test_connect_needs_no_port() -> None:
     with testing.connect(Tell, client_address=("192.0.2.1", 7)) as client:
         assert client.recv(100) == b"('192.0.2.1', 7) True False"
         assert client.recv(100) == b""
+
+
+def test_what_keeps_a_server_from_serving_is_told_at_once() -> None:
+    """Also where it is found out only when the loop begins."""
+    with pytest.raises(harken.ConfigError, match="cannot load 'no.such:Limit'"):
+        with testing.serve(Upper, limits=["no.such:Limit"]):
+            pytest.fail("it serves")
+
+
+@pytest.mark.parametrize("engine", ["inline", "thread", "pool", "fork", "green"])
+def test_the_loop_turns_when_the_block_begins(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a listener may be replaced: while doors begin to be watched it would have no descriptor for a moment."""
+    turns = []
+    tick = Worker._tick
+
+    def count(worker: Worker) -> None:
+        turns.append(worker)
+        tick(worker)
+
+    monkeypatch.setattr(Worker, "_tick", count)
+    with testing.serve(Upper, engine=engine):
+        assert turns
+
+
+def test_what_ends_a_server_early_is_raised_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would only be seen on stderr, if at all."""
+    broken = threading.Event()
+    tick = Worker._tick
+
+    def break_down(worker: Worker) -> None:
+        tick(worker)
+        if broken.is_set():
+            raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(Worker, "_tick", break_down)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        with testing.serve(Upper) as served:
+            broken.set()
+            served.server.serving.wake()
+            wait_until(lambda: not served.server.wait_ready(0))
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        (("192.0.2.1", 7), "192.0.2.1 7 AF_INET 192.0.2.1:7"),
+        (("2001:db8::1", 7, 0, 0), "2001:db8::1 7 AF_INET6 [2001:db8::1]:7"),
+        ("/run/client", f"/run/client 0 AF_UNIX unix pid {os.getpid()} uid {os.getuid()} /run/client"),
+    ],
+)
+def test_the_peer_is_the_client_that_was_asked_for(address: object, told: str) -> None:
+    """Not the socket pair that stands in for its connection."""
+
+    class Tell(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            peer = self.peer
+            self.request.sendall(f"{peer.address} {peer.port} {socket.AddressFamily(peer.family).name} {peer}".encode())
+
+    with testing.connect(Tell, client_address=address) as client:
+        assert client.recv(200).decode() == told
 
 
 def test_connect_serves_stream_handlers_with_files() -> None:

@@ -49,8 +49,7 @@ class AsyncConnection:
     def __init__(self, sock: Any, driver: Any) -> None:
         self.socket = sock
         self._driver = driver
-        self._recv = sock.recv
-        self._sendall = sock.sendall
+        self._recv, self._sendall = _verbs(sock)
         self._left_over = b""  # received for a task that was cancelled before it got it; the reader's, if there is one
         self._reader: Any = None
         self._writer: AsyncWriter | None = None
@@ -106,7 +105,7 @@ class AsyncConnection:
         elif self._reader is not None and len(self._reader):
             data = self._reader.read1(bufsize)
         else:
-            self._recv = self.socket.recv
+            self._recv, _ = _verbs(self.socket)
             data = self._recv(bufsize)
         return data
 
@@ -137,6 +136,20 @@ class AsyncConnection:
 
     def __repr__(self) -> str:
         return f"<AsyncConnection of {self.socket!r}>"
+
+
+def _verbs(sock: Any) -> tuple[Callable[[int], bytes], Callable[[Any], None]]:
+    """Return what receives and what sends, for good: under TLS they become others when deadlines come (stamps.py)."""
+    if hasattr(type(sock), "stamps"):
+        return sock.recv, sock.sendall
+
+    def recv(bufsize: int) -> bytes:
+        return sock.recv(bufsize)  # type: ignore[no-any-return]
+
+    def sendall(data: Any) -> None:
+        sock.sendall(data)
+
+    return recv, sendall
 
 
 class AsyncReader:

@@ -270,7 +270,10 @@ def drive(coroutine: Coroutine[Any, Any, Any]) -> Any:
     loop = None if host is None else host.loop
     if loop is None:
         coroutine.close()
-        raise ConfigError("a handler with `async def handle` needs engine='asyncio'")
+        raise ConfigError(
+            "a handler with `async def handle` needs engine='asyncio', and a connection that waits in its loop: "
+            "get_request() must return a plain socket, and not one of a class of its own"
+        )
     task = Task(coroutine, loop, hub)
     _mine.set(task)
     return task.run()

@@ -33,7 +33,7 @@ ALLOW = settings.setting(
     None,
     live=True,
     meaning="networks whose clients may come in (10.0.0.0/8,2001:db8::/32); others are reset, or get `overload_reply`; "
-    "none: everybody; Unix sockets have no addresses and are not judged",
+    "none: everybody, and an empty list: nobody; Unix sockets have no addresses and are not judged",
     origin="nginx's and esockd's allow",
 )
 DENY = settings.setting(

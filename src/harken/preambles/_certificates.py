@@ -30,8 +30,10 @@ BARE_END = getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
 # Bytes of a passphrase's file that are read: OpenSSL takes no longer one (PEM_BUFSIZE).
 MAX_PASSPHRASE = 1024
 
+# Another certificate's key, of the same kind, or of another kind: OpenSSL then finds no certificate beside it.
+_NOT_THE_KEY = ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
 # What OpenSSL finds wrong after it could read the key.
-_NOT_THE_PASSPHRASE = ("KEY_VALUES_MISMATCH", "EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK")
+_NOT_THE_PASSPHRASE = (*_NOT_THE_KEY, "EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK")
 
 Stamp = tuple[tuple[int, int, int, int] | None, ...]
 
@@ -188,7 +190,7 @@ def _load_pair(context: ssl.SSLContext, cert: File, key: File | None, password: 
 
 def _why(error: ssl.SSLError, cert: File, key: File | None) -> str:
     reason = error.reason or ""
-    if reason == "KEY_VALUES_MISMATCH":
+    if reason in _NOT_THE_KEY:
         return f"TLS key {_name(key or cert)} is not the key of the certificate {_name(cert)}"
     if reason in ("EE_KEY_TOO_SMALL", "CA_KEY_TOO_SMALL", "CA_MD_TOO_WEAK"):
         return f"TLS certificate {_name(cert)} is too weak for OpenSSL: {reason.lower().replace('_', ' ')}"

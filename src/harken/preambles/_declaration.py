@@ -159,7 +159,7 @@ class TLS:
         put(self, "min_version", _version(self.min_version or VERSIONS[0]))
         put(self, "mode", self.mode or MODES[0])
         put(self, "alpn", (self.alpn,) if isinstance(self.alpn, str) else tuple(self.alpn))
-        put(self, "sni", {name.lower().rstrip("."): _pair(name, files) for name, files in dict(self.sni).items()})
+        put(self, "sni", {_asked(name): _pair(name, files) for name, files in dict(self.sni).items()})
         if self.mode not in MODES:
             raise ConfigError(
                 f"TLS mode {self.mode!r} is not one of {', '.join(MODES)}{nearest(str(self.mode), MODES)}"
@@ -230,6 +230,17 @@ def _version(value: Any) -> str:
             f"TLS min_version={value!r} is not {' or '.join(VERSIONS)}; for anything older give an ssl.SSLContext"
         )
     return word
+
+
+def _asked(name: str) -> str:
+    """Return a name of ``sni`` as clients ask for it: in ASCII letters (RFC 6066, 3), and without a last dot."""
+    try:
+        found = name.lower().rstrip(".").encode("idna").decode("ascii")
+    except UnicodeError:
+        found = ""
+    if not found or "*" in found.removeprefix("*."):
+        raise ConfigError(f"TLS sni: no client can ask for {name!r}; write a host's name, or *. and a domain's")
+    return found
 
 
 def _pair(name: str, files: Any) -> tuple[File, File | None]:

@@ -122,6 +122,10 @@ class Secured(SSLSocket):
         self._let_go()
         return True
 
+    def fall_silent(self) -> None:
+        """Say nothing more, not even goodbye: a reset is to come, and close_notify would pass for an answer's end."""
+        self._ended = True
+
     def unwrap(self) -> socket.socket:
         """End TLS and go on in plain text, which takes the peer's close_notify too; see ``ssl.SSLSocket.unwrap``."""
         plain = super().unwrap()

@@ -12,6 +12,8 @@ from typing import Any
 
 __all__ = ["Faulty"]
 
+_TCP_CLOSE = 7  # linux/tcp_states.h: the first byte of TCP_INFO, once a reset has come
+
 
 class Faulty(socket.socket):
     """A socket that does as its peer, its network or its kernel might on a bad day.
@@ -105,6 +107,12 @@ class Faulty(socket.socket):
             done = 0
             while done < rest.nbytes:
                 done += self.send(rest[done:], flags)
+
+    def getsockopt(self, level: int, optname: int, buflen: int = 0, /) -> Any:
+        """As ``socket.getsockopt``. Of a connection that was reset TCP_INFO tells so, as if its peer had done it."""
+        if self._was_reset and (level, optname) == (socket.IPPROTO_TCP, socket.TCP_INFO):
+            return bytes([_TCP_CLOSE]).ljust(buflen, b"\0")
+        return super().getsockopt(level, optname, buflen)
 
     def _allow(self, wanted: int, limit: int | None) -> int:
         """Return how many bytes may move now, after the resets and stalls that are due."""

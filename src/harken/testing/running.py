@@ -6,6 +6,7 @@ import contextlib
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from harken import events
 from harken.connection import Connection
 from harken.engines import is_async
 from harken.errors import ConfigError, LifecycleError
+from harken.peer import Peer
 from harken.preambles.proxy_header import ProxyHeader
 from harken.process.worker import Worker
 from harken.server import BaseServer, TCPServer
@@ -24,6 +26,8 @@ __all__ = ["Client", "Served", "connect", "serve"]
 
 # Seconds for a server to be ready, and for handlers to end once their connections are cut. Both take milliseconds.
 PATIENCE = 10.0
+# Seconds between nudges of a loop that is to have its first turn, which it has in less.
+LOOK_SECONDS = 0.002
 
 
 class Served:
@@ -97,27 +101,75 @@ def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> Iter
     Raises:
         ConfigError: an address, a setting or the handler is wrong.
         LifecycleError: a handler did not end within 10 s of its connection's end.
+        Exception: what ended the server while nobody asked it to.
     """
     warn_of_process(settings, "testing.serve()")
     worker = Worker(handler, addresses or ("tcp://127.0.0.1:0",), settings)
     served = Served(worker)
+    loop = _Loop(worker)
     unsubscribe = events.subscribe(served.note, "handler_failed")
-    thread = threading.Thread(target=worker.run, name="harken-testing", daemon=True)
     try:
-        thread.start()
-        for server in served.servers:
-            if not server.wait_ready(PATIENCE):
-                raise LifecycleError(f"the server was not ready within {PATIENCE:g} s")
+        loop.start()
         yield served
     finally:
         worker.stop()
         for server in served.servers:
             serving_of(server).cut("shutdown")  # an inline handler keeps the loop from doing so
-        thread.join(PATIENCE)
+        loop.join()
         worker.close()
         unsubscribe()
-    if thread.is_alive():
-        raise LifecycleError(f"a handler still ran {PATIENCE:g} s after its connection was cut")
+    loop.look_back()
+
+
+class _Loop:
+    """A worker's loop in a thread of its own."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._turned = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="harken-testing", daemon=True)
+
+    def start(self) -> None:
+        """Return once it has had a turn: from then on a listener may be replaced, by a faulty one for instance.
+
+        Raises:
+            LifecycleError: it had none within 10 s.
+            Exception: what ended it at once.
+        """
+        self._thread.start()
+        deadline = time.monotonic() + PATIENCE
+        while not self._turned.wait(LOOK_SECONDS):
+            if time.monotonic() >= deadline:
+                raise LifecycleError(f"the server was not ready within {PATIENCE:g} s")
+            self._worker._engine.wake()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._worker.run(on_turn=self._turned.set)
+        except Exception as error:  # noqa: BLE001 - raised again in the test's thread
+            self._error = error
+        finally:
+            self._turned.set()
+
+    def join(self) -> None:
+        """Wait for its end, for 10 s at the most."""
+        if self._thread.ident is not None:
+            self._thread.join(PATIENCE)
+
+    def look_back(self) -> None:
+        """Tell what went wrong.
+
+        Raises:
+            LifecycleError: it has not ended.
+            Exception: what ended it before it was asked to.
+        """
+        if self._thread.is_alive():
+            raise LifecycleError(f"a handler still ran {PATIENCE:g} s after its connection was cut")
+        if self._error is not None:
+            raise self._error
 
 
 class Client(socket.socket):
@@ -172,6 +224,15 @@ class _Portless(TCPServer):
         self.socket = end
         self._client_address = client_address
         self._client = client
+        registry = serving_of(self).connections
+        self._plain, registry.describe = registry.describe, self._describe
+
+    def _describe(self, request: Any, client_address: Any) -> Peer:
+        """A client that is to be on the network is there for its handler: the socket pair only stands in for that."""
+        match client_address:
+            case (str(host), int(port), *_):
+                return Peer(host, port, socket.AF_INET6 if ":" in host else socket.AF_INET)
+        return self._plain(request, client_address)
 
     def get_request(self) -> tuple[Any, Any]:
         return self.socket, self._client_address
