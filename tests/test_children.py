@@ -122,3 +122,44 @@ def test_what_handlers_raise_in_children_is_counted(capfd):
 def figures(server):
     """How often its handlers raised, and how many of them have ended."""
     return server.stats()["handler_failed_total"], sum(server._harken.books.meter.handler.counts)
+
+
+class Leave(harken.BaseRequestHandler):
+    """Answers, and ends its thread, were it in one."""
+
+    def handle(self):
+        """Ends by SystemExit."""
+        self.request.sendall(self.request.recv(100))
+        raise SystemExit(3)
+
+
+def test_a_handler_that_leaves_by_exit_has_returned_and_its_bytes_count():
+    """As in a thread: SystemExit ends the connection alone, and is nobody's failure."""
+    with harken.background(harken.ForkingTCPServer(("127.0.0.1", 0), Leave)) as server:
+        server._harken.books.measure()
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            client.sendall(b"hello")
+            assert client.recv(100) == b"hello"
+            assert client.recv(100) == b""
+        wait_until(lambda: server.stats()["closed_total"] == {"handler_returned": 1})
+        meter = server._harken.books.meter
+        assert (meter.received, meter.sent) == (5, 5)
+
+
+def test_a_child_tells_how_long_preamble_and_handler_took():
+    """Each for itself, and nothing of a handler whose preamble failed; of one that was killed its parent tells."""
+    server = harken.ForkingTCPServer(("127.0.0.1", 0), Leave, proxy="v1", proxy_from="127.0.0.1")
+    with harken.background(server):
+        server._harken.books.measure()
+        for header in (b"PROXY TCP4 192.0.2.1 192.0.2.2 7 9\r\n", b"no header at all\r\n"):
+            with socket.create_connection(server.server_address, PATIENCE) as client:
+                client.sendall(header + b"hello")
+                assert client.recv(100) in (b"hello", b"")
+        wait_until(lambda: server.stats()["closed_total"] == {"handler_returned": 1, "preamble_failed": 1})
+        meter = server._harken.books.meter
+        assert (sum(meter.preamble.counts), sum(meter.handler.counts)) == (1, 1)
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            client.sendall(b"PROXY TCP4 192.0.2.1 192.0.2.2 7 9\r\n")
+            wait_until(lambda: [each.peer.address for each in server.connections()] == ["192.0.2.1"])
+            server.close_connection(server.connections()[0].id)
+            wait_until(lambda: sum(meter.handler.counts) == 2)

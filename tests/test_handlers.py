@@ -191,6 +191,29 @@ def test_on_fakes_the_added_attributes_do_no_harm(server):
     assert seen == [(None, False), ("1.2.3.4", 5)]
 
 
+@pytest.mark.parametrize("kind", [BaseRequestHandler, DatagramRequestHandler], ids=lambda kind: kind.__name__)
+def test_before_its_constructor_a_handler_can_be_looked_through(kind):
+    """Command shells collect their commands by ``dir(self)`` before they call ``BaseRequestHandler.__init__``."""
+
+    class Shell(kind):
+        def __init__(self, *args):
+            self.commands = [name for name in dir(self) if getattr(getattr(self, name), "is_command", False)]
+            super().__init__(*args)
+
+        def hello(self):
+            """A command."""
+
+        hello.is_command = True
+
+        def handle(self):
+            self.read = getattr(self, "rfile", io.BytesIO()).read()
+
+    shell = Shell((b"ping", Fake()) if kind is DatagramRequestHandler else Fake(), "", None)
+    assert shell.commands == ["hello"]
+    assert shell.read == (b"ping" if kind is DatagramRequestHandler else b"")
+    assert shell.peer is not None
+
+
 def test_the_class_says_what_its_attributes_are():
     """On the class they are descriptions, with a docstring."""
     for name in ("connection_id", "peer", "draining", "logger"):

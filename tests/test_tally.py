@@ -6,7 +6,7 @@ import os
 import types
 
 from harken import tally
-from harken.tally import Tally
+from harken.tally import Tally, Told
 
 
 def record(moved=None, requests=None):
@@ -21,12 +21,12 @@ def test_a_child_tells_its_parent():
     pid = os.fork()
     if pid == 0:
         try:
-            counts.tell(places[0], record((1 << 40, 7), 3), 5)
-            counts.tell(places[1], record(), 0)
+            counts.tell(places[0], record((1 << 40, 7), 3), Told(5, 0.5, 2.5))
+            counts.tell(places[1], record(), Told())
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
-    assert [counts.give_back(places[0], known), counts.give_back(places[1], unknown)] == [5, 0]
+    assert [counts.give_back(places[0], known), counts.give_back(places[1], unknown)] == [Told(5, 0.5, 2.5), Told()]
     assert (known.moved, known.requests) == ((1 << 40, 7), 3)
     assert (unknown.moved, unknown.requests) == (None, None)
 
@@ -35,18 +35,18 @@ def test_a_datagram_has_no_record():
     """Its exceptions are told all the same."""
     counts = Tally()
     place = counts.take()
-    counts.tell(place, None, 2)
-    assert counts.give_back(place, None) == 2
+    counts.tell(place, None, Told(2))
+    assert counts.give_back(place, None) == Told(2)
 
 
 def test_a_place_that_is_used_again_tells_nothing_old():
     """A child that is killed has told nothing, whoever was there before."""
     counts, later = Tally(), record()
     place = counts.take()
-    counts.tell(place, record((1, 2), 3), 4)
+    counts.tell(place, record((1, 2), 3), Told(4))
     counts.give_back(place, None)
     assert counts.take() == place
-    assert counts.give_back(place, later) == 0
+    assert counts.give_back(place, later) == Told()
     assert later.moved is None
 
 
@@ -56,7 +56,7 @@ def test_when_there_is_no_place_left(monkeypatch):
     counts, lost = Tally(), record()
     assert counts.take() == 0
     assert counts.take() == -1
-    counts.tell(-1, record((1, 2), 3), 4)
+    counts.tell(-1, record((1, 2), 3), Told(4))
     counts.give_back(-1, lost)
     assert lost.moved is None
     counts.give_back(0, None)

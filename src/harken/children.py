@@ -19,11 +19,13 @@ from harken.expiry import child_status
 from harken.farewell import LOOK_SECONDS, Farewell
 from harken.herald import Herald
 from harken.lifecycle import State
+from harken.meter import Meter
 from harken.records import CHILD_STATUS
 from harken.report import Report
-from harken.tally import Tally
+from harken.tally import Tally, Told
 
 if TYPE_CHECKING:
+    from harken.books import Books
     from harken.records import Record
     from harken.serving import Serving
 
@@ -78,9 +80,16 @@ class Children:
             serving.server.socket.close()
         if record is not None:
             self._herald.listen(partial(self._say_goodbye, record))
-        failed_before = serving.books.counts["handler_failed"]  # by then, in the parent
-        function(request, client_address)
-        self._tally.tell(place, record, serving.books.counts["handler_failed"] - failed_before)
+        books = serving.books
+        failed_before = books.counts["handler_failed"]  # by then, in the parent
+        if books.meter is not None:
+            books.meter = Meter()
+        try:
+            function(request, client_address)
+        except SystemExit:  # ends this connection alone, as in a thread, and is no fault of its handler's
+            pass
+        finally:
+            self._tally.tell(place, record, _told(books, books.counts["handler_failed"] - failed_before))
         return child_status(record)
 
     def _say_goodbye(self, record: Record, jitter: float) -> None:
@@ -92,6 +101,14 @@ class Children:
         time.sleep(LOOK_SECONDS)  # the word woke the handler's thread, which goes back to what it waited for
         while True:
             time.sleep(farewell.turn([record]))
+
+
+def _told(books: Books, failures: int) -> Told:
+    """What a child tells of its one request."""
+    meter = books.meter
+    if meter is None:
+        return Told(failures)
+    return Told(failures, *(times.sum if any(times.counts) else -1.0 for times in (meter.preamble, meter.handler)))
 
 
 class _Child:
@@ -151,12 +168,21 @@ class _Child:
         record, books = self._record, self._serving.books
         with self._known:
             self._told()
-            books.failed_elsewhere(self._tally.give_back(self.place, record))
+            told = self._tally.give_back(self.place, record)
+            books.failed_elsewhere(told.failures)
             if books.meter is not None:
-                books.meter.handled(self._begun)
+                self._measure(books.meter, told, status)
             if record is not None:
                 self._tell_reason(record, status)
             self._serving.connections.child_ended(record, status)
+
+    def _measure(self, meter: Meter, told: Told, status: int) -> None:
+        if told.preamble >= 0:
+            meter.preamble.add(told.preamble)
+        if told.handler >= 0:
+            meter.handler.add(told.handler)
+        elif status not in (CHILD_STATUS["preamble_failed"], CHILD_STATUS["rejected"]):  # it was killed, say
+            meter.handled(self._begun)
 
     def _tell_reason(self, record: Record, status: int) -> None:
         books = self._serving.books

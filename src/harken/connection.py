@@ -188,10 +188,13 @@ def accept(listener: socket.socket, kind: type[Connection] = Connection) -> tupl
 def is_plain_door(listener: Any, kind: type[Connection]) -> bool:
     """Tell whether ``listener`` accepts as a socket does: TLS sockets and a test's doubles have ways of their own.
 
-    gevent's too, unless it is the hub that waits for what was accepted.
+    gevent's too, unless it is the hub that waits for what was accepted. And where a program has put a class of its own
+    in the place of ``socket.socket``, to count bytes say, it means accepted connections as well.
     """
     accepts = getattr(type(listener), "accept", None)
-    return accepts is Socket.accept or (accepts is socket.socket.accept and kind is not Connection)
+    if accepts is Socket.accept:
+        return socket.socket is Socket or not isinstance(listener, socket.socket)
+    return accepts is socket.socket.accept and kind is not Connection
 
 
 def door_of(listener: Any) -> Any:

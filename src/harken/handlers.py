@@ -25,7 +25,10 @@ _OWN = ("harken.handlers", "harken.async_handlers")
 
 
 class _Lazy(Generic[T]):
-    """An attribute worked out when first read. A handler that sets one of the same name for itself wins."""
+    """An attribute worked out when first read. A handler that sets one of the same name for itself wins.
+
+    None before ``BaseRequestHandler.__init__``: there programs look through ``dir(self)``, for their commands.
+    """
 
     def __init__(self, function: Callable[[Any], T]) -> None:
         self._function = function
@@ -35,8 +38,10 @@ class _Lazy(Generic[T]):
     def __get__(self, instance: None, owner: type) -> _Lazy[T]: ...
     @overload
     def __get__(self, instance: object, owner: type) -> T: ...
-    def __get__(self, instance: object | None, owner: type) -> T | _Lazy[T]:
-        return self if instance is None else self._function(instance)
+    def __get__(self, instance: object | None, owner: type) -> Any:
+        if instance is None:
+            return self
+        return self._function(instance) if hasattr(instance, "request") else None
 
 
 class _Kept(_Lazy[T]):
@@ -46,9 +51,8 @@ class _Kept(_Lazy[T]):
         self._name = name
 
     def __get__(self, instance: object | None, owner: type) -> Any:
-        if instance is None:
-            return self
-        return vars(instance).setdefault(self._name, self._function(instance))
+        value = super().__get__(instance, owner)
+        return value if instance is None or value is None else vars(instance).setdefault(self._name, value)
 
 
 def _serving(handler: Any) -> Serving | None:

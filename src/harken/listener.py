@@ -174,7 +174,7 @@ class Listener(socket.socket):
             fd: a bound socket, and a listening one if it is a stream.
 
         Raises:
-            ConfigError: ``fd`` is not open, is not a socket, or does not listen.
+            ConfigError: ``fd`` is not open, is not a socket, has no address, does not listen, or keeps messages apart.
         """
         try:
             mode = os.fstat(fd).st_mode
@@ -184,10 +184,14 @@ class Listener(socket.socket):
             raise ConfigError(f"fd {fd} is not a socket; pass a bound socket")
         probe = socket.socket(fileno=fd)  # finds family, type and protocol out
         try:
+            if probe.type == socket.SOCK_SEQPACKET:
+                raise ConfigError(f"fd {fd} is a SOCK_SEQPACKET socket; pass a stream or a datagram socket")
             if probe.type != socket.SOCK_DGRAM and not probe.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise ConfigError(f"fd {fd} is a socket that does not listen; call listen() before passing it")
             if probe.family in (socket.AF_INET, socket.AF_INET6) and not probe.getsockname()[1]:
                 raise ConfigError(f"fd {fd} is a socket that has no port; call bind() before passing it")
+            if probe.family == socket.AF_UNIX and not probe.getsockname():
+                raise ConfigError(f"fd {fd} is a socket that has no address; call bind() before passing it")
         finally:
             probe.detach()
         listener = cls(fileno=fd)

@@ -216,6 +216,7 @@ class Serving:
             self.left.clear()
             if self._loop_count == 1:
                 self.books.interrupted = False
+                _interrupted.discard(self)
                 self.acceptor.open()
                 self.bounds.refresh()
                 self.intake.watch()
@@ -226,7 +227,7 @@ class Serving:
             self.ready.set()
         try:
             yield
-        except (KeyboardInterrupt, SystemExit):
+        except KeyboardInterrupt:  # SystemExit, of a SIGTERM handler say, leaves handlers their time, as stdlib does
             self.books.interrupted = True
             _interrupted.add(self)
             raise
@@ -353,7 +354,7 @@ class Serving:
             self.bounds.rest()
 
     def _join_handlers(self) -> None:
-        if self.books.interrupted:
+        if self in _interrupted:
             self.cut("shutdown")
         if "children" in vars(self):
             self.children.serve_on()

@@ -5,17 +5,32 @@ from __future__ import annotations
 import mmap
 import struct
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from harken.records import Record
 
-__all__ = ["Tally"]
+__all__ = ["Tally", "Told"]
 
 # Children at once for which there is a place; those beyond tell nothing. Memory is taken as it is used.
 MAX_PLACES = 16384
-_PLACE = struct.Struct("=qqqq")  # bytes that came, bytes sent, requests (-1 for what nobody counts); exceptions
-_NOTHING = (-1, -1, -1, 0)
+# Bytes that came, bytes sent, requests (-1 for what nobody counts); exceptions; seconds of preambles, of the handler.
+_PLACE = struct.Struct("=qqqqdd")
+_NOTHING = (-1, -1, -1, 0, -1.0, -1.0)
+
+
+class Told(NamedTuple):
+    """What a child tells beside its connection's figures.
+
+    Attributes:
+        failures: exceptions out of handlers.
+        preamble: seconds that the preambles took, which were passed; below 0 where there were none, or nobody measures.
+        handler: seconds of the handler, likewise.
+    """
+
+    failures: int = 0
+    preamble: float = -1.0
+    handler: float = -1.0
 
 
 class Tally:
@@ -38,29 +53,29 @@ class Tally:
         self._write(place, _NOTHING)
         return place
 
-    def tell(self, place: int, record: Record | None, failures: int) -> None:
+    def tell(self, place: int, record: Record | None, told: Told) -> None:
         """Tell what was counted on a connection, or of a datagram; in the child, at its end.
 
         Args:
             place: the child's.
             record: the connection's; a datagram has none.
-            failures: exceptions out of handlers.
+            told: what else there is to tell.
         """
         if place >= 0:
             received, sent = (record and record.moved) or (-1, -1)
             requests = record.requests if record is not None else None
-            self._write(place, (received, sent, -1 if requests is None else requests, failures))
+            self._write(place, (received, sent, -1 if requests is None else requests, *told))
 
-    def give_back(self, place: int, record: Record | None) -> int:
-        """The child has ended, or was not forked: note what it told, and return its exceptions."""
+    def give_back(self, place: int, record: Record | None) -> Told:
+        """The child has ended, or was not forked: note what it told of the connection, and return the rest."""
         if place < 0:
-            return 0
-        received, sent, requests, failures = _PLACE.unpack_from(self._memory, place * _PLACE.size)
+            return Told()
+        received, sent, requests, *told = _PLACE.unpack_from(self._memory, place * _PLACE.size)
         self._free.append(place)
         if record is not None:
             record.moved = (received, sent) if received >= 0 else record.moved
             record.requests = requests if requests >= 0 else record.requests
-        return int(failures)
+        return Told(*told)
 
-    def _write(self, place: int, numbers: tuple[int, int, int, int]) -> None:
+    def _write(self, place: int, numbers: tuple[float, ...]) -> None:
         _PLACE.pack_into(self._memory, place * _PLACE.size, *numbers)

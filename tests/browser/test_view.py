@@ -180,6 +180,36 @@ def test_the_view_says_when_the_server_is_gone(visit, service, run_program):
     page.get_by_text("the server does not answer").wait_for()
 
 
+def test_the_view_says_when_nobody_has_news(visit, service):
+    """The page is there, and who knows does not answer it."""
+    page = visit()
+    page.locator(".tile", has_text="Open now").get_by_text("0", exact=True).wait_for()
+    shown = page.evaluate("show({error: 'no news'}); [by('health').textContent, by('health').className]")
+    assert shown == ["no news", "bad"]
+
+
+def test_silence_is_told_as_well(visit, service):
+    """A network that has gone tells of no end; the view asks anew."""
+    page = visit()
+    page.route("**/events", lambda route: None)  # never answered
+    page.evaluate("void follow()")
+    page.evaluate("void (heard -= SILENCE)")
+    page.get_by_text("the server does not answer").wait_for()
+    page.unroute("**/events")
+    page.evaluate("void (heard -= SILENCE)")
+    page.get_by_text("ready", exact=True).first.wait_for()
+
+
+def test_figures_of_another_server_are_not_compared(visit, service):
+    """After one that has gone the history begins anew, and so do rates and latencies."""
+    page = visit()
+    page.locator(".tile", has_text="Opened/s").get_by_text("0.0", exact=True).wait_for()
+    page.route("**/events", lambda route: route.abort())
+    page.evaluate("void follow()")
+    page.get_by_text("the server does not answer").wait_for()
+    assert page.evaluate("history.length") == 0
+
+
 @pytest.mark.parametrize(
     "name, options",
     [

@@ -262,7 +262,8 @@ def test_what_serve_refuses_check_refuses_in_the_same_words(harken, clean, free_
     clean.joinpath("chk_wrong.py").write_text("1 / 0\n")
     monkeypatch.setitem(sys.modules, "uvloop", None)
     served = f"tcp://127.0.0.1:{free_port}"
-    words = ["chk_app:Echo", "--bind", served, "--control", "none", *(word.replace("SERVED", served) for word in words)]
+    words = [word.replace("SERVED", served) for word in words]
+    words = [f"{clean / 'chk_app.py'}:Echo", "--bind", served, "--control", "none", *words]
     before = sorted(os.listdir())
     status, out, err = harken("check", *words)
     assert (status, out) == (1, "")
@@ -278,9 +279,10 @@ def test_a_check_leaves_everything_as_it_was(check, clean):
     before = sorted(os.listdir())
     words = ("--log-file", "log", "--access-log", "access", "--pidfile", "pid", "--control", "control")
     words += ("--metrics", "unix:page", "--chdir", "/", "--group", str(os.getegid()))
-    status, out, err = check("chk_app:Echo", *words)
+    target = f"{clean / 'chk_app.py'}:Echo"  # and not a module, which is meant from `chdir`
+    status, out, err = check(target, *words)
     assert (status, err) == (0, "")
-    assert out.splitlines()[-1] == "ok: chk_app:Echo on tcp://127.0.0.1:0"
+    assert out.splitlines()[-1] == f"ok: {target} on tcp://127.0.0.1:0"
     assert [name for name in sorted(os.listdir()) if name != "__pycache__"] == before
     assert clean.joinpath("log").read_text() == "a line\n"
     assert os.getcwd() == str(clean)

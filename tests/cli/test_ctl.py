@@ -68,6 +68,15 @@ def running(run_program, tmp_path, request):
     return Running(process, int(found[1]), path, run_program)
 
 
+def keep_busy(client):
+    """Send until the handler waits for the client to read: no drain sends that away as idle."""
+    client.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        while True:
+            client.sendall(b"x" * 65536)
+    client.settimeout(SECONDS)
+
+
 def test_the_status_names_address_engine_and_state(running):
     """For people and for scripts."""
     assert f"tcp://127.0.0.1:{running.port}" in running.ctl("status")
@@ -270,13 +279,26 @@ def test_workers_that_leave_are_shown_while_they_serve(running):
     if running.json("status")["supervisor"] is None:
         return
     with running.connect() as client:
+        keep_busy(client)
         running.ctl("drain")
         wait_until(
             lambda: [(each["leaving"], each["open"]) for each in running.json("status")["workers"]] == [(True, 1)]
         )
         assert "0 of 2 workers, 1 leaving" in running.ctl("status")
-        client.sendall(b"still served")
-        assert client.recv(100) == b"still served"
+        assert client.recv(100) == b"x" * 100
+
+
+def test_a_service_that_ends_takes_no_orders_for_later(running):
+    """Each would say that it is done, and nothing would come of it."""
+    with running.connect() as client, asking.connected(str(running.path)) as sock:
+        keep_busy(client)
+        asking.ask(sock, "drain")
+        verbs = {"reload": {}, "upgrade": {}}
+        if asking.ask(sock, "status")["supervisor"] is not None:
+            verbs["workers"] = {"count": 3}
+        for verb, arguments in verbs.items():
+            with pytest.raises(asking.Refused, match=f"drains and ends: {verb} has no effect"):
+                asking.ask(sock, verb, **arguments)
 
 
 def test_the_socket_is_its_owners_alone(running):

@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+from harken.process.watch import _name
+
 SECONDS = 20.0
 
 APP = """
@@ -81,3 +83,14 @@ def test_without_workers_there_is_nothing_to_fall_back_on(run_program, tmp_path)
     process = run_program("-m", "harken", "serve", "app.py:Tell", "--reload", "--workers", "0", cwd=tmp_path)
     assert "--reload needs workers" in process.communicate(timeout=SECONDS)[1]
     assert process.returncode != 0
+
+
+def test_a_change_has_a_name_where_the_working_directory_has_gone(tmp_path, monkeypatch):
+    """Its whole path, since there is nothing to see it from."""
+    monkeypatch.chdir(tmp_path)
+    assert _name(str(tmp_path / "app.py")) == "app.py"
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert _name("/srv/app.py") == "/srv/app.py"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pty
 import re
@@ -449,3 +450,23 @@ def test_a_stranger_at_the_path_is_named(tmp_path, harken):
                     await asked
 
         asyncio.run(act())
+
+
+def test_a_signal_that_ends_it_gives_the_terminal_back(start):
+    """Out of the other screen, and with no reports of the mouse, which a shell would take for words."""
+    server = start()
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harken", "top", "--socket", server.path], stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: it has ended
+        while True:
+            said += os.read(ours, 4096)
+            if b"serving" in said:
+                process.terminate()
+    os.close(ours)
+    assert process.wait(SECONDS) == 128 + signal.SIGTERM
+    assert said.rindex(b"\x1b[?1049l") > said.rindex(b"\x1b[?1049h")
+    assert said.rindex(b"\x1b[?1000l") > said.rindex(b"\x1b[?1000h")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socketserver
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,6 +158,23 @@ def is_gone(pid: int) -> bool:
             return True
         time.sleep(0.01)
     return False
+
+
+def test_arguments_that_are_filled_in_stay_so() -> None:
+    """``harken serve`` takes such a handler; without its word this one could not be made."""
+
+    class Greet(harken.StreamRequestHandler):
+        """Sends a word of its own."""
+
+        def __init__(self, word: bytes, *args: Any) -> None:
+            self.word = word
+            super().__init__(*args)
+
+        def handle(self) -> None:
+            """Greet."""
+            self.wfile.write(self.word)
+
+    assert trace(functools.partial(Greet, b"good day")).received == b"good day"
 
 
 def test_constructors_with_fewer_arguments() -> None:

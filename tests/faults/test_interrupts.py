@@ -25,6 +25,17 @@ TEN_LINES_WITH = """
 with getattr(harken, sys.argv[1])(("127.0.0.1", 0), Echo) as server:
     server.serve_forever()
 """
+EXITS = """
+class Busy(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"at work")
+        self.request.recv(100)
+        self.request.sendall(b"done")
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+with getattr(harken, sys.argv[1])(("127.0.0.1", 0), Busy) as server:
+    server.serve_forever()
+"""
 # C's raise(): the signal is there before the next of Python's code runs. The hook stands between fork and harken's own.
 IN_FORK = """
 import ctypes, functools, os, signal, sys
@@ -101,6 +112,19 @@ def test_ctrl_c_while_it_forks_is_not_lost(run_program: Callable[..., subprocess
     with connect(("127.0.0.1", int(process.stdout.readline()))) as client:
         assert process.wait(AT_ONCE) == -signal.SIGINT
         assert ends(client) == "closed"
+
+
+@pytest.mark.parametrize("kind", ["ThreadingTCPServer", "PoolTCPServer", "GreenTCPServer", "ForkingTCPServer"])
+def test_a_program_that_exits_on_term_waits_for_its_handlers(program: Callable[..., Program], kind: str) -> None:
+    """``sys.exit()`` in a handler of SIGTERM is no Ctrl-C: ``server_close()`` waits, and the answer arrives."""
+    started = program(EXITS, kind)
+    with connect(started.address) as busy:
+        assert receive(busy, 7) == b"at work"
+        started.send(signal.SIGTERM)
+        expect_shut(started)
+        busy.sendall(b"go")
+        assert receive(busy, 100) == b"done"
+        started.expect_exit(5, AT_ONCE)
 
 
 def serving(program: Callable[..., Program], engine: str, drain_timeout: float) -> Program:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+import errno
 import gc
 import os
 import resource
@@ -15,6 +17,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+from harken import tracing
+
+try:
+    import _testcapi
+except ImportError:  # some distributions leave it out
+    _testcapi = None
 
 compiled = pytest.importorskip("harken._hub.compiled")
 
@@ -372,3 +381,127 @@ def test_files_are_sent(hub: Any, tmp_path: Any) -> None:
     run_until(hub, lambda: len(results) == 4)
     assert results == [len(payload), 20, 30, payload + payload[10:30]]
     receiver.close()
+
+
+def test_a_closed_hub_says_that_it_watches_nothing():
+    """Rather than nothing at all."""
+    hub = compiled.Hub()
+    hub.close()
+    with socket.socket() as door, pytest.raises(RuntimeError, match="this hub is closed"):
+        hub.watch(door, print)
+
+
+def crowded_pair() -> tuple[Any, socket.socket]:
+    """Return a Connection and the socket at its end, between which little finds room."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        far = stack.enter_context(socket.socket())
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        far.settimeout(PATIENCE)
+        far.connect(listener.getsockname())
+        near, _ = compiled.accept(listener)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        stack.pop_all()
+    return near, far
+
+
+def test_whoever_follows_a_connection_may_close_it(hub, monkeypatch):
+    """While the rest of its answers is sent: whoever sends it is told."""
+    near, far = crowded_pair()
+    told: list[Any] = []
+
+    def follow(connection, sent, data, size):
+        if sent and connection.fileno() >= 0:
+            os.close(connection.detach())
+
+    def serve():
+        reader = near.open_reader()
+        writer = near.open_writer(reader)
+        reader.readline()
+        writer.write(bytes(60000))  # joined, since more requests lie there
+        with pytest.raises(OSError) as failure:
+            writer.flush()
+        told.append(failure.value.errno)
+
+    def client():
+        while near.waits_for() != "writing":
+            hub.sleep(0.001)
+        near.trace(True)
+        while not told:
+            with contextlib.suppress(BlockingIOError):
+                far.recv(10000, socket.MSG_DONTWAIT)
+            hub.sleep(0.001)
+
+    monkeypatch.setattr(tracing, "tell", follow)
+    with far:
+        far.sendall(b"one\nmore\n")
+        hub.spawn(serve)
+        hub.spawn(client)
+        run_until(hub, lambda: told)
+    assert told == [errno.EBADF]
+
+
+@pytest.mark.skipif(_testcapi is None, reason="this Python cannot be made to run out of memory")
+class TestWithoutMemory:
+    """One allocation fails in a call: it raises, or is done; no green thread is lost."""
+
+    @staticmethod
+    def failing(nth: int, function: Callable[..., object], *args: Any) -> object:
+        """Call it, and let the n-th allocation fail."""
+        try:
+            _testcapi.set_nomemory(nth, nth + 1)
+            return function(*args)
+        except MemoryError:
+            return MemoryError
+        finally:
+            _testcapi.remove_mem_hooks()
+
+    @pytest.mark.parametrize("nth", range(4))
+    def test_what_could_not_be_raised_can_be_raised_again(self, hub, nth):
+        """A green thread that nothing was thrown into waits on, and can be woken."""
+        raised: list[BaseException] = []
+        green = hub.spawn(self.park, hub, raised)
+
+        def throw():
+            error = LookupError()
+            for _ in range(64):  # the queue is full
+                hub.call_soon(int)
+            if self.failing(nth, hub.throw, green, error) is MemoryError:
+                assert hub.throw(green, error)
+
+        hub.call_soon(hub.spawn, throw)
+        run_until(hub, lambda: raised)
+        assert [type(error) for error in raised] == [LookupError]
+
+    @staticmethod
+    def park(hub: Any, raised: list[BaseException]) -> None:
+        """Wait for an exception."""
+        try:
+            hub.park()
+        except LookupError as error:
+            raised.append(error)
+
+    @pytest.mark.parametrize("nth", range(4))
+    def test_closing_a_connection_ends_the_wait_for_it(self, hub, nth):
+        """Although there is no memory for the exception that says so."""
+        near, far = socket.socketpair()
+        near = hub.adopt(near)
+        told: list[int | None] = []
+
+        def wait():
+            try:
+                near.recv(1)
+            except OSError as error:
+                told.append(error.errno)
+
+        def close():
+            self.failing(nth, near._real_close)
+            near.close()
+
+        hub.spawn(wait)
+        hub.call_soon(hub.call_soon, close)
+        with far:
+            run_until(hub, lambda: told)
+        assert told == [errno.EBADF]

@@ -306,8 +306,34 @@ def test_peek_takes_nothing(stage):
     assert stage.run(lambda: [connection.recv(100, socket.MSG_PEEK), connection.recv(100)]) == [[b"hello"] * 2]
 
 
+def _recv_into(connection, size, flags):
+    buffer = bytearray(size)
+    return bytes(buffer[: connection.recv_into(buffer, 0, flags)])
+
+
+def _recvfrom_into(connection, size, flags):
+    buffer = bytearray(size)
+    return bytes(buffer[: connection.recvfrom_into(buffer, 0, flags)[0]])
+
+
+def _recvmsg_into(connection, size, flags):
+    first, others = bytearray(2), bytearray(size - 2)
+    got = connection.recvmsg_into([first, others], 0, flags)[0]
+    return bytes((first + others)[:got])
+
+
+ALL = {
+    "recv": lambda c, size, flags: c.recv(size, flags),
+    "recv_into": _recv_into,
+    "recvfrom": lambda c, size, flags: c.recvfrom(size, flags)[0],
+    "recvfrom_into": _recvfrom_into,
+    "recvmsg": lambda c, size, flags: c.recvmsg(size, 0, flags)[0],
+    "recvmsg_into": _recvmsg_into,
+}
+
+
 @pytest.mark.parametrize("timeout", [None, PATIENCE])
-@pytest.mark.parametrize("how", ["recv", "recv_into"])
+@pytest.mark.parametrize("how", ALL)
 def test_all_or_what_comes_before_the_end(stage, how, timeout):
     """MSG_WAITALL waits until there is as much as was asked for; at the end it is what there was. A look waits not."""
     connection, far = stage.pair()
@@ -315,10 +341,7 @@ def test_all_or_what_comes_before_the_end(stage, how, timeout):
     timers = []
 
     def read(size, flags=0):
-        if how == "recv":
-            return connection.recv(size, socket.MSG_WAITALL | flags)
-        buffer = bytearray(size)
-        return bytes(buffer[: connection.recv_into(buffer, 0, socket.MSG_WAITALL | flags)])
+        return ALL[how](connection, size, socket.MSG_WAITALL | flags)
 
     def end():
         far.sendall(b"end")

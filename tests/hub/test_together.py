@@ -491,9 +491,9 @@ def _wait(connection):
     return connection.recv(100)
 
 
-def _recvmsg_into(connection):
-    first, second = bytearray(1), bytearray(100)
-    size = connection.recvmsg_into([first, second])[0]
+def _recvmsg_into(connection, others=100, flags=0):
+    first, second = bytearray(1), bytearray(others)
+    size = connection.recvmsg_into([first, second], 0, flags)[0]
     return bytes(first + second[: size - 1])
 
 
@@ -510,6 +510,8 @@ READS = {
     "recvfrom_into": lambda c: bytes((buffer := bytearray(100))[: c.recvfrom_into(buffer)[0]]),
     "recvmsg": lambda c: c.recvmsg(100)[0],
     "recvmsg_into": _recvmsg_into,
+    "recvmsg_into, waitall": lambda c: _recvmsg_into(c, 3, socket.MSG_WAITALL),
+    "recvmsg_into, peek": lambda c: _recvmsg_into(c, 0, socket.MSG_PEEK) + c.recv(100)[1:],
     "wait": _wait,
 }
 

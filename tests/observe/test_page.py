@@ -28,6 +28,7 @@ class Source:
         self.silent = False
         self.left = threading.Event()
         self.killed = []
+        self.connections = []
 
     def ask(self, verb, **arguments):
         """Answer as a service would."""
@@ -37,6 +38,7 @@ class Source:
             self.killed.append(arguments["connection"])
             return arguments["connection"] == "known-1"
         answers = {"health": self.health, "figures": [["harken_ready", [], [1.0]]], "status": {"workers": []}}
+        answers["connections"] = self.connections
         return answers.get(verb, [])
 
     def follow(self, connection):
@@ -255,6 +257,25 @@ def test_nothing_is_looked_at_while_nobody_watches(site):
     client.close()
     looker.join(PATIENCE)
     assert not looker.is_alive()
+
+
+def test_viewers_are_told_that_there_is_no_news(site):
+    """Else they would go on to see what was."""
+    reply, client = site.watch()
+    assert b'"health"' in reply.readline()
+    site.source.silent = True
+    said = {reply.readline() for _ in range(6)}
+    assert b'data: {"error": "the server does not answer"}\n' in said
+    client.close()
+
+
+def test_the_oldest_connections_are_shown_whoever_has_them(site, monkeypatch):
+    """Workers answer one after the other, each with its own oldest."""
+    monkeypatch.setattr(page, "MOST_CONNECTIONS", 3)
+    site.source.connections = [{"id": str(at), "opened_at": at} for at in (1, 4, 6, 2, 3, 5)]
+    reply, client = site.watch()
+    assert [each["id"] for each in json.loads(reply.readline()[6:])["connections"]] == ["1", "2", "3"]
+    client.close()
 
 
 def test_garbage_is_refused_in_one_answer(site):

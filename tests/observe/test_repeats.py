@@ -90,3 +90,20 @@ def _count_in_child(repeats):
 
     threading.Thread(target=count, daemon=True).start()
     return not ended.wait(2 * PATIENCE)
+
+
+def test_a_machine_without_threads(monkeypatch):
+    """The line that repeats is written all the same, and the end of the window is told by whoever counts next."""
+
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    told = []
+    repeats = Repeats(lambda *each: told.append(each), window=3600.0)
+    monkeypatch.setattr(threading.Timer, "start", refuse)
+    written = sum(repeats.admit(("worker_failed",)) for _ in range(BURST + 5))
+    assert written == BURST
+    repeats._window = 0.0
+    assert repeats.admit(("worker_failed",))
+    assert told == [(("worker_failed",), 5)]
+    repeats.close()

@@ -1,6 +1,7 @@
 """TLS on a hub: its own ways between OpenSSL and the wire, past the ssl module, by it, and in Python."""
 
 import contextlib
+import errno
 import os
 import socket
 import ssl
@@ -238,6 +239,54 @@ def test_a_shutdown_in_another_thread_leaves_what_is_read_in_order(engine, servi
         client.send_apart([b"one", b"two", b"three"])
         assert done.wait(PATIENCE)
     assert got == [b"one", b"two"]
+
+
+class Held:
+    """A connection's guard, which tells who stands before it."""
+
+    def __init__(self, request):
+        self._guard = request._guard
+        self.asked = threading.Event()
+
+    def __enter__(self):
+        self.asked.set()
+        return self._guard.__enter__()
+
+    def __exit__(self, *error):
+        return self._guard.__exit__(*error)
+
+
+@pytest.mark.parametrize("engine", HUBS)
+@pytest.mark.parametrize("ask", [lambda request: request.shutdown(socket.SHUT_RDWR), lambda request: request.pending()])
+def test_another_thread_may_find_the_connection_closed(engine, ask, serving, dial):
+    """The handler ends it while the other one waits for OpenSSL: that is no error, or the one of a closed socket."""
+    told = []
+
+    class Ends(harken.BaseRequestHandler):
+        def handle(self):
+            guard = self.request._guard
+            self.request._guard = held = Held(self.request)
+
+            def asking(request):
+                try:
+                    ask(request)
+                except OSError as error:
+                    told.append(error.errno == errno.EBADF)
+                else:
+                    told.append(True)
+
+            other = threading.Thread(target=asking, args=(self.request,))
+            with guard:
+                other.start()
+                assert green.offload(held.asked.wait, PATIENCE)
+                self.request._ended = True  # close() says goodbye under the guard; whoever said it already does not
+                self.request.close()
+            other.join(PATIENCE)
+
+    with serving(engine, Ends) as server, dial(server) as client:
+        assert client.recv(1) == b""
+        wait_until(lambda: told)
+    assert told == [True]
 
 
 @pytest.mark.parametrize("engine", HUBS)

@@ -62,6 +62,10 @@ class Manager:
         while self.hear("STATUS")[0]["STATUS"] != status:
             pass
 
+    def has_heard(self, word):
+        """Whether a status that was heard, and not asked for, says this."""
+        return any(word in fields.get("STATUS", "") for fields, _ in self._heard)
+
     def close(self):
         self._socket.close()
 
@@ -151,10 +155,11 @@ def test_the_watchdog_is_fed_by_whoever_is_the_service(activated, manager, tmp_p
     assert manager.hear("WATCHDOG")[1] == process.pid
     assert manager.hear("READY")[1] == process.pid
     process.send_signal(signal.SIGUSR2)
-    fields, heir = manager.hear("READY")
-    assert int(fields["MAINPID"]) == heir != process.pid
     fields, _ = manager.hear("MAINPID", by=process.pid)  # the main process vouches for the next: NotifyAccess=main
-    assert int(fields["MAINPID"]) == heir
+    heir = int(fields["MAINPID"])
+    assert heir != process.pid
+    assert fields["READY"] == fields["WATCHDOG"] == "1"  # what the heir has said before was not heard
+    assert manager.hear("READY", by=heir)[0]["MAINPID"] == str(heir)
     assert process.wait(PATIENCE) == 0
     manager.hear("WATCHDOG", by=heir)
     assert ask(port) == heir or workers
@@ -174,6 +179,38 @@ def test_a_reload_that_fails_is_over_for_the_manager_too(activated, manager, tar
     assert ask(port) == old
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reload_that_is_refused_is_one_for_the_manager_too(activated, manager, target, workers):
+    """RELOADING and READY: ``Type=notify-reload`` waits for both, whatever became of the reload."""
+    settings = target.with_name("settings.toml")
+    settings.write_text("lifetime = 60\n")
+    process, port = activated("--workers", str(workers), "--config", str(settings))
+    manager.hear("READY")
+    settings.write_text("lifetime = 'for ever'\n")
+    process.send_signal(signal.SIGHUP)
+    manager.hear("RELOADING")
+    manager.hear("READY", by=process.pid)
+    ask(port)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_reload_that_an_upgrade_overtakes_is_over_with_it(activated, manager, target, workers):
+    """The old process says both: its heir's READY may come before it is known to the manager."""
+    go = target.with_name("go")
+    waits = f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+    process, _ = activated("--workers", str(workers))
+    manager.hear("READY")
+    target.write_text(waits + target.read_text())
+    process.send_signal(signal.SIGUSR2)
+    process.send_signal(signal.SIGHUP)
+    manager.hear("RELOADING", by=process.pid)
+    go.touch()
+    manager.hear("READY", by=process.pid)
+    fields, heir = manager.hear("READY")
+    assert fields["MAINPID"] == str(heir) != str(process.pid)
+    os.kill(heir, signal.SIGTERM)
+
+
 def test_status_says_how_many_serve(activated, manager):
     """``systemctl status`` shows it, and what becomes of it."""
     process, port = activated("--workers", "2")
@@ -183,6 +220,11 @@ def test_status_says_how_many_serve(activated, manager):
     manager.wait_status(f"2 of 2 workers on tcp://127.0.0.1:{port}")
     process.send_signal(signal.SIGTTOU)
     manager.wait_status(f"1 of 1 workers on tcp://127.0.0.1:{port}")
+    manager.forget()
+    process.send_signal(signal.SIGHUP)
+    told = manager.hear("READY")[0]["STATUS"]
+    assert told == f"1 of 1 workers on tcp://127.0.0.1:{port}"
+    assert not manager.has_heard("0 of 1")  # the old one has served all the while
 
 
 def test_the_watchdog_is_fed_while_a_process_alone_drains(activated, manager, target):

@@ -119,6 +119,8 @@ def test_a_pid_file_is_written_refused_and_removed(tmp_path):
     """A dead holder's is taken over, a living one's is not, unless it hands over."""
     path = tmp_path / "pid"
     mine = PidFile(str(path))
+    path.write_text("999999999999\n")  # of no process, on any machine
+    mine.write()
     path.write_text("999999999\n")
     mine.write()
     assert int(path.read_text()) == os.getpid()
@@ -134,6 +136,18 @@ def test_a_pid_file_is_written_refused_and_removed(tmp_path):
         PidFile(str(tmp_path / "none" / "pid")).write()
 
 
+def test_a_pid_file_takes_the_place_of_files_alone(tmp_path):
+    """A device would be replaced, and a named pipe waited for."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (pipe, tmp_path / "link"):
+        for verb in (PidFile.write, PidFile.check):
+            with pytest.raises(ConfigError, match="this is no file"):
+                verb(PidFile(str(path)))
+    assert pipe.is_fifo()
+
+
 def test_a_pid_file_in_a_directory_of_root(tmp_path, monkeypatch):
     """Who has become another user owns the file alone: it is written over, and emptied in the end."""
     path = tmp_path / "pid"
@@ -143,8 +157,8 @@ def test_a_pid_file_in_a_directory_of_root(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     mine = PidFile(str(path))
-    monkeypatch.setattr(pathlib.Path, "write_text", refuse)
     monkeypatch.setattr(pathlib.Path, "unlink", refuse)
+    monkeypatch.setattr(pathlib.Path, "rename", refuse)
     path.chmod(0o600)
     mine.write()
     assert path.read_text() == f"{os.getpid()}\n"
@@ -153,19 +167,39 @@ def test_a_pid_file_in_a_directory_of_root(tmp_path, monkeypatch):
     assert path.read_text() == ""
 
 
+def test_a_pid_file_is_its_own(tmp_path):
+    """Whatever the umask, nobody else may write to it; a link that waits at its place in the making is not followed."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / f"pid.{os.getpid()}").symlink_to(victim)
+    mask = os.umask(0)
+    try:
+        PidFile(str(tmp_path / "pid")).write()
+    finally:
+        os.umask(mask)
+    assert victim.read_text() == "precious"
+    assert (tmp_path / "pid").read_text() == f"{os.getpid()}\n"
+    assert (tmp_path / "pid").lstat().st_mode & 0o777 == 0o644
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to change users")
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_what_the_server_must_replace_is_given_to_its_user(workers, tmp_path, monkeypatch):
-    """The PID file, the control socket and the page's become those of ``user``, with and without a supervisor."""
+    """PID file, new logs, control socket and the page's become those of ``user``, with and without a supervisor."""
     given = []
-    monkeypatch.setattr(os, "chown", lambda path, uid, gid: given.append((pathlib.Path(path).name, uid)))
-    monkeypatch.setattr(privileges, "drop", lambda _settings: None)
-    paths = {name: str(tmp_path / name) for name in ("pidfile", "control", "metrics")}
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid, **_: given.append((pathlib.Path(path).name, uid)))
+
+    def refuse(_settings):
+        raise ConfigError("it ends before it serves")
+
+    monkeypatch.setattr(privileges, "drop", refuse)
+    paths = {name: str(tmp_path / name) for name in ("access_log", "control", "log_file", "metrics", "pidfile")}
+    names = sorted(paths)
     paths["metrics"] = f"unix:{paths['metrics']}"
     settings = {"workers": int(workers), "user": "nobody", **paths}
-    with pytest.raises(ConfigError):  # there is no such directory: it ends before it serves
-        service.run(lambda: Idle, ("tcp://127.0.0.1:0",), {**settings, "chdir": "/nonexistent"}, name="x")
-    assert sorted(given) == [(name, pwd.getpwnam("nobody").pw_uid) for name in ("control", "metrics", "pidfile")]
+    with pytest.raises(ConfigError, match="it ends before it serves"):
+        service.run(lambda: Idle, ("tcp://127.0.0.1:0",), settings, name="x")
+    assert sorted(given) == [(name, pwd.getpwnam("nobody").pw_uid) for name in names]
 
 
 class Idle(harken.BaseRequestHandler):
@@ -246,6 +280,16 @@ def test_the_watchdog_is_fed_twice_as_often_as_asked(monkeypatch):
     monkeypatch.setenv("WATCHDOG_USEC", "soon")
     monkeypatch.delenv("WATCHDOG_PID")
     assert notify.watchdog_interval() is None
+
+
+def test_no_turn_is_so_long_that_the_watchdog_bites(monkeypatch):
+    """A meal that is not due at one turn, though nearly, is early enough at the next."""
+    assert notify.Watchdog().patience(1.0) == 1.0
+    monkeypatch.setenv("WATCHDOG_USEC", "60000000")
+    assert notify.Watchdog().patience(1.0) == 1.0
+    monkeypatch.setenv("WATCHDOG_USEC", "2000000")
+    watchdog = notify.Watchdog()
+    assert watchdog.interval + watchdog.patience(1.0) == 1.5  # of 2 seconds
 
 
 def test_signals_are_read_in_order_and_given_back():

@@ -56,6 +56,29 @@ def test_what_needs_more_descriptors_than_there_are_is_refused(service, number, 
     assert running.end()[0] == 0
 
 
+WITHOUT_THREADS = """
+import threading
+start = threading.Thread.start
+def refuse(thread):
+    if thread.name == "harken-upgrade" and tried.append(thread) is None and len(tried) == 1:
+        raise RuntimeError("can't start new thread")
+    start(thread)
+tried = []
+threading.Thread.start = refuse
+"""
+
+
+def test_an_upgrade_without_a_thread_is_refused(service, target):
+    """What is ordered afterwards is heeded: another upgrade."""
+    target.write_text(target.read_text() + WITHOUT_THREADS)
+    running = service("--workers", "0")
+    os.kill(running.pid, signal.SIGUSR2)
+    running.wait_log("upgrade failed: reason the new program cannot be started: can't start new thread; this one")
+    os.kill(running.pid, signal.SIGUSR2)
+    assert running.status() == 0
+    os.kill(running.ask()[1], signal.SIGTERM)
+
+
 def test_no_more_workers_than_there_are_places_for(service, run_program, tmp_path):
     """The number is refused, as a flag and on a running service."""
     wrong = run_program("-m", "harken", "serve", "nobody:Nothing", "--workers", str(MOST_WORKERS + 1))
@@ -195,6 +218,40 @@ def test_a_pid_file_stays_where_it_was_asked_for(service, tmp_path, workers):
     os.kill(running.pid, signal.SIGTERM)
     assert running.end()[0] == 0
     assert not (tmp_path / "own.pid").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_the_target_is_loaded_where_the_service_goes(target, run_program, tmp_path, workers):
+    """A name without a folder is that of a file there; `check` finds it too, and addresses are meant from here."""
+    (tmp_path / "elsewhere").mkdir()
+    target.rename(tmp_path / "elsewhere" / "other.py")
+    there = ("--chdir", "elsewhere")
+    words = ("--bind", "unix:sock", *there)
+    process = run_program("-m", "harken", "serve", "other.py:Tell", *words, "--workers", workers, cwd=tmp_path)
+    assert "listening" in process.stderr.readline()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(tmp_path / "sock"))
+        assert client.recv(100).startswith(b"one ")
+        process.terminate()
+    assert process.wait(PATIENCE) == 0
+    words = ("--bind", "tcp://127.0.0.1:0", *there, "--control", "none")
+    check = run_program("-m", "harken", "check", "other.py:Tell", *words, cwd=tmp_path)
+    assert check.wait(PATIENCE) == 0
+
+
+def test_a_process_alone_does_not_begin_anew_without_its_log(service, tmp_path):
+    """The new program could not open it, and nobody would be left to serve."""
+    (tmp_path / "logs").mkdir()
+    running = service("--workers", "0", "--access-log", "logs/access")
+    (tmp_path / "logs").rename(tmp_path / "moved")
+    os.kill(running.pid, signal.SIGHUP)
+    running.wait_log("reload failed: what code, reason the log '.*logs/access' cannot be opened: No such file")
+    assert running.ask()[1] == running.pid
+    (tmp_path / "moved").rename(tmp_path / "logs")
+    os.kill(running.pid, signal.SIGHUP)
+    running.wait_log("listening: ", 2)
+    assert running.ask()[1] == running.pid
 
 
 def test_a_reload_heeds_what_the_file_says_anew(service, tmp_path):

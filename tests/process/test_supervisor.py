@@ -183,6 +183,22 @@ def test_more_workers_and_fewer(service):
     assert running.ask()[0] == "one"
 
 
+def test_workers_are_sent_home_and_called_back(service):
+    """WINCH lets all go; TTOU calls none back, TTIN one."""
+    nowhere = subprocess.DEVNULL  # a terminal sends WINCH to say something else
+    running = service("--workers", "1", stdin=nowhere, stdout=nowhere)
+    running.workers(1)
+    os.kill(running.pid, signal.SIGWINCH)
+    running.wait_log("worker exited")
+    os.kill(running.pid, signal.SIGTTOU)
+    os.kill(running.pid, signal.SIGTTIN)
+    assert running.ask()[1] == running.workers(2)[1]
+    os.kill(running.pid, signal.SIGTERM)
+    status, log = running.end()
+    assert status == 0
+    assert log.count("worker exited") == 2
+
+
 def test_upgrade_hands_the_listener_to_a_new_program(service, load, tmp_path):
     """USR2 under load: a new supervisor with another pid, the old one gone by itself, nobody refused; and again."""
     pidfile = tmp_path / "pid"
@@ -324,10 +340,10 @@ def test_a_worker_that_has_served_enough_is_replaced_without_a_gap(service, load
     "flag,value,reason", [("--max-worker-age", "0.2", "max_worker_age"), ("--max-worker-rss", "1MiB", "max_worker_rss")]
 )
 def test_old_and_fat_workers_are_replaced(service, flag, value, reason):
-    """By age, and by memory."""
+    """By age, and by memory; the log says by which."""
     running = service(flag, value)
     running.workers(2)
-    running.wait_log("worker exited")
+    running.wait_log(rf"worker exited: pid \d+, status 0, reason {reason}: it ")
 
 
 def test_the_log_is_opened_anew(run_program, target, tmp_path):

@@ -164,6 +164,21 @@ def test_orders_reach_the_successor_alone(service, tmp_path, workers):
     wait_until(lambda: is_gone(successor))
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_relative_path_is_found_from_elsewhere(service, tmp_path, workers):
+    """The service was started here, and has gone: its successor looks here whether it can be reached."""
+    (tmp_path / "elsewhere").mkdir()
+    words = ("--chdir", "elsewhere", "--pidfile", "pid")
+    running = service("--workers", workers, *words, bind="unix:sock")
+    os.kill(running.pid, signal.SIGUSR2)
+    assert running.status() == 0
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(tmp_path / "sock"))
+        assert client.recv(100).startswith(b"one ")
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+
+
 def test_orders_reach_the_old_one_until_the_new_one_is_ready(service, target, tmp_path):
     """A successor that still loads has nobody to order about."""
     control = tmp_path / "control"

@@ -63,6 +63,29 @@ def test_request_is_a_plain_blocking_socket(impl: Any, kind: Any) -> None:
     assert seen == [(True, True, None), (False, True), (True, tuple)]
 
 
+@pytest.mark.parametrize("engine", ["TCPServer", "ThreadingTCPServer", "GreenTCPServer"])
+def test_a_class_in_the_place_of_socket_makes_the_requests(
+    impl: Any, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs that count bytes, or go by a proxy, set `socket.socket`; accepted connections are of that class, too."""
+
+    class Counting(socket.socket):
+        sent = 0
+
+        def sendall(self, data: Any, *flags: int) -> None:
+            Counting.sent += len(data)
+            super().sendall(data, *flags)
+
+    monkeypatch.setattr(socket, "socket", Counting)
+    server = getattr(impl, engine, impl.ThreadingTCPServer)(LOCAL, echo_handler(impl))
+    server.daemon_threads = True
+    with serving(server), connect(server.server_address) as client:
+        Counting.send(client, b"twelve bytes")
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"twelve bytes"
+        assert Counting.sent == 12
+
+
 def test_select_on_request_and_rfile(impl: Any, kind: Any) -> None:
     """A handler may select on its request, its unbuffered rfile and the descriptor, and use fcntl on it."""
 

@@ -167,6 +167,31 @@ def test_a_count_that_is_no_number(monkeypatch):
         inherited.passed()
 
 
+def test_a_count_that_no_process_has(monkeypatch):
+    """It is refused, and not counted up to."""
+    for number in ("9999999999", "9" * 5000):
+        monkeypatch.setenv("LISTEN_FDS", number)
+        monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+        with pytest.raises(ConfigError, match=f"LISTEN_FDS is {number}, more descriptors than a process may have"):
+            inherited.passed()
+
+
+def test_a_socket_of_a_kind_that_is_not_served():
+    """Sequenced packets (``ListenSequentialPacket=``) are neither a stream nor datagrams, and nobody would answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind("")
+        door.listen()
+        with pytest.raises(ConfigError, match=f"fd {door.fileno()} is a SOCK_SEQPACKET socket; pass a stream"):
+            listen(f"fd://{door.fileno()}")
+
+
+def test_a_datagram_socket_without_a_path():
+    """Nobody could send to it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as plain:
+        with pytest.raises(ConfigError, match=f"fd {plain.fileno()} is a socket that has no address; call bind"):
+            listen(f"fd://{plain.fileno()}")
+
+
 def test_a_descriptor_by_number_needs_no_protocol():
     """Whoever started the program may pass sockets by number alone; options that still can be set are."""
     with socket.create_server(("127.0.0.1", 0)) as door:

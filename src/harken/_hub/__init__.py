@@ -84,8 +84,8 @@ thread. Seconds are floats; deadlines are by ``time.monotonic()``.
     ``recvfrom``, ``recvfrom_into``, ``recvmsg``, ``recvmsg_into``, ``send``, ``sendall``, ``sendto``, ``sendmsg``,
     ``sendfile``, ``connect``, ``connect_ex``, ``accept`` (which gives Connections). MSG_DONTWAIT does not wait.
     Without a timeout ``send``, ``sendto`` and ``sendmsg`` send all, or return what went before an error, which the next
-    call meets; with a timeout they send some. ``recv`` and ``recv_into`` with MSG_WAITALL return less only at the end,
-    an error or the timeout.
+    call meets; with a timeout they send some. What reads a stream with MSG_WAITALL returns less only at the end, an
+    error or the timeout.
     ``settimeout``, ``gettimeout``, ``setblocking``, ``getblocking``, ``timeout`` are kept beside the descriptor; a wait
     ends by ``TimeoutError("timed out")``, and with 0 EAGAIN is BlockingIOError. ``makefile``, ``shutdown``, ``dup``,
     ``with`` behave as on a blocking socket; ``detach()`` gives back a descriptor that blocks if the socket did.

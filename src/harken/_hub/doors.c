@@ -108,9 +108,13 @@ PyObject *hub_watch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     if (place >= 0)
         remove_door(hub, place);
     int fd = PyObject_AsFileDescriptor(args[0]);
-    if (fd < 0 || ((place = find_door(hub, NULL)) < 0 && hub->closed))
+    if (fd < 0)
         return NULL;
-    if (place < 0) {
+    if (hub->closed) {
+        PyErr_SetString(PyExc_RuntimeError, "this hub is closed: it watches nothing any more");
+        return NULL;
+    }
+    if ((place = find_door(hub, NULL)) < 0) {
         Door *doors = PyMem_Realloc(hub->doors, (size_t)(hub->door_count + 1) * sizeof *doors);
         if (doors == NULL)
             return PyErr_NoMemory();

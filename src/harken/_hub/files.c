@@ -31,7 +31,7 @@ PyObject *file_close(PyObject *self, PyObject *none) {
     PyObject *sock = SOCK(self);
     if (sock == NULL)
         Py_RETURN_NONE;
-    int flushed = Py_IS_TYPE(self, Writer_Type) ? flush_file((Writer *)self, sock) : 0;
+    int flushed = Py_IS_TYPE(self, Writer_Type) ? flush_file((Writer *)self) : 0;
     if (SOCK(self) != sock) /* another green thread closed it while we sent */
         return flushed < 0 ? NULL : Py_NewRef(Py_None);
     PyObject *type, *error, *trace;

@@ -67,7 +67,7 @@ static inline const char *start(Reader *reader) { return reader->data + reader->
 
 /* writer.c */
 HIDDEN int writer_ready(PyObject *module);
-HIDDEN int flush_file(Writer *writer, PyObject *sock);
+HIDDEN int flush_file(Writer *writer);
 
 /* pending.c */
 #define PENDING 65536 /* joined at the most */

@@ -270,6 +270,7 @@ HIDDEN void queue_clear(Hub *hub, bool abandon);
 HIDDEN int give_way(Hub *hub);
 HIDDEN void leave_hub(Hub *hub, PyGreenlet *me);
 HIDDEN PyObject *spawn(Hub *hub, PyObject *busy, PyObject *function, PyObject *const *args, Py_ssize_t count);
+HIDDEN void unmake(Hub *hub, PyObject *busy, PyGreenlet *green);
 HIDDEN int report(PyObject *function);
 HIDDEN void show_exception(PyObject *function);
 

@@ -88,6 +88,10 @@ static int pay_some(PyObject *self, State *state) {
             state->broken |= error == ECONNRESET;
             return fail(error);
         }
+        if (state->owed != NULL && !attached(state)) { /* whoever was told of it, or of a signal, has closed it */
+            Py_CLEAR(state->owed);
+            return fail(EBADF);
+        }
     }
     return 1;
 }

@@ -109,10 +109,10 @@ int is_due(Hub *hub, PyGreenlet *green) {
     return found > 0;
 }
 
-int make_due(Hub *hub, PyGreenlet *green, PyObject *value) {
+static int add_due(Hub *hub, int kind, PyGreenlet *green, PyObject *value) {
     if (PyDict_SetItem(hub->due, (PyObject *)green, Py_None) < 0)
         return -1;
-    if (enqueue(hub, SWITCH, (PyObject *)green, value) == 0)
+    if (enqueue(hub, kind, (PyObject *)green, value) == 0)
         return 0;
     PyObject *type, *error, *trace;
     PyErr_Fetch(&type, &error, &trace);
@@ -122,14 +122,13 @@ int make_due(Hub *hub, PyGreenlet *green, PyObject *value) {
     return -1;
 }
 
+int make_due(Hub *hub, PyGreenlet *green, PyObject *value) { return add_due(hub, SWITCH, green, value); }
+
 /* Raise `error` in a parked green thread at the next turn, in place of what it would have been resumed with. 1: it will
  * be; 0: another one is under way, which stays; -1. */
 int throw_into(Hub *hub, PyGreenlet *green, PyObject *error) {
-    if (!is_due(hub, green)) {
-        if (PyDict_SetItem(hub->due, (PyObject *)green, Py_None) < 0)
-            return -1;
-        return enqueue(hub, THROW, (PyObject *)green, error) < 0 ? -1 : 1;
-    }
+    if (!is_due(hub, green))
+        return add_due(hub, THROW, green, error) < 0 ? -1 : 1;
     for (size_t i = 0; i < hub->count; i++) {
         Entry *entry = entry_at(hub, i);
         if (entry->target != (PyObject *)green || entry->kind == CALL)
@@ -291,6 +290,16 @@ static int give_context(PyGreenlet *green) {
     return result;
 }
 
+/* It will not start. The exception that says why stays. */
+void unmake(Hub *hub, PyObject *busy, PyGreenlet *green) {
+    PyObject *type, *error, *trace;
+    PyErr_Fetch(&type, &error, &trace);
+    if (PySet_Discard(hub->greens, (PyObject *)green) < 0 || (busy != NULL && PySet_Discard(busy, (PyObject *)green) < 0))
+        PyErr_Clear();
+    Py_DECREF(green);
+    PyErr_Restore(type, error, trace);
+}
+
 PyObject *spawn(Hub *hub, PyObject *busy, PyObject *function, PyObject *const *args, Py_ssize_t count) {
     if (hub->closed) {
         PyErr_SetString(PyExc_RuntimeError, "this hub is closed: nothing runs there any more");
@@ -310,8 +319,10 @@ PyObject *spawn(Hub *hub, PyObject *busy, PyObject *function, PyObject *const *a
     if (green == NULL)
         return NULL;
     if (give_context(green) < 0 || PySet_Add(hub->greens, (PyObject *)green) < 0 ||
-        (busy != NULL && PySet_Add(busy, (PyObject *)green) < 0) || enqueue(hub, SWITCH, (PyObject *)green, NULL) < 0)
-        Py_CLEAR(green);
+        (busy != NULL && PySet_Add(busy, (PyObject *)green) < 0) || enqueue(hub, SWITCH, (PyObject *)green, NULL) < 0) {
+        unmake(hub, busy, green);
+        return NULL;
+    }
     return (PyObject *)green;
 }
 

@@ -23,35 +23,65 @@ static int flags_in(PyObject *args, PyObject *words, Py_ssize_t place) {
     return flags != NULL && PyLong_Check(flags) ? (int)PyLong_AsUnsignedLongMask(flags) : 0;
 }
 
-/* -- what was received ahead; see together.c ---------------------------------------------------------------------- */
+/* -- what recv() and recv_into() do of the others: take what was received ahead (see together.c), and wait for all --- */
 
-/* Into as many of the buffers as it fills. */
-static PyObject *scatter(PyObject *self, PyObject *buffers) {
-    PyObject *each = PyObject_GetIter(buffers), *buffer;
-    Py_ssize_t total = 0;
+static bool has_come(State *state, int flags) {
+    return attached(state) && state->slot->came && !(flags & (MSG_OOB | MSG_ERRQUEUE));
+}
+
+/* Whether the call is to return as much as was asked for: of a stream, and without ancillary data. */
+static bool wants_all(State *state, PyObject *args, int which, int flags) {
+    if (!(flags & MSG_WAITALL) || flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE) || !state->stream || state->nonblocking)
+        return false;
+    if (which != RECVMSG && which != RECVMSG_INTO)
+        return true;
+    PyObject *room = PyTuple_GET_SIZE(args) > 1 ? PyTuple_GET_ITEM(args, 1) : NULL;
+    return room == NULL || (PyLong_CheckExact(room) && PyObject_Not(room) == 1);
+}
+
+/* One buffer's part; -1 with an exception. `*full`: another may follow. */
+static Py_ssize_t scatter_into(PyObject *self, PyObject *buffer, int flags, bool *full) {
+    Py_ssize_t room = -1, size = -1;
+    Py_buffer view;
+    if (PyObject_GetBuffer(buffer, &view, PyBUF_WRITABLE) == 0) {
+        room = view.len;
+        PyBuffer_Release(&view);
+    }
+    PyObject *got = room < 0 ? NULL : PyObject_CallMethod(self, "recv_into", "Oii", buffer, 0, flags);
+    if (got != NULL)
+        size = PyLong_AsSsize_t(got);
+    Py_XDECREF(got);
+    *full = size == room && !(flags & MSG_PEEK); /* the next would look at the same */
+    return size;
+}
+
+/* Into as many of the buffers as it fills. What has come before an exception is returned, and the next call meets that;
+ * but for one that is to interrupt the green thread. */
+static PyObject *scatter(PyObject *self, PyObject *buffers, int flags) {
+    PyObject *all = PySequence_Tuple(buffers);
     State *state = state_of(self);
-    while (each != NULL && attached(state) && state->slot->came && (buffer = PyIter_Next(each)) != NULL) {
-        PyObject *got = PyObject_CallMethod(self, "recv_into", "O", buffer);
-        Py_DECREF(buffer);
-        if (got == NULL)
-            Py_CLEAR(each);
+    Py_ssize_t total = 0;
+    bool full = true;
+    for (Py_ssize_t i = 0; all != NULL && full && i < PyTuple_GET_SIZE(all); i++) {
+        if (!has_come(state, flags) && !(flags & MSG_WAITALL))
+            break;
+        Py_ssize_t size = scatter_into(self, PyTuple_GET_ITEM(all, i), flags, &full);
+        if (size >= 0)
+            total += size;
+        else if (total > 0 && is_outcome())
+            PyErr_Clear();
         else
-            total += PyLong_AsSsize_t(got);
-        Py_XDECREF(got);
+            Py_CLEAR(all);
     }
-    if (each == NULL || PyErr_Occurred()) {
-        Py_XDECREF(each);
-        return NULL;
-    }
-    Py_DECREF(each);
-    return PyLong_FromSsize_t(total);
+    Py_XDECREF(all);
+    return all == NULL ? NULL : PyLong_FromSsize_t(total);
 }
 
 /* As the method, of a stream, whose calls tell no address and here no ancillary data. */
-static PyObject *from_ahead(PyObject *self, PyObject *args, PyObject *words, int which, int flags) {
+static PyObject *by_receiving(PyObject *self, PyObject *args, PyObject *words, int which, int flags) {
     PyObject *got;
     if (which == RECVMSG_INTO)
-        got = PyTuple_GET_SIZE(args) > 0 ? scatter(self, PyTuple_GET_ITEM(args, 0)) : NULL;
+        got = PyTuple_GET_SIZE(args) > 0 ? scatter(self, PyTuple_GET_ITEM(args, 0), flags) : NULL;
     else if (which == RECVFROM_INTO) {
         PyObject *method = PyObject_GetAttrString(self, "recv_into");
         got = method == NULL ? NULL : PyObject_Call(method, args, words);
@@ -64,10 +94,6 @@ static PyObject *from_ahead(PyObject *self, PyObject *args, PyObject *words, int
         return NULL;
     return which == RECVFROM || which == RECVFROM_INTO ? Py_BuildValue("(NO)", got, Py_None)
                                                        : Py_BuildValue("(N[]iO)", got, 0, Py_None);
-}
-
-static bool has_come(State *state, int flags) {
-    return attached(state) && state->slot->came && !(flags & (MSG_OOB | MSG_ERRQUEUE));
 }
 
 static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int which, Py_ssize_t flags_at) {
@@ -89,9 +115,9 @@ static PyObject *again(PyObject *self, PyObject *args, PyObject *words, int whic
     while (method != NULL && (fd = begin(self, state)) >= 0) {
         if (direction == READ && owes(state) && settle_to_read(self, state, waits) < 0)
             break;
-        if (direction == READ && has_come(state, flags)) {
-            done = from_ahead(self, args, words, which, flags);
-            break;
+        if (direction == READ && (has_come(state, flags) || wants_all(state, args, which, flags))) {
+            Py_DECREF(method);
+            return by_receiving(self, args, words, which, flags); /* which tells of itself, to whoever follows */
         }
         bool hushed = hush(state, fd);
         done = PyObject_Call(method, args, words);

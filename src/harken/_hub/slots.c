@@ -135,8 +135,11 @@ static void evict(Hub *hub, Slot *slot) {
             continue;
         slot->waiter[direction] = NULL;
         PyObject *error = PyObject_CallFunction(PyExc_OSError, "is", EBADF, "Bad file descriptor");
-        if (error == NULL || throw_into(hub, green, error) < 0)
-            PyErr_WriteUnraisable((PyObject *)green);
+        if (error == NULL || throw_into(hub, green, error) < 0) {
+            PyErr_Clear(); /* no memory: it finds out by itself */
+            if (make_due(hub, green, NULL) < 0)
+                PyErr_WriteUnraisable((PyObject *)green);
+        }
         Py_XDECREF(error);
         Py_DECREF(green);
     }

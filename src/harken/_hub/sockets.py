@@ -212,10 +212,46 @@ class Connection(connection.Connection):
             tell_call(self, "recv_into", (buffer, nbytes, flags), size)
         return size
 
-    recvfrom = _waiting("recvfrom", write=False, flags_at=1)
-    recvfrom_into = _waiting("recvfrom_into", write=False, flags_at=2)
-    recvmsg = _waiting("recvmsg", write=False, flags_at=2)
-    recvmsg_into = _waiting("recvmsg_into", write=False, flags_at=2)
+    _recvfrom = _waiting("recvfrom", write=False, flags_at=1)
+    _recvfrom_into = _waiting("recvfrom_into", write=False, flags_at=2)
+    _recvmsg = _waiting("recvmsg", write=False, flags_at=2)
+    _recvmsg_into = _waiting("recvmsg_into", write=False, flags_at=2)
+
+    def _wants_all(self, flags: int) -> bool:
+        """Whether a call with these flags is to return as much as was asked for: of a stream."""
+        stream = family_of(self) in _INET and kind_of(self) == socket.SOCK_STREAM
+        return bool(flags & _WAITALL) and not flags & socket.MSG_PEEK and self._wire.timeout != 0.0 and stream
+
+    def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, Any]:
+        """As ``socket.recvfrom``, waiting in the hub."""
+        if self._wants_all(flags):
+            return self.recv(bufsize, flags), None
+        return self._recvfrom(bufsize, flags)  # type: ignore[no-any-return]
+
+    def recvfrom_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> tuple[int, Any]:
+        """As ``socket.recvfrom_into``, waiting in the hub."""
+        if self._wants_all(flags):
+            return self.recv_into(buffer, nbytes, flags), None
+        return self._recvfrom_into(buffer, nbytes, flags)  # type: ignore[no-any-return]
+
+    def recvmsg(self, bufsize: int, ancbufsize: int = 0, flags: int = 0, /) -> tuple[bytes, list[Any], int, Any]:
+        """As ``socket.recvmsg``, waiting in the hub."""
+        if self._wants_all(flags) and not ancbufsize:
+            return self.recv(bufsize, flags), [], 0, None
+        return self._recvmsg(bufsize, ancbufsize, flags)  # type: ignore[no-any-return]
+
+    def recvmsg_into(self, buffers: Any, ancbufsize: int = 0, flags: int = 0, /) -> tuple[int, list[Any], int, Any]:
+        """As ``socket.recvmsg_into``, waiting in the hub."""
+        parts = tuple(buffers)
+        if not self._wants_all(flags) or ancbufsize:
+            return self._recvmsg_into(parts, ancbufsize, flags)  # type: ignore[no-any-return]
+        data = self.recv(sum(memoryview(part).nbytes for part in parts), flags)
+        rest = memoryview(data)
+        for part in parts:
+            with memoryview(part) as view, view.cast("B") as target:
+                size = min(len(target), len(rest))
+                target[:size], rest = rest[:size], rest[size:]
+        return len(data), [], 0, None
 
     # -- writing -------------------------------------------------------------------------------------------------------
 

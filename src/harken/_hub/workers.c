@@ -344,10 +344,14 @@ int lane_start(Lane *lane, PyObject *request, PyObject *address, PyObject *ticke
                      ? -1
                      : 0;
     Py_DECREF(worker);
-    if (result == 0 && now)
+    if (result < 0) {
+        unmake(lane->hub, lane->busy, green);
+        return -1;
+    }
+    if (now)
         resume(lane->hub, green, NULL);
     Py_DECREF(green);
-    return result;
+    return 0;
 }
 
 /* -- the type ----------------------------------------------------------------------------------------------------- */

@@ -27,13 +27,18 @@ static int put_foreign(Writer *writer, PyObject *data) {
     return done == NULL ? -1 : 0;
 }
 
-/* What was joined goes. It may wait. */
-int flush_file(Writer *writer, PyObject *sock) {
+/* What was joined goes. It may wait, and another green thread close the file meanwhile, which may be all that holds the
+ * connection. */
+int flush_file(Writer *writer) {
+    PyObject *sock = Py_NewRef(writer->sock), *done = NULL;
+    int result;
     if (!writer->foreign)
-        return flush_to_leave(sock);
-    PyObject *done = PyObject_CallMethod(sock, "settle", NULL);
+        result = flush_to_leave(sock);
+    else
+        result = (done = PyObject_CallMethod(sock, "settle", NULL)) == NULL ? -1 : 0;
     Py_XDECREF(done);
-    return done == NULL ? -1 : 0;
+    Py_DECREF(sock);
+    return result;
 }
 
 /* `whole` is an object that has exactly these bytes and never others, or NULL. */
@@ -165,8 +170,7 @@ static PyObject *writer_writelines(PyObject *self, PyObject *lines) {
 }
 
 static PyObject *writer_flush(PyObject *self, PyObject *none) {
-    PyObject *sock = open_sock(((Writer *)self)->sock);
-    return sock == NULL || flush_file((Writer *)self, sock) < 0 ? NULL : Py_NewRef(Py_None);
+    return open_sock(((Writer *)self)->sock) == NULL || flush_file((Writer *)self) < 0 ? NULL : Py_NewRef(Py_None);
 }
 
 /* -- the type ----------------------------------------------------------------------------------------------------- */

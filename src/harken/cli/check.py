@@ -16,7 +16,7 @@ from harken.engines import load, suited
 from harken.errors import ConfigError
 from harken.limits.connections import in_force
 from harken.listener import Listener
-from harken.process import rehearsal
+from harken.process import privileges, rehearsal
 from harken.process.fitness import fit_handler
 from harken.settings import Settings
 
@@ -27,7 +27,8 @@ def _check(target: str, urls: tuple[str, ...]) -> None:
     options.refuse_wrong_values()
     places = options.addresses(urls)
     options.warn_of_unknown_variables("check")
-    found = load_target(target)
+    with privileges.visiting(Settings(None, profile="serve")):
+        found = load_target(target)
     values = _settings_of(found, target)
     options.check_together(values)
     engine = load(values["engine"] or "inline")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import click
 
 from harken.errors import ConfigError
+from harken.explain.lookup import unfilled
 from harken.explain.pairing import ENGINES
 
 __all__ = ["command"]
@@ -38,9 +38,10 @@ def command(target: str, engine: str | None, traced: bool, form: str) -> int:
     from harken import explain
     from harken.cli.target import load_target
 
-    cls = _class_of(load_target(target), target)
+    found = load_target(target)
+    cls = _class_of(found, target)
     explanation = explain.describe(cls, engine=engine)
-    calls = explain.trace(cls, engine=engine) if traced else None
+    calls = explain.trace(found, engine=engine) if traced else None
     if form == "text":
         _say(explain.render_text(explanation, calls, colour=_has_colours()))
     else:
@@ -56,8 +57,7 @@ def _has_colours() -> bool:
 
 def _class_of(found: Any, target: str) -> type:
     """A handler with some arguments filled in is explained by its class."""
-    while isinstance(found, functools.partial):
-        found = found.func
+    found = unfilled(found)
     if not isinstance(found, type):
         raise ConfigError(f"{target} is {found!r}, not a class; name a server class or a handler class")
     return found

@@ -33,7 +33,8 @@ def command(socket: str | None) -> Callable[[], int]:
         asking.ask(sock, "health")
 
     def watch() -> int:
-        Top(path).run()
-        return 0
+        top = Top(path)
+        top.run()
+        return top.return_code or 0
 
     return watch

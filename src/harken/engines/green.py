@@ -432,8 +432,10 @@ class Engine(Contract):
         self._hub.spawn_into(self._jobs, function, request, *args)
 
     def adopt(self, request: Any) -> Any:
-        """Make a plain socket a connection of the hub's; anything else stays as it is."""
-        return _hub.adopt(request) if plain_kind(type(request)) in (Socket, socket.socket, Connection) else request
+        """Make a plain socket, also gevent's, a connection of the hub's; anything else stays as it is."""
+        kind = plain_kind(type(request))
+        plain = kind in (Socket, Connection) or (kind is socket.socket and patched())
+        return _hub.adopt(request) if plain else request
 
     def beside(self, function: Callable[..., object], *args: Any) -> None:
         """Run ``function`` in a green thread; see :class:`harken.engines.Engine`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import socket
 import sys
@@ -31,10 +32,18 @@ __all__ = [
     "place_of",
     "place_of_class",
     "transport_of",
+    "unfilled",
     "yields_to_next",
 ]
 
 _STDLIB_ENGINES = {"ThreadingMixIn": "thread", "ForkingMixIn": "fork", "BaseServer": "inline"}
+
+
+def unfilled(found: Any) -> Any:
+    """Return the class of which ``functools.partial`` filled in some arguments; another thing as it is."""
+    while isinstance(found, functools.partial):
+        found = found.func
+    return found
 
 
 def is_library(cls: type) -> bool:

@@ -34,14 +34,14 @@ class Plan(NamedTuple):
 
     Attributes:
         server: a server class.
-        handler: its handler class, or None.
+        handler: its handler class, perhaps with arguments filled in, or None.
         directory: an empty directory for Unix sockets.
         seconds: how long the handler may take.
         message: what the client sends.
     """
 
     server: type
-    handler: type | None
+    handler: Any
     directory: str
     seconds: float
     message: bytes

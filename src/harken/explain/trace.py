@@ -17,7 +17,7 @@ from typing import Any
 
 from harken.errors import ConfigError
 from harken.explain import pairing, probe
-from harken.explain.lookup import transport_of
+from harken.explain.lookup import transport_of, unfilled
 from harken.explain.model import Call, Trace
 
 __all__ = ["trace"]
@@ -31,14 +31,20 @@ _LINE = b"hello\r\n"
 _HTTP = b"GET / HTTP/1.0\r\n\r\n"
 
 
-def trace(cls: type, handler: type | None = None, *, engine: str | None = None, seconds: float = SECONDS) -> Trace:
+def trace(
+    cls: type | functools.partial[Any],
+    handler: type | None = None,
+    *,
+    engine: str | None = None,
+    seconds: float = SECONDS,
+) -> Trace:
     """Serve one connection on a free loopback port (or Unix path) and return the calls of every hook.
 
     The client sends one line, half-closes and reads to the end. All of it happens in a child process, which is ended
     with everything that it started: nothing stays behind in this one. What handlers print goes to stderr.
 
     Args:
-        cls: a server class, or a handler class.
+        cls: a server class, or a handler class, also one with arguments filled in by ``functools.partial``.
         handler: the handler class that a server class starts; None is one that sends back what it gets.
         engine: as for ``describe``.
         seconds: how long the handler may take until the trace is cut.
@@ -50,12 +56,13 @@ def trace(cls: type, handler: type | None = None, *, engine: str | None = None, 
         ConfigError: the class cannot be served: it is no server or handler, or its constructor wants more than an
             address and a handler class, or this system has no fork().
     """
-    server, handler = pairing.pair(cls, handler, engine)
+    bare = unfilled(cls)
+    server, handler = pairing.pair(bare, handler, engine)
     _refuse_impossible(server)
     message = _HTTP if _speaks_http(server, handler) else _LINE
     directory = tempfile.mkdtemp(prefix="harken-")
     try:
-        plan = probe.Plan(server, handler, directory, seconds, message)
+        plan = probe.Plan(server, cls if handler is bare else handler, directory, seconds, message)
         reports, late = _run(plan, time.monotonic() + seconds + GRACE)
     finally:
         shutil.rmtree(directory, ignore_errors=True)

@@ -1,7 +1,8 @@
 """What can be read at ``/metrics``, each family declared once: exposition, reference page and dashboard follow.
 
 Counters and histograms count since the service started, over all its workers, those that have ended too: they never go
-down. Gauges are what is now. Nothing here depends on who connects, so that no client can make a new series.
+down; a program that takes the service over, by an upgrade, or by a reload without workers, begins at 0. Gauges are what
+is now. Nothing here depends on who connects, so that no client can make a new series.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ FAMILIES: dict[str, Family] = {
         Family(
             "harken_received_bytes_total",
             "counter",
-            "bytes that came on connections, on the wire, where a child serves those that have ended; not of datagrams",
+            "bytes that came on connections, on the wire, where a child serves those that have ended; "
+            "not of datagrams, nor on Unix sockets of blocking engines where no deadline is set",
             _BY_LISTENER,
         ),
         Family("harken_sent_bytes_total", "counter", "bytes that handlers sent on connections, likewise", _BY_LISTENER),

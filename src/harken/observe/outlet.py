@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import select
+import stat
 import sys
 import time
 from contextlib import suppress
@@ -19,6 +22,8 @@ __all__ = ["check_log", "open_log", "reopen"]
 COMPLAINT_SECONDS = 60.0
 # Seconds to wait for the reader of a pipe that is full, once until it has read: half of what is a stall by default.
 PATIENCE_SECONDS = 0.05
+# What the locale's encoding has no letter for, as on stderr.
+_ERRORS = "backslashreplace"
 # Letters written at once: at most PIPE_BUF bytes in UTF-8, for which a pipe that can be written has room (pipe(7)).
 PIECE = 1024
 
@@ -27,10 +32,12 @@ def open_log(path: str | None, stream: TextIO) -> logging.Handler:
     """Return what writes lines to a file, or to ``stream`` without a path.
 
     Raises:
-        ConfigError: the file cannot be opened.
+        ConfigError: the file cannot be opened, or is a named pipe that nobody reads.
     """
     try:
-        return _File(path) if path else _Stream(stream)
+        if not path:
+            return _Stream(stream)
+        return _Pipe(path) if _is_special(path) else _File(path)
     except OSError as error:
         raise _refusal(path, error) from None
 
@@ -48,7 +55,27 @@ def check_log(path: str) -> None:
 
 
 def _refusal(path: str | None, error: OSError) -> ConfigError:
-    return ConfigError(f"the log {path!r} cannot be opened: {error.strerror}")
+    reason = "nobody reads this pipe" if error.errno == errno.ENXIO else error.strerror
+    return ConfigError(f"the log {path!r} cannot be opened: {reason}")
+
+
+def _is_special(path: str) -> bool:
+    """Whether there is something at the path, and no file: a named pipe, ``/dev/stdout``, a terminal."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _open_special(path: str) -> TextIO:
+    """Open it, without waiting for somebody who reads."""
+
+    def opener(path: str, _flags: int) -> int:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        os.set_blocking(fd, True)
+        return fd
+
+    return open(path, "w", errors=_ERRORS, opener=opener)
 
 
 class _Losing(logging.Handler):
@@ -84,6 +111,9 @@ class _Losing(logging.Handler):
 
 
 class _File(_Losing, logging.FileHandler):
+    def __init__(self, path: str) -> None:
+        super().__init__(path, errors=_ERRORS)
+
     def reopen(self) -> None:
         self.acquire()
         try:
@@ -136,7 +166,35 @@ class _Stream(_Losing, logging.StreamHandler[TextIO]):
         return not self._full
 
 
+class _Pipe(_Stream):
+    """What has a path and is no file; it is asked for room as any stream is."""
+
+    def __init__(self, path: str) -> None:
+        self.baseFilename = os.path.abspath(path)  # the working directory may change
+        super().__init__(_open_special(path))
+
+    def reopen(self) -> None:
+        try:
+            stream = _open_special(self.baseFilename)
+        except OSError:  # whoever reads the old one still may, and if nobody does the next line tells
+            return
+        self.acquire()
+        try:
+            self._close_stream()
+            self.stream = stream
+        finally:
+            self.release()
+
+    def close(self) -> None:
+        super().close()
+        self._close_stream()
+
+    def _close_stream(self) -> None:
+        with suppress(OSError):  # what is still to be written
+            self.stream.close()
+
+
 def reopen(handler: logging.Handler) -> None:
     """Open a file anew, after somebody moved it away; a stream stays as it is. Any thread."""
-    if isinstance(handler, _File):
+    if isinstance(handler, (_File, _Pipe)):
         handler.reopen()

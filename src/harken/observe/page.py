@@ -98,10 +98,15 @@ class Page:
             "status": ask("status"),
             "settings": ask("settings"),
             "stalls": ask("stalls"),
-            "connections": ask("connections", most=MOST_CONNECTIONS)[:MOST_CONNECTIONS],
+            "connections": self._oldest(ask("connections", most=MOST_CONNECTIONS)),
             "bounds": SECONDS,
             "may_act": self.token is not None,
         }
+
+    @staticmethod
+    def _oldest(connections: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The oldest of all: each worker, and each of its servers, has told its own."""
+        return sorted(connections, key=lambda each: each["opened_at"])[:MOST_CONNECTIONS]
 
     def close(self) -> None:
         """Hang up on everybody and close the listener."""

@@ -124,9 +124,13 @@ class Repeats:
 
     def _start_timer(self) -> None:
         left = self._seen.since + self._window - time.monotonic()
-        self._timer = threading.Timer(max(0.0, left), self._turn)
-        self._timer.daemon = True
-        self._timer.start()
+        timer = threading.Timer(max(0.0, left), self._turn)
+        timer.daemon = True
+        try:
+            timer.start()
+        except RuntimeError:  # there are no threads left: whoever counts next ends the window, or starts one then
+            return
+        self._timer = timer
 
     def _take_over(self) -> dict[Kind, int]:
         """Take what was seen in a window that is over."""

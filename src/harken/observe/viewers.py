@@ -16,6 +16,7 @@ __all__ = ["MAX_VIEWERS", "Viewers"]
 # People who watch at once: each holds a thread, and is sent some hundred kilobytes a second at most.
 MAX_VIEWERS = 16
 LOOK_SECONDS = 1.0
+NO_NEWS = {"error": "the server does not answer"}
 
 Look = Callable[[], dict[str, Any]]
 
@@ -28,7 +29,7 @@ class Viewers:
 
         Args:
             look: returns what is to be shown, in what JSON can say. An OSError or HarkenError
-                means that there is no news.
+                means that there is no news, and viewers are told so.
         """
         self._look = look
         self._news = threading.Condition()
@@ -75,14 +76,14 @@ class Viewers:
         while True:
             begun = time.monotonic()
             try:
-                seen = json.dumps(self._look()).encode()
+                look = self._look()
             except (OSError, HarkenError):
-                seen = b""
+                look = NO_NEWS
+            seen = json.dumps(look).encode()
             with self._news:
-                if seen:
-                    self._seen = seen
-                    self._number += 1
-                    self._news.notify_all()
+                self._seen = seen
+                self._number += 1
+                self._news.notify_all()
                 self._news.wait_for(lambda: self._closed, max(0.0, begun + LOOK_SECONDS - time.monotonic()))
                 if self._closed or not self._count:
                     self._thread = None

@@ -119,11 +119,12 @@ def secure(connection: Any, context: ssl.SSLContext, deadline: float, *, nodelay
     Raises:
         OSError: the peer failed; ``error.connection`` is to be closed.
     """
-    made = (
-        Hubbed.over(connection, context)
-        if is_connection(connection)
-        else context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-    )
+    if is_connection(connection):
+        made: Any = Hubbed.over(connection, context)
+    elif isinstance(connection, Hubbed):
+        made = connection.anew(context)
+    else:
+        made = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
     return _begin(made, connection, context, deadline, nodelay=nodelay)
 
 

@@ -233,17 +233,18 @@ class Hubbed(Secured):
 
     def pending(self) -> int:
         """Return how many bytes can be read at once, without the descriptor's becoming readable."""
-        if self._sslobj is None:
+        sslobj = self._sslobj
+        if sslobj is None:
             return 0
         with self._guard:
-            self._look()
-        return len(self._ahead) or self._sslobj.pending()
+            self._look(sslobj)
+        return len(self._ahead) or sslobj.pending()
 
-    def _look(self) -> None:
+    def _look(self, sslobj: Any) -> None:
         """Read ahead, if there is nothing yet that can be read at once. With the guard."""
-        if not self._ahead and not self._sslobj.pending() and self._incoming.pending:
+        if not self._ahead and not sslobj.pending() and self._incoming.pending:
             try:
-                self._ahead = self._sslobj.read(PIECE)
+                self._ahead = sslobj.read(PIECE)
             except OSError:  # half a record; or an error, which the next read meets again
                 pass
 
@@ -463,20 +464,27 @@ class Hubbed(Secured):
         self._sslobj = None
         return self
 
+    def anew(self, context: ssl.SSLContext) -> Hubbed:
+        """After ``unwrap``: go under TLS once more, as a server; this object is used up."""
+        made = Hubbed.over(self._inner, context, self._ahead)
+        _socket.socket.detach(self)
+        return made
+
     def _end_and_read_on(self) -> None:
         self._end()
 
     def _end(self) -> None:
-        if self._ended or self._sslobj is None:
+        sslobj = self._sslobj  # another thread may close the connection meanwhile
+        if self._ended or sslobj is None:
             return
         self._ended = True
         with self._guard:  # all of it: who reads in another thread is to find everything in order
-            self._look()  # takes what came already: OpenSSL would not forgive data behind our close_notify
-            while more := self._sslobj.pending():
-                self._ahead += self._sslobj.read(more)
+            self._look(sslobj)  # takes what came already: OpenSSL would not forgive data behind our close_notify
+            while more := sslobj.pending():
+                self._ahead += sslobj.read(more)
             fed = self._incoming.read()
             try:
-                self._sslobj.shutdown()
+                sslobj.shutdown()
             except OSError:  # the usual: the peer's close_notify has not come
                 pass
             if fed and not self._incoming.eof:  # eof: its end was fed, and nothing can be written behind that

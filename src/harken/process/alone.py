@@ -19,10 +19,10 @@ from harken import events
 from harken.errors import ConfigError, HandoffError, HarkenError
 from harken.listener import Listener
 from harken.process import handoff, inheritance, page, privileges
-from harken.process.answers import alone_status, answer
+from harken.process.answers import alone_status, answer, refuse_at_end
 from harken.process.channel import Message
 from harken.process.control import Client, Control, open_listener
-from harken.process.notify import Watchdog, notify, reloading
+from harken.process.notify import Watchdog, hand_over, notify, reloading
 from harken.process.orders import STANDING, heeded, with_order
 from harken.process.pidfile import PidFile
 from harken.process.signals import Early
@@ -107,8 +107,7 @@ class Alone:
         self._reload_next = False  # after an upgrade that fails
         self._upgrade_thread: threading.Thread | None = None
         self._watchdog = Watchdog()
-        if self._watchdog.interval is not None:
-            self._worker.turn_seconds = min(self._worker.turn_seconds, self._watchdog.interval)
+        self._worker.turn_seconds = self._watchdog.patience(self._worker.turn_seconds)
         if not in_memory:
             self._worker.ends_with_process()
         self._worker.on_leaving = self._tell_why
@@ -136,7 +135,7 @@ class Alone:
         opened = kept[0] if kept else open_listener(self.settings, name)
         if opened is not None:
             self._opened[_CONTROL] = [opened]
-            self._desk = _Desk(opened, self._worker, self._note_order)
+            self._desk = _Desk(opened, self._worker, self._note_order, lambda: self._ended)
 
     def _note_order(self, verb: str, arguments: dict[str, Any]) -> None:
         self._orders = with_order(self._orders, verb, arguments)
@@ -178,7 +177,8 @@ class Alone:
                 answer(self._worker, verb, arguments)
         predecessor = inheritance.upgraded_from()
         if predecessor:
-            handoff.probe(server.socket for server in self._worker.servers)  # type: ignore[misc]
+            listeners = [server.socket for server in self._worker.servers]
+            handoff.probe(listeners, self._directory)  # type: ignore[arg-type]
             self._pidfile.write(over=predecessor)
         if self._desk is not None:
             self._desk.start()
@@ -194,18 +194,24 @@ class Alone:
 
         Not when what it would read anew is wrong: it could not begin, and there would be nobody left to serve.
         """
+        if self._leaving.is_set():
+            return
+        reloading()
         if self._upgrading:
             self._reload_next = True  # if that fails; or else the successor has all that is to be read anew
-            return
-        if self._leaving.is_set() or not self._can_begin_anew():
-            return
+        elif self._can_begin_anew() and self._keep_doors():
+            self._worker.leave()
+        else:
+            notify(READY=1)
+
+    def _keep_doors(self) -> bool:
         try:
-            handoff.may_begin_anew(self._directory)
+            handoff.may_begin_anew(self._directory, self.settings)
             self._kept = _twins(self._opened)
         except OSError as error:  # HandoffError is one
             events.emit("reload_failed", what="code", reason=str(error))
-            return
-        self._worker.leave()
+            return False
+        return True
 
     def _can_begin_anew(self) -> bool:
         """Read settings and certificates; what is wrong with them is an event."""
@@ -222,8 +228,14 @@ class Alone:
         if self._leaving.is_set() or self._upgrading:
             return
         self._upgrading = True
-        self._upgrade_thread = threading.Thread(target=self._follow_upgrade, name="harken-upgrade", daemon=True)
-        self._upgrade_thread.start()
+        thread = threading.Thread(target=self._follow_upgrade, name="harken-upgrade", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the machine has no threads left
+            self._upgrading = False
+            self._serve_on(f"the new program cannot be started: {error}")
+        else:
+            self._upgrade_thread = thread
 
     def _follow_upgrade(self) -> None:
         try:
@@ -243,7 +255,7 @@ class Alone:
             successor.abandon()
             return
         self._replaced = True
-        notify(MAINPID=successor.pid)
+        hand_over(successor.pid)
         inheritance.hand_on(listener for several in self._opened.values() for listener in several)
         if self._page is not None:
             self._page.close()  # the successor has one
@@ -259,11 +271,9 @@ class Alone:
             os.kill(os.getpid(), signal.SIGHUP)
 
     def _tell_why(self) -> None:
-        """Tell the service manager why the worker leaves; a successor speaks for itself."""
+        """Tell the service manager that the worker ends; not when it begins anew, or has a successor."""
         inheritance.reclaim()
-        if self._kept:
-            reloading()
-        elif not self._replaced:
+        if not self._kept and not self._replaced:
             notify(STOPPING=1, STATUS="draining")
         self._leaving.set()
 
@@ -283,16 +293,24 @@ class _Desk:
         "upgrade": signal.SIGUSR2,
     }
 
-    def __init__(self, listener: Listener, worker: Worker, note: Callable[[str, dict[str, Any]], object]) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        worker: Worker,
+        note: Callable[[str, dict[str, Any]], object],
+        ending: Callable[[], bool],
+    ) -> None:
         """Prepare.
 
         Args:
             listener: the control socket.
             worker: whom the questions are about.
             note: called with each order that holds until it is ordered otherwise, and its arguments.
+            ending: tells whether an operator has said that the service shall end.
         """
         self._worker = worker
         self._note = note
+        self._ending = ending
         self._selector = selectors.DefaultSelector()
         self._control = Control(listener, self._selector, self._answer)
         self._waker = Waker()
@@ -339,6 +357,8 @@ class _Desk:
     def _answer(self, client: Client, question: Message) -> None:
         verb, number = str(question.get("verb")), question.get("number")
         try:
+            if self._ending():
+                refuse_at_end(verb)
             if verb in self._SIGNALS:
                 os.kill(os.getpid(), self._SIGNALS[verb])
                 client.answer(number, result=None)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from typing import Any, Protocol
 
-from harken.errors import ConfigError
+from harken.errors import ConfigError, LifecycleError
 from harken.lifecycle import State
 from harken.observe.collector import Collector
 from harken.observe.stalls import joined as joined_stalls
@@ -20,7 +20,7 @@ from harken.process.traces import Traces
 from harken.serving import Serving
 from harken.settings import REGISTRY, Settings, declare_all
 
-__all__ = ["VERBS", "Served", "alone_status", "answer", "in_force", "joined"]
+__all__ = ["SEARCHES", "VERBS", "Served", "alone_status", "answer", "in_force", "joined", "refuse_at_end"]
 
 
 class Served(Protocol):
@@ -59,6 +59,16 @@ def answer(worker: Served, verb: str, arguments: dict[str, Any]) -> Any:
     if verb not in VERBS:
         raise ConfigError(f"no verb {verb!r}; there are {', '.join(VERBS)}")
     return VERBS[verb](worker, **arguments)
+
+
+def refuse_at_end(verb: str) -> None:
+    """The service drains, and ends: refuse what would be done by the program or the workers that came after.
+
+    Raises:
+        LifecycleError: this is such a verb.
+    """
+    if verb in ("reload", "upgrade", "workers"):
+        raise LifecycleError(f"the service drains and ends: {verb} has no effect any more")
 
 
 def _status(worker: Served) -> list[dict[str, Any]]:
@@ -182,11 +192,15 @@ VERBS: dict[str, Callable[..., Any]] = {
 """What can be asked; each takes the worker and keyword arguments."""
 
 
+SEARCHES = frozenset({"kill", "trace"})
+"""Those about one connection, which tell whether it was found."""
+
+
 def joined(verb: str, answers: list[Any]) -> Any:
     """Make one answer of those of several workers."""
     if verb == "status":
         return _joined_status(answers)
-    if verb in {"kill", "trace"}:
+    if verb in SEARCHES:
         return any(answers)
     if verb in {"connections", "stacks"}:
         return [entry for each in answers for entry in each]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from harken import events
 from harken.errors import ConfigError, HarkenError, nearest
-from harken.process.answers import VERBS, in_force
+from harken.process.answers import VERBS, in_force, refuse_at_end
 from harken.process.channel import Message
 from harken.process.control import Client
 from harken.process.orders import STANDING
@@ -42,6 +42,8 @@ class Commands:
         verb, number = str(question.get("verb")), question.get("number")
         arguments = question.get("arguments", {})
         try:
+            if self._supervisor.ending:
+                refuse_at_end(verb)
             if verb in self._own:
                 client.answer(number, result=self._own[verb](**arguments))
             elif verb == "trace":
@@ -56,6 +58,8 @@ class Commands:
             client.answer(number, error=str(error))
 
     def _workers(self, count: Any) -> int:
+        if self._supervisor.ending:  # by another verb, which sets it
+            refuse_at_end("workers")
         self._supervisor.workers.wanted = number = WORKERS.read(count, "ctl")
         return int(number)
 

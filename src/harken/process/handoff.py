@@ -25,10 +25,13 @@ from typing import Any
 from harken import events
 from harken.errors import ConfigError, HandoffError
 from harken.listener import Listener
+from harken.observe.access import STDOUT
+from harken.observe.outlet import open_log
 from harken.process import inheritance, signals, streams
 from harken.process.inheritance import READY, VARIABLE, Entry
 from harken.process.orders import Orders
 from harken.process.pidfile import PidFile
+from harken.settings import Settings
 
 __all__ = ["Successor", "exec_anew", "may_begin_anew", "may_leave", "probe", "serve_on"]
 
@@ -72,16 +75,26 @@ def may_leave() -> None:
         )
 
 
-def may_begin_anew(directory: str) -> None:
+def may_begin_anew(directory: str, settings: Settings) -> None:
     """Check that this program can be started once more.
 
+    Args:
+        directory: the working directory in which it was started.
+        settings: ``log_file`` and ``access_log`` are read.
+
     Raises:
-        HandoffError: its interpreter or its directory is not there any more.
+        HandoffError: its interpreter or its directory is not there any more, or a log cannot be opened anew.
     """
     if not os.access(sys.executable, os.X_OK):
         raise HandoffError(f"{sys.executable} is not there any more, or may not be run")
     if not os.access(directory, os.X_OK):
         raise HandoffError(f"the directory {directory!r}, in which this program was started, may not be entered now")
+    for path in (settings["log_file"], settings["access_log"]):
+        if path not in (None, STDOUT):
+            try:
+                open_log(os.path.join(directory, path), sys.stderr).close()
+            except ConfigError as error:
+                raise HandoffError(str(error)) from None
 
 
 def _command() -> list[str]:
@@ -228,13 +241,14 @@ def serve_on(reason: str, pidfile: PidFile) -> None:
         pidfile.write()
 
 
-def probe(listeners: Iterable[Listener], timeout: float = 5.0) -> None:
+def probe(listeners: Iterable[Listener], directory: str, timeout: float = 5.0) -> None:
     """Connect to each of our own stream listeners once: what cannot be reached is not ready.
 
     Linux connects to a wildcard address by way of loopback.
 
     Args:
         listeners: open ones.
+        directory: where this program was started, from which a relative path is meant.
         timeout: seconds for each; a connection is made by the kernel, whatever the workers do.
 
     Raises:
@@ -246,8 +260,14 @@ def probe(listeners: Iterable[Listener], timeout: float = 5.0) -> None:
         with socket.socket(listener.family, listener.type) as client:
             client.settimeout(timeout)
             try:
-                client.connect(listener.getsockname())
+                client.connect(_seen_from_here(listener.getsockname(), directory))
             except PermissionError:
                 pass  # a Unix path that the user we have become may not enter; others may
             except OSError as error:
                 raise ConfigError(f"cannot connect to {listener.url}, which this process listens on: {error}") from None
+
+
+def _seen_from_here(name: Any, directory: str) -> Any:
+    """Return a socket's name, for a process that may have changed its directory since it was bound."""
+    is_relative = isinstance(name, str) and not os.path.isabs(name)  # an abstract one is bytes, of TCP it is a tuple
+    return os.path.relpath(os.path.join(directory, name)) if is_relative else name

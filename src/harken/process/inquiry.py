@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from harken.process.answers import joined
+from harken.process.answers import SEARCHES, joined
 from harken.process.child import Child
 
 __all__ = ["Inquiries"]
@@ -75,6 +75,8 @@ class Inquiries:
         """Once a turn: answer without those that take too long."""
         for number, inquiry in list(self._open.items()):
             if time.monotonic() >= inquiry.deadline:
+                if inquiry.verb in SEARCHES:  # those that are silent may have what nobody else has
+                    inquiry.errors.append(f"process {', '.join(map(str, inquiry.missing))} does not answer")
                 inquiry.missing.clear()
                 self._settle(number)
 

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 
-__all__ = ["Watchdog", "notify", "reloading", "watchdog_interval"]
+__all__ = ["Watchdog", "hand_over", "notify", "reloading", "watchdog_interval"]
 
 
 def notify(**fields: str | int) -> bool:
@@ -38,6 +38,14 @@ def reloading() -> bool:
     return notify(RELOADING=1, MONOTONIC_USEC=time.monotonic_ns() // 1000)
 
 
+def hand_over(heir: int) -> bool:
+    """Tell that another process is the service from now on, and end in its place a reload that may be under way.
+
+    What the heir has said before may not have been heard (``NotifyAccess=main``), its first ``WATCHDOG=1`` among it.
+    """
+    return notify(MAINPID=heir, READY=1, WATCHDOG=1)
+
+
 class Watchdog:
     """Feeds the manager's watchdog, from the loop that it is to vouch for, as often as it asks and no more.
 
@@ -48,6 +56,10 @@ class Watchdog:
     def __init__(self) -> None:
         self.interval = watchdog_interval()
         self._fed = 0.0
+
+    def patience(self, seconds: float) -> float:
+        """Return how long a turn may take, ``seconds`` at most: short enough that no meal comes too late."""
+        return seconds if self.interval is None else min(seconds, self.interval / 2)
 
     def feed(self) -> None:
         """Say ``WATCHDOG=1`` if it is time. Call it once a turn."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from pathlib import Path
 
 from harken.errors import ConfigError
@@ -40,6 +41,7 @@ class PidFile:
         """
         if self.path is None:
             return
+        self._refuse_special()
         holder = self._holder()
         if holder == os.getpid():
             return  # as a program that a reload has put into the same process
@@ -57,6 +59,7 @@ class PidFile:
         """
         if self.path is None:
             return
+        self._refuse_special()
         self._refuse_held(self._holder(), None)
         try:
             if self.path.is_dir() or not self._is_in_our_folder():
@@ -71,6 +74,14 @@ class PidFile:
         except PermissionError:
             return False
         return True
+
+    def _refuse_special(self) -> None:
+        """Refuse a device, which would be replaced by a file, and a named pipe, which nobody may write to."""
+        assert self.path is not None
+        with contextlib.suppress(OSError):  # nothing is there, or write() will say what is wrong
+            mode = self.path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise self._refusal("this is no file; name one")
 
     def _refuse_held(self, holder: int | None, over: int | None) -> None:
         if holder not in (None, over):
@@ -93,7 +104,7 @@ class PidFile:
         assert self.path is not None
         beside = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
-            beside.write_text(text)
+            _write_new(beside, text)
             beside.rename(self.path)
         except PermissionError:  # the file is ours, and its directory is not: see privileges.give
             self._overwrite(text)
@@ -125,8 +136,18 @@ class PidFile:
             return None
         try:
             os.kill(pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # the latter: no process has such a number
             return None
         except PermissionError:
             return pid
         return pid
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Make a file, whatever stood there: nobody has put a link in its place, and only we may write to it later."""
+    path.unlink(missing_ok=True)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)

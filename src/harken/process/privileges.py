@@ -8,13 +8,14 @@ from __future__ import annotations
 import grp
 import os
 import pwd
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from harken.errors import ConfigError
 from harken.settings import Kind, Settings, setting, text
 
-__all__ = ["chdir", "drop", "give", "identity", "set_umask"]
+__all__ = ["chdir", "drop", "give", "identity", "set_umask", "visiting"]
 
 USER = setting(
     "user",
@@ -90,6 +91,24 @@ def chdir(settings: Settings) -> None:
         raise ConfigError(f"chdir = {path!r}: {error.strerror}") from None
 
 
+@contextmanager
+def visiting(settings: Settings) -> Iterator[None]:
+    """Be where ``chdir`` says while the block loads the target, and where we were again for what comes before it.
+
+    Raises:
+        ConfigError: as :func:`chdir` does.
+    """
+    way_back = getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC  # where there is O_PATH, `x` on the folder is enough
+    before = os.open(".", way_back) if settings["chdir"] is not None else None
+    try:
+        chdir(settings)
+        yield
+    finally:
+        if before is not None:
+            os.fchdir(before)
+            os.close(before)
+
+
 def set_umask(settings: Settings) -> None:
     """Set the process's umask, if ``umask`` says one."""
     mask = settings["umask"]
@@ -126,7 +145,7 @@ def give(settings: Settings, paths: Iterable[str | os.PathLike[str] | None]) -> 
         if path is None:
             continue
         try:
-            os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid)
+            os.chown(path, -1 if uid is None else uid, -1 if gid is None else gid, follow_symlinks=False)
         except PermissionError:
             raise _refusal(settings) from None
 

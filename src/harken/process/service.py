@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from harken.engines import suited
-from harken.process import inheritance, signals
+from harken.process import inheritance, privileges, signals
 from harken.process.fitness import fit_handler
 from harken.process.worker import Worker
 from harken.settings import Settings
@@ -67,10 +69,13 @@ def run(
         if threading.current_thread() is not threading.main_thread():
             return _serve_here(load(), addresses, keywords)
         with _early_signals() as early:
+            privileges.give(settings, _new_logs(settings))
             if settings["workers"] == 0:
                 from harken.process.alone import Alone
 
-                alone = Alone(load(), addresses, keywords, name=name, reopen=reopen, early=early, in_memory=in_memory)
+                with privileges.visiting(settings):
+                    handler = load()
+                alone = Alone(handler, addresses, keywords, name=name, reopen=reopen, early=early, in_memory=in_memory)
                 status = alone.run()
             else:
                 from harken.process.supervisor import Supervisor
@@ -116,6 +121,20 @@ def _logs(settings: Settings) -> Iterator[tuple[Callable[[], None], Callable[[],
                 log.reopen()
 
         yield reopen, logs[0].reread
+
+
+def _new_logs(settings: Settings) -> list[str]:
+    """Return the log files that root has just made: who the server becomes must be able to open them anew."""
+    paths = [path for path in (settings["log_file"], settings["access_log"]) if path is not None]
+    return [path for path in paths if os.geteuid() == 0 and _is_new_file(path)]
+
+
+def _is_new_file(path: str) -> bool:
+    try:
+        status = os.lstat(path)
+    except OSError:  # as of `-`, which is stdout
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == 0
 
 
 def _serve_here(handler: Callable[..., Any], addresses: tuple[str, ...], keywords: dict[str, Any]) -> int:

@@ -23,7 +23,7 @@ from harken.process import handoff, inheritance, page, privileges
 from harken.process.channel import Message
 from harken.process.commands import Commands
 from harken.process.control import Client, Control, open_listener
-from harken.process.notify import Watchdog, notify, reloading
+from harken.process.notify import Watchdog, hand_over, notify, reloading
 from harken.process.orders import heeded
 from harken.process.pidfile import PidFile
 from harken.process.signals import MEANINGS, Early, Inbox
@@ -206,7 +206,7 @@ class Supervisor:
     def _patience(self) -> float:
         if self._over():
             return 0.0
-        interval = min(LOOK_SECONDS, self._watchdog.interval or LOOK_SECONDS)
+        interval = self._watchdog.patience(LOOK_SECONDS)
         if any(asker is not None and asker.waits for asker in (self._control, self._attendant)):
             interval = min(interval, 0.05)
         return max(0.0, min(interval, self.workers.deadline() - time.monotonic()))
@@ -294,7 +294,7 @@ class Supervisor:
         self._announced = True
         predecessor = inheritance.upgraded_from()
         if predecessor:
-            handoff.probe(self.listeners)
+            handoff.probe(self.listeners, self._directory)
             self._pidfile.write(over=predecessor)
             self._start_control()
             self._start_page()
@@ -306,7 +306,9 @@ class Supervisor:
         notify(READY=1, STATUS=self._status, MAINPID=os.getpid())
 
     def _tell_manager(self) -> None:
-        notify(READY=1, STATUS=self._status)
+        """A reload is over, one way or the other."""
+        if self._announced:
+            notify(READY=1, STATUS=self._status)
 
     def _tell_status(self) -> None:
         if self._announced and not self._ending and self._status != self._told:
@@ -315,7 +317,7 @@ class Supervisor:
 
     @property
     def _status(self) -> str:
-        ready = sum(child.ready for child in self.workers.staying)
+        ready = sum(child.ready and not child.leaving for child in self.workers.all)
         return f"{ready} of {self.workers.wanted} workers on {', '.join(listener.url for listener in self.listeners)}"
 
     def health(self) -> dict[str, Any]:
@@ -359,9 +361,14 @@ class Supervisor:
                 case signal.SIGTTIN:
                     self.workers.wanted = min(MOST_WORKERS, self.workers.wanted + 1)
                 case signal.SIGTTOU:
-                    self.workers.wanted = max(1, self.workers.wanted - 1)
+                    self.workers.wanted = max(min(1, self.workers.wanted), self.workers.wanted - 1)
                 case signal.SIGWINCH:
                     self._rest()
+
+    @property
+    def ending(self) -> bool:
+        """Whether it was told to end."""
+        return self._ending
 
     def drain(self) -> None:
         """Let every worker serve what it has, and end."""
@@ -397,6 +404,7 @@ class Supervisor:
         """Start workers with the code, the settings and the certificates as they are now; then let the old ones go."""
         if self._ending:
             return
+        reloading()
         if self._successor is not None:
             self._reload_next = True  # if it fails; or else it has all that is to be read anew
             return
@@ -408,12 +416,12 @@ class Supervisor:
             operator.reload()
         except ConfigError as error:
             events.emit("upgrade_failed", reason=f"{error}; the old workers serve on")
+            self._tell_manager()
             return
         self._reread()
         number = self.settings["workers"]
         if number != before or not self.workers.wanted:  # what an operator said by a signal or `ctl` holds on
             self.workers.wanted = max(1, number)
-        reloading()
         self.workers.reload()
 
     def _rest(self) -> None:
@@ -435,6 +443,7 @@ class Supervisor:
             )
         except HandoffError as error:
             events.emit("upgrade_failed", reason=str(error))
+            self._tell_manager()
             return
         self._selector.register(self._successor, selectors.EVENT_READ, lambda: None)
 
@@ -461,12 +470,13 @@ class Supervisor:
     def _serve_on(self, reason: str) -> None:
         """The successor failed: a HUP that came meanwhile is obeyed now."""
         handoff.serve_on(reason, self._pidfile)
+        self._tell_manager()
         if self._reload_next:
             self._reload_next = False
             self.reload()
 
     def _hand_over(self, pid: int) -> None:
-        notify(MAINPID=pid)
+        hand_over(pid)
         inheritance.hand_on(listener for several in self._opened.values() for listener in several)
         if self._control is not None:
             self._control.shut()  # who asks from now on means the successor, as on the page

@@ -32,12 +32,15 @@ MAX_UNREAD = 1 << 20
 FORMS = ("text", "hex")
 MASK = b"***"
 
+_NAME = rb"(?i)(passw(?:or)?d|passphrase|secret|token|api[_-]?key)"
 # What follows these words is nobody's to read. Every expression takes time in proportion to what it reads.
 _SECRETS = tuple(
     re.compile(expression)
     for expression in (
         rb"(?im)^((?:proxy-)?authorization|cookie|set-cookie|x-api-key)([ \t]*:[ \t]*)[^\r\n]+",
-        rb"(?i)(passw(?:or)?d|passphrase|secret|token|api[_-]?key)(\"?[ \t]{0,8}[=:][ \t]{0,8}\"?)[^\s\"&;,]+",
+        _NAME + rb"([\"']?[ \t]{0,8}[=:][ \t]{0,8}\")(?:[^\"\\\r\n]|\\.)+",
+        _NAME + rb"([\"']?[ \t]{0,8}[=:][ \t]{0,8}')(?:[^'\\\r\n]|\\.)+",
+        _NAME + rb"([\"']?[ \t]{0,8}[=:][ \t]{0,8})[^\s\"'&;,][^\s\"&;,]*",
         rb"(?im)^(auth|pass|login)([ \t]+)[^\r\n]+",
     )
 )

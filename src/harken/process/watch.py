@@ -56,9 +56,16 @@ def _watch(supervisor: int, directories: list[str]) -> None:
             told = True
             print(f"harken: reloading when code changes in {', '.join(directories)}", file=sys.stderr)
         if changes:
-            names = sorted({os.path.relpath(path) for _, path in changes})
+            names = sorted({_name(path) for _, path in changes})
             print(f"harken: {', '.join(names[:3])}{' …' if names[3:] else ''} changed: reloading", file=sys.stderr)
             os.kill(supervisor, signal.SIGHUP)
+
+
+def _name(path: str) -> str:
+    try:
+        return os.path.relpath(path)
+    except FileNotFoundError:  # the working directory has gone, which is no reason to look away
+        return path
 
 
 if __name__ == "__main__":

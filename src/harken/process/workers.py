@@ -341,8 +341,8 @@ class Workers:
         self._board.give_back(child.row)
         self._across.clear(child.row.number)
         self._ledger.bury(child)
-        self.inquiries.forget(child)  # after that: who has asked for figures may be answered now
         self.followers.lost(child.pid)
+        self.inquiries.forget(child)  # after that: who has asked for figures may be answered now
         self._count(child, status)
         stacks = child.stacks() if child.killed_for else None
         child.close()
@@ -350,7 +350,7 @@ class Workers:
             self.statuses.add(status)
         own_end = child.heir_wanted if status in (DRAINED, CUT) else None
         expected = child.leaving or own_end is not None
-        reason = child.killed_for or child.trouble or (None if child.leaving else own_end or _describe(status))
+        reason = child.killed_for or child.trouble or own_end or (None if child.leaving else _describe(status))
         failed_to_start = not child.ready and not child.leaving and child.generation > self._proven
         if failed_to_start and self._proven == 0:
             raise ConfigError(child.trouble or f"the worker {reason} before it was ready")

@@ -136,6 +136,8 @@ def _read() -> list[Passed]:
     owner, number = os.environ.get("LISTEN_PID", ""), os.environ["LISTEN_FDS"]
     if not number.isdecimal():
         raise ConfigError(f"LISTEN_FDS is {number!r}, not a number of descriptors")
+    if len(number) > MOST_DIGITS or int(number) > os.sysconf("SC_OPEN_MAX") > 0:
+        raise ConfigError(f"LISTEN_FDS is {number}, more descriptors than a process may have")
     if owner != str(os.getpid()):
         raise ConfigError(
             f"the passed sockets are for pid {owner or 'unknown'} (LISTEN_PID), and this is pid {os.getpid()}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -104,8 +105,14 @@ class Top(App[None]):
 
     def on_ready(self) -> None:
         """Begin to look."""
+        with suppress(ValueError, RuntimeError):  # in a thread that hears no signals
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._end)
         self._tables["connections"].focus()
         self._follow()
+
+    def _end(self) -> None:
+        """A signal ends it: give the terminal back as it was."""
+        self.exit(return_code=128 + signal.SIGTERM)
 
     def on_unmount(self) -> None:
         """Leave nobody waiting for an answer."""
