@@ -61,7 +61,7 @@ static int watch_forks(PyObject *module) {
 static int fill(PyObject *module) {
     if (beat_ready(module) < 0 || timers_ready(module) < 0 || queue_ready(module) < 0 || hub_ready(module) < 0 || connection_ready(module) < 0 ||
         files_ready(module) < 0 || awaited_ready(module) < 0 || handlers_ready() < 0 ||
-        datagrams_ready(module) < 0 || lane_ready(module) < 0 || guard_ready(module) < 0)
+        datagrams_ready(module) < 0 || lane_ready(module) < 0 || guard_ready(module) < 0 || results_ready() < 0)
         return -1;
     if (PyModule_AddStringConstant(module, "KIND", "compiled") < 0 || watch_forks(module) < 0)
         return -1;

@@ -238,14 +238,36 @@ static ssize_t received(PyObject *self, State *state, const char *data, size_t s
     return (ssize_t)size;
 }
 
+/* A result that was used before is full, and the handler asked for more: receive that behind it, into one that has room
+ * for all. Whether nothing is left in the kernel; an error is left to the next call. */
+static bool receive_rest(Slot *slot, int fd, Result *result, size_t *have, size_t size) {
+    Result full = *result;
+    if (!result_make(result, size, false)) {
+        PyErr_Clear();
+        *result = full;
+        return false;
+    }
+    char *into = PyBytes_AS_STRING(result->bytes);
+    memcpy(into, PyBytes_AS_STRING(full.bytes), *have);
+    Py_DECREF(full.bytes);
+    ssize_t more = recv(fd, into + *have, size - *have, MSG_DONTWAIT);
+    if (more > 0)
+        *have += (size_t)more;
+    else if (more < 0 && errno != EAGAIN && errno != EINTR) {
+        slot->fault = (int16_t)errno;
+        slot->came = true;
+    }
+    return more > 0 || (more < 0 && errno != EINTR);
+}
+
 /* recv(2) that waits. A connection that was read empty is not asked again before an event says that there is more. With
  * `fresh` the bytes go into an object that is made for them: never while this waits, so that what others have just given
  * back, and the processor's cache still has, is used first. With `whole` they may have come in an object of their own,
  * received ahead, and then are not in `into`, which is the scratch buffer. */
-static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **fresh, PyObject **whole, size_t size,
+static ssize_t receive_to(PyObject *self, State *state, char *into, Result *fresh, PyObject **whole, size_t size,
                           int flags) {
     int64_t deadline = 0;
-    size_t have = 0, want = whole != NULL && flags == 0 && state->stream ? size : 0;
+    size_t have = 0, room = size, want = whole != NULL && flags == 0 && state->stream ? size : 0;
     if (state->marked != NULL && !marks_of(state)->whole)
         begin_reading(state);
     if (spend(1) < 0)
@@ -264,22 +286,26 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
         Slot *slot = attached(state) ? state->slot : NULL;
         bool came = slot != NULL && slot->came && !(flags & (MSG_OOB | MSG_ERRQUEUE));
         if (flags != 0 || state->nonblocking || slot == NULL || !slot->dry || came) {
-            if (fresh != NULL && *fresh == NULL) {
-                if ((*fresh = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)) == NULL)
+            if (fresh != NULL && fresh->bytes == NULL) {
+                if (!result_make(fresh, size, flags == 0 && slot != NULL && !came && state->again))
                     return -1;
-                into = PyBytes_AS_STRING(*fresh);
+                into = PyBytes_AS_STRING(fresh->bytes);
+                room = fresh->room < size ? fresh->room : size;
             }
-            ssize_t got = came ? take_ahead(slot, into + have, size - have, flags, whole)
-                               : recv(fd, into + have, size - have, flags | MSG_DONTWAIT);
+            ssize_t got = came ? take_ahead(slot, into + have, room - have, flags, whole)
+                               : recv(fd, into + have, room - have, flags | MSG_DONTWAIT);
             if (got >= 0) {
                 state->ended = got == 0;
                 have += (size_t)got;
+                bool rest = have == room && room < size && !receive_rest(slot, fd, fresh, &have, size);
                 if (flags & MSG_WAITALL && !(flags & MSG_PEEK) && got > 0 && have < size)
                     continue;
-                if (flags == 0 && got > 0 && have < size && !came)
+                if (flags == 0 && got > 0 && have < size && !came && !rest)
                     mark_dry(state, fd);
                 if (hub_here() != NULL)
                     hub_here()->full = have == size && flags == 0;
+                if (fresh != NULL)
+                    into = PyBytes_AS_STRING(fresh->bytes);
                 return received(self, state, whole != NULL && *whole != NULL ? PyBytes_AS_STRING(*whole) : into, have,
                                 flags);
             }
@@ -296,7 +322,7 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, PyObject **f
                 return have > 0 ? received(self, state, into, have, flags) : fail(EAGAIN);
         }
         if (fresh != NULL && have == 0)
-            Py_CLEAR(*fresh);
+            Py_CLEAR(fresh->bytes);
         if (wait_ready(self, state, READ, &deadline, want) < 0) {
             if (have == 0 || !is_outcome())
                 return -1;
@@ -339,14 +365,15 @@ static PyObject *connection_recv(PyObject *self, PyObject *const *args, Py_ssize
         state->large = got > LARGE;
         return got < 0 || whole != NULL ? whole : PyBytes_FromStringAndSize(scratch, got);
     }
-    PyObject *result = NULL;
+    Result result = {NULL, 0};
     ssize_t got = receive_to(self, state, NULL, &result, NULL, (size_t)size, flags);
     state->large = got > LARGE;
-    if (got < 0)
-        Py_CLEAR(result);
-    else if (got < size)
-        _PyBytes_Resize(&result, got);
-    return result;
+    if (got < 0) {
+        Py_XDECREF(result.bytes);
+        return NULL;
+    }
+    state->again = flags == 0 && state->stream && result_fits((size_t)got);
+    return result_finish(&result, (size_t)got, (size_t)size, state->again);
 }
 
 static PyObject *connection_recv_into(PyObject *self, PyObject *args, PyObject *words) {

@@ -11,6 +11,7 @@
  *   queue.c       green threads that are due, and the function that each of them runs
  *   timers.c      deadlines: a binary heap
  *   slots.c       who waits for which descriptor: the epoll set, and waiting itself
+ *   results.c     what its recv() returns, where that is used again
  *   connection.c  Connection: a socket.socket whose calls wait in the hub
  *   rare.c        what a Connection does less often
  *   traffic.c     what it notes and tells of its traffic
@@ -325,6 +326,7 @@ typedef struct {
     bool prepared : 1;    /* O_NONBLOCK was set, and `stream` is known */
     bool stream : 1;      /* TCP: a short read tells that nothing is left */
     bool large : 1;       /* the last read was large: receive into the result itself */
+    bool again : 1;       /* which may be one that was used before; see results.c */
     bool nonblocking : 1; /* a timeout of 0 */
     bool ended : 1;       /* the last thing that the peer did was to close its side; nothing was sent since */
     bool broken : 1;      /* it was reset */
@@ -410,6 +412,17 @@ HIDDEN void make_stream_known(State *state, int family, int kind, int proto);
 
 HIDDEN ssize_t receive(PyObject *self, State *state, char *into, size_t size, int flags);
 HIDDEN ssize_t receive_whole(PyObject *self, State *state, size_t size, int flags, PyObject **whole);
+
+/* results.c */
+typedef struct {
+    PyObject *bytes;
+    size_t room; /* bytes that it has memory for */
+} Result;
+HIDDEN int results_ready(void);
+HIDDEN bool result_fits(size_t size);
+HIDDEN bool result_make(Result *result, size_t size, bool again);
+HIDDEN PyObject *result_finish(Result *result, size_t got, size_t asked, bool again);
+
 /* How much transmit() sends: whatever can be at once, as much as send(2) of a socket that blocks, or all. */
 typedef enum { SOME, MUCH, ALL } Share;
 HIDDEN Share share_of(State *state, int flags);
