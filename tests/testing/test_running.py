@@ -149,6 +149,7 @@ def test_what_ends_a_server_early_is_raised_in_the_end(monkeypatch: pytest.Monke
         (("2001:db8::1", 7, 0, 0), "2001:db8::1 7 AF_INET6 [2001:db8::1]:7"),
         ("/run/client", f"/run/client 0 AF_UNIX unix pid {os.getpid()} uid {os.getuid()} /run/client"),
     ],
+    ids=["IPv4", "IPv6", "Unix"],
 )
 def test_the_peer_is_the_client_that_was_asked_for(address: object, told: str) -> None:
     """Not the socket pair that stands in for its connection."""
