@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIND ?= tcp://127.0.0.1:8800
 ARGS ?=
-JOBS ?= 2
+JOBS ?= 4
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -577,7 +577,7 @@ def test_another_thread_watches_and_unwatches(stage, door):
     timer = threading.Timer(0.03, lambda: (stage.hub.watch(door, lambda: seen.append(door.recv(9))), stage.hub.wake()))
     timer.start()
     deadline = time.monotonic() + PATIENCE
-    stage.hub.run(lambda: len(seen) == 2 or time.monotonic() > deadline, lambda: 5.0, lambda: None)
+    stage.hub.run(lambda: len(seen) == 2 or time.monotonic() > deadline, lambda: 0.05, lambda: None)
     timer.join()
     assert seen == [b"1", b"2"]
     thread = threading.Thread(target=stage.hub.unwatch, args=(door,))
