@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from benchkit import build, machine, measure, results, table, targets
 from benchkit.plan import PlanError, Rival, Scenario, choose, load_rivals, load_scenarios
 
-QUICK_SECONDS = 0.1
+QUICK_SECONDS = 0.2
 
 
 def main(words: Sequence[str] | None = None) -> int:
