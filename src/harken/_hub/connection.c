@@ -12,8 +12,6 @@
 #include <netinet/in.h>
 #include <sys/socket.h>
 
-#define LARGE 8192    /* beyond, a copy costs more than giving memory back */
-
 HIDDEN PyTypeObject *Connection_Type;
 static PyTypeObject *Base_Type; /* harken.connection.Connection */
 HIDDEN Py_ssize_t state_offset;
@@ -297,7 +295,8 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, Result *fres
             if (got >= 0) {
                 state->ended = got == 0;
                 have += (size_t)got;
-                bool rest = have == room && room < size && !receive_rest(slot, fd, fresh, &have, size);
+                bool rest = have == room && room < size &&
+                            (came || slot == NULL || !receive_rest(slot, fd, fresh, &have, size));
                 if (flags & MSG_WAITALL && !(flags & MSG_PEEK) && got > 0 && have < size)
                     continue;
                 if (flags == 0 && got > 0 && have < size && !came && !rest)

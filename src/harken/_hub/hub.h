@@ -414,6 +414,7 @@ HIDDEN ssize_t receive(PyObject *self, State *state, char *into, size_t size, in
 HIDDEN ssize_t receive_whole(PyObject *self, State *state, size_t size, int flags, PyObject **whole);
 
 /* results.c */
+#define LARGE 8192 /* bytes of a message: beyond, a copy costs more than giving memory back */
 typedef struct {
     PyObject *bytes;
     size_t room; /* bytes that it has memory for */

@@ -15,7 +15,6 @@
 #include "hub.h"
 
 #define MOST 64       /* where more connections take turns, their results are made anew */
-#define SMALLEST 8192 /* bytes: below, a copy is cheaper */
 #define LARGEST 32768 /* bytes: larger ones drive one another out of the cache, and were slower */
 
 static Result ring[MOST]; /* the oldest first; owned */
@@ -41,7 +40,7 @@ static void cut(PyObject *bytes, size_t size) {
 #pragma GCC diagnostic pop
 }
 
-bool result_fits(size_t size) { return usable && size > SMALLEST && size <= LARGEST; }
+bool result_fits(size_t size) { return usable && size > LARGE && size <= LARGEST; }
 
 /* Something to receive so many bytes into; or, if it may have been used before, fewer. False with an exception: there is
  * no memory. */
@@ -60,16 +59,15 @@ bool result_make(Result *result, size_t size, bool again) {
 }
 
 /* Hold it, with room for a little more than came. */
-static int hold(Result *result, size_t got, bool made) {
+static void hold(Result *result, size_t got, bool made) {
     if (made) {
         result->room = got + got / 8;
         if (_PyBytes_Resize(&result->bytes, (Py_ssize_t)result->room) < 0)
-            return -1;
+            return; /* which has taken it away */
     }
     cut(result->bytes, got);
     if (count < MOST)
         ring[(first + count++) % MOST] = (Result){Py_NewRef(result->bytes), result->room};
-    return 0;
 }
 
 /* What recv() returns for a result with so many bytes in it, of those that were asked for; the result is no more. NULL
