@@ -135,7 +135,7 @@ def test_what_was_sent_before_an_error_is_told(stage, how):
     def act():
         timer = later(functools.partial(far.setsockopt, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)))
         timer.join()
-        closing = later(far.close)
+        closing = later(lambda: (far.recv(1, socket.MSG_PEEK), far.close()))  # not before the first bytes are sent
         sent = connection.send(bytes(BIG)) if how == "send" else connection.sendmsg([bytes(BIG)])
         closing.join()
         with pytest.raises(ConnectionError):
