@@ -247,6 +247,11 @@ class Record:
         return self._registry.holds(self)
 
     @property
+    def begun(self) -> bool:
+        """Whether its handler, or a preamble before that, has begun."""
+        return bool(self.thread or self.in_preamble or self.process)
+
+    @property
     def peer(self) -> Peer:
         """The far end, or the client for which it speaks."""
         told = self.spoken_for if self.proxy is None else None

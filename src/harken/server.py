@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any, Self
 
 from harken import preambles, straight
-from harken.connection import Connection, accept, read_off, shut
+from harken.connection import Connection, accept, read_off
 from harken.drain import DrainReport
 from harken.entry import refuse_unentered
 from harken.errors import PreambleError
@@ -181,11 +181,10 @@ class BaseServer:
             self.handle_error(request, client_address)
             self.shutdown_request(request)
         except:
-            if not serving.engine.in_loop:
-                # Ctrl-C came while its thread was started: that may be in recv(), which close() does not wake.
-                serving.books.interrupted = True
-                shut(request)
-            self.shutdown_request(request)
+            if serving.engine.in_loop:
+                self.shutdown_request(request)
+            else:
+                serving.intake.broken_off(request)
             raise
         return True
 

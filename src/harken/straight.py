@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from harken import events
 from harken.acceptor import MAX_ACCEPT
-from harken.connection import door_of, is_plain_door, shown, shut
+from harken.connection import door_of, is_plain_door, shown
 from harken.datagrams import is_lean
 from harken.engines import Terms, Way
 from harken.listener import Listener
@@ -211,7 +211,8 @@ def _start(serving: Serving, admitted: list[tuple[Any, Any]]) -> None:
     if not engine.shares_threads:
         serve_here = process_request_thread  # by this name programs find its thread
         engine.show_threads(server)
-    for request, client_address in admitted:
+    waiting = iter(admitted)
+    for request, client_address in waiting:
         try:
             if lazy:
                 engine.spawn_on_data(serving.intake.serve, request)
@@ -224,10 +225,9 @@ def _start(serving: Serving, admitted: list[tuple[Any, Any]]) -> None:
             server.handle_error(request, client_address)
             server.shutdown_request(request)
         except:
-            # Ctrl-C came while its thread was started: that may be in recv(), which close() does not wake.
-            serving.books.interrupted = True
-            shut(request)
-            server.shutdown_request(request)
+            serving.intake.broken_off(request)
+            for unserved, _ in waiting:
+                server.shutdown_request(unserved)
             raise
 
 

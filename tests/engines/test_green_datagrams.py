@@ -17,7 +17,8 @@ from datagrams import LOCAL, PATIENCE, Echo, ask, clients, soon
 import harken
 from harken import events, green
 from harken._hub import DOOR_BURST
-from harken.engines import _datagrams
+from harken.engines import _datagrams, green as engine_green
+from harken.stalls import Watchdog
 
 
 def test_each_client_gets_its_own_answers() -> None:
@@ -314,6 +315,34 @@ def test_serves_again_after_shutdown() -> None:
             thread.join(PATIENCE)
             soon(lambda: type(server.socket) is socket.socket)  # when the hub has gone
             client.send(b"later" if word == b"first" else b"latest")
+    server.server_close()
+
+
+def test_a_hub_that_is_slow_to_end_keeps_nothing_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread may end long after the next loop has begun, on a busy machine."""
+    leave, stop = threading.Event(), Watchdog.stop
+
+    def late(watchdog: Watchdog) -> None:
+        assert leave.wait(PATIENCE)
+        stop(watchdog)
+
+    monkeypatch.setattr(engine_green, "LEAVE_SECONDS", 0.01)
+    monkeypatch.setattr(Watchdog, "stop", late)
+    server = harken.GreenUDPServer(LOCAL, Echo)
+    with clients(server.server_address) as (client,):
+        hubs = []
+        for word in (b"first", b"later"):
+            loop = threading.Thread(target=server.serve_forever)
+            loop.start()
+            client.send(word)
+            assert client.recv(10) == word
+            if hubs:
+                leave.set()
+                hubs[0].join(PATIENCE)
+                assert ask(client, b"hello") == b"hello"
+            hubs = [each for each in threading.enumerate() if each.name.startswith("harken-green")]
+            server.shutdown()
+            loop.join(PATIENCE)
     server.server_close()
 
 

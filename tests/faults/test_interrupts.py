@@ -54,6 +54,30 @@ server = harken.ForkingTCPServer(("127.0.0.1", 0), Waiting)
 print(server.server_address[1], flush=True)
 server.serve_forever()
 """
+# What a signal handler raises the moment that the handler's thread, or child, has begun.
+EXITS_AT_A_START = """
+import threading
+
+class Raising(threading.Thread):
+    def start(self):
+        super().start()
+        if "process_request_thread" in self.name:
+            raise SystemExit(5)
+
+class Busy(harken.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"at work")
+        self.request.recv(100)
+        self.request.sendall(b"done")
+
+threading.Thread = Raising
+os.pidfd_open = lambda pid: sys.exit(5)
+try:
+    with getattr(harken, sys.argv[1])(("127.0.0.1", 0), Busy) as server:
+        server.serve_forever()
+except SystemExit as end:
+    os._exit(end.code)  # without the wait for threads at the interpreter's end
+"""
 SERVE = """
 class Handler(harken.BaseRequestHandler):
     def handle(self):
@@ -121,6 +145,20 @@ def test_a_program_that_exits_on_term_waits_for_its_handlers(program: Callable[.
     with connect(started.address) as busy:
         assert receive(busy, 7) == b"at work"
         started.send(signal.SIGTERM)
+        expect_shut(started)
+        busy.sendall(b"go")
+        assert receive(busy, 100) == b"done"
+        started.expect_exit(5, AT_ONCE)
+
+
+@pytest.mark.parametrize("kind", ["ThreadingTCPServer", "PoolTCPServer", "ForkingTCPServer"])
+def test_an_exit_while_a_thread_is_started_leaves_the_handler_its_time(
+    program: Callable[..., Program], kind: str
+) -> None:
+    """The connection is the thread's by then, or the child's: the loop does not close it, and ``server_close()`` waits."""
+    started = program(EXITS_AT_A_START, kind)
+    with connect(started.address) as busy:
+        assert receive(busy, 7) == b"at work"
         expect_shut(started)
         busy.sendall(b"go")
         assert receive(busy, 100) == b"done"

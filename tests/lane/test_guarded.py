@@ -155,8 +155,7 @@ def test_a_limit_that_raises_refuses_the_connection(capsys: pytest.CaptureFixtur
     with serving(limits=[limit]) as server:
         visit(server)
         limit.open = False
-        with socket.create_connection(server.server_address, PATIENCE) as client, pytest.raises(ConnectionResetError):
-            client.recv(1)
+        meet_a_reset(server)
         assert server.stats()["rejected_by_reason"] == {"limit_failed": 1}
         limit.open = True
         visit(server)

@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -152,38 +153,51 @@ class Crew:
 
     def _relieve(self, limit: int) -> None:
         """Start threads for those who wait, as many as there may be and can be had."""
-        while self._backlog and self._count < limit and self._try_start():
-            self._backlog -= 1
+        while self._backlog and self._count < limit and self._try_start(None):
+            pass
 
-    def _try_start(self, *first: Job) -> bool:
+    def _try_start(self, job: Job | None) -> bool:
         """Start a thread unless the system starts no more; tell which."""
         try:
-            self._start(*first)
+            self._start(job)
         except RuntimeError:
             return False
         return True
 
-    def _start(self, *first: Job) -> None:
-        """Start a thread, with a first job or, without, for one that waits in the queue."""
+    def _start(self, job: Job | None) -> None:
+        """Start a thread, with a first job or, without, for one that waits in the queue.
+
+        A signal may raise while it starts. Then the books go by whether it has taken its order, which it can no more
+        once that was taken back.
+        """
+        order = [job]
         # "process_request_thread" is in the name because monitors of socketserver programs look for it.
         thread = threading.Thread(
             target=self._work,
-            args=(list(first),),
+            args=(order,),
             name=f"harken-{next(_numbers)} (process_request_thread)",
             daemon=self._daemon(),
         )
         self._threads.add(thread)
         self._count += 1
+        self._backlog -= job is None
         try:
             thread.start()
         except BaseException:
-            self._threads.discard(thread)
-            self._count -= 1
+            with suppress(IndexError):
+                order.pop()
+                self._threads.discard(thread)
+                self._count -= 1
+                self._backlog += job is None
             raise
 
-    def _work(self, first: list[Job]) -> None:
-        # Out of the thread's own arguments, which live as long as it does.
-        job = first.pop() if first else self._jobs.get()
+    def _work(self, order: list[Job | None]) -> None:
+        try:
+            job = order.pop()  # out of the thread's own arguments, which live as long as it does
+        except IndexError:
+            return
+        if job is None:
+            job = self._jobs.get()
         while job is not None:
             function, args = job
             try:

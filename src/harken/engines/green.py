@@ -292,14 +292,14 @@ class Engine(Contract):
             hosts.run(self.host or hosts.first(), stage)
         except BaseException as error:  # noqa: BLE001 - raised again by the loops' callers
             with self._guard:
-                self._hub = None
-                self._jobs.clear()  # what had not begun went with the hub
-                self._lodgers = 0
+                if self._hub is stage.hub:  # else it was over, and another may be there
+                    self._give_up()
+                    self._jobs.clear()  # what had not begun went with the hub
+                    self._lodgers = 0
             for loop in self._loops:
                 self._loops.finish(loop, error)
         finally:
             watchdog.stop()
-            self._close_shortcuts()
             self._ring()
 
     def move_in(self) -> Callable[[], Awaitable[None]]:
@@ -316,12 +316,12 @@ class Engine(Contract):
                 await lodger.leave()
             finally:
                 with self._guard:
-                    self._hub = self._thread = None
+                    self._give_up()
+                    self._thread = None
                     self._ident = 0
                     self._moved_in = False
                     self._lodgers = 0  # they go with the hub
                 watchdog.stop()
-                self._close_shortcuts()
                 self._ring()
 
         return leave
@@ -344,8 +344,16 @@ class Engine(Contract):
             return False
         with self._guard:
             if self._leaving or not (self._loops or self._busy):
-                self._hub = None
+                self._give_up()
         return self._hub is None
+
+    def _give_up(self) -> None:
+        """Whoever needs a hub from now on gets another; its thread must not meet what was made for this one.
+
+        Under the guard, in the hub's thread, which takes a while to end.
+        """
+        self._close_shortcuts()
+        self._hub = None
 
     def _await_thread(self, seconds: float | None) -> None:
         thread = self._thread
