@@ -155,7 +155,7 @@ def test_a_program_that_exits_on_term_waits_for_its_handlers(program: Callable[.
 def test_an_exit_while_a_thread_is_started_leaves_the_handler_its_time(
     program: Callable[..., Program], kind: str
 ) -> None:
-    """The connection is the thread's by then, or the child's: the loop does not close it, and ``server_close()`` waits."""
+    """The connection is the thread's by then, or the child's: the loop leaves it open, and ``server_close()`` waits."""
     started = program(EXITS_AT_A_START, kind)
     with connect(started.address) as busy:
         assert receive(busy, 7) == b"at work"
