@@ -74,6 +74,24 @@ def test_a_reload_brings_the_new_certificate(service, authority, certify, tmp_pa
     assert running.end()[0] == 0
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_relative_path_is_meant_from_the_start(service, run_program, authority, certify, target, tmp_path, workers):
+    """As every path in settings: also in workers, which are where ``chdir`` says, and at a reload; ``check`` agrees."""
+    old = certify()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / target.name).write_text(target.read_text())
+    words = ("--workers", workers, "--tls-cert", "site.pem", "--chdir", "elsewhere", "--control", "none")
+    running = service(*words)
+    assert shown(running.port, authority) == old
+    new = certify()
+    os.kill(running.pid, signal.SIGHUP)
+    wait_shown(running.port, authority, new)
+    os.kill(running.pid, signal.SIGTERM)
+    assert running.end()[0] == 0
+    check = run_program("-m", "harken", "check", f"{target}:Tell", "--bind", "tcp://127.0.0.1:0", *words, cwd=tmp_path)
+    assert check.wait(PATIENCE) == 0
+
+
 def test_a_failed_handshake_is_one_line_of_the_log(service, certify, tmp_path):
     """At the level that ``serve`` logs by default, with the peer and the reason."""
     certify()

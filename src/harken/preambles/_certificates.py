@@ -12,6 +12,7 @@ from typing import Any
 
 from harken import events
 from harken.errors import ConfigError
+from harken.paths import from_start
 from harken.preambles._declaration import TLS, File
 from harken.preambles._secured import Secured
 from harken.preambles._validity import remarks_on
@@ -116,7 +117,7 @@ def _absolute(tls: TLS) -> TLS:
     """Return it with absolute paths: a server may change its directory before the files change."""
 
     def place(file: Any) -> Any:
-        return os.path.abspath(file) if isinstance(file, (str, os.PathLike)) else file
+        return from_start(file) if isinstance(file, (str, os.PathLike)) else file
 
     sni = {name: (place(cert), place(key)) for name, (cert, key) in tls.sni.items()}
     password: Any = place(tls.password)

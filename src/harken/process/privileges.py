@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from harken.errors import ConfigError
+from harken.paths import change_directory
 from harken.settings import Kind, Settings, setting, text
 
 __all__ = ["chdir", "drop", "give", "identity", "set_umask", "visiting"]
@@ -71,7 +72,7 @@ CHDIR = setting(
     text(optional=True),
     None,
     process=True,
-    meaning="the directory to change to before the target is loaded",
+    meaning="the directory to change to before the target is loaded; paths in settings are meant from the start",
     origin="none: stay where it was started",
 )
 
@@ -86,7 +87,7 @@ def chdir(settings: Settings) -> None:
     if path is None:
         return
     try:
-        os.chdir(path)
+        change_directory(path)
     except OSError as error:
         raise ConfigError(f"chdir = {path!r}: {error.strerror}") from None
 

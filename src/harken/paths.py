@@ -1,0 +1,29 @@
+"""Where relative paths in settings lead: from where the process was started, also once it has changed its directory."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["change_directory", "from_start"]
+
+_start = ""  # while the directory is the one that we were started in
+
+
+def change_directory(path: str) -> None:
+    """Change the working directory, as the setting ``chdir`` asks.
+
+    Raises:
+        OSError: as chdir(2).
+    """
+    global _start
+    try:
+        start = _start or os.getcwd()
+    except OSError:  # it was removed, and no relative path leads anywhere
+        start = ""
+    os.chdir(path)
+    _start = start
+
+
+def from_start(path: str | os.PathLike[str]) -> str:
+    """Return ``path`` as an absolute one."""
+    return os.path.abspath(os.path.join(_start, path))
