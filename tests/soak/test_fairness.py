@@ -36,7 +36,7 @@ def flooding(client: socket.socket, kind: str) -> Iterator[threading.Thread]:
     begun = threading.Event()
 
     def pour() -> None:
-        data = b"x\n" * (1 << 16)
+        data = (b"x" * 15 + b"\n") * (1 << 13)
         with contextlib.suppress(OSError):  # the test is over
             for _ in range(FLOOD_BYTES // len(data)):
                 client.sendall(data)

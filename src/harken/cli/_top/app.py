@@ -127,13 +127,18 @@ class Top(App[None]):
             try:
                 look = await asyncio.to_thread(self.service.look)
             except Refused as error:
-                if self._tables[_TABS[0]].is_attached:  # not when the view is going
+                if self._is_there:
                     self._lose(error.format_message())
             else:
-                if self._tables[_TABS[0]].is_attached and not self._held:
+                if self._is_there and not self._held:
                     self._take(look)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), max(0.0, begun + LOOK_SECONDS - time.monotonic()))
+
+    @property
+    def _is_there(self) -> bool:
+        """Whether there is anything to show it in: a view that ends goes piece by piece."""
+        return self.is_running and self._tables[_TABS[0]].is_attached
 
     def _lose(self, why: str) -> None:
         """Say that the server has gone; the tables show what was seen last."""
