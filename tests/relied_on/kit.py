@@ -17,6 +17,16 @@ PATIENCE = 10.0  # seconds that anything may take before the test fails
 SOURCE = Path(__file__).parents[2] / "src"
 
 
+def echo_handler(impl: Any) -> Any:
+    """A handler that answers one line."""
+
+    class Echo(impl.StreamRequestHandler):
+        def handle(self) -> None:
+            self.wfile.write(self.rfile.readline())
+
+    return Echo
+
+
 def run(function: Callable[..., Any], *args: Any, **keywords: Any) -> threading.Thread:
     """Start a daemon thread."""
     thread = threading.Thread(target=function, args=args, kwargs=keywords, daemon=True)

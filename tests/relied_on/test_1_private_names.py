@@ -14,17 +14,7 @@ from unittest import mock
 import pytest
 from waiting import wait_until
 
-from .kit import LOCAL, PATIENCE, ask, connect, join, python, read_all, run, serving
-
-
-def echo_handler(impl: Any) -> Any:
-    """A handler that answers one line."""
-
-    class Echo(impl.StreamRequestHandler):
-        def handle(self) -> None:
-            self.wfile.write(self.rfile.readline())
-
-    return Echo
+from .kit import LOCAL, PATIENCE, ask, connect, echo_handler, join, python, read_all, run, serving
 
 
 def copied_loop(impl: Any, server: Any, poll_interval: float = 0.02) -> None:

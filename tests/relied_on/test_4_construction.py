@@ -14,18 +14,7 @@ import pytest
 import trustme
 from waiting import wait_until
 
-from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, open_fds, run, serving
-
-
-def echo_handler(impl: Any) -> Any:
-    """A handler that answers one line."""
-
-    class Echo(impl.StreamRequestHandler):
-        def handle(self) -> None:
-            self.wfile.write(self.rfile.readline())
-
-    return Echo
-
+from .kit import LOCAL, PATIENCE, ask, connect, echo_handler, is_open, join, open_fds, run, serving
 
 # --- parts of the constructor -----------------------------------------------------------------------------------------
 

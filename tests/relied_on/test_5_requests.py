@@ -20,17 +20,7 @@ import pytest
 import trustme
 from waiting import wait_until
 
-from .kit import LOCAL, PATIENCE, ask, connect, join, read_all, run, serving
-
-
-def echo_handler(impl: Any) -> Any:
-    """A handler that answers one line."""
-
-    class Echo(impl.StreamRequestHandler):
-        def handle(self) -> None:
-            self.wfile.write(self.rfile.readline())
-
-    return Echo
+from .kit import LOCAL, PATIENCE, ask, connect, echo_handler, join, read_all, run, serving
 
 
 def stream_handler(impl: Any, body: Any, **attributes: Any) -> Any:

@@ -21,17 +21,7 @@ from typing import Any
 import pytest
 from waiting import wait_until
 
-from .kit import LOCAL, PATIENCE, ask, connect, is_open, join, python, read_all, run, serving
-
-
-def echo_handler(harken: Any) -> Any:
-    """A handler that answers one line."""
-
-    class Echo(harken.StreamRequestHandler):
-        def handle(self) -> None:
-            self.wfile.write(self.rfile.readline())
-
-    return Echo
+from .kit import LOCAL, PATIENCE, ask, connect, echo_handler, is_open, join, python, read_all, run, serving
 
 
 def backlog(listener: socket.socket) -> int:
