@@ -10,6 +10,8 @@
 
 #define SLICE (PIECE + 2048 + 5) /* as in _hubbed.py: a record on the wire, at the most */
 #define BATCH (4 * PIECE)        /* and what is sent at once */
+#define MOST_IN_VAIN (8 * PIECE) /* as in _hubbed.py: received without data in it */
+#define MUCH 4096                /* bytes that take as long to decrypt as others may wait, where they hold no data */
 
 /* Slots of the class. The first are what calls use while others may close the connection. */
 enum { INNER, SSLOBJ, INCOMING, OUTGOING, GUARD, HELD, AHEAD = HELD, REST, BROKEN, TRACED, ENDED, RECORD, SLOTS };
@@ -19,8 +21,8 @@ static Py_ssize_t offsets[SLOTS];
 static PyTypeObject *secured_type; /* the class that was quickened */
 static PyObject *slow_recv, *slow_recv_into, *slow_sendall, *slow_encrypt, *slow_shake, *slow_end, *slow_stand_for;
 static PyObject *want_read;                                                         /* ssl.SSLWantReadError */
-static PyObject *word_break_off, *word_fail, *word_judge, *word_record, *word_recv, *word_sendall, *word_take,
-    *word_tell;
+static PyObject *word_break_off, *word_fail, *word_judge, *word_record, *word_recv, *word_refuse,
+    *word_sendall, *word_take, *word_tell;
 
 /* What is called on OpenSSL's objects for every message, looked up once: of `type`, which programs cannot change. */
 typedef struct {
@@ -239,13 +241,25 @@ static Py_ssize_t read_once(PyObject *self, PyObject *const held[], ssize_t got,
     return read_asking(self, held, room, most, more);
 }
 
+/* A peer may send records without data (TLS 1.3's updates of its key) as fast as they are read: some hundred in what is
+ * received at once, each as dear as data of a kilobyte. Whoever reads them gives way after that. */
+static void give_way_next(void) {
+    Hub *hub = hub_here();
+    if (hub != NULL)
+        hub->budget = 0;
+}
+
 /* Wait for more, and read out of it. */
 static Py_ssize_t feed(PyObject *self, PyObject *const held[], Py_ssize_t *most, Target *target) {
     ssize_t got = receive_more(self, held);
     if (got < 0)
         return FAILED;
-    if (got > 0)
-        return read_once(self, held, got, *most += got, target); /* OpenSSL keeps the pieces of a record */
+    if (got > 0) {
+        Py_ssize_t read = read_once(self, held, got, *most += got, target); /* OpenSSL keeps the pieces of a record */
+        if (got >= MUCH && read < got / 8)
+            give_way_next();
+        return read;
+    }
     guard_take(held[GUARD]);
     int ended = call_off(held[INCOMING], WRITE_EOF, NULL);
     guard_give_back(held[GUARD]);
@@ -260,8 +274,15 @@ static Py_ssize_t feed(PyObject *self, PyObject *const held[], Py_ssize_t *most,
 static Py_ssize_t pump(PyObject *self, PyObject *const held[], Target *target) {
     Py_ssize_t most = at_hand(held[SSLOBJ], held[INCOMING]);
     Py_ssize_t read = most > 0 ? read_once(self, held, 0, most, target) : most < 0 ? FAILED : MORE;
-    while (read == MORE)
+    if (read == MORE && most >= MUCH)
+        give_way_next();
+    while (read == MORE) {
+        if (most > MOST_IN_VAIN) {
+            Py_XDECREF(PyObject_CallMethodNoArgs(self, word_refuse));
+            return FAILED;
+        }
         read = feed(self, held, &most, target);
+    }
     return read;
 }
 
@@ -668,6 +689,7 @@ PyObject *quicken(PyObject *module, PyObject *type) {
         {&word_judge, "_judge"},
         {&word_record, "record"},
         {&word_recv, "recv"},
+        {&word_refuse, "_refuse_more"},
         {&word_sendall, "sendall"},
         {&word_take, "_take"},
         {&word_tell, "_tell"},

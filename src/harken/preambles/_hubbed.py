@@ -28,6 +28,9 @@ PIECE = 16384
 SLICE = PIECE + 2048 + 5
 # What is encrypted and sent at once: more records in one system call, for a moment's memory.
 BATCH = 4 * PIECE
+# What may be received without data in it, one read after the other: more than a client's certificates are in OpenSSL
+# (100 KiB, SSL_CTX_set_max_cert_list(3)). Go breaks off after 16 such records.
+MOST_IN_VAIN = 8 * PIECE
 
 
 class Hubbed(Secured):
@@ -141,6 +144,7 @@ class Hubbed(Secured):
             raise ValueError("size should not be negative")
         if self._ahead:
             return give(self._take(size), buffer)
+        fed = 0
         while True:
             if incoming.pending or incoming.eof or sslobj.pending():
                 try:
@@ -158,7 +162,7 @@ class Hubbed(Secured):
                         return give(b"", buffer)
             elif not size:
                 return give(b"", buffer)
-            self._feed()
+            fed = self._feed_more(fed)
 
     def _judge(self, error: Exception) -> bytes | None:
         """Return what a read that ended so has read: nothing at the end, None when more is to be fed."""
@@ -201,6 +205,27 @@ class Hubbed(Secured):
                 self._incoming.write(data)
             else:
                 self._incoming.write_eof()
+
+    def _feed_more(self, fed: int) -> int:
+        """As :meth:`_feed`, where what was fed held no data: whoever sends such keeps nobody waiting, and is cut off.
+
+        Args:
+            fed: bytes that were fed so far.
+
+        Returns:
+            The same with what was fed now.
+        """
+        if fed > MOST_IN_VAIN:
+            self._refuse_more()
+        if fed >= SLICE and (hub := _hub.current()) is not None:
+            hub.sleep(0)
+        self._feed()
+        return fed + self._incoming.pending
+
+    def _refuse_more(self) -> None:
+        """The peer sends and sends, and none of it is data."""
+        self._incoming.write_eof()
+        raise ssl.SSLError(ssl.SSL_ERROR_SSL, f"the peer sent {MOST_IN_VAIN} bytes of records without data")
 
     def _receive(self) -> bytes:
         try:
@@ -447,13 +472,14 @@ class Hubbed(Secured):
         if self._sslobj is None:
             raise ValueError("No SSL wrapper around " + str(self))
         self._ended = True
+        fed = 0
         while True:
             try:
                 with self._guard:
                     self._sslobj.shutdown()
                 break
             except ssl.SSLWantReadError:
-                self._feed()
+                fed = self._feed_more(fed)
             except ssl.SSLError:
                 self._send_last()
                 self._incoming.write_eof()  # no read may wait for more: OpenSSL has given up
