@@ -14,7 +14,7 @@ from harken import events
 from harken.preambles._hubbed import MOST_IN_VAIN
 
 from .test_tls_green import HUBS
-from .tls_kit import PATIENCE
+from .tls_kit import PATIENCE, plain
 
 UPDATE_BYTES = 22  # of a record that updates the key: RFC 8446, 4.6.3 and 5.2
 
@@ -88,32 +88,62 @@ def test_who_sends_nothing_but_new_keys_is_cut_off(engine, serving, closed):
     assert not failed
 
 
-@pytest.mark.parametrize("engine", HUBS)
-def test_new_keys_keep_nobody_waiting(engine, serving, dial):
-    """What is there of them takes as long to read as megabytes of data: others have their turn in between."""
-    told, blocked, gate = [], threading.Event(), threading.Event()
+class Crowd:
+    """Two connections that have something for a server at the same moment, while a third one keeps it."""
 
-    class Tell(harken.BaseRequestHandler):
-        def handle(self):
-            kind = self.request.recv(10)
-            self.request.sendall(kind)
-            if kind == b"block":  # until both have sent what they have to
-                blocked.set()
-                gate.wait(PATIENCE)
-            elif self.request.recv(10):
-                told.append(kind)
+    def __init__(self):
+        self.told = []
+        self.blocked, self.gate = threading.Event(), threading.Event()
+        crowd = self
 
-    with serving(engine, Tell) as server, updating(server) as flood, dial(server) as quiet, dial(server) as block:
-        flood.send(b"flood")
-        assert flood.receive(5) == b"flood"
+        class Tell(harken.BaseRequestHandler):
+            def handle(self):
+                kind = self.request.recv(10)
+                self.request.sendall(kind)
+                if kind == b"block":
+                    crowd.blocked.set()
+                    crowd.gate.wait(PATIENCE)
+                elif self.request.recv(10):
+                    crowd.told.append(kind)
+
+        self.handler = Tell
+
+    @contextlib.contextmanager
+    def meanwhile(self, quiet, block):
+        """Keep the server until the end of the block; then ``quiet`` has a question too, and both are served."""
         quiet.sendall(b"quiet")
         assert quiet.recv(10) == b"quiet"
         block.sendall(b"block")
-        assert blocked.wait(PATIENCE)
-        for _ in range(60000 // UPDATE_BYTES):
-            assert flood.update()
-        flood.send(b"!")
+        assert self.blocked.wait(PATIENCE)
+        yield
         quiet.sendall(b"?")
-        gate.set()
-        wait_until(lambda: len(told) == 2)
-    assert told == [b"quiet", b"flood"]
+        self.gate.set()
+        wait_until(lambda: len(self.told) == 2)
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_new_keys_keep_nobody_waiting(engine, serving, dial):
+    """What is there of them takes as long to read as megabytes of data: others have their turn in between."""
+    crowd = Crowd()
+    with serving(engine, crowd.handler) as server, updating(server) as flood:
+        flood.send(b"flood")
+        assert flood.receive(5) == b"flood"
+        with dial(server) as quiet, dial(server) as block, crowd.meanwhile(quiet, block):
+            for _ in range(60000 // UPDATE_BYTES):
+                assert flood.update()
+            flood.send(b"!")
+    assert crowd.told == [b"quiet", b"flood"]
+
+
+@pytest.mark.parametrize("engine", HUBS)
+def test_a_handshake_in_pieces_keeps_nobody_waiting(engine, serving, dial):
+    """A byte of it in each record: others have their turn in between."""
+    crowd = Crowd()
+    hello = b"\x01" + (12000).to_bytes(3, "big") + bytes(12000)  # RFC 8446, 4; it makes no sense
+    unsubscribe = events.subscribe(lambda event: crowd.told.append(event.name), "preamble_failed")
+    with serving(engine, crowd.handler) as server, plain(server) as flood:
+        wait_until(lambda: server.stats()["open"] == 1)
+        with dial(server) as quiet, dial(server) as block, crowd.meanwhile(quiet, block):
+            flood.sendall(b"".join(b"\x16\x03\x01\0\1%c" % byte for byte in hello))
+    unsubscribe()
+    assert crowd.told == [b"quiet", "preamble_failed"]

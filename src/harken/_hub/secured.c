@@ -535,6 +535,8 @@ static int await_answer(PyObject *self, PyObject *const held[]) {
     ssize_t got = receive_more(self, held);
     if (got == 0)
         return call_off(held[INCOMING], WRITE_EOF, NULL);
+    if (got >= MUCH) /* of pieces of a byte each, perhaps, in a record of their own */
+        give_way_next();
     return got < 0 ? -1 : keep(held[INCOMING], got);
 }
 

@@ -33,6 +33,17 @@ BATCH = 4 * PIECE
 MOST_IN_VAIN = 8 * PIECE
 
 
+# Bytes that take as long to read as others may wait, where they hold no data.
+MUCH = 4096
+
+
+def _give_way() -> None:
+    """Let the other green threads have their turn, if this is one."""
+    hub = _hub.current()
+    if hub is not None:
+        hub.sleep(0)
+
+
 class Hubbed(Secured):
     """A connection under TLS; the hub waits. Two green threads may use it, one reading and one writing."""
 
@@ -217,8 +228,8 @@ class Hubbed(Secured):
         """
         if fed > MOST_IN_VAIN:
             self._refuse_more()
-        if fed >= SLICE and (hub := _hub.current()) is not None:
-            hub.sleep(0)
+        if fed >= SLICE:
+            _give_way()
         self._feed()
         return fed + self._incoming.pending
 
@@ -441,6 +452,8 @@ class Hubbed(Secured):
                     if deadline is not None:
                         self.settimeout(max(0.001, deadline - time.monotonic()))
                     self._feed()
+                    if self._incoming.pending >= MUCH:  # of pieces of a byte each, perhaps, in a record of their own
+                        _give_way()
             self._settle()
         except ssl.SSLError as error:
             self._break_off(error)
