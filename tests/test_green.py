@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+from functools import partial
 
 import pytest
 import trustme
@@ -536,5 +537,6 @@ def test_connect_to_nobody(run):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
     assert isinstance(run(lambda: green.connect(address, 1))[0], ConnectionRefusedError)
-    assert isinstance(run(lambda: green.connect("udp://127.0.0.1:1"))[0], ConfigError)
+    for none in ("udp://127.0.0.1:1", ("127.0.0.1",), b"tcp://127.0.0.1:1", 5, None):
+        assert isinstance(run(partial(green.connect, none))[0], ConfigError)
     assert isinstance(run(lambda: green.connect(f"tls://127.0.0.1:{address[1]}", 1))[0], ConnectionRefusedError)

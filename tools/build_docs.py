@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import re
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,8 +25,6 @@ from harken.records import REASONS
 from harken.settings import Setting
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
-SOURCE = REFERENCE.parent.parent / "src"
-EMIT = re.compile(r"""(?:emit|_tell)\(\s*"(\w+)\"""")
 
 HOOKS = (  # in the order in which a server calls them
     "server_bind server_activate service_actions get_request verify_request process_request "
@@ -92,7 +89,6 @@ def _setting(declared: Setting) -> str:
 
 def events_page() -> str:
     """Every event, and every reason for which a connection closes."""
-    emitted = {name for path in SOURCE.rglob("*.py") for name in EMIT.findall(path.read_text())}
     return page(
         "Events",
         doc_of(events),
@@ -102,13 +98,12 @@ def events_page() -> str:
         doc_of(events.Event),
         "## Names",
         table(
-            ["event", "when, and its fields", "emitted"],
-            ([f"`{n}`", text, "yes" if n in emitted else "not yet"] for n, text in events.NAMES.items()),
+            ["event", "when, and its fields"],
+            ([f"`{name}`", text] for name, text in events.NAMES.items()),
         ),
-        "Events of a server carry it as `server`. Names that nothing emits yet belong to what is not there yet.",
+        "Events of a server carry it as `server`.",
         "## Reasons of `closed`",
-        "A connection that `opened` has exactly one `closed`. Its reason is one of these; the first to be known wins.\n"
-        "Reasons of limits and timeouts that this version does not have yet are kept for them.",
+        "A connection that `opened` has exactly one `closed`. Its reason is one of these; the first to be known wins.",
         table(["reason", "meaning"], ([f"`{name}`", text] for name, text in REASONS.items())),
     )
 

@@ -38,8 +38,9 @@ else:
 class AsyncRequestHandler(_Base):
     """Serve one request by coroutines: override ``async def handle``, and ``setup`` and ``finish`` if needed.
 
-    Each of the hooks may be ``async def`` or a plain ``def`` that does not wait. They run in one task of the event
-    loop, with the connection's own context variables.
+    Each of the hooks may be ``async def`` or a plain ``def`` that does not wait. ``setup``, ``handle`` and ``finish``
+    run in one task of the event loop, with the connection's own context variables; ``on_drain`` and ``on_timeout`` in
+    others.
 
     Attributes:
         request: the connection: ``await recv(n)``, ``await sendall(data)``, ``close()``, and without ``await`` what

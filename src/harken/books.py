@@ -26,6 +26,11 @@ class Counts(dict[str, int]):
         return 0
 
 
+def _leaves(error: BaseException) -> bool:
+    """Tell whether a handler wished to end, or was ended with its hub, rather than failed."""
+    return isinstance(error, (SystemExit, KeyboardInterrupt)) or type(error).__name__ == "GreenletExit"
+
+
 class Books:
     """What one server has on record.
 
@@ -178,7 +183,9 @@ class Books:
             self._tell("preamble_failed", record, record.client_address, reason=record.detail)
 
     def failed(self, request: Any, client_address: Any, error: BaseException) -> None:
-        """A handler raised; called before ``handle_error``."""
+        """A handler raised; called before ``handle_error``, to which what is no Exception does not go."""
+        if _leaves(error):
+            return
         record = self.connections.find(request)
         if record is not None:
             record.failed = True

@@ -113,6 +113,8 @@ class DatagramIntake:
         """A handler raised, or its answer could not be sent."""
         server = self._serving.server
         self._serving.books.failed(request, client_address, error)
+        if not isinstance(error, Exception):
+            raise error  # shown as in a thread
         server.handle_error(request, client_address)
 
 

@@ -25,7 +25,7 @@ NAMES: dict[str, str] = {
     "page_opened": "the page of `metrics` can be asked: `address`",
     "accepted": "a connection or datagram was taken from the kernel: `connection`, `peer`",
     "rejected": "a connection, or a datagram, was refused before its handler: `connection`, `peer`, `reason`, `detail`",
-    "opened": "a connection goes to its handler: `connection`, `peer`",
+    "opened": "a connection goes to its handler, or a datagram, which has no id and no `closed`: `connection`, `peer`",
     "closed": "an opened connection has ended, exactly once: `connection`, `peer`, `reason`, `detail`, `seconds`, "
     "`bytes_in`, `bytes_out`, `requests`",
     "preamble_failed": "a PROXY header or a TLS handshake failed, and `closed` follows: `connection`, `peer`, `reason`",

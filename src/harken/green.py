@@ -294,7 +294,11 @@ def _places(address: str | tuple[str, int]) -> tuple[list[tuple[int, Any]], str 
     """Return families and addresses to try, in order, and the server's name where TLS is to be spoken."""
     secured = isinstance(address, str) and address.startswith("tls://")
     if not isinstance(address, str):
-        host, port = address[:2]
+        match address:
+            case (host, port, *_):  # of IPv6 there are four
+                pass
+            case _:
+                raise ConfigError(f"{address!r} is no address; write 'tcp://HOST:PORT', 'unix:/path' or (HOST, PORT)")
     else:
         from harken import transports
 

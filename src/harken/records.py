@@ -44,7 +44,7 @@ REASONS: dict[str, str] = {
     "lifetime": "the connection was open for `lifetime`",
     "preamble_failed": "the PROXY header or the TLS handshake failed",
     "rejected": "a limit refused it after its preamble",
-    "killed": "`close_connection()` or an operator closed it",
+    "killed": "`close_connection()` or an operator closed it, or `handler_timeout`, which is its `detail` then",
     "drained": "it left when the server drained",
     "drain_deadline": "it was cut when the drain's time was over",
     "shed": "it was the longest idle when room was needed, or harken held most for it when memory was",

@@ -251,8 +251,10 @@ class BaseServer:
         begun = monotonic()
         try:
             self.finish_request(request, client_address)
-        except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
+        except BaseException as error:
             self._harken.books.failed(request, client_address, error)
+            if not isinstance(error, Exception):
+                raise
             self.handle_error(request, client_address)
         finally:
             if self._harken.books.meter is not None:

@@ -172,10 +172,10 @@ class Serving:
     def address(self) -> str:
         """Name the listener as one would type it."""
         listener: Any = getattr(self.server, "socket", None)
-        url = getattr(listener, "url", None)
-        if url:
-            return str(url)
         try:
+            url = getattr(listener, "url", None)  # closed, gevent's socket answers by an OSError
+            if url:
+                return str(url)
             self._address = for_socket(listener).url(listener)
         except (OSError, AttributeError, ValueError):
             pass  # closed, or no socket yet

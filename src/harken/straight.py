@@ -144,6 +144,8 @@ def _way(serving: Serving) -> Way:
 
     def failed(request: Any, client_address: Any, error: BaseException) -> None:
         books.failed(request, client_address, error)
+        if not isinstance(error, Exception):
+            raise error  # shown as in a thread
         serving.server.handle_error(request, client_address)
 
     return Way(
@@ -273,8 +275,10 @@ def serve(serving: Serving, request: Any, client_address: Any) -> None:
             _new(handler_class).__init__(request, client_address, server)
         else:
             handler_class(request, client_address, server)
-    except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
+    except BaseException as error:
         serving.books.failed(request, client_address, error)
+        if not isinstance(error, Exception):
+            raise
         server.handle_error(request, client_address)
     finally:
         if meter is not None:

@@ -264,9 +264,9 @@ def test_drain_ends_the_server(running):
 
 
 def test_workers_are_added(running):
-    """With a supervisor; a server alone has no such verb."""
+    """With a supervisor; a server alone says that it has none to add them."""
     if running.json("status")["supervisor"] is None:
-        assert "no verb 'workers'" in running.ctl("workers", "3", status=1)
+        assert "serves by itself (workers = 0)" in running.ctl("workers", "3", status=1)
         return
     running.ctl("workers", "3")
     while "worker started" not in running.process.stderr.readline():

@@ -332,9 +332,11 @@ with harken.GreenTCPServer(("127.0.0.1", 0), Waits) as server:
 """
 
 OTHERS = """
-with serving(lambda handler, word: time.sleep(0.1) or word, harken.ThreadingTCPServer) as server:
-    answers, seconds = ask_at_once(server)
-    print(answers == [str(number) for number in range(10)], seconds < 1)
+for kind in (harken.ThreadingTCPServer, harken.PoolTCPServer, harken.AsyncTCPServer):
+    with serving(lambda handler, word: time.sleep(0.1) or word, kind) as server:
+        answers, seconds = ask_at_once(server)
+        print(answers == [str(number) for number in range(10)], seconds < 1)
+    print(server.stats()["state"])
 """
 
 
@@ -437,9 +439,9 @@ def test_the_contract_of_an_engine(run_program):
 
 
 @pytest.mark.parametrize("order", PROLOGUE)
-def test_the_thread_engine_is_gevents_own(run_program, order):
-    """Threads are gevent's greenlets and connections gevent's sockets, as under ``socketserver``."""
-    assert run(run_program, order, OTHERS) == "True True"
+def test_threads_are_gevents_own(run_program, order):
+    """Threads are greenlets and connections gevent's sockets, as under ``socketserver``. Listeners close, too."""
+    assert run(run_program, order, OTHERS).splitlines() == ["True True", "closed"] * 3
 
 
 SECURED = """

@@ -104,6 +104,41 @@ def test_system_exit_in_a_threads_handler_ends_that_connection_only(capfd):
             assert ask(client) == b"here"
 
 
+class Odd(BaseException):
+    """What is no Exception, as gevent.Timeout and what pytest.fail() raises are."""
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("engine", ["thread", "pool", "fork", "green", "asyncio"])
+@pytest.mark.parametrize("heard", [False, True], ids=["unheard", "heard"])
+def test_what_is_no_exception_is_a_failed_handlers_too(engine, heard, request):
+    """It counts as one and is told of, though ``handle_error`` does not hear of it; who leaves has not failed."""
+    if heard:
+        request.getfixturevalue("told")
+    handled = []
+
+    class Server(harken.TCPServer):
+        def handle_error(self, request, client_address):
+            handled.append(client_address)
+
+    class Raising(harken.BaseRequestHandler):
+        def handle(self):
+            raise Odd if self.request.recv(10) == b"odd" else SystemExit
+
+    class AsyncRaising(harken.AsyncRequestHandler):
+        async def handle(self):
+            raise Odd if await self.request.recv(10) == b"odd" else SystemExit
+
+    with serving(Server(LOCAL, AsyncRaising if engine == "asyncio" else Raising, engine=engine)) as server:
+        for word in (b"odd", b"exit"):
+            with connect(server) as client:
+                client.sendall(word)
+                assert client.recv(10) == b""
+        wait_until(lambda: server.stats()["closed_total"] == {"handler_failed": 1, "handler_returned": 1})
+        assert server.stats()["handler_failed_total"] == 1
+    assert handled == []
+
+
 def test_keyboard_interrupt_leaves_the_loop_of_a_plain_server():
     """As in stdlib, after the request was shut down."""
 

@@ -187,6 +187,23 @@ def test_a_client_whose_connection_ended_by_the_handler_s_failure_is_told_of_tha
         raise ConnectionResetError("as recv() does, unless it is quicker")
 
 
+def test_leaving_connect_raises_what_is_no_exception_either() -> None:
+    """As ``pytest.fail()`` in a handler raises; SystemExit ends the connection alone."""
+
+    class Judging(harken.BaseRequestHandler):
+        def handle(self) -> None:
+            if self.request.recv(4) == b"fail":
+                pytest.fail("as the handler found")
+            raise SystemExit(3)
+
+    with pytest.raises(pytest.fail.Exception, match="as the handler found"), testing.connect(Judging) as client:
+        client.sendall(b"fail")
+        assert client.recv(1) == b""
+    with testing.connect(Judging) as client:
+        client.sendall(b"exit")
+        assert client.recv(1) == b""
+
+
 def test_a_failed_assertion_is_told_what_the_handler_raised() -> None:
     """The test fails by its own words, and says why."""
     with pytest.raises(AssertionError) as caught, testing.connect(Failing) as client:

@@ -175,7 +175,9 @@ class Batch:
         try:
             try:
                 service.serve(request, address, *more)
-            except Exception as error:  # noqa: BLE001 - every fault of one request is handle_error's
+            except GreenletExit:
+                raise
+            except BaseException as error:  # noqa: BLE001 - every fault of one request is handle_error's
                 service.failed(request, address, error)
         except GreenletExit:
             raise

@@ -5,15 +5,11 @@
 
 static PyObject *words[4], *word_init, *no_args;
 
-/* A handler raised. What is no Exception ends it without a word to handle_error(), as in a thread; GreenletExit goes
- * on: the hub is being closed. */
+/* A handler raised. What `failed` raises, as it does what is no Exception, is shown as in a thread; GreenletExit goes on:
+ * the hub is being closed. */
 int tell_failure(PyObject *failed, PyObject *request, PyObject *address) {
     if (PyErr_ExceptionMatches(PyExc_GreenletExit))
         return -1;
-    if (!PyErr_ExceptionMatches(PyExc_Exception)) {
-        show_exception(failed);
-        return 0;
-    }
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
     PyErr_NormalizeException(&type, &value, &trace);

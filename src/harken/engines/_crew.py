@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import queue
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from harken.forking import in_child, told_in_child
@@ -49,7 +49,7 @@ class Crew:
         _crews.add(self)
 
     def _open_books(self, threads: set[threading.Thread]) -> None:
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()  # looked up now: gevent may have patched it
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting = 0
@@ -228,7 +228,7 @@ class Crew:
         while True:
             try:
                 return self._jobs.get(timeout=None if promised else IDLE_SECONDS)
-            except Empty:
+            except queue.Empty:
                 with self._lock:
                     if self._idle > 0:  # nobody counts on this thread
                         self._idle -= 1

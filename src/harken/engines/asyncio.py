@@ -16,6 +16,7 @@ from harken.engines._crew import Crew
 from harken.engines._datagrams import Datagrams
 from harken.engines.green import Engine as Green
 from harken.errors import ConfigError
+from harken.unpatched import patched
 
 __all__ = ["Engine"]
 
@@ -46,7 +47,8 @@ class Engine(Green):
         self.fit(handler)
         self.check(self.options)
         self._threads = not is_async(handler)
-        self.host = None if self._threads else type(self).host  # threads need no event loop
+        # Threads need no event loop; but gevent's cannot be started in a callback of gevent's loop.
+        self.host = None if self._threads and not patched() else type(self).host
         self.connection = Connection if self._threads else type(self).connection  # and no hub that waits for them
         if self._threads:
             self.refresh()

@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from typing import Any, ClassVar
 
 from harken import events
-from harken.errors import ConfigError, HandoffError, HarkenError
+from harken.errors import ConfigError, HandoffError, HarkenError, LifecycleError
 from harken.listener import Listener
 from harken.process import handoff, inheritance, page, privileges
 from harken.process.answers import alone_status, answer, refuse_at_end
@@ -364,6 +364,8 @@ class _Desk:
                 client.answer(number, result=None)
             elif verb == "trace":
                 self._trace(client, number, question.get("arguments", {}))
+            elif verb == "workers":
+                raise LifecycleError("this process serves by itself (workers = 0); start it with --workers 1 or more")
             else:
                 arguments = question.get("arguments", {})
                 answered = answer(self._worker, verb, arguments)

@@ -37,7 +37,7 @@ def serve(handler: Callable[..., Any], *addresses: str, **settings: Any) -> int:
 
     Raises:
         ConfigError: an address, a setting or the handler is wrong; nothing stays open.
-        BindError: an address cannot be had.
+        BindError: an address cannot be had; it is a ConfigError and an OSError.
     """
     with inheritance.beginning():
         fit_handler(handler)

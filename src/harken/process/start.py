@@ -35,7 +35,7 @@ async def start(handler: Callable[..., Any], *addresses: str, **settings: Any) -
 
     Raises:
         ConfigError: an address, a setting or the handler is wrong; nothing stays open.
-        BindError: an address cannot be had; nothing stays open.
+        BindError: an address cannot be had; it is a ConfigError and an OSError; nothing stays open.
     """
     warn_of_process(settings, "harken.start()")
     started = Started(Worker(handler, addresses or ("tcp://127.0.0.1:8800",), settings))
