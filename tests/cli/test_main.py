@@ -110,3 +110,14 @@ def test_a_script_runs_where_the_working_directory_was_removed(run_program, tmp_
     (tmp_path / "gone").mkdir()
     process = run_program("-c", NOWHERE, "run", tmp_path / "script.py", cwd=tmp_path / "gone")
     assert process.communicate(timeout=30) == (f"{tmp_path / 'script.py'}\n", "")
+
+
+def test_a_missing_greenlet_is_one_line(run_program, tmp_path):
+    """As where harken was installed without what it needs."""
+    program = "import sys; sys.modules['greenlet'] = None; from harken.cli import main; main()"
+    process = run_program("-c", program, "serve", "app:Echo", cwd=tmp_path)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (
+        1,
+        "harken: green threads need greenlet, which is not installed: pip install greenlet\n",
+    )

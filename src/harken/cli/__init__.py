@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from harken.errors import HarkenError, nearest
+from harken.errors import ConfigError, HarkenError, nearest
 from harken.process import streams
 
 __all__ = ["COMMANDS", "FAILED", "INTERRUPTED", "USAGE", "complain", "main"]
@@ -128,6 +128,10 @@ def _attempt(work: Callable[[], Any]) -> Any:
         return INTERRUPTED
     except (HarkenError, OSError) as error:
         return complain(error)
+    except ModuleNotFoundError as error:
+        if error.name != "greenlet":
+            raise
+        return complain(ConfigError("green threads need greenlet, which is not installed: pip install greenlet"))
 
 
 def complain(error: Exception) -> int:
