@@ -163,3 +163,20 @@ def test_a_child_tells_how_long_preamble_and_handler_took():
             wait_until(lambda: [each.peer.address for each in server.connections()] == ["192.0.2.1"])
             server.close_connection(server.connections()[0].id)
             wait_until(lambda: sum(meter.handler.counts) == 2)
+
+
+def test_a_child_that_cannot_begin_says_why(monkeypatch, capfd):
+    """No thread can be started for its deadlines: that is reported and counted, as where its handler would run."""
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    server = harken.ForkingTCPServer(("127.0.0.1", 0), harken.BaseRequestHandler, idle_timeout=60)
+    with harken.background(server):
+        monkeypatch.setattr(server._harken.bounds.deadlines, "after_fork", refuse)
+        with socket.create_connection(server.server_address, PATIENCE) as client:
+            assert client.recv(1) == b""
+        assert server._harken.connections.wait_for(lambda: not server.connections(), PATIENCE)
+        stats = server.stats()
+    assert (stats["handler_failed_total"], stats["closed_total"]) == (1, {"handler_failed": 1})
+    assert "can't start new thread" in capfd.readouterr().err

@@ -58,7 +58,13 @@ from types import SimpleNamespace
 import harken
 
 server = harken.TCPServer(("127.0.0.1", 0), harken.BaseRequestHandler, engine=sys.argv[1])
-signal.signal(signal.SIGALRM, lambda *_: sys.unraisablehook(SimpleNamespace(exc_type=KeyboardInterrupt)))
+def drop(*_):
+    if sys.unraisablehook is sys.__unraisablehook__:  # the loop has yet to begin
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+    else:
+        sys.unraisablehook(SimpleNamespace(exc_type=KeyboardInterrupt))
+
+signal.signal(signal.SIGALRM, drop)
 signal.setitimer(signal.ITIMER_REAL, 0.2)
 server.serve_forever(30)
 """

@@ -98,6 +98,23 @@ def test_typing_marker_and_startup_hook_are_packed() -> None:
     assert (package / "observe" / "view.html").is_file()
 
 
+def test_the_source_archive_has_what_a_clone_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub in C, also where it cannot be built; and tests with what they need; nothing that was built."""
+    from setuptools.command.egg_info import FileList
+
+    wanted = {"Makefile", "README.md", "src/harken/_hub/hub.c", "src/harken/_hub/hub.h", "tests/conftest.py"}
+    for name in (*wanted, "src/harken/_hub/compiled.so", "src/harken/__pycache__/server.pyc", ".venv/pyvenv.cfg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    packed = FileList()
+    packed.findall()
+    for line in (ROOT / "MANIFEST.in").read_text().splitlines():
+        if not line.startswith("#"):
+            packed.process_template_line(line)
+    assert set(packed.files) == wanted
+
+
 def test_every_dependency_is_imported() -> None:
     """No runtime dependency is asked for that no source file imports."""
     imported = {

@@ -10,7 +10,9 @@ import pytest
 from harken import stacks, stalls
 from harken.process.activity import activity
 
-BEFORE_3_12 = pytest.mark.skipif(sys.version_info >= (3, 12), reason="collections begin between bytecodes")
+BEFORE_3_12 = pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="only with Python 3.11: later ones collect between bytecodes"
+)
 
 
 @BEFORE_3_12

@@ -73,9 +73,6 @@ class Children:
         record = serving.connections.find(request)
         if record is not None:
             record.silent = True
-        deadlines = serving.bounds.deadlines
-        if deadlines is not None:
-            deadlines.after_fork(record)
         if not isinstance(request, tuple) and hasattr(serving.server, "socket"):
             serving.server.socket.close()
         if record is not None:
@@ -84,10 +81,19 @@ class Children:
         failed_before = books.counts["handler_failed"]  # by then, in the parent
         if books.meter is not None:
             books.meter = Meter()
+        deadlines = serving.bounds.deadlines
         try:
+            if deadlines is not None:
+                deadlines.after_fork(record)
             function(request, client_address)
         except SystemExit:  # ends this connection alone, as in a thread, and is no fault of its handler's
             pass
+        except Exception as error:
+            if (record is not None and record.failed) or books.counts["handler_failed"] > failed_before:
+                raise
+            books.failed(request, client_address, error)  # no thread for the deadlines, say: else nobody is told
+            serving.server.handle_error(request, client_address)
+            serving.server.shutdown_request(request)
         finally:
             self._tally.tell(place, record, _told(books, books.counts["handler_failed"] - failed_before))
         return child_status(record)

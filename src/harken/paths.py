@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["change_directory", "from_start"]
+__all__ = ["change_directory", "from_start", "returning"]
 
 _start = ""  # while the directory is the one that we were started in
 
@@ -22,6 +24,17 @@ def change_directory(path: str) -> None:
         start = ""
     os.chdir(path)
     _start = start
+
+
+@contextmanager
+def returning() -> Iterator[None]:
+    """A block that changes the directory and is back at its end: paths then lead as before."""
+    global _start
+    before = _start
+    try:
+        yield
+    finally:
+        _start = before
 
 
 def from_start(path: str | os.PathLike[str]) -> str:

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from harken.paths import from_start
+
 PROGRAM = """
 import socketserver
 class Echo(socketserver.BaseRequestHandler):
@@ -273,7 +275,7 @@ def test_what_serve_refuses_check_refuses_in_the_same_words(harken, clean, free_
     assert err in serving.stderr.read()
 
 
-def test_a_check_leaves_everything_as_it_was(check, clean):
+def test_a_check_leaves_everything_as_it_was(check, clean, monkeypatch):
     """No file is made, emptied or left behind, and the process stays where and who it is."""
     clean.joinpath("log").write_text("a line\n")
     before = sorted(os.listdir())
@@ -286,6 +288,8 @@ def test_a_check_leaves_everything_as_it_was(check, clean):
     assert [name for name in sorted(os.listdir()) if name != "__pycache__"] == before
     assert clean.joinpath("log").read_text() == "a line\n"
     assert os.getcwd() == str(clean)
+    monkeypatch.chdir("/")
+    assert from_start("x") == "/x"
 
 
 def test_a_pid_file_that_is_held_is_refused(check, clean):

@@ -81,3 +81,43 @@ def test_a_command_loads_nothing_that_is_built_on_socketserver(name):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True)
     assert result.stdout == "[]\n"
+
+
+NOWHERE = """
+import os, sys
+os.rmdir(os.getcwd())
+os.execv(sys.executable, [sys.executable, "-m", "harken", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_a_working_directory_that_was_removed_is_named(run_program, tmp_path, command):
+    """The system's word for it does not say what is missing."""
+    (tmp_path / "app.py").write_text("class Nothing:\n    def handle(self): pass\n    __init__ = handle\n")
+    (tmp_path / "gone").mkdir()
+    words = (command, f"{tmp_path / 'app.py'}:Nothing", "--bind", "tcp://127.0.0.1:0")
+    process = run_program("-c", NOWHERE, *words, cwd=tmp_path / "gone")
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (
+        1,
+        "harken: the working directory was removed; change to one that is there\n",
+    )
+
+
+def test_a_script_runs_where_the_working_directory_was_removed(run_program, tmp_path):
+    """By its whole path, as under ``python``."""
+    (tmp_path / "script.py").write_text("print(__file__)\n")
+    (tmp_path / "gone").mkdir()
+    process = run_program("-c", NOWHERE, "run", tmp_path / "script.py", cwd=tmp_path / "gone")
+    assert process.communicate(timeout=30) == (f"{tmp_path / 'script.py'}\n", "")
+
+
+def test_a_missing_greenlet_is_one_line(run_program, tmp_path):
+    """As where harken was installed without what it needs."""
+    program = "import sys; sys.modules['greenlet'] = None; from harken.cli import main; main()"
+    process = run_program("-c", program, "serve", "app:Echo", cwd=tmp_path)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (
+        1,
+        "harken: green threads need greenlet, which is not installed: pip install greenlet\n",
+    )

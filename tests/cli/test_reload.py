@@ -23,8 +23,9 @@ def watched(run_program, tmp_path, free_port):
     target = tmp_path / "app.py"
     target.write_text(APP)
     words = ("--bind", f"tcp://127.0.0.1:{free_port}", "--reload", "--control", "none")
-    process = run_program("-m", "harken", "serve", "app.py:Tell", *words, cwd=tmp_path)
-    read_until(process, "reloading when code changes")
+    process = run_program("-X", "dev", "-m", "harken", "serve", "app.py:Tell", *words, cwd=tmp_path)
+    said = read_until(process, "reloading when code changes")
+    assert "ResourceWarning" not in said  # of a watcher that nobody waits for
     return process, target
 
 

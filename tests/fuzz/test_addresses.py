@@ -25,6 +25,7 @@ SCHEMED = st.builds("{}:{}".format, st.sampled_from(sorted(SCHEMES)), WRITTEN)
 @example(url="unix:/x?user=" + "9" * 30)
 @example(url="unix:/\udcff")
 @example(url="unix:/x?user=\0")
+@example(url="systemd:\n")
 def test_an_address_is_read_or_refused_in_one_line(url):
     """ConfigError is all that is raised, and reading touches nothing."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import importlib
 import os
 import select
 import signal
@@ -18,6 +19,8 @@ import pytest
 from greenlet import GreenletExit, getcurrent
 
 from harken import _hub
+from harken.engines.green import Engine
+from harken.errors import ConfigError
 
 PATIENCE = 5.0  # seconds
 
@@ -683,3 +686,21 @@ def test_a_fork_elsewhere_leaves_the_hub_working(stage):
             thread.join()
 
     assert stage.run(read) == [b"x"]
+
+
+def test_an_extension_that_cannot_be_loaded_is_not_said_to_be_missing(monkeypatch):
+    """It was built for another Python, say: the loader's words tell what to look for."""
+    load = importlib.import_module
+
+    def refuse(name, *more):
+        if name == "harken._hub.compiled":
+            raise ImportError("undefined symbol: x")
+        return load(name, *more)
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    monkeypatch.setattr(_hub, "_faults", {})
+    monkeypatch.setattr(_hub, "kind", "fallback")
+    assert Engine.remark().endswith("which is quicker, cannot be loaded (undefined symbol: x)")
+    monkeypatch.setenv("HARKEN_HUB", "compiled")
+    with pytest.raises(ConfigError, match="the extension cannot be loaded .undefined symbol: x.; unset it"):
+        _hub._chosen()

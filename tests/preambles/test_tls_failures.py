@@ -94,10 +94,11 @@ def _client_hello():
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_hello_byte_by_byte_is_served(engine, serving, trusting):
     """However small the fragments, the handshake and what follows arrive."""
+    into, out = ssl.MemoryBIO(), ssl.MemoryBIO()
+    # Made before a child is forked: it would inherit the locks that OpenSSL holds here meanwhile.
+    tls = trusting().wrap_bio(into, out, server_hostname="localhost")
     with serving(engine) as server, plain(server) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        into, out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = trusting().wrap_bio(into, out, server_hostname="localhost")
 
         def until_done(call, *args):
             while True:

@@ -8,12 +8,14 @@ import select
 import signal
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 import harken
 from harken.errors import ConfigError
-from harken.process import notify, privileges, recycling, service
+from harken.process import control, notify, privileges, recycling, service
+from harken.process.alone import _Desk
 from harken.process.channel import Channel, pair
 from harken.process.pidfile import PidFile
 from harken.process.scoreboard import MAX_ROWS, Scoreboard
@@ -326,3 +328,18 @@ def test_a_worker_s_time_is_over_by_each_measure():
     assert "max_worker_age" in recycling.Lifespan(Settings(None, {"max_worker_age": 0}, "serve")).over(0)
     assert "max_worker_rss" in recycling.Lifespan(Settings(None, {"max_worker_rss": 1}, "serve")).over(0)
     assert recycling.resident_bytes() > 1 << 20
+
+
+def test_what_is_ordered_behind_the_end_is_refused(monkeypatch, tmp_path):
+    """Of a process alone, whose end is on its way as a signal still."""
+    answers = []
+    client = SimpleNamespace(answer=lambda number, **reply: answers.append(reply))
+    monkeypatch.setattr(os, "kill", lambda *_: None)
+    listener = control.open_listener(Settings(None, {"control": str(tmp_path / "ctl")}, "serve"), "app")
+    desk = _Desk(listener, SimpleNamespace(traces=SimpleNamespace()), lambda *_: None, lambda: False)
+    try:
+        desk._answer(client, {"verb": "drain", "number": 1})
+        desk._answer(client, {"verb": "reload", "number": 2})
+    finally:
+        desk.close()
+    assert answers == [{"result": None}, {"error": "the service drains and ends: reload has no effect any more"}]

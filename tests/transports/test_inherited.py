@@ -224,7 +224,7 @@ def test_a_descriptor_named_twice_has_two_listeners():
 @pytest.mark.parametrize("url", ["fd://", "fd:3", "fd://a/b", "fd://3?x=1", "systemd:web", "systemd://web"])
 def test_malformed_addresses(url):
     """One line names the address and the remedy."""
-    with pytest.raises(ConfigError, match="write fd://"):
+    with pytest.raises(ConfigError, match="write '?fd://"):
         listen(url)
 
 

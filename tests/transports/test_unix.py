@@ -131,6 +131,24 @@ def test_user_and_group_by_name(path):
     assert (place.user, place.group) == (0, 0)
 
 
+def test_without_proc_what_is_right_already_is_left(opened, path, umask, monkeypatch):
+    """In a chroot, say: the file is made for its owner alone; what else is asked for is refused with the remedy."""
+
+    def nothing_there(*_):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    umask(0o022)
+    monkeypatch.setattr(os, "chmod", nothing_there)
+    monkeypatch.setattr(os, "chown", nothing_there)
+    listener = opened(f"unix:{path}")
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    listener.close()
+    for asked in ("mode=660", f"user={os.getuid()}"):
+        with pytest.raises(BindError, match=r"/proc, which is missing; mount it, or take mode=600"):
+            opened(f"unix:{path}?{asked}")
+        assert not os.path.exists(path)
+
+
 def test_a_user_that_one_may_not_give_to(opened, path, monkeypatch):
     """The error says why, and no file is left."""
 

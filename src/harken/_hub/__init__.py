@@ -199,6 +199,7 @@ __all__ = [
     "adopt",
     "asked",
     "current",
+    "fault",
     "is_connection",
     "kind",
     "kinds",
@@ -245,6 +246,9 @@ _NAMES = ("compiled", "fallback")  # the preferred one first
 _PARTS = ("Answers", "Batch", "Beat", "Connection", "Guard", "Hub", "Lane", "Reader", "current", "on_growth", "quicken")
 
 
+_faults: dict[str, str] = {}  # of what is there and cannot be loaded
+
+
 def kinds() -> dict[str, ModuleType]:
     """Return the modules that can run here, the preferred one first, whatever the variable says."""
     found = ((name, _load(name)) for name in _NAMES)
@@ -258,8 +262,15 @@ def _load(name: str) -> ModuleType | None:
         if error.name == f"harken._hub.{name}":
             return None
         raise
-    except ImportError:  # built for another Python, or another greenlet
+    except ImportError as error:  # built for another Python, or another greenlet
+        _faults[name] = str(error)
         return None
+
+
+def fault() -> str:
+    """Say of the compiled hub why it cannot be had."""
+    found = _faults.get("compiled")
+    return f"cannot be loaded ({found})" if found else "was not built"
 
 
 def asked() -> str | None:
@@ -280,7 +291,9 @@ def _chosen() -> ModuleType:
         module = _load(name)
         if module is not None:
             return module
-    raise ConfigError(f"{VARIABLE}={wanted} cannot be had: the extension is not built; unset it, or install a compiler")
+    raise ConfigError(
+        f"{VARIABLE}={wanted} cannot be had: the extension {fault()}; unset it, or install harken anew with a compiler"
+    )
 
 
 def adopt(sock: Any, make: Any = None) -> Any:

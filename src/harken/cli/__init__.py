@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 
 import click
 
-from harken.errors import HarkenError, nearest
+from harken.errors import ConfigError, HarkenError, nearest
 from harken.process import streams
 
 __all__ = ["COMMANDS", "FAILED", "INTERRUPTED", "USAGE", "complain", "main"]
@@ -35,6 +36,8 @@ FAILED = 1
 USAGE = 2
 INTERRUPTED = 130
 """Exit statuses: the work failed; asked for wrongly, as click has it; Ctrl-C, 128 + SIGINT as shells have it."""
+
+_GONE = "the working directory was removed; change to one that is there"
 
 
 class Commands(click.Group):
@@ -125,6 +128,10 @@ def _attempt(work: Callable[[], Any]) -> Any:
         return INTERRUPTED
     except (HarkenError, OSError) as error:
         return complain(error)
+    except ModuleNotFoundError as error:
+        if error.name != "greenlet":
+            raise
+        return complain(ConfigError("green threads need greenlet, which is not installed: pip install greenlet"))
 
 
 def complain(error: Exception) -> int:
@@ -135,8 +142,19 @@ def complain(error: Exception) -> int:
     """
     if error.__cause__ is not None:
         traceback.print_exception(error.__cause__)
-    _print_line("harken", str(error))
+    _print_line("harken", _GONE if _is_nowhere(error) else str(error))
     return FAILED
+
+
+def _is_nowhere(error: Exception) -> bool:
+    """Tell whether what is missing, a file without a name, is the working directory."""
+    if not isinstance(error, FileNotFoundError) or error.filename is not None:
+        return False
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _refuse(error: click.ClickException) -> int:

@@ -84,7 +84,7 @@ def run_module(name: str, arguments: Sequence[str]) -> None:
 
 def _absolute(path: str) -> str:
     """Make a path absolute as the interpreter does for ``__file__``: links and ``..`` stay."""
-    return os.path.join(os.getcwd(), path.removeprefix("./"))
+    return path if os.path.isabs(path) else os.path.join(os.getcwd(), path.removeprefix("./"))
 
 
 def _replace_first(directory: str) -> None:

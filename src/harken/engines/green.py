@@ -123,7 +123,7 @@ class Engine(Contract):
     @classmethod
     def remark(cls) -> str:
         """Which hub runs."""
-        slower = "; the compiled one, which is quicker, was not built" if "compiled" not in _hub.kinds() else ""
+        slower = f"; the compiled one, which is quicker, {_hub.fault()}" if "compiled" not in _hub.kinds() else ""
         return f"hub: {_hub.kind}{slower if _hub.kind == 'fallback' else ''}"
 
     def prepare(self, handler: Any) -> None:

@@ -311,6 +311,7 @@ class _Desk:
         self._worker = worker
         self._note = note
         self._ending = ending
+        self._ended = False  # by an order that came here, and may still be on its way as a signal
         self._selector = selectors.DefaultSelector()
         self._control = Control(listener, self._selector, self._answer)
         self._waker = Waker()
@@ -357,10 +358,11 @@ class _Desk:
     def _answer(self, client: Client, question: Message) -> None:
         verb, number = str(question.get("verb")), question.get("number")
         try:
-            if self._ending():
+            if self._ended or self._ending():
                 refuse_at_end(verb)
             if verb in self._SIGNALS:
                 os.kill(os.getpid(), self._SIGNALS[verb])
+                self._ended = self._ended or verb in ("drain", "stop")
                 client.answer(number, result=None)
             elif verb == "trace":
                 self._trace(client, number, question.get("arguments", {}))

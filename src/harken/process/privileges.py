@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from harken.errors import ConfigError
-from harken.paths import change_directory
+from harken.paths import change_directory, returning
 from harken.settings import Kind, Settings, setting, text
 
 __all__ = ["chdir", "drop", "give", "identity", "set_umask", "visiting"]
@@ -102,8 +102,9 @@ def visiting(settings: Settings) -> Iterator[None]:
     way_back = getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC  # where there is O_PATH, `x` on the folder is enough
     before = os.open(".", way_back) if settings["chdir"] is not None else None
     try:
-        chdir(settings)
-        yield
+        with returning():
+            chdir(settings)
+            yield
     finally:
         if before is not None:
             os.fchdir(before)

@@ -49,7 +49,9 @@ def try_process(settings: Settings, undo: ExitStack) -> None:
     Raises:
         ConfigError: the PID file, the user, the group or the directory cannot be had.
         BindError: the control socket cannot be had.
+        FileNotFoundError: there is no working directory.
     """
+    os.getcwd()  # where a new program is to begin
     if settings["control"] != BY_NAME:  # one by name that cannot be had is left out
         opened = open_listener(settings, "")
         if opened is not None:

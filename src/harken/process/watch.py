@@ -32,7 +32,8 @@ def start(directories: Iterable[Path]) -> None:
     if importlib.util.find_spec("watchfiles") is None:
         raise ConfigError("--reload needs watchfiles: pip install 'harken[reload]'")
     words = [str(os.getpid()), *{str(each.resolve()) for each in directories}]
-    subprocess.Popen([sys.executable, "-m", __name__, *words], stdin=subprocess.DEVNULL)
+    watcher = subprocess.Popen([sys.executable, "-m", __name__, *words], stdin=subprocess.DEVNULL)
+    watcher.returncode = 0  # nobody waits for it, since it outlives us: python -X dev would warn of that
 
 
 def _watch(supervisor: int, directories: list[str]) -> None:

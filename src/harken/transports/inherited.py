@@ -58,7 +58,7 @@ def parse(url: str) -> Place:
     what = rest.removeprefix("//")
     if scheme == "systemd":
         if what:
-            raise ConfigError(f"{url!r}: systemd: takes all that was passed; write fd://{what} for one of them")
+            raise ConfigError(f"{url!r}: systemd: takes all that was passed; write {f'fd://{what}'!r} for one of them")
         return Place(url)
     if not what or not rest.startswith("//") or "/" in what or "?" in what:
         raise ConfigError(f"{url!r} names no descriptor; write fd://3, or fd://NAME as in FileDescriptorName=")

@@ -171,12 +171,20 @@ def _set_rights(place: Place) -> None:
     # By a descriptor of the file itself: the path may be in a folder where others can swap it for a link.
     fd = os.open(place.path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        found = os.fstat(fd).st_mode
+        if not stat.S_ISSOCK(found):
             raise BindError(f"{place.path!r} was replaced while it was bound; take a safe folder", errno.EBUSY)
         itself = f"/proc/self/fd/{fd}"
-        if (place.user, place.group) != (-1, -1):
-            os.chown(itself, place.user, place.group)
-        os.chmod(itself, place.mode)
+        try:
+            if (place.user, place.group) != (-1, -1):
+                os.chown(itself, place.user, place.group)
+            if stat.S_IMODE(found) != place.mode:
+                os.chmod(itself, place.mode)
+        except FileNotFoundError:
+            advice = "mount it, or take mode=600 and no user or group"
+            raise BindError(
+                f"{place.path!r} gets its rights by way of /proc, which is missing; {advice}", errno.ENOENT
+            ) from None
     finally:
         os.close(fd)
 
