@@ -15,7 +15,7 @@ import pytest
 from datagrams import LOCAL, PATIENCE, Echo, ask, clients, soon
 
 import harken
-from harken import events, green
+from harken import _hub, events, green
 from harken._hub import DOOR_BURST
 from harken.engines import _datagrams, green as engine_green
 from harken.stalls import Watchdog
@@ -221,6 +221,47 @@ def test_a_handler_that_raises_disturbs_nobody() -> None:
         assert client.recv(10) == b"fine"
         assert server.stats()["handler_failed_total"] == 1
     assert errors == [(ValueError, b"raise")]
+
+
+class Left(Echo):
+    """A handler that leaves its green thread to be resumed by somebody, and later ones that wait and end a wait."""
+
+    known: list[Any]
+    waits: list[Any]
+
+    def handle(self) -> None:
+        """Note, wait, or echo."""
+        hub, me = _hub.current(), green.current()
+        if self.request[0] == b"note":
+            self.known[:] = [hub, me]
+        elif self.request[0] == b"wait":
+            self.waits.append(me)
+            hub.park()
+        elif self.waits:
+            hub.unpark(self.waits.pop())
+        super().handle()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("how", ["throw", "unpark"])
+def test_an_idle_green_thread_may_be_resumed_by_somebody(how: str) -> None:
+    """A timeout that a handler has left behind, say: datagrams are served as before."""
+    resumed = threading.Event()
+    Left.known, Left.waits = [], []
+
+    def resume(hub: Any, me: Any) -> None:
+        getattr(hub, how)(me, TimeoutError("left behind"))
+        hub.call_soon(resumed.set)
+
+    with harken.background(harken.GreenUDPServer(LOCAL, Left)) as server, clients(server.server_address) as (client,):
+        assert ask(client, b"note") == b"note"
+        Left.known[0].call_soon_threadsafe(resume, *Left.known)
+        assert resumed.wait(PATIENCE)
+        client.send(b"wait")
+        soon(lambda: Left.waits)
+        client.send(b"end")
+        assert {client.recv(10), client.recv(10)} == {b"wait", b"end"}
+        assert ask(client, b"more") == b"more"
 
 
 class Kept:

@@ -338,9 +338,14 @@ def test_one_that_was_let_in_and_not_served_goes_with_its_hub() -> None:
             _hub.current().call_soon(sys.exit)
             return None
 
-    with harken.GreenTCPServer(("127.0.0.1", 0), Breaks) as server:
+    def serve() -> None:
+        with pytest.raises(SystemExit):
+            server.serve_forever()
+
+    server: Any = harken.GreenTCPServer(("127.0.0.1", 0), Breaks)
+    with server:
         server.breaks = False
-        serves = threading.Thread(target=lambda: pytest.raises(SystemExit, server.serve_forever))
+        serves = threading.Thread(target=serve)
         serves.start()
         visit(server)
         server.breaks = True
