@@ -18,6 +18,7 @@ import harken
 from harken import _hub, events, green
 from harken._hub import DOOR_BURST
 from harken.engines import _datagrams, green as engine_green
+from harken.serving import serving_of
 from harken.stalls import Watchdog
 
 
@@ -326,6 +327,24 @@ def test_closing_waits_for_handlers_that_wait() -> None:
         server.shutdown()
         server.server_close()
         assert ended.is_set()
+
+
+def test_handlers_that_wait_end_with_the_process_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine gives its socket up before they are interrupted: nothing is said of that."""
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    kept = Kept()
+    server = harken.GreenUDPServer(LOCAL, kept.handler())
+    server.daemon_threads = True
+    with server, clients(server.server_address) as (client,):
+        loop = threading.Thread(target=server.serve_forever, daemon=True)
+        loop.start()
+        client.send(b"waits")
+        soon(lambda: kept.inside)
+        serving_of(server).engine.at_exit()
+        loop.join(PATIENCE)
+    assert not loop.is_alive()
+    assert said == []
 
 
 def test_each_handler_has_a_context_of_its_own() -> None:

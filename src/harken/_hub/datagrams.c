@@ -240,8 +240,8 @@ static int note_wait(Batch *batch, PyGreenlet *runner) {
 static void forget_wait(Batch *batch, PyGreenlet *runner) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    bool full = PyDict_GET_SIZE(batch->waiting) == batch->most_waiting;
-    if (PyDict_DelItem(batch->waiting, (PyObject *)runner) < 0 || (full && call_crowded(batch, -1) < 0))
+    bool full = PyDict_GET_SIZE(batch->waiting) == batch->most_waiting, closed = batch->sock == NULL; /* all is forgotten */
+    if (!closed && (PyDict_DelItem(batch->waiting, (PyObject *)runner) < 0 || (full && call_crowded(batch, -1) < 0)))
         PyErr_WriteUnraisable((PyObject *)batch);
     batch->hub->news = true;
     PyErr_Restore(type, value, trace);
