@@ -534,6 +534,29 @@ def test_nobody_else_waits_for_a_peer_that_does_not_take_the_answers(hub: Any, h
     assert done == "done"
 
 
+def test_an_end_that_waits_touches_no_other_descriptor(hub: Any) -> None:
+    """The connection is closed meanwhile, and its number is another's."""
+    near, far, answer = keep_waiting(hub)
+
+    def serve() -> None:
+        answer(near.end)
+
+    def other() -> tuple[socket.socket, socket.socket]:
+        wait_for_the_wait(hub, near)
+        number = near.detach()
+        os.close(number)
+        made = socket.socketpair()
+        assert number in {each.fileno() for each in made}
+        return made
+
+    with far, near:
+        first, second = run(hub, serve, other)[1]
+    with first, second:
+        first.sendall(b"there")
+        second.sendall(b"and back")
+        assert (second.recv(10), first.recv(10)) == (b"there", b"and back")
+
+
 def test_files_outside_a_hub(hub: Any, pair: tuple[Any, socket.socket]) -> None:
     """In a plain thread they read and write at once, a long line and a long read too."""
     near, far = pair
