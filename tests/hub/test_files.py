@@ -557,6 +557,27 @@ def test_an_end_that_waits_touches_no_other_descriptor(hub: Any) -> None:
         assert (second.recv(10), first.recv(10)) == (b"there", b"and back")
 
 
+def test_what_was_joined_goes_before_what_a_forked_child_writes(hub: Any, pair: tuple[Any, socket.socket]) -> None:
+    """Once."""
+    near, far = pair
+    far.sendall(b"one\ntwo\n")
+
+    def serve() -> None:
+        with near.open_reader() as reader, near.open_writer(reader) as writer:
+            reader.readline()
+            writer.write(b"parent, ")
+            if not (child := os.fork()):
+                writer.write(b"child")
+                writer.flush()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        near.close()
+
+    assert run(hub, serve) == [None]
+    with far.makefile("rb") as file:
+        assert file.read() == b"parent, child"
+
+
 def test_files_outside_a_hub(hub: Any, pair: tuple[Any, socket.socket]) -> None:
     """In a plain thread they read and write at once, a long line and a long read too."""
     near, far = pair
