@@ -265,6 +265,23 @@ def test_an_idle_green_thread_may_be_resumed_by_somebody(how: str) -> None:
         assert ask(client, b"more") == b"more"
 
 
+def test_an_idle_green_thread_that_is_about_to_be_resumed_keeps_nobody_waiting() -> None:
+    """Somebody asks for that in the very turn that takes the datagram."""
+    Left.known, Left.waits = [], []
+
+    with harken.background(harken.GreenUDPServer(LOCAL, Left)) as server, clients(server.server_address) as (client,):
+        assert ask(client, b"note") == b"note"
+        hub, me = Left.known
+
+        def send() -> None:
+            hub.call_soon(hub.unpark, me)
+            client.send(b"taken")
+
+        hub.call_soon_threadsafe(send)
+        assert client.recv(10) == b"taken"
+        assert ask(client, b"more") == b"more"
+
+
 class Kept:
     """Holds handlers until a test lets them go."""
 

@@ -115,7 +115,12 @@ class Batch:
             served += left
             runner = self._active = self._idle.pop()
             self._busy.add(runner)
-            self._hub.resume(runner)
+            try:
+                self._hub.resume(runner)
+            except RuntimeError:  # somebody else is about to: it comes back by itself
+                self._active = None
+                self._busy.discard(runner)
+                continue
             if self._active is runner:
                 self._note_wait()
             elif left >= ENOUGH and served < DOOR_BURST:
