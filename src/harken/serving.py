@@ -172,10 +172,9 @@ class Serving:
     def address(self) -> str:
         """Name the listener as one would type it."""
         listener: Any = getattr(self.server, "socket", None)
-        url = getattr(listener, "url", None)
-        if url:
-            return str(url)
         try:
+            if url := getattr(listener, "url", None):  # gevent's sockets answer that with EBADF once they are closed
+                return str(url)
             self._address = for_socket(listener).url(listener)
         except (OSError, AttributeError, ValueError):
             pass  # closed, or no socket yet
