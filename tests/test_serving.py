@@ -1,6 +1,7 @@
 """The running side of a server: made when needed, and what it answers to engines and observers."""
 
 import asyncio
+import errno
 import socket
 import socketserver
 import threading
@@ -139,6 +140,22 @@ def test_the_address_of_a_unix_server_is_its_path(tmp_path):
     """Bytes and text paths alike."""
     with harken.UnixStreamServer(str(tmp_path / "s"), Greet) as server:
         assert serving_of(server).address() == f"unix:{tmp_path}/s"
+
+
+class Gone:
+    """A closed socket that says so whatever it is asked, as gevent's do."""
+
+    def __getattr__(self, name):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+
+def test_it_knows_its_address_when_its_socket_says_nothing_any_more():
+    """Also where the socket raises instead."""
+    with harken.TCPServer(LOCAL, Greet) as server:
+        before = serving_of(server).address()
+        listener, server.socket = server.socket, Gone()
+        assert server.stats()["address"] == before
+        server.socket = listener
 
 
 def test_the_address_of_what_is_no_socket():

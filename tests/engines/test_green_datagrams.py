@@ -15,9 +15,10 @@ import pytest
 from datagrams import LOCAL, PATIENCE, Echo, ask, clients, soon
 
 import harken
-from harken import events, green
+from harken import _hub, events, green
 from harken._hub import DOOR_BURST
 from harken.engines import _datagrams, green as engine_green
+from harken.serving import serving_of
 from harken.stalls import Watchdog
 
 
@@ -223,6 +224,64 @@ def test_a_handler_that_raises_disturbs_nobody() -> None:
     assert errors == [(ValueError, b"raise")]
 
 
+class Left(Echo):
+    """A handler that leaves its green thread to be resumed by somebody, and later ones that wait and end a wait."""
+
+    known: list[Any]
+    waits: list[Any]
+
+    def handle(self) -> None:
+        """Note, wait, or echo."""
+        hub, me = _hub.current(), green.current()
+        if self.request[0] == b"note":
+            self.known[:] = [hub, me]
+        elif self.request[0] == b"wait":
+            self.waits.append(me)
+            hub.park()
+        elif self.waits:
+            hub.unpark(self.waits.pop())
+        super().handle()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("how", ["throw", "unpark"])
+def test_an_idle_green_thread_may_be_resumed_by_somebody(how: str) -> None:
+    """A timeout that a handler has left behind, say: datagrams are served as before."""
+    resumed = threading.Event()
+    Left.known, Left.waits = [], []
+
+    def resume(hub: Any, me: Any) -> None:
+        getattr(hub, how)(me, TimeoutError("left behind"))
+        hub.call_soon(resumed.set)
+
+    with harken.background(harken.GreenUDPServer(LOCAL, Left)) as server, clients(server.server_address) as (client,):
+        assert ask(client, b"note") == b"note"
+        Left.known[0].call_soon_threadsafe(resume, *Left.known)
+        assert resumed.wait(PATIENCE)
+        client.send(b"wait")
+        soon(lambda: Left.waits)
+        client.send(b"end")
+        assert {client.recv(10), client.recv(10)} == {b"wait", b"end"}
+        assert ask(client, b"more") == b"more"
+
+
+def test_an_idle_green_thread_that_is_about_to_be_resumed_keeps_nobody_waiting() -> None:
+    """Somebody asks for that in the very turn that takes the datagram."""
+    Left.known, Left.waits = [], []
+
+    with harken.background(harken.GreenUDPServer(LOCAL, Left)) as server, clients(server.server_address) as (client,):
+        assert ask(client, b"note") == b"note"
+        hub, me = Left.known
+
+        def send() -> None:
+            hub.call_soon(hub.unpark, me)
+            client.send(b"taken")
+
+        hub.call_soon_threadsafe(send)
+        assert client.recv(10) == b"taken"
+        assert ask(client, b"more") == b"more"
+
+
 class Kept:
     """Holds handlers until a test lets them go."""
 
@@ -285,6 +344,24 @@ def test_closing_waits_for_handlers_that_wait() -> None:
         server.shutdown()
         server.server_close()
         assert ended.is_set()
+
+
+def test_handlers_that_wait_end_with_the_process_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine gives its socket up before they are interrupted: nothing is said of that."""
+    said: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    kept = Kept()
+    server = harken.GreenUDPServer(LOCAL, kept.handler())
+    server.daemon_threads = True
+    with server, clients(server.server_address) as (client,):
+        loop = threading.Thread(target=server.serve_forever, daemon=True)
+        loop.start()
+        client.send(b"waits")
+        soon(lambda: kept.inside)
+        serving_of(server).engine.at_exit()
+        loop.join(PATIENCE)
+    assert not loop.is_alive()
+    assert said == []
 
 
 def test_each_handler_has_a_context_of_its_own() -> None:

@@ -298,6 +298,20 @@ def test_a_hub_made_before_a_fork_runs_in_the_child(hub: Any) -> None:
     listener.close()
 
 
+def test_a_hub_that_goes_leaves_its_thread() -> None:
+    """Also where nobody has said so: what is used there afterwards asks no hub that is gone."""
+    gone = weakref.ref(kept := compiled.Hub())
+    kept.occupy(True)
+    kept.close()
+    del kept
+    assert gone() is None
+    assert compiled.current() is None
+    near, far = socket.socketpair()
+    with compiled.Connection(near.family, near.type, near.proto, near.detach()) as connection, far:
+        connection.sendall(b"x")
+        assert far.recv(10) == b"x"
+
+
 def test_context_variables_are_copied(hub: Any) -> None:
     """A green thread starts in a copy of its maker's context; what it sets is seen by nobody else."""
     name = contextvars.ContextVar("name", default="nobody")

@@ -483,6 +483,101 @@ def test_what_does_not_fit_is_sent_later_in_order(hub: Any, pair: tuple[Any, soc
     assert any(0 <= sent < len(answer) for sent in watched[:-1])
 
 
+def keep_waiting(hub: Any) -> tuple[Any, socket.socket, Callable[..., Any]]:
+    """Return a Connection, its peer, and what joins an answer that the peer will not take whole, and then calls."""
+    near, far = socket.socketpair()
+    near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+    near = hub.adopt(near)
+
+    def answer(function: Callable[[], object]) -> None:
+        far.sendall(b"one\ntwo\n")
+        with near.open_reader() as reader, near.open_writer(reader) as writer:
+            reader.readline()
+            writer.write(bytes(60_000))
+            function()
+            writer.flush()
+
+    return near, far, answer
+
+
+def wait_for_the_wait(hub: Any, near: Any) -> None:
+    """Wait, in a green thread, until another one waits to write."""
+    while near.waits_for() != "writing":
+        hub.sleep(0.001)
+
+
+LEAVE = {
+    "detach": lambda near: os.close(near.detach()),
+    "fileno": lambda near: near.fileno(),
+    "shutdown": lambda near: near.shutdown(socket.SHUT_WR),
+    "settle": lambda near: near.settle(),
+}
+
+
+@pytest.mark.parametrize("how", LEAVE)
+def test_nobody_else_waits_for_a_peer_that_does_not_take_the_answers(hub: Any, how: str) -> None:
+    """Whoever closes the connection meanwhile, or asks for its descriptor, does so at once."""
+    near, far, answer = keep_waiting(hub)
+
+    def serve() -> None:
+        answer(lambda: None)
+
+    def other() -> str:
+        wait_for_the_wait(hub, near)
+        LEAVE[how](near)
+        far.close()
+        return "done"
+
+    with near:
+        failure, done = run(hub, serve, other)
+    assert isinstance(failure, OSError)
+    assert done == "done"
+
+
+def test_an_end_that_waits_touches_no_other_descriptor(hub: Any) -> None:
+    """The connection is closed meanwhile, and its number is another's."""
+    near, far, answer = keep_waiting(hub)
+
+    def serve() -> None:
+        answer(near.end)
+
+    def other() -> tuple[socket.socket, socket.socket]:
+        wait_for_the_wait(hub, near)
+        number = near.detach()
+        os.close(number)
+        made = socket.socketpair()
+        assert number in {each.fileno() for each in made}
+        return made
+
+    with far, near:
+        first, second = run(hub, serve, other)[1]
+    with first, second:
+        first.sendall(b"there")
+        second.sendall(b"and back")
+        assert (second.recv(10), first.recv(10)) == (b"there", b"and back")
+
+
+def test_what_was_joined_goes_before_what_a_forked_child_writes(hub: Any, pair: tuple[Any, socket.socket]) -> None:
+    """Once."""
+    near, far = pair
+    far.sendall(b"one\ntwo\n")
+
+    def serve() -> None:
+        with near.open_reader() as reader, near.open_writer(reader) as writer:
+            reader.readline()
+            writer.write(b"parent, ")
+            if not (child := os.fork()):
+                writer.write(b"child")
+                writer.flush()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        near.close()
+
+    assert run(hub, serve) == [None]
+    with far.makefile("rb") as file:
+        assert file.read() == b"parent, child"
+
+
 def test_files_outside_a_hub(hub: Any, pair: tuple[Any, socket.socket]) -> None:
     """In a plain thread they read and write at once, a long line and a long read too."""
     near, far = pair

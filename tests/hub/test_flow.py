@@ -8,11 +8,12 @@ import random
 import socket
 import struct
 import threading
+import tracemalloc
 
 import greenlet
 import pytest
 
-from .kit import PATIENCE, drain
+from .kit import BIG, PATIENCE, drain
 
 PIECE = 4096  # bytes of one read, and the smallest that are kept
 WARM = 10  # pieces that pass before any is kept; with four more they fit into a first window of TCP
@@ -209,6 +210,34 @@ def test_what_the_client_does_not_take_is_waited_for(stage):
     near.close()
     thread.join(PATIENCE)
     assert bytes(got) == content
+
+
+def test_a_large_object_is_sent_from_where_it_lies(stream):
+    """What its client does not take at once is not copied to be sent later."""
+    large, room = bytes(BIG), bytearray(65536)
+
+    def read():
+        left = PIECE + BIG
+        while left > 0:
+            left -= stream.far.recv_into(room)
+
+    stream.far.settimeout(PATIENCE)
+    reader = threading.Thread(target=read)
+
+    def handler(stream):
+        stream.near.sendall(stream.near.recv(PIECE))
+        stream.near.recv(PIECE)
+        reader.start()
+        tracemalloc.start()
+        try:
+            stream.near.sendall(large)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert stream.run(handler) < BIG / 10
+    reader.join(PATIENCE)
+    assert not reader.is_alive()
 
 
 def test_a_stream_that_is_interrupted_goes_on_where_it_was(stage):

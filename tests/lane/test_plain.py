@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import gc
 import socket
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from greenlet import getcurrent, greenlet
 from waiting import wait_until
 
 import harken
-from harken import events, straight
+from harken import _hub, events, straight
 from harken.serving import serving_of
 
 from .kit import PATIENCE, Echo, connect, visit
@@ -322,3 +323,35 @@ def test_resting_green_threads_end_with_their_server() -> None:
             client.close()
         wait_until(lambda: not len(serving_of(server).connections))
     assert living() <= before
+
+
+@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
+def test_one_that_was_let_in_and_not_served_goes_with_its_hub() -> None:
+    """What ends the hub comes first in the turn that takes the connection: the client reads the end."""
+
+    class Breaks(Echo):
+        def handle(self) -> None:
+            server: Any = self.server
+            if not server.breaks:
+                return super().handle()
+            server.late = socket.create_connection(server.server_address, PATIENCE)  # and one attribute more: no trust
+            _hub.current().call_soon(sys.exit)
+            return None
+
+    def serve() -> None:
+        with pytest.raises(SystemExit):
+            server.serve_forever()
+
+    server: Any = harken.GreenTCPServer(("127.0.0.1", 0), Breaks)
+    with server:
+        server.breaks = False
+        serves = threading.Thread(target=serve)
+        serves.start()
+        visit(server)
+        server.breaks = True
+        with socket.create_connection(server.server_address, PATIENCE):
+            serves.join(PATIENCE)
+            assert not serves.is_alive()
+        with server.late:
+            assert server.late.recv(1) == b""
+        wait_until(lambda: not len(serving_of(server).connections))

@@ -342,9 +342,9 @@ void stand_down(PyObject *sock) {
  * its side already and nobody else can hold the descriptor. */
 PyObject *connection_end(PyObject *self, PyObject *none) {
     State *state = state_of(self);
-    int fd = socket_fd(self);
-    if (fd >= 0 && flush_to_leave(self) < 0)
-        PyErr_Clear(); /* the peer has gone: nobody is left to be told */
+    if (socket_fd(self) >= 0 && flush_to_leave(self) < 0)
+        PyErr_Clear();         /* the peer has gone: nobody is left to be told */
+    int fd = socket_fd(self); /* others may have run meanwhile, and closed it: the number may be another's */
     if (fd >= 0 && (!state->ended || !state->stream || state->exposed || forked))
         shutdown(fd, SHUT_WR); /* the peer, or the handler, may have been quicker */
     if (!closes_at_once(self)) {
@@ -355,8 +355,10 @@ PyObject *connection_end(PyObject *self, PyObject *none) {
     if (!state->exposed && !forked)
         leave_unasked(state); /* the kernel takes a file that nobody has any more out of the epoll set */
     let_go(self, state);
-    stand_down(self);
-    close(fd);
+    if ((fd = socket_fd(self)) >= 0) { /* as above */
+        stand_down(self);
+        close(fd);
+    }
     Py_RETURN_TRUE;
 }
 

@@ -240,11 +240,24 @@ static int note_wait(Batch *batch, PyGreenlet *runner) {
 static void forget_wait(Batch *batch, PyGreenlet *runner) {
     PyObject *type, *value, *trace;
     PyErr_Fetch(&type, &value, &trace);
-    bool full = PyDict_GET_SIZE(batch->waiting) == batch->most_waiting;
-    if (PyDict_DelItem(batch->waiting, (PyObject *)runner) < 0 || (full && call_crowded(batch, -1) < 0))
+    bool full = PyDict_GET_SIZE(batch->waiting) == batch->most_waiting, closed = batch->sock == NULL; /* all is forgotten */
+    if (!closed && (PyDict_DelItem(batch->waiting, (PyObject *)runner) < 0 || (full && call_crowded(batch, -1) < 0)))
         PyErr_WriteUnraisable((PyObject *)batch);
     batch->hub->news = true;
     PyErr_Restore(type, value, trace);
+}
+
+/* Whether the batch has resumed it. If not, somebody else who knows the green thread has: it is not idle any more. */
+static bool is_called(Batch *batch, PyGreenlet *me) {
+    if (batch->active == me)
+        return true;
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    for (Py_ssize_t i = PyList_GET_SIZE(batch->idle) - 1; i >= 0; i--)
+        if (PyList_GET_ITEM(batch->idle, i) == (PyObject *)me && PyList_SetSlice(batch->idle, i, i + 1, NULL) < 0)
+            PyErr_Clear();
+    PyErr_Restore(type, value, trace);
+    return false;
 }
 
 /* One rest of a runner, and one batch. 0: go on; 1: end; -1: an exception. */
@@ -257,9 +270,12 @@ static int one_batch(Batch *batch, PyGreenlet *me) {
     if (PyList_Append(batch->idle, (PyObject *)me) < 0 || PySet_Discard(batch->busy, (PyObject *)me) < 0)
         return -1;
     PyObject *back = PyGreenlet_Switch(hub->greenlet, NULL, NULL);
+    bool called = is_called(batch, me);
     if (back == NULL)
         return -1;
     Py_DECREF(back);
+    if (!called)
+        return 0;
     int result = serve_left(batch);
     if (hub->lent)
         return result < 0 ? -1 : 1;

@@ -115,7 +115,12 @@ class Batch:
             served += left
             runner = self._active = self._idle.pop()
             self._busy.add(runner)
-            self._hub.resume(runner)
+            try:
+                self._hub.resume(runner)
+            except RuntimeError:  # somebody else is about to: it comes back by itself
+                self._active = None
+                self._busy.discard(runner)
+                continue
             if self._active is runner:
                 self._note_wait()
             elif left >= ENOUGH and served < DOOR_BURST:
@@ -134,14 +139,24 @@ class Batch:
         try:
             while len(self._idle) < MOST_IDLE:
                 self._hub.settle()  # which may wait by itself
-                self._idle.append(runner)
-                self._busy.discard(runner)
-                self._hub.park()
+                if not self._rest(runner):
+                    continue
                 self._serve_as(runner)
                 if here.hub is not self._hub:  # a handler forked, and this is the child
                     return
         finally:
             self._busy.discard(runner)
+
+    def _rest(self, runner: greenlet) -> bool:
+        """Wait until somebody resumes the runner; tell whether it was the batch, and not another who knows it."""
+        self._idle.append(runner)
+        self._busy.discard(runner)
+        try:
+            self._hub.park()
+        finally:
+            if self._active is not runner and runner in self._idle:
+                self._idle.remove(runner)
+        return self._active is runner
 
     def _serve_as(self, runner: greenlet) -> None:
         try:

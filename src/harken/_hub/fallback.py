@@ -561,6 +561,16 @@ class Hub:
 _hubs = told_in_child(Hub)
 
 
+def _send_before_fork() -> None:
+    """The child may be the next to write to the connection for which this green thread has joined answers."""
+    if here.hub is not None:
+        here.hub.pending.flush_nowait()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_send_before_fork)
+
+
 def _throw(green: greenlet, error: BaseException) -> None:
     if not green.dead:
         green.throw(error)

@@ -198,7 +198,7 @@ int flow_join(PyObject *self, State *state, PyObject *data) {
         state->flow++;
     hub->wrote = self;
     hub->full = false;
-    if (!full || !may_flow(hub, self, state))
+    if (!full || size > FLOW_BYTES || !may_flow(hub, self, state)) /* so large a one would be copied, where it waits */
         return 0;
     if (!attached(state) && attach(state, hub, socket_fd(self)) < 0) { /* what it may owe is its hub's business */
         PyErr_Clear();

@@ -204,6 +204,8 @@ void hub_dealloc(PyObject *self) {
     if (hub->weak != NULL)
         PyObject_ClearWeakRefs(self);
     occupants -= hub->occupies;
+    if (running_hub == hub) /* nobody has said that the thread is its own no more: a forked child, say */
+        running_hub = NULL;
     unlink_hub(hub);
     hub_clear(self);
     close_fds(hub);

@@ -13,7 +13,7 @@ from typing import Any
 from harken._hub.wire import PIECE_SHIFT, wait
 from harken.tracing import tell_call
 
-__all__ = ["MOST", "Pending", "flush_of"]
+__all__ = ["MOST", "Pending", "flush_of", "flush_to_leave"]
 
 MOST = 65536  # bytes that are joined: as the compiled hub's buffer
 _send = _socket.socket.send
@@ -112,3 +112,17 @@ def flush_of(sock: Any) -> None:
     pending = sock._wire.pending
     if pending is not None and pending.sock is sock:
         pending.flush()
+
+
+def flush_to_leave(sock: Any) -> None:
+    """Before ``sock`` is closed, or used past its methods: as :func:`flush_of`, but wait for no peer beside another.
+
+    A green thread that waits there to send the rest goes on with that, or is told that it was closed.
+    """
+    pending = sock._wire.pending
+    if pending is None or pending.sock is not sock:
+        return
+    if sock._wire.writer is None:
+        pending.flush()
+    else:
+        pending.flush_nowait()

@@ -15,7 +15,7 @@ from typing import Any
 from harken import connection
 from harken._hub import BUSY, TURN_BYTES, TURN_OPERATIONS
 from harken._hub.files import Reader, Writer
-from harken._hub.pending import flush_of
+from harken._hub.pending import flush_of, flush_to_leave
 from harken._hub.wire import PIECE_SHIFT, Wire, give_way, here, wait
 from harken.errors import DeadlineExceeded
 from harken.tracing import tell, tell_call
@@ -98,7 +98,7 @@ class Connection(connection.Connection):
 
     def fileno(self) -> int:
         """Return the descriptor; whoever uses that finds sent what was written, and that it blocks as a socket does."""
-        flush_of(self)
+        flush_to_leave(self)
         if not self._exposed:
             self._exposed = True
             self._show_flags()  # from now on the program may have set them itself
@@ -532,7 +532,7 @@ class Connection(connection.Connection):
 
     def shutdown(self, how: int, /) -> None:
         """As ``socket.shutdown``, once what was written is sent."""
-        flush_of(self)
+        flush_to_leave(self)
         super().shutdown(how)
 
     def settle(self) -> bool:
@@ -576,7 +576,7 @@ class Connection(connection.Connection):
 
     def _send_last(self) -> None:
         try:
-            flush_of(self)
+            flush_to_leave(self)
         except OSError:
             pass  # the peer has gone: nobody is left to be told
 

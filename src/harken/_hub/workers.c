@@ -390,9 +390,14 @@ static int worker_clear(PyObject *self) {
     return 0;
 }
 
+/* Its green thread was never started, since the hub was closed: a record is made as long as this can be referred to. */
+static void worker_finalize(PyObject *self) { drop_request((Worker *)self); }
+
 static void worker_dealloc(PyObject *self) {
     Worker *worker = (Worker *)self;
     PyTypeObject *type = Py_TYPE(self);
+    if (PyObject_CallFinalizerFromDealloc(self) < 0)
+        return;
     PyObject_GC_UnTrack(self);
     worker_clear(self);
     Py_CLEAR(worker->lane);
@@ -403,6 +408,7 @@ static void worker_dealloc(PyObject *self) {
 static PyType_Slot worker_slots[] = {
     {Py_tp_doc, "What a green thread of a lane runs."},
     {Py_tp_call, worker_call},
+    {Py_tp_finalize, worker_finalize},
     {Py_tp_dealloc, worker_dealloc},
     {Py_tp_traverse, worker_traverse},
     {Py_tp_clear, worker_clear},
