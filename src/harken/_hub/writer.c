@@ -73,9 +73,8 @@ static int put(Writer *writer, const char *data, size_t size, PyObject *whole) {
 
 /* As put(), without waiting: returns how much of the data was sent or joined. What is joined is sent where this green
  * thread next waits, which goes to the keeper with what the peer does not take: others may write meanwhile. */
-static ssize_t try_put(Writer *writer, const char *data, size_t size) {
-    PyObject *sock = open_sock(writer->sock);
-    int fd = sock == NULL ? -1 : begin(sock, state_of(sock));
+static ssize_t try_put(Writer *writer, PyObject *sock, const char *data, size_t size) {
+    int fd = begin(sock, state_of(sock));
     if (fd < 0)
         return -1;
     begin_writing(state_of(sock));
@@ -115,9 +114,12 @@ static PyObject *writer_offer(PyObject *self, PyObject *data) {
         PyErr_SetString(PyExc_TypeError, "offer() is for a Connection's own bytes");
         return NULL;
     }
-    if (PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
+    PyObject *sock = open_sock(((Writer *)self)->sock);
+    if (sock == NULL || PyObject_GetBuffer(data, &buffer, PyBUF_SIMPLE) < 0)
         return NULL;
-    ssize_t done = try_put((Writer *)self, buffer.buf, (size_t)buffer.len);
+    Py_INCREF(sock); /* who follows the connection may close the file */
+    ssize_t done = try_put((Writer *)self, sock, buffer.buf, (size_t)buffer.len);
+    Py_DECREF(sock);
     bool all = done == buffer.len;
     PyBuffer_Release(&buffer);
     if (done < 0)
