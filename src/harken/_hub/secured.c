@@ -11,7 +11,7 @@
 #define SLICE (PIECE + 2048 + 5) /* as in _hubbed.py: a record on the wire, at the most */
 #define BATCH (4 * PIECE)        /* and what is sent at once */
 #define MOST_IN_VAIN (8 * PIECE) /* as in _hubbed.py: received without data in it */
-#define MUCH 4096                /* bytes that take as long to decrypt as others may wait, where they hold no data */
+#define VAIN_A_TURN 4096         /* and what of it before others have their turn */
 
 /* Slots of the class. The first are what calls use while others may close the connection. */
 enum { INNER, SSLOBJ, INCOMING, OUTGOING, GUARD, HELD, AHEAD = HELD, REST, BROKEN, TRACED, ENDED, RECORD, SLOTS };
@@ -256,7 +256,7 @@ static Py_ssize_t feed(PyObject *self, PyObject *const held[], Py_ssize_t *most,
         return FAILED;
     if (got > 0) {
         Py_ssize_t read = read_once(self, held, got, *most += got, target); /* OpenSSL keeps the pieces of a record */
-        if (got >= MUCH && read < got / 8)
+        if (got >= VAIN_A_TURN && read < got / 8)
             give_way_next();
         return read;
     }
@@ -274,7 +274,7 @@ static Py_ssize_t feed(PyObject *self, PyObject *const held[], Py_ssize_t *most,
 static Py_ssize_t pump(PyObject *self, PyObject *const held[], Target *target) {
     Py_ssize_t most = at_hand(held[SSLOBJ], held[INCOMING]);
     Py_ssize_t read = most > 0 ? read_once(self, held, 0, most, target) : most < 0 ? FAILED : MORE;
-    if (read == MORE && most >= MUCH)
+    if (read == MORE && most >= VAIN_A_TURN)
         give_way_next();
     while (read == MORE) {
         if (most > MOST_IN_VAIN) {
@@ -535,7 +535,7 @@ static int await_answer(PyObject *self, PyObject *const held[]) {
     ssize_t got = receive_more(self, held);
     if (got == 0)
         return call_off(held[INCOMING], WRITE_EOF, NULL);
-    if (got >= MUCH) /* of pieces of a byte each, perhaps, in a record of their own */
+    if (got >= VAIN_A_TURN) /* of pieces of a byte each, perhaps, in a record of their own */
         give_way_next();
     return got < 0 ? -1 : keep(held[INCOMING], got);
 }
