@@ -28,12 +28,16 @@ def change_directory(path: str) -> None:
 
 @contextmanager
 def returning() -> Iterator[None]:
-    """A block that changes the directory and is back at its end: paths then lead as before."""
+    """Be back, when the block ends, in the directory that it began in; paths then lead as before."""
     global _start
+    # Where there is O_PATH, `x` on the folder is enough.
+    here = os.open(".", getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC)
     before = _start
     try:
         yield
     finally:
+        os.fchdir(here)
+        os.close(here)
         _start = before
 
 

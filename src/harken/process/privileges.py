@@ -9,7 +9,7 @@ import grp
 import os
 import pwd
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from harken.errors import ConfigError
@@ -99,16 +99,9 @@ def visiting(settings: Settings) -> Iterator[None]:
     Raises:
         ConfigError: as :func:`chdir` does.
     """
-    way_back = getattr(os, "O_PATH", os.O_RDONLY) | os.O_CLOEXEC  # where there is O_PATH, `x` on the folder is enough
-    before = os.open(".", way_back) if settings["chdir"] is not None else None
-    try:
-        with returning():
-            chdir(settings)
-            yield
-    finally:
-        if before is not None:
-            os.fchdir(before)
-            os.close(before)
+    with nullcontext() if settings["chdir"] is None else returning():
+        chdir(settings)
+        yield
 
 
 def set_umask(settings: Settings) -> None:
