@@ -28,6 +28,7 @@ class Counts(dict[str, int]):
 
 def _leaves(error: BaseException) -> bool:
     """Tell whether a handler wished to end, or was ended with its hub, rather than failed."""
+    # By its name: greenlet is not loaded where nobody has green threads.
     return isinstance(error, (SystemExit, KeyboardInterrupt)) or type(error).__name__ == "GreenletExit"
 
 
