@@ -103,8 +103,10 @@ class Crowd:
                 if kind == b"block":
                     crowd.blocked.set()
                     crowd.gate.wait(PATIENCE)
-                elif self.request.recv(10):
-                    crowd.told.append(kind)
+                    return
+                while self.request.recv(10) == b"-":
+                    pass
+                crowd.told.append(kind)
 
         self.handler = Tell
 
@@ -121,16 +123,19 @@ class Crowd:
         wait_until(lambda: len(self.told) == 2)
 
 
+@pytest.mark.parametrize("between", [b"", b"-"], ids=["nothing", "data"])
 @pytest.mark.parametrize("engine", HUBS)
-def test_new_keys_keep_nobody_waiting(engine, serving, dial):
+def test_new_keys_keep_nobody_waiting(engine, between, serving, dial):
     """What is there of them takes as long to read as megabytes of data: others have their turn in between."""
     crowd = Crowd()
     with serving(engine, crowd.handler) as server, updating(server) as flood:
         flood.send(b"flood")
         assert flood.receive(5) == b"flood"
         with dial(server) as quiet, dial(server) as block, crowd.meanwhile(quiet, block):
-            for _ in range(60000 // UPDATE_BYTES):
+            for number in range(60000 // UPDATE_BYTES):
                 assert flood.update()
+                if between and number % 700 == 0:
+                    flood.send(between)
             flood.send(b"!")
     assert crowd.told == [b"quiet", b"flood"]
 
