@@ -303,8 +303,21 @@ class Kept:
 
         return Wait
 
+    def async_handler(self) -> type[harken.BaseRequestHandler]:
+        """Return the same, as a coroutine."""
+        wait = self.handler().handle
 
-def test_a_flood_of_handlers_that_wait_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+        class Wait(harken.AsyncRequestHandler):
+            async def handle(self) -> None:
+                wait(self)
+
+        return Wait
+
+
+@pytest.mark.parametrize("kind", [harken.GreenUDPServer, harken.AsyncUDPServer])
+def test_a_flood_of_handlers_that_wait_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, kind: type[harken.UDPServer]
+) -> None:
     """Beyond the bound datagrams stay in the kernel, and are served when there is room."""
     monkeypatch.setattr(_datagrams, "MOST_WAITING", 5)
     heard: list[str] = []
@@ -316,7 +329,7 @@ def test_a_flood_of_handlers_that_wait_is_bounded(monkeypatch: pytest.MonkeyPatc
 
     unsubscribe = events.subscribe(note, "paused", "resumed")
     kept = Kept()
-    server = harken.GreenUDPServer(LOCAL, kept.handler())
+    server = kind(LOCAL, kept.async_handler() if kind is harken.AsyncUDPServer else kept.handler())
     with harken.background(server), clients(server.server_address) as (client,):
         for number in range(150):
             client.send(b"%d" % number)

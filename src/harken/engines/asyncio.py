@@ -70,8 +70,8 @@ class Engine(Green):
 
     @property
     def full(self) -> bool:
-        """Whether handlers run in threads, and all threads and places in the queue are taken."""
-        return self._threads and self._pool.full
+        """Whether all threads and places in the queue are taken; or as many handlers of datagrams wait as may."""
+        return self._pool.full if self._threads else super().full
 
     def spawn(self, function: Callable[..., object], *args: Any, done: Callable[[int], None] | None = None) -> int:
         """Run ``function`` in a green thread, or in a thread."""
