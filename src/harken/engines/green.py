@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from greenlet import GreenletExit, getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent
 
 from harken import _hub
 from harken._hub import hosts
@@ -30,6 +30,8 @@ from harken.engines import Door, Engine as Contract, Options, Way
 from harken.engines._crew import Crew
 from harken.engines._datagrams import Datagrams
 from harken.engines._loops import Loop, Loops
+from harken.engines._shortcuts import Shortcuts
+from harken.engines._underway import Job, Underway, caller
 from harken.forking import told_in_child
 from harken.green import aside, release_threads
 from harken.lifecycle import at_exit
@@ -50,32 +52,8 @@ LEAVE_BUSY_SECONDS = 2.0
 TURN_SECONDS = 0.5
 
 _numbers = itertools.count(1)
-# The handler for whom a plain thread does something; see Engine.aside.
-_caller: contextvars.ContextVar[greenlet | None] = contextvars.ContextVar("harken_green_caller", default=None)
 # What a handler may be given that the hub waits for; a datagram is a pair.
 _FIT = (_hub.Connection, tuple)
-
-
-class _Job:
-    """A handler that another thread wants started."""
-
-    __slots__ = ("args", "begun", "engine", "function")
-
-    def __init__(self, engine: Engine, function: Callable[..., object], args: tuple[Any, ...]) -> None:
-        self.begun = Bell()
-        self.engine = engine
-        self.function = function
-        self.args = args
-
-    def __call__(self) -> None:
-        green = getcurrent()
-        self.engine._jobs.add(green)
-        self.engine._jobs.discard(self)
-        self.begun.ring()
-        try:
-            self.function(*self.args)
-        finally:
-            self.engine._jobs.discard(green)
 
 
 class Engine(Contract):
@@ -94,16 +72,12 @@ class Engine(Contract):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self._doors: dict[int, tuple[Door, Callable[[], bool | None]]] = {}
-        self._loops = Loops(on_end=self._distrust)
-        self._jobs: set[_Job | greenlet] = set()
-        self._lodgers = 0  # handlers that will be started at the first bytes of their connections
+        self._underway = Underway(self.wake)
         self._awakeners: dict[Callable[..., object], Callable[[Any], None]] = {}
-        self._datagrams: dict[int, Datagrams] = {}
-        self._lanes: dict[int, Any] = {}
+        self._shortcuts = Shortcuts()
+        self._loops = Loops(on_end=self._shortcuts.distrust)
         self._served: Any = None  # a datagram on its way through the hooks, in the green thread that will serve it
         self._at = 0  # the door that is being served
-        self._crowds = 0  # sockets with as many datagram handlers that wait as may
-        self._bells: list[tuple[Bell, int]] = []  # rung once there are not so many handlers any more
         self._crew = Crew(self._are_daemons)
         self._hub: Any = None
         self._stalls = Tally()
@@ -154,12 +128,10 @@ class Engine(Contract):
 
     def unwatch(self, door: Door) -> None:
         """Stop watching ``door``; when this returns nothing of its is under way, unless the caller is that itself."""
-        self._distrust()
+        self._shortcuts.distrust()
         with self._turn(), self._guard:
             self._doors.pop(id(door), None)
-            lane = self._lanes.pop(id(door), None)
-            if lane is not None:
-                lane.close()
+            self._shortcuts.drop(door)
             if self._hub is not None:
                 self._hub.unwatch(door)
 
@@ -205,7 +177,7 @@ class Engine(Contract):
 
     def wake(self) -> None:
         """Make the hub and every thread in ``run`` take a turn."""
-        self._distrust()
+        self._shortcuts.distrust()
         for loop in self._loops:
             loop.nudge()
         hub = self._hub
@@ -232,7 +204,7 @@ class Engine(Contract):
         with self._turn():
             self._loops.discard(loop)
         self.wake()
-        if not self._loops and not self._busy:
+        if not self._loops and not self._underway:
             self._await_thread(LEAVE_SECONDS)
 
     def _tick(self) -> None:
@@ -294,13 +266,12 @@ class Engine(Contract):
             with self._guard:
                 if self._hub is stage.hub:  # else it was over, and another may be there
                     self._give_up()
-                    self._jobs.clear()  # what had not begun went with the hub
-                    self._lodgers = 0
+                    self._underway.lose()
             for loop in self._loops:
                 self._loops.finish(loop, error)
         finally:
             watchdog.stop()
-            self._ring()
+            self._underway.ring()
 
     def move_in(self) -> Callable[[], Awaitable[None]]:
         """Let the hub be a guest in the loop of this thread; see :class:`harken.engines.Engine`."""
@@ -320,30 +291,24 @@ class Engine(Contract):
                     self._thread = None
                     self._ident = 0
                     self._moved_in = False
-                    self._lodgers = 0  # they go with the hub
+                    self._underway.lodgers = 0  # they go with the hub
                 watchdog.stop()
-                self._ring()
+                self._underway.ring()
 
         return leave
 
-    def _ring(self) -> None:
-        """Tell those who wait for ends of handlers that there were some."""
-        for bell, handlers in tuple(self._bells):
-            if handlers != len(self._jobs) + self._lodgers:
-                bell.ring()
-
     def _is_over(self) -> bool:
         """Whether the hub's thread may end; asked by the hub when a green thread has ended, for one."""
-        self._ring()
+        self._underway.ring()
         hub = self._hub
         if hub is not None:
-            hub.asks_at_ends = self._leaving or not self._loops or bool(self._bells)
+            hub.asks_at_ends = self._leaving or not self._loops or self._underway.awaited
         if self._moved_in:
             return False
-        if not self._leaving and (self._loops or self._busy):
+        if not self._leaving and (self._loops or self._underway):
             return False
         with self._guard:
-            if self._leaving or not (self._loops or self._busy):
+            if self._leaving or not (self._loops or self._underway):
                 self._give_up()
         return self._hub is None
 
@@ -352,7 +317,7 @@ class Engine(Contract):
 
         Under the guard, in the hub's thread, which takes a while to end.
         """
-        self._close_shortcuts()
+        self._shortcuts.close()
         self._hub = None
 
     def _await_thread(self, seconds: float | None) -> None:
@@ -387,7 +352,7 @@ class Engine(Contract):
 
     def refresh(self) -> None:
         """Take over ``stall_after``, and let datagrams be taken as the settings say now."""
-        self._distrust()
+        self._shortcuts.distrust()
         watchdog = self._watchdog
         if watchdog is not None:
             watchdog.after = self.options("stall_after")
@@ -403,11 +368,11 @@ class Engine(Contract):
             self._served = None
             _run_here(function, args)
             return 0
-        hub, jobs = self._hub, self._jobs
+        hub, jobs = self._hub, self._underway.jobs
         if hub is not None and self.in_loop_thread:
             hub.spawn_into(jobs, function, *args)
             return 0
-        job = _Job(self, function, args)
+        job = Job(jobs, function, args)
         with self._guard:
             jobs.add(job)
             self._need_hub().call_soon_threadsafe(contextvars.copy_context().run, self._hub.spawn, job)
@@ -416,7 +381,7 @@ class Engine(Contract):
 
     def starter(self) -> Callable[..., object]:
         """Return what starts green threads at once; see :class:`harken.engines.Engine`."""
-        return partial(self._hub.spawn_into, self._jobs) if self.in_loop_thread else self.spawn
+        return partial(self._hub.spawn_into, self._underway.jobs) if self.in_loop_thread else self.spawn
 
     def spawn_on_data(self, function: Callable[..., object], request: Any, *args: Any) -> None:
         """Start the green thread of ``request`` when its first bytes have come."""
@@ -424,7 +389,7 @@ class Engine(Contract):
             self.spawn(function, request, *args)
             return
         self._hub.lodge(request, self._awakener(function, args))
-        self._lodgers += 1
+        self._underway.lodgers += 1
 
     def _awakener(self, function: Callable[..., object], args: tuple[Any, ...]) -> Callable[[Any], None]:
         """Return what starts a handler: one for all that differ in their connection alone, of whom there are many."""
@@ -436,8 +401,8 @@ class Engine(Contract):
         return starter
 
     def _start(self, function: Callable[..., object], args: tuple[Any, ...], request: Any) -> None:
-        self._lodgers -= 1
-        self._hub.spawn_into(self._jobs, function, request, *args)
+        self._underway.lodgers -= 1
+        self._hub.spawn_into(self._underway.jobs, function, request, *args)
 
     def adopt(self, request: Any) -> Any:
         """Make a plain socket, also gevent's, a connection of the hub's; anything else stays as it is."""
@@ -456,10 +421,10 @@ class Engine(Contract):
 
     def lane(self, door: Door, way: Callable[[], Way]) -> Any:
         """Serve connections of a plain server by compiled code alone; see :class:`harken.engines.Engine`."""
-        found = self._lanes.get(id(door))
-        if found is None and _hub.Lane is not None and id(door) in self._doors and self.in_loop_thread:
-            found = self._lanes[id(door)] = _hub.Lane(self._hub, self._jobs, way())
-        return found
+        lanes, number = self._shortcuts.lanes, id(door)
+        if number not in lanes and _hub.Lane is not None and number in self._doors and self.in_loop_thread:
+            lanes[number] = _hub.Lane(self._hub, self._underway.jobs, way())
+        return lanes.get(number)
 
     # -- datagrams -----------------------------------------------------------------------------------------------------
 
@@ -467,16 +432,16 @@ class Engine(Contract):
         """Serve datagrams in green threads that are used again; see :class:`harken.engines.Engine`."""
         if not isinstance(sock, Socket):  # gevent's, which waits by itself
             return None
-        found = self._datagrams.get(id(sock))
+        found = self._shortcuts.datagrams.get(id(sock))
         if found is None or found.sock is not sock:
             if not self.in_loop_thread:
                 return None
             number = self._at
-            found = self._datagrams[id(sock)] = Datagrams(
+            found = self._shortcuts.datagrams[id(sock)] = Datagrams(
                 self._hub,
                 sock,
                 self._doors[number][0],
-                busy=self._jobs,
+                busy=self._underway.jobs,
                 crowded=self._crowd,
                 more=partial(self._take_more, number),
             )
@@ -486,81 +451,48 @@ class Engine(Contract):
         """The datagram ``request`` goes through the hooks in a green thread that will serve it: ``spawn`` is to."""
         self._served = request
 
-    def _distrust(self) -> None:
-        """Something may have changed: ask before more datagrams are taken. Any thread."""
-        for trusted in (*self._datagrams.values(), *self._lanes.values()) if self._datagrams or self._lanes else ():
-            trusted.distrust()
-
     def _take_more(self, number: int, take: Callable[[], object]) -> None:
         """Take more datagrams of a door, while somebody wants that; what goes wrong is the next turn's to see."""
         with self._turns:
             self._loops.drop_stopped()
-            if self._loops and number in self._doors and not self._crowds:
+            if self._loops and number in self._doors and not self._shortcuts.crowds:
                 try:
                     take()
                 except OSError:
                     pass
 
     def _crowd(self, change: int) -> None:
-        self._crowds += change
+        self._shortcuts.crowds += change
         if self._hub is not None:
             self._hub.wake()  # so that the loops look whether there is room
 
     @property
     def full(self) -> bool:
         """Whether as many datagram handlers wait as may."""
-        return self._crowds > 0
-
-    def _close_shortcuts(self) -> None:
-        for served in (*self._datagrams.values(), *self._lanes.values()):
-            served.close()
-        self._datagrams.clear()
-        self._lanes.clear()
-        self._crowds = 0
+        return self._shortcuts.crowds > 0
 
     def aside(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)``; in a green thread it runs in a plain one meanwhile."""
-        token = _caller.set(getcurrent())
+        token = caller.set(getcurrent())
         try:
             return aside(function, *args)
         finally:
-            _caller.reset(token)
-
-    @property
-    def _busy(self) -> bool:
-        """Whether handlers are under way, or will be."""
-        return bool(self._jobs) or self._lodgers > 0
-
-    def _others(self) -> int:
-        """Handlers under way, not counting the caller."""
-        own = _caller.get() or getcurrent()
-        return len(self._jobs) + self._lodgers - (own in self._jobs)
+            caller.reset(token)
 
     def join(self, deadline: float | None) -> int:
         """Wait for the handlers; see :class:`harken.engines.Engine`. The hub's own greenlet cannot wait."""
         if not self.in_loop_thread or _hub.current() is not None:
-            while self._others():
+            while self._underway.others:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     break
-                self._await_end(left)
+                self._underway.await_end(left)
         threads = self._crew.join(deadline)
         release_threads()
-        others = self._others()
-        if not self._busy and not self._loops and not self.in_loop_thread:  # busy: with the caller's own handler
+        others = self._underway.others
+        if not self._underway and not self._loops and not self.in_loop_thread:  # busy: with the caller's own handler
             self._await_thread(LEAVE_SECONDS)
         return others + threads
-
-    def _await_end(self, seconds: float | None) -> None:
-        """Wait until some handler has ended."""
-        waiting = (bell := Bell(), len(self._jobs) + self._lodgers)
-        self._bells.append(waiting)
-        self.wake()  # so that the hub tells of ends
-        try:
-            if self._others():
-                bell.wait(seconds)
-        finally:
-            self._bells.remove(waiting)
 
     def _are_daemons(self) -> bool:
         return bool(self.options("daemon_threads"))
@@ -578,8 +510,8 @@ class Engine(Contract):
         if self._thread is None or not self._thread.daemon:
             return  # the interpreter waits for it, and it ends with its last loop and handler
         if not self._are_daemons():
-            while self._busy:
-                self._await_end(None)
+            while self._underway:
+                self._underway.await_end(None)
         self._leaving = True
         self.wake()
         self._await_thread(LEAVE_BUSY_SECONDS)
@@ -590,12 +522,8 @@ class Engine(Contract):
         """In a child: the loops, the handlers and the hub are the parent's."""
         self._doors.clear()
         self._loops.clear()
-        self._jobs.clear()
-        self._lodgers = 0
-        self._bells.clear()
-        self._datagrams.clear()
-        self._lanes.clear()
-        self._crowds = 0
+        self._underway.forget()
+        self._shortcuts.forget()
         self._served = None
         self._hub = self._thread = self._watchdog = None
         self._moved_in = False
