@@ -326,8 +326,20 @@ def test_a_worker_s_time_is_over_by_each_measure():
     assert by_count.over(4) is None
     assert "max_requests" in by_count.over(8)
     assert "max_worker_age" in recycling.Lifespan(Settings(None, {"max_worker_age": 0}, "serve")).over(0)
-    assert "max_worker_rss" in recycling.Lifespan(Settings(None, {"max_worker_rss": 1}, "serve")).over(0)
-    assert recycling.resident_bytes() > 1 << 20
+
+
+def test_workers_of_one_age_are_not_replaced_together(monkeypatch):
+    """Each is given a part of a tenth of the age more."""
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=0.0)
+    monkeypatch.setattr(recycling, "time", clock)
+    settings = Settings(None, {"max_worker_age": 100.0}, "serve")
+    many = [recycling.Lifespan(settings) for _ in range(50)]
+    over = []
+    for clock.now in (99.9, 105.0, 110.0):
+        over.append(sum(each.over(0) is not None for each in many))
+    assert over[0] == 0
+    assert 0 < over[1] < 50
+    assert over[2] == 50
 
 
 def test_what_is_ordered_behind_the_end_is_refused(monkeypatch, tmp_path):

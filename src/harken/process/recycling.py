@@ -37,7 +37,7 @@ MAX_WORKER_AGE = setting(
     unit="seconds",
     live=True,
     process=True,
-    meaning="a worker of this age is replaced",
+    meaning="a worker of this age is replaced, each up to a tenth later, so that they do not leave together",
     origin="Granian's workers-lifetime",
 )
 MAX_WORKER_RSS = setting(
@@ -50,6 +50,9 @@ MAX_WORKER_RSS = setting(
     meaning="a worker that holds so much memory is replaced",
     origin="Granian's workers-max-rss",
 )
+
+# Part of max_worker_age by which a worker may grow older: those that started together do not leave together.
+AGE_JITTER = 0.1
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -73,7 +76,7 @@ class Lifespan:
         if most is not None and requests >= most + int(self._draw * self._settings["max_requests_jitter"]):
             return f"max_requests: it has served {requests}"
         age, oldest = time.monotonic() - self._born, self._settings["max_worker_age"]
-        if oldest is not None and age >= oldest:
+        if oldest is not None and age >= oldest * (1 + self._draw * AGE_JITTER):
             return f"max_worker_age: it is {age:.0f} s old"
         largest = self._settings["max_worker_rss"]
         if largest is not None and (held := resident_bytes()) >= largest:
