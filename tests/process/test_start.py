@@ -258,3 +258,17 @@ def test_what_is_wrong_is_told_at_once():
                 await harken.start(Async, f"tcp://127.0.0.1:{taken.getsockname()[1]}")
 
     run("asyncio", main())
+
+
+@pytest.mark.parametrize("running", ["asyncio", "uvloop"])
+def test_a_loop_that_is_not_the_running_one_is_warned_of(running):
+    """``loop=`` chooses nothing here; the one that runs is no news."""
+    other = {"asyncio": "uvloop", "uvloop": "asyncio"}[running]
+
+    async def main():
+        with pytest.warns(RuntimeWarning, match=f"{other!r} is not heeded.*which is {running}'s") as told:
+            await (await harken.start(Async, "tcp://127.0.0.1:0", loop=other)).close()
+        assert [each.filename for each in told] == [__file__]
+        await (await harken.start(Async, "tcp://127.0.0.1:0", loop=running)).close()
+
+    run(running, main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import warnings
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -28,7 +29,7 @@ async def start(handler: Callable[..., Any], *addresses: str, **settings: Any) -
     Args:
         handler: a handler class. One with ``async def handle`` takes the engine ``asyncio`` unless told otherwise.
         addresses: URLs such as ``tcp://127.0.0.1:8800``, ``unix:/run/echo.sock``, ``udp://:8800``.
-        settings: any setting by name; those not given have the defaults of ``serve``.
+        settings: any setting by name; those not given have the defaults of ``serve``. ``loop`` is the running one.
 
     Returns:
         The server. ``async with`` drains it in the end.
@@ -38,9 +39,20 @@ async def start(handler: Callable[..., Any], *addresses: str, **settings: Any) -
         BindError: an address cannot be had; it is a ConfigError and an OSError; nothing stays open.
     """
     warn_of_process(settings, "harken.start()")
+    _warn_of_loop(settings.get("loop"))
     started = Started(Worker(handler, addresses or ("tcp://127.0.0.1:8800",), settings))
     await started._begin()
     return started
+
+
+def _warn_of_loop(name: str | None) -> None:
+    """Warn of a ``loop`` that is not the one which runs, for handlers would be believed to run in it."""
+    import asyncio
+
+    running = type(asyncio.get_running_loop()).__module__.partition(".")[0]
+    if name not in (None, running):
+        said = f"loop = {name!r} is not heeded by harken.start(): handlers run in the running loop, which is {running}'s"
+        warnings.warn(said, RuntimeWarning, stacklevel=3)
 
 
 class Started:
