@@ -241,8 +241,8 @@ class Supervisor:
 
     # -- in a worker's process -----------------------------------------------------------------------------------------
 
-    def _let_go(self) -> None:
-        """Close what is the supervisor's."""
+    def _leave_to_parent(self) -> None:
+        """Close what no child has a part in: signals, orders, the successor."""
         assert self._inbox is not None
         self._inbox.leave_to_parent()
         self._selector.close()
@@ -250,6 +250,10 @@ class Supervisor:
             self._control.release()
         if self._successor is not None:
             self._successor.release()
+
+    def _let_go(self) -> None:
+        """Close what is the supervisor's."""
+        self._leave_to_parent()
         if self._attendant is not None:
             self._attendant.release()
         for listener in self._opened.get(self._page_key, ()):
@@ -259,13 +263,7 @@ class Supervisor:
 
     def _let_go_for_page(self) -> None:
         """In the page's process: close what is the supervisor's, and the doors, which it must not keep open."""
-        assert self._inbox is not None
-        self._inbox.leave_to_parent()
-        self._selector.close()
-        if self._control is not None:
-            self._control.release()
-        if self._successor is not None:
-            self._successor.release()
+        self._leave_to_parent()
         self.workers.release()
         for listener in self.listeners:
             listener.disown()
