@@ -56,8 +56,8 @@ class Underway:
     @property
     def others(self) -> int:
         """How many there are, not counting the caller."""
-        own = caller.get() or getcurrent()
-        return len(self) - (own in self.jobs)
+        served = caller.get()
+        return len(self) - ((getcurrent() if served is None else served) in self.jobs)
 
     @property
     def awaited(self) -> bool:

@@ -51,7 +51,7 @@ def _warn_of_loop(name: str | None) -> None:
 
     running = type(asyncio.get_running_loop()).__module__.partition(".")[0]
     if name not in (None, running):
-        said = f"loop = {name!r} is not heeded by harken.start(): handlers run in the running loop, which is {running}'s"
+        said = f"loop = {name!r} is not heeded by harken.start(): the running loop is used, which is {running}'s"
         warnings.warn(said, RuntimeWarning, stacklevel=3)
 
 
