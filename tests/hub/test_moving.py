@@ -360,6 +360,24 @@ def test_all_or_what_comes_before_the_end(stage, how, timeout):
         timer.join()
 
 
+@pytest.mark.parametrize("how", ALL)
+def test_an_error_behind_what_came_is_the_next_call_s(stage, how):
+    """MSG_WAITALL gives what came before a reset; the reset is told, too, as on a socket that blocks."""
+    connection, far = stage.pair()
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.sendall(b"abc")
+
+    def act():
+        timer = later(far.close)
+        got = ALL[how](connection, 6, socket.MSG_WAITALL)
+        timer.join()
+        with pytest.raises(ConnectionResetError):
+            connection.recv(6)
+        return got, connection.recv(6)
+
+    assert stage.run(act) == [(b"abc", b"")]
+
+
 @pytest.mark.parametrize("how", ["recv", "recv_into"])
 def test_a_timeout_loses_nothing_of_what_was_waited_for(stage, how):
     """MSG_WAITALL gives what came in time, and raises when that is nothing."""

@@ -236,6 +236,22 @@ static ssize_t received(PyObject *self, State *state, const char *data, size_t s
     return (ssize_t)size;
 }
 
+/* The error of a call that has bytes to return is the next one's. */
+static void keep_fault(Slot *slot, int error) {
+    slot->fault = (int16_t)error;
+    slot->came = true;
+}
+
+/* What MSG_WAITALL has gathered before an error. */
+static ssize_t gathered(PyObject *self, State *state, int fd, const char *data, size_t size, int flags) {
+    int error = errno;
+    Hub *hub = hub_here();
+    if (attached(state) || (hub != NULL && attach(state, hub, fd) == 0))
+        keep_fault(state->slot, error);
+    PyErr_Clear();
+    return received(self, state, data, size, flags);
+}
+
 /* A result that was used before is full, and the handler asked for more: receive that behind it, into one that has room
  * for all. Whether nothing is left in the kernel; an error is left to the next call. */
 static bool receive_rest(Slot *slot, int fd, Result *result, size_t *have, size_t size) {
@@ -251,10 +267,8 @@ static bool receive_rest(Slot *slot, int fd, Result *result, size_t *have, size_
     ssize_t more = recv(fd, into + *have, size - *have, MSG_DONTWAIT);
     if (more > 0)
         *have += (size_t)more;
-    else if (more < 0 && errno != EAGAIN && errno != EINTR) {
-        slot->fault = (int16_t)errno;
-        slot->came = true;
-    }
+    else if (more < 0 && errno != EAGAIN && errno != EINTR)
+        keep_fault(slot, errno);
     return more > 0 || (more < 0 && errno != EINTR);
 }
 
@@ -315,7 +329,7 @@ static ssize_t receive_to(PyObject *self, State *state, char *into, Result *fres
             }
             if (errno != EAGAIN && errno != EWOULDBLOCK) {
                 state->broken |= errno == ECONNRESET;
-                return have > 0 ? received(self, state, into, have, flags) : fail(errno);
+                return have > 0 ? gathered(self, state, fd, into, have, flags) : fail(errno);
             }
             if (flags & MSG_DONTWAIT)
                 return have > 0 ? received(self, state, into, have, flags) : fail(EAGAIN);

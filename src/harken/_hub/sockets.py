@@ -19,7 +19,8 @@ from harken._hub.pending import flush_of, flush_to_leave
 from harken._hub.wire import PIECE_SHIFT, Wire, give_way, here, wait
 from harken.errors import DeadlineExceeded
 from harken.tracing import tell, tell_call
-from harken.unpatched import family_of, kind_of
+from harken.traffic import unread
+from harken.unpatched import family_of, kind_of, original
 
 __all__ = ["Connection"]
 
@@ -50,6 +51,13 @@ def _wait_and_retry(wire: Wire, write: bool, call: Callable[[], Any]) -> Any:
             return call()
         except BlockingIOError:
             pass
+
+
+def _has_failed(connection: Connection) -> bool:
+    """Whether an error is all that is left to read, which is the next call's, as on a socket that blocks."""
+    poller = original("select", "poll")()
+    poller.register(_fileno(connection), 0)
+    return bool(poller.poll(0)) and not unread(connection)
 
 
 def _waiting(name: str, write: bool, flags_at: int) -> Callable[..., Any]:
@@ -164,7 +172,7 @@ class Connection(connection.Connection):
         wire, data = self._wire, b""
         deadline = None if wire.timeout is None else time.monotonic() + wire.timeout
         try:
-            while not data or len(data) < bufsize:
+            while not data or (len(data) < bufsize and not _has_failed(self)):
                 try:
                     piece = _recv(self, bufsize - len(data), flags | _DONTWAIT)
                 except BlockingIOError:
