@@ -129,11 +129,16 @@ class Reader(_File):
             end = self._unread.find(b"\n", self._at) + 1
             if end > 0:
                 return self._take(end - self._at)
-            if not self._unread:  # as mostly; and what comes is one line, or the end
+            if not self._unread:  # as mostly; and what comes is one line, some, or the end
                 piece = self._sock.recv(self._most)
-                if piece.find(b"\n") == len(piece) - 1 and self._at == len(self._unread):
+                if self._unread:  # somebody has given something back meanwhile
+                    piece = self._take(len(self)) + piece
+                end = piece.find(b"\n") + 1
+                if end == len(piece):
                     return piece
-                self._unread = self._take(len(self)) + piece
+                self._unread, self._at = piece, 0
+                if end > 0:
+                    return self._take(end)
         return self._read_line(-1 if size is None else size)
 
     def _read_line(self, limit: int) -> bytes:
@@ -170,6 +175,8 @@ class Reader(_File):
         self._checkClosed()
         if size is None or size < 0:
             size = -1
+        elif size <= len(self._unread) - self._at:  # as mostly, in a request that came whole
+            return self._take(size)
         pieces = _Pieces(self._sock)
         while pieces.size != size:
             if not len(self) and not self._fill_or_keep(pieces):
