@@ -131,7 +131,7 @@ class Reader(_File):
                 return self._take(end - self._at)
             if not self._unread:  # as mostly; and what comes is one line, some, or the end
                 piece = self._sock.recv(self._most)
-                if self._unread:  # somebody has given something back meanwhile
+                if self._at != len(self._unread):  # somebody has given something back meanwhile
                     piece = self._take(len(self)) + piece
                 end = piece.find(b"\n") + 1
                 if end == len(piece):
