@@ -154,3 +154,30 @@ def test_a_cancelled_write_is_sent_all_the_same(run_program, kind, ahead):
     process = run_program("-c", CANCELLED_WRITE, str(ahead), env={"HARKEN_HUB": kind})
     out, errors = process.communicate(timeout=40)
     assert out == f"{kind} ['cancelled'] {16_000_003 + ahead} True\n", errors
+
+
+JOINED = """
+import socket
+import harken
+from harken import _hub
+
+class Handler(harken.AsyncStreamRequestHandler):
+    async def handle(self):
+        while head := await self.rfile.readline():
+            body = await self.rfile.readexactly(int(head))
+            self.wfile.write(body + await self.rfile.read(1))
+
+with harken.background(harken.AsyncTCPServer(("127.0.0.1", 0), Handler, {settings})) as server:
+    with socket.create_connection(server.server_address, 10) as client:
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client.sendall(b"3\\nabc.2\\nde.1\\nf.")
+        print(_hub.kind, client.recv(100))
+"""
+
+
+@pytest.mark.parametrize("settings", ["", "read_timeout=10"])
+@pytest.mark.parametrize("kind", ["compiled", "fallback"])
+def test_answers_are_joined_whatever_reads_a_request_takes(run_program, kind, settings):
+    """Also where deadlines watch each read: what lies here is read without sending what was answered before."""
+    out, errors = run_program("-c", JOINED.format(settings=settings), env={"HARKEN_HUB": kind}).communicate(timeout=40)
+    assert out == f"{kind} b'abc.de.f.'\n", errors

@@ -189,6 +189,8 @@ class AsyncReader:
         """
         if n < 0:
             raise ValueError("readexactly size can not be less than zero")  # asyncio's words, here and below
+        if 0 < n <= len(self._file):
+            return self._file.read(n)  # type: ignore[no-any-return]
         data: bytes = await self._driver.wait(self, self._file.read, n)
         if len(data) < n:
             raise asyncio.IncompleteReadError(data, n)
@@ -243,6 +245,27 @@ class AsyncReader:
     def close(self) -> None:
         """Read no more; the connection stays open."""
         self._file.close()
+
+
+class PlainReader(AsyncReader):
+    """Over the fallback's file: what that holds is given without a call, before which joined answers would be sent."""
+
+    async def readline(self, limit: int = -1) -> bytes:
+        """As above."""
+        if limit < 0 and self._file.holds_line:
+            return self._readline()  # type: ignore[no-any-return]
+        return await super().readline(limit)
+
+    async def read(self, n: int = -1) -> bytes:
+        """As above."""
+        if n > 0 and len(self._file):
+            return self._file.read1(n)  # type: ignore[no-any-return]
+        return await super().read(n)
+
+    async def __anext__(self) -> bytes:
+        if self._file.holds_line:
+            return self._readline()  # type: ignore[no-any-return]
+        return await super().__anext__()
 
 
 class _Loan:
@@ -587,6 +610,7 @@ def files(connection: AsyncConnection) -> tuple[AsyncReader, AsyncWriter]:
         return reader, writer
     # Its own kind, if it has one: that stamps where the connection does.
     connection._reader = sock.open_reader() if hasattr(sock, "open_reader") else Reader(sock)
-    reader = AsyncReader(connection, connection._reader)
+    kind = PlainReader if isinstance(connection._reader, Reader) else AsyncReader
+    reader = kind(connection, connection._reader)
     connection._writer = writer = AsyncWriter(connection, reader)
     return reader, writer

@@ -101,6 +101,11 @@ class Reader(_File):
         """True: a reader that holds nothing is one all the same."""
         return True
 
+    @property
+    def holds_line(self) -> bool:
+        """Whether a line is held whole."""
+        return self._unread.find(b"\n", self._at) >= 0
+
     def readable(self) -> bool:
         """True."""
         self._checkClosed()
