@@ -47,12 +47,17 @@ def take():
         seen.append(door.accept())
 
 
+def anew():
+    pass
+
+
 def over():
     if len(seen) == len(clients) and not failing.value:
         times = next(lacking, None)
         if times is None:
             return True
         failing.value = times
+        anew()
         clients.append(socket.create_connection(door.getsockname()))
     return time.monotonic() > end
 
@@ -65,7 +70,8 @@ def run_hub(kind):
     hub.run(over, lambda: 0.05, lambda: None)
 
 
-def run_selector():
+def run_selector(pauses):
+    global anew
     from harken.engines import _selector
 
     class Engine(_selector.SelectorEngine):
@@ -74,12 +80,14 @@ def run_selector():
     engine = Engine({}.get)
     engine.shares_doors = True
     engine.watch(door, take)
+    if pauses:
+        anew = lambda: engine.watch(door, take)
     engine.run(over, lambda: None, lambda: 0.05)
 
 
 with socket.create_server(("127.0.0.1", 0)) as door:
     door.setblocking(False)
-    run_selector() if sys.argv[1] == "selector" else run_hub(sys.argv[1])
+    run_hub(sys.argv[1]) if sys.argv[1] in ("compiled", "fallback") else run_selector(sys.argv[1] == "pauses")
     print("served", len(seen))
 """
 
@@ -94,7 +102,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return library
 
 
-@pytest.mark.parametrize("kind", ["compiled", "fallback", "selector"])
+@pytest.mark.parametrize("kind", ["compiled", "fallback", "selector", "pauses"])
 def test_a_shared_door_is_watched_again_once_there_is_room(library: Path, kind: str) -> None:
     """Although it had left the set already, and nobody else would be told of it."""
     if kind == "compiled":

@@ -16,9 +16,8 @@ from typing import Any
 __all__ = ["ExclusiveSelector"]
 
 _EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)
-# What epoll_ctl(2) says when the kernel has no room for a door: of memory, or below max_user_watches.
+# As in _selector.py, which imports this.
 _NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
-# Seconds after which it is asked again; an acceptor's first pause.
 _LOST_SECONDS = 0.1
 
 
