@@ -11,7 +11,7 @@ import time
 import pytest
 
 from harken import acceptor as module, events
-from harken.acceptor import ACCEPT_ERRORS, Acceptor, Readable, Verdict, judge, refuse
+from harken.acceptor import ACCEPT_ERRORS, LONGEST_PAUSE, Acceptor, Readable, Verdict, judge, refuse
 
 PATIENCE = 5.0  # seconds
 EMFILE = OSError(errno.EMFILE, "Too many open files")
@@ -237,6 +237,33 @@ def test_the_door_is_watched_again_when_the_pause_is_over_and_not_before(door, c
     door.acceptor.turn(room=False)
     door.acceptor.turn(room=False)
     assert (door.acceptor.paused, door.done) == (False, ["pause", "resume"])
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "ENOMEM"])
+def test_a_pause_goes_on_while_the_kernel_has_no_room_for_the_door(clock, told, name):
+    """In its epoll set: the loop does not end by it, and asks again; what else is wrong ends it."""
+    door = Door()
+    errors = [OSError(getattr(errno, name), "no room")]
+
+    def resume():
+        if errors:
+            raise errors.pop()
+        door.done.append("resume")
+
+    door.acceptor._resume = resume
+    door.acceptor.hold("full")
+    door.acceptor.turn(room=True)
+    assert door.acceptor.paused
+    assert door.acceptor.patience(60.0) == LONGEST_PAUSE
+    clock.now += LONGEST_PAUSE
+    door.acceptor.turn(room=True)
+    assert (door.done, door.acceptor.paused) == (["pause", "resume"], False)
+    door.acceptor.settle(taken=True)
+    assert [event.name for event in told] == ["paused", "resumed"]
+    errors.append(OSError(errno.EBADF, "closed"))
+    door.acceptor.hold("full")
+    with pytest.raises(OSError, match="closed"):
+        door.acceptor.turn(room=True)
 
 
 def test_the_loop_sleeps_no_longer_than_the_pause(door, clock):

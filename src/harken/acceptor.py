@@ -79,6 +79,7 @@ _NEXT = (  # accept(2): "already-pending network errors … treat them like EAGA
 )
 _PAUSE = "EMFILE ENFILE ENOBUFS ENOMEM"  # accept(2): per process, per system, and kernel memory
 _FAIL = "EBADF EINVAL ENOTSOCK EFAULT EOPNOTSUPP"  # accept(2): not open, not listening, no socket, no stream
+_NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # epoll_ctl(2): max_user_watches, and kernel memory
 
 ACCEPT_ERRORS: dict[int, Verdict] = {
     getattr(errno, name): verdict
@@ -266,7 +267,11 @@ class Acceptor:
         if (room and math.isinf(self._until)) or time.monotonic() >= self._until:
             waited_for_room = math.isinf(self._until)
             self.paused = False
-            self._resume()
+            try:
+                self._resume()
+            except OSError as error:
+                self._put_off(error)
+                return
             if waited_for_room:
                 self._tell_resumed()
 
@@ -293,6 +298,18 @@ class Acceptor:
         self._until = time.monotonic() + self._delay
         self.paused = True
         self._pause()
+
+    def _put_off(self, error: OSError) -> None:
+        """The kernel has no room for the door in its epoll set: try again later.
+
+        Raises:
+            OSError: it is something else.
+        """
+        if error.errno not in _NO_ROOM:
+            raise error
+        self.paused = True
+        self._until = time.monotonic() + LONGEST_PAUSE
+        self.troubled = self._exhausted = True  # the pause is told of as over when somebody has been taken
 
     def _begin(self, until: float, reason: str) -> None:
         self._until = until

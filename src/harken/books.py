@@ -5,6 +5,7 @@ The running side (``serving.py``) and the hooks (``server.py``) say here what ha
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,14 @@ from harken.records import Record, Registry
 from harken.transports import for_socket
 
 __all__ = ["Books"]
+
+# What the kernel says of a peer that answers no more, neither to data nor to keepalives: the last thing that it heard
+# from the network, which is no ConnectionError. Of who it speaks is asked of the connection: see peer_fault().
+_VANISHED = [
+    getattr(errno, name)
+    for name in ("ETIMEDOUT", "EHOSTUNREACH", "ENETUNREACH", "EHOSTDOWN", "ENONET")
+    if hasattr(errno, name)
+]
 
 
 class Counts(dict[str, int]):
@@ -242,7 +251,7 @@ class Books:
             return False
         record = self.connections.find(request)
         wire = (record.successor if record is not None else None) or request
-        if isinstance(error, ConnectionError):
+        if isinstance(error, ConnectionError) or error.errno in _VANISHED:
             return (record is not None and record.reason is not None) or peer_fault(wire) is not None
         own_fault = getattr(type(wire), "broken_by", None)
         return own_fault is not None and bool(own_fault(wire, error))

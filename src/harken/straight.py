@@ -111,9 +111,12 @@ def take(serving: Serving) -> bool | None:
 def _burst(serving: Serving) -> int:
     """How many to take before the first of them is served.
 
-    Where the accept of a further one may wait, since somebody else took who was there, nobody may wait with it.
+    Where the accept of a further one may wait, since somebody else took who was there, nobody may wait with it. And
+    after trouble the first tells whether it is over: a burst for which no thread can be started would be lost whole.
     """
     door = serving.server.socket
+    if serving.acceptor.troubled:
+        return 1
     if isinstance(door, Listener) or (serving.holding is not None and serving.holding.alone(door)):
         return MAX_ACCEPT
     return 1

@@ -17,6 +17,7 @@ import pytest
 from waiting import wait_until
 
 import harken
+from harken.engines._selector import SelectorEngine
 
 from .kit import LOCAL, Echo, Program, connect, ends, exchange, fate, running, seeing
 
@@ -166,3 +167,32 @@ def test_no_more_processes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [event.reason for event in seen.wait("closed", 3)].count("handler_failed") == 2
         seen.wait("resumed")
         assert [event.reason for event in seen.of("paused")] == ["EAGAIN: Resource temporarily unavailable"]
+
+
+def test_who_waits_while_no_thread_can_be_started_is_lost_one_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the door is tried again one is taken, and not a burst that is lost together: the others wait on."""
+    start, watch = threading.Thread.start, SelectorEngine.watch
+    tries: list[Any] = []
+
+    class Server(harken.ThreadingTCPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            pass
+
+    def start_or_not(thread: threading.Thread) -> None:
+        if len(tries) < 3 and "process_request_thread" in thread.name:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def count(engine: SelectorEngine, *args: Any) -> None:
+        tries.append(args)
+        watch(engine, *args)
+
+    monkeypatch.setattr(threading.Thread, "start", start_or_not)
+    monkeypatch.setattr(SelectorEngine, "watch", count)
+    with seeing("paused") as seen, running(Server(LOCAL, Echo)) as server, contextlib.ExitStack() as stack:
+        assert fate(server.server_address) in ("closed", "reset")
+        seen.wait("paused")
+        waiting = [stack.enter_context(connect(server.server_address)) for _ in range(5)]
+        assert ends(waiting[0]) in ("closed", "reset")
+        for client in waiting[1:]:
+            exchange(client)

@@ -3,6 +3,9 @@
  * Doors: listening sockets and the like, whose function is called while they can be read. A Batch or a Lane may see to
  * one without Python. */
 #include "hub.h"
+#include <errno.h>
+
+#define LOST_NS 100000000 /* 100 ms: how long a door stays lost at least; as an acceptor's first pause */
 
 static int add_door(Hub *hub, int place) {
     Door *door = &hub->doors[place];
@@ -13,11 +16,31 @@ static int add_door(Hub *hub, int place) {
     return epoll_ctl(hub->epoll, EPOLL_CTL_ADD, door->fd, &event);
 }
 
+static int find_lost(Hub *hub, Node *node);
+
+static int find_later(Hub *hub) {
+    hub->lost = (Node){.deadline = now_ns() + LOST_NS, .index = -1, .fire = find_lost};
+    return heap_insert(hub, &hub->lost);
+}
+
+/* Watch again what the kernel had no room for (ENOSPC: max_user_watches; ENOMEM): nobody would come in for ever. */
+static int find_lost(Hub *hub, Node *node) {
+    bool lost = false;
+    for (int place = 0; place < hub->door_count; place++) {
+        Door *door = &hub->doors[place];
+        if (door->door != NULL && door->lost)
+            lost |= door->lost = add_door(hub, place) < 0 && (errno == ENOMEM || errno == ENOSPC);
+    }
+    return lost ? find_later(hub) : 0;
+}
+
 /* EPOLLEXCLUSIVE wakes one process, and always the same one while that can keep up: the first in the queue of the
  * door's waiters. Added anew we stand at its end. (epoll_ctl(2): an exclusive entry cannot be modified.) */
-static void go_to_the_end(Hub *hub, int place) {
-    if (epoll_ctl(hub->epoll, EPOLL_CTL_DEL, hub->doors[place].fd, NULL) == 0)
-        add_door(hub, place);
+static int go_to_the_end(Hub *hub, int place) {
+    if (epoll_ctl(hub->epoll, EPOLL_CTL_DEL, hub->doors[place].fd, NULL) < 0 || add_door(hub, place) == 0)
+        return 0;
+    hub->doors[place].lost = true;
+    return hub->lost.index < 0 ? find_later(hub) : 0;
 }
 
 static int take_from_door(Hub *hub, uint32_t place, uint32_t generation) {
@@ -59,8 +82,9 @@ int open_door(Hub *hub, uint32_t place, uint32_t generation) {
         result = -1;
     hub->at_door = false;
     Door *door = (int)place < hub->door_count ? &hub->doors[place] : NULL;
-    if (door != NULL && door->door != NULL && door->generation == generation && door->shared)
-        go_to_the_end(hub, (int)place);
+    if (door != NULL && door->door != NULL && door->generation == generation && door->shared &&
+        go_to_the_end(hub, (int)place) < 0)
+        result = -1;
     return result;
 }
 
@@ -125,6 +149,7 @@ PyObject *hub_watch(PyObject *self, PyObject *const *args, Py_ssize_t count) {
     Door *door = &hub->doors[place];
     door->fd = fd;
     door->shared = shared;
+    door->lost = false;
     if (add_door(hub, place) < 0)
         return PyErr_SetFromErrno(PyExc_OSError);
     door->door = Py_NewRef(args[0]);

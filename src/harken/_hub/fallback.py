@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import contextvars
+import errno
 import os
 import sys
 import threading
@@ -50,6 +51,10 @@ KIND: Final = "fallback"
 _EXPIRED = object()
 # Seconds that a host without patience may let step() sleep at most: some kernels' poll() takes no more (2^31 ms).
 LONGEST = 86400.0
+# What epoll_ctl(2) says when the kernel has no room for a door: of memory, or below max_user_watches.
+NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
+# Seconds after which it is asked again; an acceptor's first pause.
+LOST_SECONDS = 0.1
 
 
 Lane = None  # harken.straight does as well
@@ -423,7 +428,18 @@ class Hub:
         self._take_from_door(fd, entry)
         if entry is not None and entry.shared and self._fds.get(fd) is entry:
             self._poller.unwatch(fd)  # and to the end of the queue of those who wait
-            self._poller.watch(fd, entry.shared)
+            self._watch_again(entry)
+
+    def _watch_again(self, entry: _Door) -> None:
+        """Watch a door that was; later where the kernel has no room for it, or nobody would come in for ever."""
+        if self._fds.get(entry.fd) is not entry:
+            return
+        try:
+            self._poller.watch(entry.fd, entry.shared)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self.call_at(time.monotonic() + LOST_SECONDS, self._watch_again, entry)
 
     def _take_from_door(self, fd: int, entry: _Door | None) -> None:
         for _ in range(DOOR_BURST):

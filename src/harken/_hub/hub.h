@@ -110,6 +110,7 @@ typedef struct {
     PyObject *shortcut;           /* a Batch or a Lane that may see to it, or NULL */
     int fd;
     bool shared; /* with other processes: one of them wakes, and goes to the end of their queue */
+    bool lost;   /* the kernel had no room for it there: it is not watched */
     uint32_t generation;
 } Door;
 
@@ -177,6 +178,7 @@ struct Hub {
     int page_count;
     Door *doors;
     int door_count;
+    Node lost; /* in the heap while a door is */
     char *pending; /* what the running green thread has written and not sent, to pending_owner; see pending.c */
     size_t pending_size;
     PyObject *pending_owner;

@@ -57,6 +57,7 @@ PyObject *hub_new(PyTypeObject *type, PyObject *args, PyObject *words) {
         return NULL;
     }
     hub->asks_at_ends = true;
+    hub->lost.index = -1;
     size_t *owed[] = {&hub->pending_size, &hub->answers, &hub->later_count, &hub->flow.count};
     for (int i = 0; i < 4; i++)
         hub->beat->owed[i] = owed[i];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import selectors
 import threading
 from collections.abc import Callable
@@ -14,6 +15,10 @@ __all__ = ["SelectorEngine"]
 
 # Connections taken from one door in one turn: the other doors, and service_actions(), get theirs.
 MAX_BURST = 64
+# What epoll_ctl(2) says when the kernel has no room for a door: of memory, or below max_user_watches.
+NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
+# Seconds after which it is asked again; an acceptor's first pause.
+LOST_SECONDS = 0.1
 
 
 class SelectorEngine(Engine):
@@ -54,15 +59,15 @@ class SelectorEngine(Engine):
         try:
             with ExclusiveSelector() if self.shares_doors else self.options("selector")() as selector:
                 selector.register(waker, selectors.EVENT_READ)
-                generation = -1
+                generation, lost = -1, False
                 while True:
                     self._waiting.add(thread)  # first: whoever stops us and does not find us here need not wait for us
                     if stopped():
                         return
-                    if generation != self._generation:
-                        generation = self._generation
-                        self._register(selector)
-                    ready = selector.select(patience())
+                    if lost or generation != self._generation:
+                        first, generation = generation < 0, self._generation
+                        lost = not self._register(selector, first)
+                    ready = selector.select(min(patience(), LOST_SECONDS) if lost else patience())
                     self._waiting.discard(thread)
                     if stopped():
                         self._take_last(ready)
@@ -90,17 +95,27 @@ class SelectorEngine(Engine):
             if on_readable is not None:
                 on_readable()
 
-    def _register(self, selector: selectors.BaseSelector) -> None:
+    def _register(self, selector: selectors.BaseSelector, first: bool) -> bool:
         """Bring the selector's doors up to date with ours. A selector may be the program's own: public methods only.
 
         A shared door that is watched once more is registered anew: the kernel looks then who waits there already.
+
+        Returns:
+            Whether the kernel had room for all; asked the ``first`` time, it must.
         """
         wanted, anew, self._anew = dict(self._doors), self._anew, set()
         for key in list(selector.get_map().values()):
             if key.data is not None and (key.data in anew or wanted.pop(key.data, None) is None):
                 selector.unregister(key.fileobj)
+        complete = True
         for number, (door, _) in wanted.items():
-            selector.register(door, selectors.EVENT_READ, number)
+            try:
+                selector.register(door, selectors.EVENT_READ, number)
+            except OSError as error:
+                if first or error.errno not in NO_ROOM:
+                    raise
+                complete = False
+        return complete
 
     def _serve(self, number: int, stopped: Callable[[], bool], tick: Callable[[], None]) -> bool:
         """Take a burst from one door while it is watched; False when the loop must end."""
