@@ -13,12 +13,13 @@ import select
 import selectors
 from typing import Any
 
-__all__ = ["ExclusiveSelector"]
+__all__ = ["LOST_SECONDS", "NO_ROOM", "ExclusiveSelector"]
 
 _EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)
-# As in _selector.py, which imports this.
-_NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
-_LOST_SECONDS = 0.1
+# What epoll_ctl(2) says when the kernel has no room for a door: of memory, or below max_user_watches.
+NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
+# Seconds after which it is asked again; an acceptor's first pause.
+LOST_SECONDS = 0.1
 
 
 class ExclusiveSelector(selectors.DefaultSelector):
@@ -46,7 +47,7 @@ class ExclusiveSelector(selectors.DefaultSelector):
         for key in list(self._lost.values()):
             self._stand(key)
         if self._lost:
-            timeout = _LOST_SECONDS if timeout is None else min(timeout, _LOST_SECONDS)
+            timeout = LOST_SECONDS if timeout is None else min(timeout, LOST_SECONDS)
         ready = super().select(timeout)
         for key, _ in ready:
             if key.data is not None:
@@ -65,7 +66,7 @@ class ExclusiveSelector(selectors.DefaultSelector):
         try:
             inner.register(key.fd, select.EPOLLIN | _EXCLUSIVE)
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in NO_ROOM:
                 raise
             self._lost[key.fd] = key
         else:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import selectors
 import threading
 from collections.abc import Callable
 
 from harken.engines import Door, Engine, Options
-from harken.engines._exclusive import ExclusiveSelector
+from harken.engines._exclusive import LOST_SECONDS, NO_ROOM, ExclusiveSelector
 from harken.waker import Waker
 
 __all__ = ["SelectorEngine"]
 
 # Connections taken from one door in one turn: the other doors, and service_actions(), get theirs.
 MAX_BURST = 64
-# What epoll_ctl(2) says when the kernel has no room for a door: of memory, or below max_user_watches.
-NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
-# Seconds after which it is asked again; an acceptor's first pause.
-LOST_SECONDS = 0.1
 
 
 class SelectorEngine(Engine):
