@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import _socket
 import errno
-import os
 import select
 import socket
 import struct
 import sys
-from collections import deque
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from harken.traffic import accept_queue
@@ -60,9 +57,8 @@ class Connection(Socket):
     No method that moves data is overridden, so a read costs what it costs on a plain socket.
     """
 
-    __slots__ = ("_exposed", "record")
+    __slots__ = ("record",)
     record: Record | None
-    _exposed: bool  # set once the descriptor was given out
     _closed: bool  # socket.socket's own, with _io_refs: the same since Python 3.0
     _io_refs: int
 
@@ -97,23 +93,17 @@ class Connection(Socket):
             if not asked.poll(0):
                 return taken
 
-    def fileno(self) -> int:
-        """Return the descriptor, as any socket; others may hold the connection open by it from now on."""
-        self._exposed = True
-        return super().fileno()
-
     def end(self) -> bool:
         """Tell the peer that nothing more comes, and close; tell whether it is closed, or a file of it still open.
 
-        For the way on which no hook is overridden: the caller has the record. close() alone tells the peer as much,
-        where it has closed its side already and nobody else can hold the descriptor.
+        For the way on which no hook is overridden: the caller has the record. close() alone is not enough where the
+        peer has closed its side either: it resets the connection when some of what had come is unread.
         """
         record, self.record = self.record, None
-        if record is None or record.reason != "peer_closed" or _forked or getattr(self, "_exposed", False):
-            try:
-                self.shutdown(socket.SHUT_WR)
-            except OSError:
-                pass  # the peer, or the handler, was quicker
+        try:
+            self.shutdown(socket.SHUT_WR)
+        except OSError:
+            pass  # the peer, or the handler, was quicker
         if kept_open(self, record):
             return False
         _socket.socket.close(self)
@@ -257,13 +247,6 @@ def read_off(request: object) -> None:
                 return
     except OSError:
         pass  # nothing left, or it has closed
-
-
-# Whether this process ever had a child, which may hold what it has: empty, or not. Noted in C alone, as in listener.py.
-_forked: deque[bool] = deque(maxlen=1)
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=partial(_forked.append, True))
 
 
 def tcp_info(request: object, length: int) -> bytes:

@@ -75,14 +75,15 @@ class BaseServer:
     def server_activate(self) -> None:
         """Begin to listen. May be overridden. Called by the constructor."""
 
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
+    def serve_forever(self, poll_interval: float | None = 0.5) -> None:
         """Serve until ``shutdown()``.
 
         Several threads may serve one server at once. Each connection passes ``_handle_request_noblock``; after each,
         and at least every ``poll_interval`` seconds, ``service_actions`` is called.
 
         Args:
-            poll_interval: seconds between calls of ``service_actions``; ``shutdown()`` does not wait for it.
+            poll_interval: seconds between calls of ``service_actions``, None for no such calls in between;
+                ``shutdown()`` does not wait for it.
 
         Raises:
             LifecycleError: the server drains, or is closed and was given no other socket.

@@ -44,6 +44,8 @@ __all__ = ["DrainReport", "RunningSide", "Serving", "is_server", "serving_of"]
 # A name that programs do not have, found by ordinary attribute access on the hot path.
 _KEY = "_harken"
 
+_A_DAY = 86400.0  # what None for a poll interval comes to: loops compute with it
+
 
 class Serving:
     """State and verbs of one server; the server's own methods of these names call them here.
@@ -291,10 +293,11 @@ class Serving:
         if isinstance(shut_down, Latch):
             shut_down.set()
 
-    def run(self, stopped: Callable[[], bool], interval: float) -> None:
-        """Serve until ``stopped``, turning at least every ``interval`` seconds."""
+    def run(self, stopped: Callable[[], bool], interval: float | None) -> None:
+        """Serve until ``stopped``, turning at least every ``interval`` seconds, or with None when there is cause."""
+        longest = _A_DAY if interval is None else interval
         with self.attached(stopped), Interrupts(self.wake) as interrupts:
-            self.engine.run(interrupts.before(stopped), self.tick, lambda: self.acceptor.patience(interval))
+            self.engine.run(interrupts.before(stopped), self.tick, lambda: self.acceptor.patience(longest))
 
     @property
     def in_loop(self) -> bool:

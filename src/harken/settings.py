@@ -529,6 +529,8 @@ class Settings:
                 found, where = self._owner.__dict__[name], f"attribute {name}"
             else:
                 found, where = _class_attribute(type(self._owner), name)
+            if late and hasattr(found, "__get__"):  # a property, of which stdlib would see the value
+                found = getattr(self._owner, name, UNSET)
             if found is UNSET or not declared.kind.fits(found):
                 continue
             if late and found == declared.stdlib_default and where.startswith(_OWN):

@@ -350,6 +350,23 @@ def test_request_queue_size_changed(impl: Any) -> None:
         assert (backlog(server.socket), backlog(late.socket)) == (200, 201)
 
 
+def test_attributes_that_are_properties(impl: Any) -> None:
+    """`request_queue_size` and `allow_reuse_address` may be properties of a subclass: their values count."""
+
+    class Computed(impl.TCPServer):
+        @property
+        def request_queue_size(self) -> int:
+            return 200 + self.allow_reuse_address
+
+        @property
+        def allow_reuse_address(self) -> bool:
+            return self.RequestHandlerClass is None
+
+    with Computed(LOCAL, None) as server:
+        assert backlog(server.socket) == 201
+        assert server.socket.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+
+
 def backlog(listener: socket.socket) -> int:
     """Ask the kernel for a listener's queue length: `tcpi_sacked`, at 28 in struct tcp_info (linux/tcp.h)."""
     return int.from_bytes(listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)[28:32], "little")

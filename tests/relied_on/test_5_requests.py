@@ -310,6 +310,17 @@ def test_writing_after_the_peers_half_close(impl: Any, kind: Any) -> None:
     assert answer == b"abc" * 3 + bytes(1 << 20)
 
 
+def test_the_end_after_both_have_ended_is_no_reset(impl: Any, kind: Any) -> None:
+    """A handler that leaves some of a half-closed client's bytes unread gives it the answer and the end."""
+
+    def handle(self: Any) -> None:
+        self.wfile.write(self.request.recv(1))
+        wait_until(lambda: self.request.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 8)  # CLOSE_WAIT
+
+    with serving(kind(LOCAL, stream_handler(impl, handle))) as server:
+        assert ask(server.server_address, b"unread") == b"u"
+
+
 # --- rfile and wfile --------------------------------------------------------------------------------------------------
 
 

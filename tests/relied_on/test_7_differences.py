@@ -53,6 +53,33 @@ def test_shutdown_needs_no_poll(harken: Any) -> None:
         assert time.monotonic() - start < 1
 
 
+UNPOLLED = """
+import socket, threading, socketserver
+class Echo(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.wfile.write(self.rfile.readline())
+for name in "TCPServer", "ThreadingTCPServer", "PoolTCPServer", "GreenTCPServer":
+    with getattr(socketserver, name)(("127.0.0.1", 0), Echo) as server:
+        loop = threading.Thread(target=server.serve_forever, args=(None,), daemon=True)
+        loop.start()
+        with socket.create_connection(server.server_address, 5) as client:
+            client.sendall(b"hello\\n")
+            assert client.recv(6) == b"hello\\n", name
+        server.shutdown()
+        loop.join(5)
+        assert not loop.is_alive(), name
+"""
+
+
+@pytest.mark.parametrize("hub", ["compiled", "fallback"])
+def test_poll_interval_may_be_none(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`serve_forever(None)` serves on every engine, as stdlib's does, and `shutdown` ends it."""
+    monkeypatch.setenv("HARKEN_HUB", hub)
+    with python("harken", UNPOLLED) as process:
+        _, errors = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, errors) == (0, "")
+
+
 @pytest.mark.parametrize("name", ["TCPServer", "ThreadingTCPServer"])
 def test_private_shutdown_flag_ends_the_loop_without_a_poll(harken: Any, name: str) -> None:
     """`_BaseServer__shutdown_request = True` is seen within the poll interval, or sooner."""

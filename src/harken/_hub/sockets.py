@@ -91,9 +91,10 @@ def _waiting(name: str, write: bool, flags_at: int) -> Callable[..., Any]:
 class Connection(connection.Connection):
     """See :mod:`harken._hub`."""
 
-    __slots__ = ("_wire",)
+    __slots__ = ("_exposed", "_wire")
     reader_kind = Reader  # what open_reader() makes
     _wire: Wire
+    _exposed: bool  # set once the descriptor was given out
 
     def __init__(self, family: int = -1, type: int = -1, proto: int = -1, fileno: int | None = None) -> None:
         super().__init__(family, type, proto, fileno)
