@@ -1,6 +1,7 @@
 """Threads that are taken up again: who is idle, who waits, and how they go."""
 
 import contextlib
+import contextvars
 import gc
 import os
 import sys
@@ -70,6 +71,22 @@ def busy(crew, count=1):
         crew.submit(job)
         assert job.begun.wait(PATIENCE)
     return jobs
+
+
+def test_each_job_has_a_context_of_its_own(make):
+    """As in a thread that was started for it: what an earlier one has set in the same thread is not seen."""
+    crew, variable, seen = make(limit=1, max_backlog=1), contextvars.ContextVar("variable", default="unset"), []
+
+    def job():
+        seen.append((variable.get(), threading.get_ident()))
+        variable.set("set")
+
+    for number in (1, 2):
+        crew.submit(job)
+        wait_until(lambda number=number: len(seen) == number)
+    (first, thread), (second, same) = seen
+    assert (first, second) == ("unset", "unset")
+    assert thread == same
 
 
 def test_an_idle_thread_is_taken_up_again(make):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import queue
 import threading
@@ -201,7 +202,7 @@ class Crew:
         while job is not None:
             function, args = job
             try:
-                function(*args)
+                contextvars.Context().run(function, *args)  # fresh, as that of a thread of its own
             except BaseException:  # noqa: BLE001 - shown as in a thread of its own (SystemExit is not), and this one lives on
                 _show()
             del job, function, args  # an idle thread must not keep the last connection alive
