@@ -4,7 +4,7 @@ import os
 import threading
 import time
 
-from harken.reaper import Reaper
+from harken.reaper import GRACE_SECONDS, LATE_SECONDS, Reaper
 
 PATIENCE = 10.0
 
@@ -24,6 +24,36 @@ def test_calls_come_in_order_and_in_time():
     assert over.wait(PATIENCE)
     assert [name for name, _ in came] == ["first", "second", "last"]
     assert all(0 <= late < 0.5 for _, late in came)
+
+
+class Stopped(threading.Condition):
+    """A condition whose first wait ends as if the process had been stopped meanwhile."""
+
+    stops = 1
+
+    def wait(self, timeout=None):
+        result = super().wait(timeout)
+        if self.stops:
+            self.stops -= 1
+            time.sleep(LATE_SECONDS + 0.05)
+            self.ended = time.monotonic()
+        return result
+
+
+def test_after_a_stop_of_the_process_everybody_gets_a_moment_first():
+    """What is due is called after it, once; and from then on in time."""
+    reaper, came, over = Reaper(), [], threading.Event()
+    reaper._changed = condition = Stopped(threading.RLock())
+
+    def call():
+        came.append(time.monotonic())
+        reaper.call_at(came[0] + 0.01, lambda: (came.append(time.monotonic()), over.set()))
+
+    reaper.call_at(time.monotonic() + 0.01, call)
+    assert over.wait(PATIENCE)
+    first, second = came
+    assert first >= condition.ended + GRACE_SECONDS
+    assert second < first + GRACE_SECONDS
 
 
 def test_a_cancelled_call_does_not_come_and_the_thread_goes():

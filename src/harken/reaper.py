@@ -12,6 +12,12 @@ from harken.forking import in_child
 
 __all__ = ["Reaper", "reaper"]
 
+# Seconds by which the thread itself is late where more than a busy machine kept it: the process was stopped (a frozen
+# container, SIGSTOP), or something held the GIL. Its clients did not.
+LATE_SECONDS = 0.5
+# Seconds that everybody gets then, to read what has come meanwhile, before a call is made.
+GRACE_SECONDS = 0.25
+
 
 class Reaper:
     """A heap of calls to come. All verbs may be called from any thread and from a signal handler."""
@@ -24,9 +30,12 @@ class Reaper:
         self._heap: list[tuple[float, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
         self._thread: threading.Thread | None = None
+        self._not_before = 0.0
 
     def call_at(self, deadline: float, function: Callable[[], object]) -> int:
         """Call ``function`` at ``deadline`` (``time.monotonic()``), in the reaper's thread; it must not wait.
+
+        A little later where the process could not run at that time.
 
         Returns:
             A number for :meth:`cancel`.
@@ -66,10 +75,13 @@ class Reaper:
     def _next(self) -> Callable[[], object] | None:
         """Sleep until a call is due, and return it; None when there is none at all."""
         while self._heap:
-            left = self._heap[0][0] - time.monotonic()
+            now = time.monotonic()
+            left = min(max(self._heap[0][0], self._not_before) - now, threading.TIMEOUT_MAX)
             if left <= 0:
                 return heapq.heappop(self._heap)[2]
-            self._changed.wait(min(left, threading.TIMEOUT_MAX))
+            self._changed.wait(left)
+            if time.monotonic() - now - left > LATE_SECONDS:
+                self._not_before = time.monotonic() + GRACE_SECONDS
         self._thread = None
         return None
 

@@ -97,7 +97,8 @@ def test_serve(pki, run_program, tmp_path):
         (["--tls-cert", "{}/site.pem"], "holds no private key in PEM; name its file by key="),
         (["--tls-cert", "{}/site.pem", "--tls-key", "{}/site.key", "--tls-verify", "required"], "needs ca=FILE"),
         (["--tls-cert", "{}/site.pem", "--tls-key", "{}/other.key"], "is not the key of the certificate"),
-        (["--bind", "tls://127.0.0.1:0"], "a TLS address needs a certificate"),
+        (["--bind", "tcp://127.0.0.1:0", "--bind", "tls://localhost:0"], "tls://127.0.0.1:"),
+        (["--bind", "tls://127.0.0.1:0"], " needs a certificate: add ?cert=FILE"),
         (["--bind", "tls://127.0.0.1:0?cert=app.py"], "holds no certificate in PEM"),
     ],
 )

@@ -1,6 +1,8 @@
 """The supervisor: workers come, die, are replaced; code and programs are exchanged; nobody is refused meanwhile."""
 
+import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -299,6 +301,26 @@ def test_a_hung_worker_is_found_shown_and_replaced(service):
         assert "telling.py" in line
         assert "handle" in line
     assert running.workers(2)[1] == running.ask()[1]
+
+
+@pytest.mark.parametrize("engine", ["green", "thread"])
+def test_what_came_while_a_service_was_stopped_is_served(service, engine):
+    """Its bytes lie there for longer than the deadline by the time anybody can look: that is not their client's fault."""
+    running = service("--workers", "0", "--engine", engine, "--idle-timeout", "0.5")
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(running.connect()) for _ in range(20)]
+        for client in clients:
+            assert client.recv(100)
+        os.kill(running.pid, signal.SIGSTOP)
+        for client in clients:
+            client.sendall(b"meanwhile")
+        time.sleep(1.2)  # longer than the deadline, and later than a busy machine is
+        os.kill(running.pid, signal.SIGCONT)
+        assert [client.recv(100) for client in clients] == [b"meanwhile"] * len(clients)
+    os.kill(running.pid, signal.SIGTERM)
+    status, log = running.end()
+    assert status == 0
+    assert not re.search(r"timed out: which idle_timeout, seconds [1-9]", log)
 
 
 def test_a_service_that_was_stopped_as_a_whole_keeps_its_workers(service, tmp_path):

@@ -59,7 +59,7 @@ def command(ctx: click.Context, socket: str | None, as_json: bool) -> None:
     ctx.obj = {"socket": socket, "json": as_json}
 
 
-@command.command(help="The state of the service, its workers and addresses.")
+@command.command(help="The state of the service, its workers and addresses, as those who run now have counted.")
 @click.pass_context
 def status(ctx: click.Context) -> None:
     """Print the status."""

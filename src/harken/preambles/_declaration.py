@@ -270,7 +270,8 @@ def declared(values: Settings, listener: Any = None) -> TLS | ssl.SSLContext:
         return _completed(own, values, mode=own.mode)
     found = _of_settings(values, mode=MODES[0] if own is not None else None)
     if found is None:
-        raise ConfigError("a TLS address needs a certificate: add ?cert=FILE&key=FILE to it, or set --tls-cert")
+        which = getattr(listener, "url", "a TLS address")
+        raise ConfigError(f"{which} needs a certificate: add ?cert=FILE&key=FILE to it, or set --tls-cert")
     return found
 
 
