@@ -305,7 +305,7 @@ def test_a_hung_worker_is_found_shown_and_replaced(service):
 
 @pytest.mark.parametrize("engine", ["green", "thread"])
 def test_what_came_while_a_service_was_stopped_is_served(service, engine):
-    """Its bytes lie there for longer than the deadline by the time anybody can look: that is not their client's fault."""
+    """Its bytes have lain there for longer than the deadline when anybody can look: not by their client's fault."""
     running = service("--workers", "0", "--engine", engine, "--idle-timeout", "0.5")
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(running.connect()) for _ in range(20)]
