@@ -47,10 +47,12 @@ async def start(handler: Callable[..., Any], *addresses: str, **settings: Any) -
 
 def _warn_of_loop(name: str | None) -> None:
     """Warn of a ``loop`` that is not the one which runs, for handlers would be believed to run in it."""
+    if name is None:
+        return
     import asyncio
 
     running = type(asyncio.get_running_loop()).__module__.partition(".")[0]
-    if name not in (None, running):
+    if name != running:
         said = f"loop = {name!r} is not heeded by harken.start(): the running loop is used, which is {running}'s"
         warnings.warn(said, RuntimeWarning, stacklevel=3)
 
