@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from waiting import wait_until
 
 PATIENCE = 20.0
 
@@ -196,12 +197,15 @@ def test_a_reload_that_is_refused_is_one_for_the_manager_too(activated, manager,
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_reload_that_an_upgrade_overtakes_is_over_with_it(activated, manager, target, workers):
     """The old process says both: its heir's READY may come before it is known to the manager."""
-    go = target.with_name("go")
-    waits = f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+    came, go = target.with_name("came"), target.with_name("go")
+    waits = (
+        f"import os, time\nopen({str(came)!r}, 'w').close()\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n"
+    )
     process, _ = activated("--workers", str(workers))
     manager.hear("READY")
     target.write_text(waits + target.read_text())
     process.send_signal(signal.SIGUSR2)
+    wait_until(came.exists)  # signals that are pending together come by their numbers, and HUP's is 1
     process.send_signal(signal.SIGHUP)
     manager.hear("RELOADING", by=process.pid)
     go.touch()
