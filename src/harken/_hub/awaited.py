@@ -189,8 +189,6 @@ class AsyncReader:
         """
         if n < 0:
             raise ValueError("readexactly size can not be less than zero")  # asyncio's words, here and below
-        if 0 < n <= len(self._file):
-            return self._file.read(n)  # type: ignore[no-any-return]
         data: bytes = await self._driver.wait(self, self._file.read, n)
         if len(data) < n:
             raise asyncio.IncompleteReadError(data, n)
@@ -261,6 +259,12 @@ class PlainReader(AsyncReader):
         if n > 0 and len(self._file):
             return self._file.read1(n)  # type: ignore[no-any-return]
         return await super().read(n)
+
+    async def readexactly(self, n: int) -> bytes:
+        """As above."""
+        if 0 < n <= len(self._file):
+            return self._file.read(n)  # type: ignore[no-any-return]
+        return await super().readexactly(n)
 
     async def __anext__(self) -> bytes:
         if self._file.holds_line:
