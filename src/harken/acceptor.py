@@ -28,6 +28,7 @@ from typing import Any
 
 from harken import events
 from harken.connection import READ_OFF_TURNS
+from harken.listener import NO_ROOM
 from harken.settings import choice, setting, text
 from harken.unpatched import Socket, original
 
@@ -79,7 +80,6 @@ _NEXT = (  # accept(2): "already-pending network errors … treat them like EAGA
 )
 _PAUSE = "EMFILE ENFILE ENOBUFS ENOMEM"  # accept(2): per process, per system, and kernel memory
 _FAIL = "EBADF EINVAL ENOTSOCK EFAULT EOPNOTSUPP"  # accept(2): not open, not listening, no socket, no stream
-_NO_ROOM = (errno.ENOSPC, errno.ENOMEM)  # epoll_ctl(2): max_user_watches, and kernel memory
 
 ACCEPT_ERRORS: dict[int, Verdict] = {
     getattr(errno, name): verdict
@@ -305,7 +305,7 @@ class Acceptor:
         Raises:
             OSError: it is something else.
         """
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise error
         self.paused = True
         self._until = time.monotonic() + LONGEST_PAUSE

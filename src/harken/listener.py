@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -16,6 +17,8 @@ from harken.errors import ConfigError
 from harken.unpatched import original
 
 __all__ = [
+    "LOST_SECONDS",
+    "NO_ROOM",
     "AddressInUse",
     "BindError",
     "Holding",
@@ -25,6 +28,11 @@ __all__ = [
     "note_inode",
     "unlink_if_own",
 ]
+
+# What epoll_ctl(2) says when the kernel has no room for a door: of memory, or below max_user_watches.
+NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
+# Seconds after which it is asked again; an acceptor's first pause.
+LOST_SECONDS = 0.1
 
 
 class BindError(ConfigError, OSError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _thread
 import contextvars
-import errno
 import os
 import sys
 import threading
@@ -27,6 +26,7 @@ from harken._hub.sockets import Connection
 from harken._hub.timers import Timer, Timers
 from harken._hub.wire import Wire, closed, here, wait
 from harken.forking import told_in_child
+from harken.listener import LOST_SECONDS, NO_ROOM
 from harken.waker import Waker
 
 if TYPE_CHECKING:
@@ -51,10 +51,6 @@ KIND: Final = "fallback"
 _EXPIRED = object()
 # Seconds that a host without patience may let step() sleep at most: some kernels' poll() takes no more (2^31 ms).
 LONGEST = 86400.0
-# What epoll_ctl(2) says when the kernel has no room for a door: of memory, or below max_user_watches.
-NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
-# Seconds after which it is asked again; an acceptor's first pause.
-LOST_SECONDS = 0.1
 
 
 Lane = None  # harken.straight does as well

@@ -8,18 +8,15 @@ by EPOLLEXCLUSIVE alone, 1.3 to 2 times by poll(), 1.00 to 1.18 times this way.
 
 from __future__ import annotations
 
-import errno
 import select
 import selectors
 from typing import Any
 
-__all__ = ["LOST_SECONDS", "NO_ROOM", "ExclusiveSelector"]
+from harken.listener import LOST_SECONDS, NO_ROOM
+
+__all__ = ["ExclusiveSelector"]
 
 _EXCLUSIVE = getattr(select, "EPOLLEXCLUSIVE", 0)
-# What epoll_ctl(2) says when the kernel has no room for a door: of memory, or below max_user_watches.
-NO_ROOM = (errno.ENOMEM, errno.ENOSPC)
-# Seconds after which it is asked again; an acceptor's first pause.
-LOST_SECONDS = 0.1
 
 
 class ExclusiveSelector(selectors.DefaultSelector):

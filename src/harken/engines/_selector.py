@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable
 
 from harken.engines import Door, Engine, Options
-from harken.engines._exclusive import LOST_SECONDS, NO_ROOM, ExclusiveSelector
+from harken.engines._exclusive import ExclusiveSelector
+from harken.listener import LOST_SECONDS, NO_ROOM
 from harken.waker import Waker
 
 __all__ = ["SelectorEngine"]
